@@ -1,0 +1,50 @@
+// The operators on CPU tensors.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "binding/device_ops.h"
+#include "cpu/dispatch.h"
+#include "cpu/partition.h"
+
+namespace masked_softmax {
+namespace {
+
+// Work below this does not pay for waking a thread: about 10 us of it (see partition.h for the unit).
+constexpr int64_t kParallelCost = 1 << 18;
+
+void run_on_threads(const Problem& problem) {
+  const RunRows run_rows = cpu_capability().run_rows;
+  const int64_t parts = std::min<int64_t>({at::get_num_threads(), largest_cost(problem) / kParallelCost, problem.rows});
+  if (parts <= 1 || at::in_parallel_region()) {
+    run_rows(problem, 0, problem.rows);
+    return;
+  }
+  const std::vector<int64_t> boundaries = partition_rows(problem, static_cast<int>(parts));
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    run_rows(problem, boundaries[begin], boundaries[end]);
+  });
+}
+
+struct Cpu {
+  static at::Tensor empty(const at::Tensor& like, at::ScalarType dtype) {
+    return at::empty(like.sizes(), like.options().dtype(dtype));
+  }
+
+  static void compute(Operation operation, const at::Tensor& output, std::initializer_list<const at::Tensor*> inputs,
+                      const RowArguments& arguments) {
+    const Problem problem = make_problem(operation, output, inputs, arguments);
+    check_bounds(problem, output, arguments);
+    if (problem.rows > 0 && problem.cols > 0) {
+      run_on_threads(problem);
+    }
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(masked_softmax_ext, CPU, m) { DeviceOps<Cpu>::register_all(m); }
+
+}  // namespace masked_softmax

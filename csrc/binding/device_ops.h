@@ -1,0 +1,113 @@
+// Every operator, for every device: check, allocate, compute. A Device says how it allocates and how it computes:
+//
+//   static at::Tensor empty(const at::Tensor& like, at::ScalarType dtype);
+//   static void compute(Operation, const at::Tensor& output, std::initializer_list<const at::Tensor*> inputs,
+//                       const RowArguments&);
+#pragma once
+
+#include <torch/library.h>
+
+#include "binding/checks.h"
+
+namespace masked_softmax {
+
+template <class Device>
+struct DeviceOps {
+  using OptionalTensor = std::optional<at::Tensor>;
+  using OptionalScale = std::optional<double>;
+  using OptionalType = std::optional<at::ScalarType>;
+
+  template <Operation kOperation>
+  static at::Tensor forward(const at::Tensor& input, const at::Tensor& lengths, int64_t dim,
+                            const OptionalTensor& starts, OptionalScale scale, OptionalType dtype, bool validate) {
+    const RowArguments arguments{function_name(kOperation), lengths, dim, starts, scale, validate};
+    const at::ScalarType type = result_dtype(arguments.name, input.scalar_type(), dtype);
+    check_row_arguments(input, arguments);
+    at::Tensor output = Device::empty(input, type);
+    Device::compute(kOperation, output, {&input}, arguments);
+    return output;
+  }
+
+  template <Operation kOperation>
+  static at::Tensor& forward_out(const at::Tensor& input, const at::Tensor& lengths, int64_t dim,
+                                 const OptionalTensor& starts, OptionalScale scale, OptionalType dtype, bool validate,
+                                 at::Tensor& out) {
+    const RowArguments arguments{function_name(kOperation), lengths, dim, starts, scale, validate};
+    const at::ScalarType type = result_dtype(arguments.name, input.scalar_type(), dtype);
+    check_row_arguments(input, arguments);
+    check_output(out, input, type, arguments);
+    Device::compute(kOperation, out, {&input}, arguments);
+    return out;
+  }
+
+  static at::Tensor& softmax_in_place(at::Tensor& input, const at::Tensor& lengths, int64_t dim,
+                                      const OptionalTensor& starts, OptionalScale scale, bool validate) {
+    const RowArguments arguments{"masked_softmax_", lengths, dim, starts, scale, validate};
+    const at::ScalarType type = result_dtype(arguments.name, input.scalar_type(), std::nullopt);
+    check_row_arguments(input, arguments);
+    check_output(input, input, type, arguments);
+    Device::compute(Operation::kSoftmax, input, {&input}, arguments);
+    return input;
+  }
+
+  template <Operation kOperation>
+  static at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, const at::Tensor& lengths,
+                             int64_t dim, const OptionalTensor& starts, OptionalScale scale,
+                             at::ScalarType input_dtype) {
+    return derivative(kOperation, {{"grad_output", &grad_output}}, output, input_dtype,
+                      {function_name(kOperation), lengths, dim, starts, scale});
+  }
+
+  static at::Tensor log_softmax_jvp(const at::Tensor& tangent, const at::Tensor& output, const at::Tensor& lengths,
+                                    int64_t dim, const OptionalTensor& starts, OptionalScale scale) {
+    constexpr Operation kOperation = Operation::kLogSoftmaxJvp;
+    return derivative(kOperation, {{"tangent", &tangent}}, output, output.scalar_type(),
+                      {function_name(kOperation), lengths, dim, starts, scale});
+  }
+
+  template <Operation kOperation>
+  static at::Tensor backward_wrt_output(const at::Tensor& tangent, const at::Tensor& grad_output,
+                                        const at::Tensor& output, const at::Tensor& lengths, int64_t dim,
+                                        const OptionalTensor& starts, OptionalScale scale) {
+    return derivative(kOperation, {{"tangent", &tangent}, {"grad_output", &grad_output}}, output, output.scalar_type(),
+                      {function_name(kOperation), lengths, dim, starts, scale});
+  }
+
+  static void register_all(torch::Library& library) {
+    library.impl("masked_softmax", forward<Operation::kSoftmax>);
+    library.impl("masked_softmax.out", forward_out<Operation::kSoftmax>);
+    library.impl("masked_softmax_", softmax_in_place);
+    library.impl("masked_log_softmax", forward<Operation::kLogSoftmax>);
+    library.impl("masked_log_softmax.out", forward_out<Operation::kLogSoftmax>);
+    library.impl("masked_softmax_backward", backward<Operation::kSoftmaxBackward>);
+    library.impl("masked_log_softmax_backward", backward<Operation::kLogSoftmaxBackward>);
+    library.impl("masked_log_softmax_jvp", log_softmax_jvp);
+    library.impl("masked_softmax_backward_wrt_output", backward_wrt_output<Operation::kSoftmaxBackwardWrtY>);
+    library.impl("masked_log_softmax_backward_wrt_output", backward_wrt_output<Operation::kLogSoftmaxBackwardWrtY>);
+  }
+
+ private:
+  struct NamedTensor {
+    const char* name;
+    const at::Tensor* tensor;
+  };
+
+  static at::Tensor derivative(Operation operation, std::initializer_list<NamedTensor> gradients,
+                               const at::Tensor& output, at::ScalarType dtype, const RowArguments& arguments) {
+    const at::ScalarType type = result_dtype(arguments.name, output.scalar_type(), dtype);
+    check_row_arguments(output, arguments);
+    for (const NamedTensor& gradient : gradients) {
+      check_like_output(gradient.name, *gradient.tensor, output, arguments);
+    }
+    at::Tensor result = Device::empty(output, type);
+    const NamedTensor* first = gradients.begin();
+    if (gradients.size() == 1) {
+      Device::compute(operation, result, {first[0].tensor, &output}, arguments);
+    } else {
+      Device::compute(operation, result, {first[0].tensor, first[1].tensor, &output}, arguments);
+    }
+    return result;
+  }
+};
+
+}  // namespace masked_softmax

@@ -1,0 +1,80 @@
+// The Python module. Importing it registers the operators (torch.ops.masked_softmax_ext); the functions here are the
+// same operators without the way through Python's operator objects, which would double the cost of a small call.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include "binding/operators.h"
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+
+namespace masked_softmax {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using OptionalScale = std::optional<double>;
+using OptionalType = std::optional<at::ScalarType>;
+
+template <const Operators& (*operators_of)()>
+at::Tensor forward(const at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
+                   OptionalScale scale, OptionalType dtype, bool validate) {
+  return operators_of().forward.call(input, lengths, dim, starts, scale, dtype, validate);
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["torch"] = TORCH_VERSION;
+#if defined(MASKED_SOFTMAX_EXT_WITH_CUDA)
+  info["cuda"] = MASKED_SOFTMAX_EXT_WITH_CUDA;
+#else
+  info["cuda"] = py::none();
+#endif
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  info["cxx_standard"] = __cplusplus / 100 % 100;
+  py::list capabilities;
+#define MASKED_SOFTMAX_ISA(Name, name) capabilities.append(name);
+#include "cpu/isa_table.inc"
+#undef MASKED_SOFTMAX_ISA
+  info["cpu_capabilities"] = capabilities;
+  return info;
+}
+
+std::vector<std::string> supported_capability_names() {
+  std::vector<std::string> names;
+  for (const CpuCapability& capability : supported_cpu_capabilities()) {
+    names.emplace_back(capability.name);
+  }
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled part of masked_softmax_ext; see masked_softmax_ext.functional for its functions.";
+  // torch's own translator lives in torch's copy of pybind11 and is not seen from another version's.
+  py::register_local_exception_translator([](std::exception_ptr error) {
+    try {
+      std::rethrow_exception(error);
+    } catch (const c10::Error&) {
+      torch::translate_exception_to_python(error);
+    }
+  });
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  m.def("masked_softmax", forward<softmax_operators>, no_gil);
+  m.def("masked_log_softmax", forward<log_softmax_operators>, no_gil);
+  m.def("build_info", build_info);
+  m.def("cpu_capability", [] { return cpu_capability().name; });
+  m.def("cpu_capabilities", supported_capability_names);
+  m.def("set_cpu_capability", set_cpu_capability);
+}
+
+}  // namespace masked_softmax

@@ -1,0 +1,75 @@
+// Every operator, declared in one place, and looked up in one place. What they compute: Operation in common/problem.h.
+#include <torch/library.h>
+
+#include "binding/operators.h"
+
+TORCH_LIBRARY(masked_softmax_ext, m) {
+  m.def(
+      "masked_softmax(Tensor input, Tensor lengths, int dim=-1, *, Tensor? starts=None, float? scale=None, "
+      "ScalarType? dtype=None, bool validate=False) -> Tensor");
+  m.def(
+      "masked_softmax.out(Tensor input, Tensor lengths, int dim=-1, *, Tensor? starts=None, float? scale=None, "
+      "ScalarType? dtype=None, bool validate=False, Tensor(a!) out) -> Tensor(a!)");
+  m.def(
+      "masked_softmax_(Tensor(a!) input, Tensor lengths, int dim=-1, *, Tensor? starts=None, float? scale=None, "
+      "bool validate=False) -> Tensor(a!)");
+  m.def(
+      "masked_log_softmax(Tensor input, Tensor lengths, int dim=-1, *, Tensor? starts=None, float? scale=None, "
+      "ScalarType? dtype=None, bool validate=False) -> Tensor");
+  m.def(
+      "masked_log_softmax.out(Tensor input, Tensor lengths, int dim=-1, *, Tensor? starts=None, float? scale=None, "
+      "ScalarType? dtype=None, bool validate=False, Tensor(a!) out) -> Tensor(a!)");
+
+  // Derivatives. `output` is the saved result of the forward pass; starts and scale are those of the forward call.
+  m.def(
+      "masked_softmax_backward(Tensor grad_output, Tensor output, Tensor lengths, int dim, Tensor? starts, "
+      "float? scale, ScalarType input_dtype) -> Tensor");
+  m.def(
+      "masked_log_softmax_backward(Tensor grad_output, Tensor output, Tensor lengths, int dim, Tensor? starts, "
+      "float? scale, ScalarType input_dtype) -> Tensor");
+  m.def(
+      "masked_log_softmax_jvp(Tensor tangent, Tensor output, Tensor lengths, int dim, Tensor? starts, float? scale) "
+      "-> Tensor");
+  m.def(
+      "masked_softmax_backward_wrt_output(Tensor tangent, Tensor grad_output, Tensor output, Tensor lengths, int dim, "
+      "Tensor? starts, float? scale) -> Tensor");
+  m.def(
+      "masked_log_softmax_backward_wrt_output(Tensor tangent, Tensor grad_output, Tensor output, Tensor lengths, "
+      "int dim, Tensor? starts, float? scale) -> Tensor");
+}
+
+namespace masked_softmax {
+
+const Operators& softmax_operators() {
+  static const Operators operators{
+      "masked_softmax",
+      find_operator<Forward>("masked_softmax_ext::masked_softmax"),
+      find_operator<ForwardOut>("masked_softmax_ext::masked_softmax", "out"),
+      find_operator<Backward>("masked_softmax_ext::masked_softmax_backward"),
+      find_operator<BackwardWrtOutput>("masked_softmax_ext::masked_softmax_backward_wrt_output"),
+  };
+  return operators;
+}
+
+const Operators& log_softmax_operators() {
+  static const Operators operators{
+      "masked_log_softmax",
+      find_operator<Forward>("masked_softmax_ext::masked_log_softmax"),
+      find_operator<ForwardOut>("masked_softmax_ext::masked_log_softmax", "out"),
+      find_operator<Backward>("masked_softmax_ext::masked_log_softmax_backward"),
+      find_operator<BackwardWrtOutput>("masked_softmax_ext::masked_log_softmax_backward_wrt_output"),
+  };
+  return operators;
+}
+
+const c10::TypedOperatorHandle<InPlace>& masked_softmax_in_place() {
+  static const auto handle = find_operator<InPlace>("masked_softmax_ext::masked_softmax_");
+  return handle;
+}
+
+const c10::TypedOperatorHandle<Jvp>& masked_log_softmax_jvp() {
+  static const auto handle = find_operator<Jvp>("masked_softmax_ext::masked_log_softmax_jvp");
+  return handle;
+}
+
+}  // namespace masked_softmax

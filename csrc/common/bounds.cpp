@@ -1,0 +1,87 @@
+#include "common/bounds.h"
+
+#include "common/row_walker.h"
+
+namespace masked_softmax {
+namespace {
+
+// Negative where bounds are invalid: the sign bit of any of start, length, cols - start and cols - start - length. In
+// unsigned arithmetic, which wraps where signed arithmetic may not: where a difference wraps, an operand was negative.
+inline uint64_t violation(int64_t start, int64_t length, int64_t cols) {
+  const uint64_t after_start = static_cast<uint64_t>(cols) - static_cast<uint64_t>(start);
+  return static_cast<uint64_t>(start) | static_cast<uint64_t>(length) | after_start |
+         (after_start - static_cast<uint64_t>(length));
+}
+
+// One innermost dimension of lengths without starts, the usual case, in a loop that compilers vectorise.
+template <class T>
+uint64_t run_violation(const T* lengths, int64_t stride, int64_t count, int64_t cols) {
+  uint64_t found = 0;
+  if (stride == 1) {
+    for (int64_t i = 0; i < count; ++i) {
+      found |= violation(0, static_cast<int64_t>(lengths[i]), cols);
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      found |= violation(0, static_cast<int64_t>(lengths[i * stride]), cols);
+    }
+  }
+  return found;
+}
+
+uint64_t run_violation(const Problem& problem, int dim, int64_t count, int64_t length_offset, int64_t start_offset) {
+  const RowIndex& lengths = problem.lengths;
+  const RowIndex& starts = problem.starts;
+  const int64_t length_stride = dim < 0 ? 0 : lengths.row_strides[dim];
+  const int64_t start_stride = dim < 0 ? 0 : starts.row_strides[dim];
+  uint64_t found = 0;
+  if (lengths.data != nullptr && starts.data == nullptr && starts.value == 0) {
+    visit_element_type(lengths.type, [&](auto element) {
+      using T = decltype(element);
+      if constexpr (std::is_integral_v<T>) {
+        found = run_violation(static_cast<const T*>(lengths.data) + length_offset, length_stride, count, problem.cols);
+      }
+    });
+    return found;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    found |= violation(load_index(starts, start_offset + i * start_stride),
+                       load_index(lengths, length_offset + i * length_stride), problem.cols);
+  }
+  return found;
+}
+
+// All different bounds from dimension `dim` inwards.
+uint64_t find_violation(const Problem& problem, int dim, int64_t length_offset, int64_t start_offset) {
+  const auto distinct = [&](int d) {
+    const bool broadcast = problem.lengths.row_strides[d] == 0 && problem.starts.row_strides[d] == 0;
+    return broadcast ? 1 : problem.row_sizes[d];
+  };
+  const int inner = problem.row_ndim - 1;
+  if (dim >= inner) {
+    return run_violation(problem, inner, inner < 0 ? 1 : distinct(inner), length_offset, start_offset);
+  }
+  uint64_t found = 0;
+  for (int64_t i = 0; i < distinct(dim); ++i) {
+    found |= find_violation(problem, dim + 1, length_offset + i * problem.lengths.row_strides[dim],
+                            start_offset + i * problem.starts.row_strides[dim]);
+  }
+  return found;
+}
+
+}  // namespace
+
+int64_t first_invalid_row(const Problem& problem) {
+  if (problem.rows == 0 || static_cast<int64_t>(find_violation(problem, 0, 0, 0)) >= 0) {
+    return -1;
+  }
+  RowWalker walker(problem, 0);
+  for (int64_t row = 0; row < problem.rows; ++row, walker.advance(1)) {
+    if (!bounds_are_valid(walker.raw_start(), walker.raw_length(), problem.cols)) {
+      return row;
+    }
+  }
+  return -1;  // another thread has mended them meanwhile
+}
+
+}  // namespace masked_softmax

@@ -1,0 +1,151 @@
+// Element types, and their way to and from the type that sums and exponentials run in.
+//
+// float16 and bfloat16 are carried as their bits: this layer must compile with any C++17 compiler, for any
+// processor, and under sanitizers, without a framework's half types.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace masked_softmax {
+
+enum class ElementType : uint8_t {
+  kFloat32,
+  kFloat64,
+  kBFloat16,
+  kFloat16,
+  kInt8,
+  kUInt8,
+  kInt16,
+  kInt32,
+  kInt64,
+  kBool,
+};
+
+struct bfloat16_t {
+  uint16_t bits;
+};
+
+struct float16_t {
+  uint16_t bits;
+};
+
+template <class To, class From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "a bit_cast keeps the size");
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+inline float bfloat16_to_float(bfloat16_t value) {
+  return bit_cast<float>(uint32_t{value.bits} << 16);
+}
+
+// To nearest, ties to even. A NaN stays a NaN: its payload is cut, so the quiet bit is set.
+inline bfloat16_t float_to_bfloat16(float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) {
+    return {static_cast<uint16_t>((bits >> 16) | 0x0040u)};
+  }
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+inline float float16_to_float(float16_t value) {
+  const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
+  const uint32_t magnitude = value.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) {  // infinity and NaN: the exponent becomes all ones, the payload moves up
+    return bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x03ffu) << 13);
+  }
+  if (magnitude < 0x0400u) {  // subnormal: an integer multiple of 2^-24
+    const float scaled = static_cast<float>(magnitude) * 0x1p-24f;
+    return bit_cast<float>(sign | bit_cast<uint32_t>(scaled));
+  }
+  return bit_cast<float>(sign | ((magnitude << 13) + (uint32_t{127 - 15} << 23)));
+}
+
+// To nearest, ties to even; overflow gives infinity, results below 2^-14 are subnormal.
+inline float16_t float_to_float16(float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) {
+    return {static_cast<uint16_t>(sign | 0x7e00u | ((magnitude >> 13) & 0x03ffu))};
+  }
+  if (magnitude >= 0x477ff000u) {  // 65520, the first value that rounds to infinity
+    return {static_cast<uint16_t>(sign | 0x7c00u)};
+  }
+  if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 leaves multiples of 2^-24, rounded by the addition
+    const float aligned = bit_cast<float>(magnitude) + 0.5f;
+    return {static_cast<uint16_t>(sign | (bit_cast<uint32_t>(aligned) - 0x3f000000u))};
+  }
+  const uint32_t rounded = magnitude + 0x0fffu + ((magnitude >> 13) & 1u);
+  return {static_cast<uint16_t>(sign | ((rounded - (uint32_t{127 - 15} << 23)) >> 13))};
+}
+
+// acc_t -> element and back, one element; the vector types have their own for whole registers.
+template <class acc_t, class T>
+inline acc_t to_acc(T value) {
+  if constexpr (std::is_same_v<T, bfloat16_t>) {
+    return bfloat16_to_float(value);
+  } else if constexpr (std::is_same_v<T, float16_t>) {
+    return float16_to_float(value);
+  } else {
+    return static_cast<acc_t>(value);
+  }
+}
+
+// double -> 16 bits rounds once, not twice: the double is first rounded to odd at float's precision, which leaves
+// the decision of the second rounding intact (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums",
+// IEEE Transactions on Computers, 2008).
+inline float round_to_odd(double value) {
+  const float nearest = static_cast<float>(value);
+  if (static_cast<double>(nearest) == value || !(std::fabs(value) <= 3.0e38)) {
+    return nearest;
+  }
+  uint32_t bits = bit_cast<uint32_t>(nearest);
+  if (std::fabs(static_cast<double>(nearest)) > std::fabs(value)) {
+    bits -= 1;  // towards zero
+  }
+  return bit_cast<float>(bits | 1u);
+}
+
+template <class T, class acc_t>
+inline T from_acc(acc_t value) {
+  if constexpr (std::is_same_v<T, bfloat16_t> || std::is_same_v<T, float16_t>) {
+    float narrowed;
+    if constexpr (std::is_same_v<acc_t, double>) {
+      narrowed = round_to_odd(value);
+    } else {
+      narrowed = value;
+    }
+    if constexpr (std::is_same_v<T, bfloat16_t>) {
+      return float_to_bfloat16(narrowed);
+    } else {
+      return float_to_float16(narrowed);
+    }
+  } else {
+    return static_cast<T>(value);
+  }
+}
+
+// Calls visit(T{}) with the C++ type that `type` names.
+template <class Visitor>
+inline void visit_element_type(ElementType type, const Visitor& visit) {
+  switch (type) {
+    case ElementType::kFloat32: return visit(float{});
+    case ElementType::kFloat64: return visit(double{});
+    case ElementType::kBFloat16: return visit(bfloat16_t{});
+    case ElementType::kFloat16: return visit(float16_t{});
+    case ElementType::kInt8: return visit(int8_t{});
+    case ElementType::kUInt8: return visit(uint8_t{});
+    case ElementType::kInt16: return visit(int16_t{});
+    case ElementType::kInt32: return visit(int32_t{});
+    case ElementType::kInt64: return visit(int64_t{});
+    case ElementType::kBool: return visit(bool{});
+  }
+}
+
+}  // namespace masked_softmax

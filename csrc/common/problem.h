@@ -1,0 +1,120 @@
+// One call, described for every device: what is computed, over which memory, with which bounds.
+//
+// A call is `rows` independent rows of `cols` columns. The rows are walked over up to kMaxRowDims dimensions (all
+// of the tensor's but the softmax dimension, merged where memory allows), the columns with one stride. All strides
+// count elements of their own operand and may be 0 or negative.
+#pragma once
+
+#include <cstdint>
+
+#include "common/numeric.h"
+
+namespace masked_softmax {
+
+// Dimensions of size 1 are dropped, so a tensor with more dimensions than this would hold over 2^40 elements.
+constexpr int kMaxRowDims = 40;
+constexpr int kMaxInputs = 3;
+
+// The rows of SPEC's table, their derivatives, and the derivatives' derivatives. `y` is the forward result, `g` the
+// incoming gradient, p = exp(y) for log_softmax, <a, b> the sum over the row's valid columns.
+enum class Operation : uint8_t {
+  kSoftmax,                    // (x)        exp(scale * (x - max)) / sum
+  kLogSoftmax,                 // (x)        scale * (x - max) - log(sum)
+  kSoftmaxBackward,            // (g, y)     scale * y * (g - <g, y>); the Jacobian is symmetric: also its jvp
+  kLogSoftmaxBackward,         // (g, y)     scale * (g - p * <g, 1>)
+  kLogSoftmaxJvp,              // (v, y)     scale * (v - <v, p>)
+  kSoftmaxBackwardWrtY,        // (v, g, y)  scale * (v * (g - <g, y>) - g * <v, y>)
+  kLogSoftmaxBackwardWrtY,     // (v, g, y)  -scale * v * p * <g, 1>
+};
+
+struct Operand {
+  void* data = nullptr;
+  ElementType type = ElementType::kFloat32;
+  int64_t col_stride = 0;
+  int64_t row_strides[kMaxRowDims];
+};
+
+// Lengths or starts: one integer a row, in the caller's own integer type, broadcast by strides of 0.
+struct RowIndex {
+  const void* data = nullptr;  // null: `value` for every row
+  ElementType type = ElementType::kInt64;
+  int64_t value = 0;
+  int64_t row_strides[kMaxRowDims];
+};
+
+struct Problem {
+  Operation operation = Operation::kSoftmax;
+  double scale = 1.0;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  int row_ndim = 0;
+  int input_count = 1;
+  int64_t row_sizes[kMaxRowDims];
+  Operand output;
+  Operand inputs[kMaxInputs];  // in the order that Operation names them
+  RowIndex lengths;
+  RowIndex starts;
+};
+
+// The valid columns of one row: start <= column < end.
+struct RowBounds {
+  int64_t start;
+  int64_t end;
+
+  int64_t length() const { return end - start; }
+};
+
+inline int64_t load_index(const RowIndex& index, int64_t offset) {
+  if (index.data == nullptr) {
+    return index.value;
+  }
+  switch (index.type) {
+    case ElementType::kInt8: return static_cast<const int8_t*>(index.data)[offset];
+    case ElementType::kUInt8: return static_cast<const uint8_t*>(index.data)[offset];
+    case ElementType::kInt16: return static_cast<const int16_t*>(index.data)[offset];
+    case ElementType::kInt32: return static_cast<const int32_t*>(index.data)[offset];
+    default: return static_cast<const int64_t*>(index.data)[offset];
+  }
+}
+
+// The type that sums and exponentials run in is the widest of the operands', at least float32.
+inline bool computes_in_double(const Problem& problem) {
+  bool is_double = problem.output.type == ElementType::kFloat64;
+  for (int i = 0; i < problem.input_count; ++i) {
+    is_double = is_double || problem.inputs[i].type == ElementType::kFloat64;
+  }
+  return is_double;
+}
+
+inline bool input_types_agree(const Problem& problem) {
+  for (int i = 1; i < problem.input_count; ++i) {
+    if (problem.inputs[i].type != problem.inputs[0].type) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// Whether every operand's row is contiguous.
+inline bool columns_are_adjacent(const Problem& problem) {
+  if (problem.cols == 1) {
+    return true;
+  }
+  bool adjacent = problem.output.col_stride == 1;
+  for (int i = 0; i < problem.input_count; ++i) {
+    adjacent = adjacent && problem.inputs[i].col_stride == 1;
+  }
+  return adjacent;
+}
+
+// A forward pass with a negative scale runs on -x with -scale.
+inline bool stages_negated(const Problem& problem) {
+  return problem.scale < 0 &&
+         (problem.operation == Operation::kSoftmax || problem.operation == Operation::kLogSoftmax);
+}
+
+inline bool bounds_are_valid(int64_t start, int64_t length, int64_t cols) {
+  return start >= 0 && length >= 0 && start <= cols && length <= cols - start;
+}
+
+}  // namespace masked_softmax

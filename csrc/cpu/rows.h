@@ -1,0 +1,289 @@
+// Runs a problem's rows [begin, end): chooses how the rows' memory is reached, walks them, and fills their padding.
+#pragma once
+
+#include "cpu/long_row.h"
+#include "cpu/short_rows.h"
+
+namespace masked_softmax {
+
+// Contiguous rows of types that the vectors load and store.
+template <class V, class input_t, class output_t>
+struct DirectAccess {
+  using acc_t = typename V::acc_t;
+  using batch_input_t = input_t;
+  using batch_output_t = output_t;
+  static constexpr int64_t kLongestShortRow = kShortRowElems;
+
+  explicit DirectAccess(const Problem& /*problem*/) {}
+
+  MASKED_SOFTMAX_INLINE DirectSource<input_t> source(const Operand& operand, int64_t offset) const {
+    return DirectSource<input_t>(static_cast<const input_t*>(operand.data) + offset);
+  }
+  MASKED_SOFTMAX_INLINE DirectSink<output_t> sink(const Operand& operand, int64_t offset) const {
+    return DirectSink<output_t>(static_cast<output_t*>(operand.data) + offset);
+  }
+
+  MASKED_SOFTMAX_INLINE const void* batch_input(const Operand& operand, int /*input*/, int64_t offset, int64_t /*used*/,
+                                                int64_t /*length*/) {
+    return static_cast<const input_t*>(operand.data) + offset;
+  }
+  MASKED_SOFTMAX_INLINE void* batch_output(const Operand& operand, int /*row*/, int64_t offset, int64_t /*used*/) {
+    return static_cast<output_t*>(operand.data) + offset;
+  }
+  MASKED_SOFTMAX_INLINE void finish_batch(const Operand& /*output*/, const Batch<acc_t>& /*batch*/) {}
+
+  static MASKED_SOFTMAX_INLINE void fill(const Operand& operand, int64_t offset, int64_t count, acc_t value) {
+    constexpr int64_t kMemsetBytes = 512;  // from here on memset's own start costs less than our stores
+    output_t* to = static_cast<output_t*>(operand.data) + offset;
+    if (value == 0 && count * static_cast<int64_t>(sizeof(output_t)) >= kMemsetBytes) {
+      std::memset(static_cast<void*>(to), 0, static_cast<size_t>(count) * sizeof(output_t));
+      return;
+    }
+    const V filling = V::broadcast(value);
+    for_each_vector<V>(count, [&](int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
+      store(to + i, filling, lanes);
+    });
+  }
+};
+
+// Everything else: a batch's rows are brought into buffers of the computing type before its sweeps, and its results out
+// of one after them.
+template <class V>
+struct StagedAccess {
+  using acc_t = typename V::acc_t;
+  using batch_input_t = acc_t;
+  using batch_output_t = acc_t;
+  static constexpr int64_t kLongestShortRow = kBatchElems;
+
+  explicit StagedAccess(const Problem& problem) : negate_(stages_negated(problem)) {}
+
+  StagedSource<V> source(const Operand& operand, int64_t offset) const {
+    return {element_at(operand.data, operand.type, offset), operand.type, operand.col_stride, negate_};
+  }
+  StagedSink<V> sink(const Operand& operand, int64_t offset) const {
+    return {element_at(operand.data, operand.type, offset), operand.type, operand.col_stride};
+  }
+
+  const void* batch_input(const Operand& operand, int input, int64_t offset, int64_t used, int64_t length) {
+    acc_t* buffer = buffers_[input] + used;
+    gather(element_at(operand.data, operand.type, offset), operand.type, operand.col_stride, length, buffer);
+    if (negate_) {
+      negate_all<V>(buffer, length);
+    }
+    return buffer;
+  }
+  // Over the first input's buffer: every sweep reads an element before it writes it.
+  void* batch_output(const Operand& operand, int row, int64_t offset, int64_t used) {
+    destinations_[row] = element_at(operand.data, operand.type, offset);
+    return buffers_[0] + used;
+  }
+  void finish_batch(const Operand& output, const Batch<acc_t>& batch) {
+    for (int r = 0; r < batch.rows; ++r) {
+      scatter(static_cast<const acc_t*>(batch.outputs[r]), batch.lengths[r], destinations_[r], output.type,
+              output.col_stride);
+    }
+  }
+
+  static void fill(const Operand& operand, int64_t offset, int64_t count, acc_t value) {
+    scatter_value(value, count, element_at(operand.data, operand.type, offset), operand.type, operand.col_stride);
+  }
+
+ private:
+  alignas(64) acc_t buffers_[kMaxInputs][kBatchElems];
+  void* destinations_[kBatchRows];
+  bool negate_;
+};
+
+// What an operation does to a batch and to a long row.
+template <class V, class Access, Operation kOperation>
+struct Kernel {
+  static constexpr bool kForward = kOperation == Operation::kSoftmax || kOperation == Operation::kLogSoftmax;
+  using acc_t = typename V::acc_t;
+  using input_t = typename Access::batch_input_t;
+  using output_t = typename Access::batch_output_t;
+  using Parameters = std::conditional_t<kForward, RowScale<acc_t>, DerivativeTerms<V>>;
+
+  static constexpr acc_t kPadding =
+      kOperation == Operation::kLogSoftmax ? -std::numeric_limits<acc_t>::infinity() : acc_t{0};
+
+  static MASKED_SOFTMAX_INLINE void run_batch(Batch<acc_t>& batch, const Parameters& parameters) {
+    if constexpr (kForward) {
+      forward_batch<V, kOperation, input_t, output_t>(batch, parameters);
+    } else {
+      derivative_batch<V, kOperation, input_t, output_t>(batch, parameters);
+    }
+  }
+
+  // offsets: of the first valid element in the output and the inputs.
+  static MASKED_SOFTMAX_NOINLINE void run_long_row(const Problem& problem, int64_t output_offset,
+                                                   const int64_t* input_offsets, int64_t length,
+                                                   const Parameters& parameters) {
+    // Directly only where nothing needs converting: a tile in a buffer costs a long row little.
+    constexpr bool kDirect = std::is_same_v<Access, DirectAccess<V, acc_t, acc_t>>;
+    using LongAccess = std::conditional_t<kDirect, Access, StagedAccess<V>>;
+    const LongAccess access(problem);
+    const auto source = [&](int k) { return access.source(problem.inputs[k], input_offsets[k]); };
+    auto sink = access.sink(problem.output, output_offset);
+    if constexpr (kForward) {
+      forward_long_row<V, kOperation>(source(0), sink, length, parameters);
+    } else if constexpr (Derivative<V, kOperation>::kInputs == 2) {
+      decltype(source(0)) sources[] = {source(0), source(1)};
+      derivative_long_row<V, kOperation>(sources, sink, length, parameters);
+    } else {
+      decltype(source(0)) sources[] = {source(0), source(1), source(2)};
+      derivative_long_row<V, kOperation>(sources, sink, length, parameters);
+    }
+  }
+};
+
+template <class V, class Access, Operation kOperation>
+void run_rows(const Problem& problem, int64_t begin, int64_t end) {
+  using K = Kernel<V, Access, kOperation>;
+  using acc_t = typename V::acc_t;
+  constexpr int64_t kScratchElems = kOperation == Operation::kSoftmax ? Access::kLongestShortRow : 1;
+  alignas(64) acc_t scratch[kScratchElems];
+  const typename K::Parameters parameters(stages_negated(problem) ? -problem.scale : problem.scale);
+  const Operand& output = problem.output;
+  Access access(problem);
+  Batch<acc_t> batch;
+  int64_t used = 0;
+
+  const auto flush = [&]() MASKED_SOFTMAX_LAMBDA_INLINE {
+    if (batch.rows > 0) {
+      K::run_batch(batch, parameters);
+      access.finish_batch(output, batch);
+      batch.rows = 0;
+      used = 0;
+    }
+  };
+  const auto take_row = [&](const RowWalker& walker, int64_t ahead) MASKED_SOFTMAX_LAMBDA_INLINE {
+    const RowBounds bounds = walker.bounds(ahead);
+    const int64_t length = bounds.length();
+    const int64_t row_offset = walker.output_offset(ahead);
+    if (bounds.start > 0) {
+      Access::fill(output, row_offset, bounds.start, K::kPadding);
+    }
+    if (bounds.end < problem.cols) {
+      Access::fill(output, row_offset + bounds.end * output.col_stride, problem.cols - bounds.end, K::kPadding);
+    }
+    if (length == 0) {
+      return;
+    }
+    const int64_t output_offset = row_offset + bounds.start * output.col_stride;
+    int64_t input_offsets[kMaxInputs];
+    for (int k = 0; k < problem.input_count; ++k) {
+      input_offsets[k] = walker.input_offset(k, ahead) + bounds.start * problem.inputs[k].col_stride;
+    }
+    if (length > Access::kLongestShortRow) {
+      K::run_long_row(problem, output_offset, input_offsets, length, parameters);
+      return;
+    }
+    if (batch.rows == kBatchRows || used + length > kBatchElems) {
+      flush();
+    }
+    const int row = batch.rows++;
+    for (int k = 0; k < problem.input_count; ++k) {
+      batch.inputs[k][row] = access.batch_input(problem.inputs[k], k, input_offsets[k], used, length);
+    }
+    batch.outputs[row] = access.batch_output(output, row, output_offset, used);
+    batch.lengths[row] = length;
+    batch.scratch[row] = kScratchElems > 1 ? scratch + used : nullptr;
+    used += length;
+  };
+
+  RowWalker walker(problem, begin);
+  for (int64_t row = begin; row < end;) {
+    const int64_t run = std::min(walker.run(), end - row);
+    for (int64_t ahead = 0; ahead < run; ++ahead) {
+      take_row(walker, ahead);
+    }
+    walker.advance(run);
+    row += run;
+  }
+  flush();
+}
+
+template <class Isa, Operation kOperation>
+void run_staged(const Problem& problem, int64_t begin, int64_t end) {
+  if (computes_in_double(problem)) {
+    run_rows<typename Isa::Double, StagedAccess<typename Isa::Double>, kOperation>(problem, begin, end);
+  } else {
+    run_rows<typename Isa::Float, StagedAccess<typename Isa::Float>, kOperation>(problem, begin, end);
+  }
+}
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// The type pairs that are read and written directly: float64, float32, and with it the 16-bit types that the
+// instruction set loads. Calls visit(access, vector) for one of them.
+template <class Isa, class Visitor>
+MASKED_SOFTMAX_INLINE bool visit_direct_types(ElementType input, ElementType output, const Visitor& visit) {
+  using Float = typename Isa::Float;
+  using Double = typename Isa::Double;
+  if (input == ElementType::kFloat64 && output == ElementType::kFloat64) {
+    visit(Type<DirectAccess<Double, double, double>>{}, Type<Double>{});
+    return true;
+  }
+  const auto with_input = [&](auto input_element) MASKED_SOFTMAX_LAMBDA_INLINE {
+    using input_t = decltype(input_element);
+    if (output == ElementType::kFloat32) {
+      visit(Type<DirectAccess<Float, input_t, float>>{}, Type<Float>{});
+      return true;
+    }
+    if constexpr (Isa::kLoads16Bit) {
+      if (output == ElementType::kBFloat16) {
+        visit(Type<DirectAccess<Float, input_t, bfloat16_t>>{}, Type<Float>{});
+        return true;
+      }
+      if (output == ElementType::kFloat16) {
+        visit(Type<DirectAccess<Float, input_t, float16_t>>{}, Type<Float>{});
+        return true;
+      }
+    }
+    return false;
+  };
+  if (input == ElementType::kFloat32) {
+    return with_input(float{});
+  }
+  if constexpr (Isa::kLoads16Bit) {
+    if (input == ElementType::kBFloat16) {
+      return with_input(bfloat16_t{});
+    }
+    if (input == ElementType::kFloat16) {
+      return with_input(float16_t{});
+    }
+  }
+  return false;
+}
+
+template <class Isa, Operation kOperation>
+void run_operation(const Problem& problem, int64_t begin, int64_t end) {
+  const bool direct = columns_are_adjacent(problem) && input_types_agree(problem) && !stages_negated(problem) &&
+                      visit_direct_types<Isa>(problem.inputs[0].type, problem.output.type,
+                                              [&](auto access, auto vec) MASKED_SOFTMAX_LAMBDA_INLINE {
+                        run_rows<typename decltype(vec)::type, typename decltype(access)::type, kOperation>(problem, begin, end);
+                      });
+  if (!direct) {
+    run_staged<Isa, kOperation>(problem, begin, end);
+  }
+}
+
+template <class Isa>
+void run(const Problem& problem, int64_t begin, int64_t end) {
+  switch (problem.operation) {
+    case Operation::kSoftmax: return run_operation<Isa, Operation::kSoftmax>(problem, begin, end);
+    case Operation::kLogSoftmax: return run_operation<Isa, Operation::kLogSoftmax>(problem, begin, end);
+    case Operation::kSoftmaxBackward: return run_operation<Isa, Operation::kSoftmaxBackward>(problem, begin, end);
+    case Operation::kLogSoftmaxBackward: return run_operation<Isa, Operation::kLogSoftmaxBackward>(problem, begin, end);
+    // Asked for by second derivatives and forward-mode differentiation only: one way for every type is enough.
+    case Operation::kLogSoftmaxJvp: return run_staged<Isa, Operation::kLogSoftmaxJvp>(problem, begin, end);
+    case Operation::kSoftmaxBackwardWrtY: return run_staged<Isa, Operation::kSoftmaxBackwardWrtY>(problem, begin, end);
+    case Operation::kLogSoftmaxBackwardWrtY:
+      return run_staged<Isa, Operation::kLogSoftmaxBackwardWrtY>(problem, begin, end);
+  }
+}
+
+}  // namespace masked_softmax

@@ -1,0 +1,293 @@
+// How a row is swept: vector by vector, four at a time, in tiles; and how its sums are kept.
+//
+// The order of additions is fixed by the row's length alone: element i of the valid columns goes to lane i % kLanes of
+// chain (i / kLanes) % 4. Neither alignment, nor padding, nor the strategy that reads the row changes it, and that is
+// why a row has the same bits wherever it lies.
+//
+// A chain holds at most kChainLength terms before it is folded, so its rounding errors stay within a few eps; folds of
+// several tiles are added with their rounding error kept in a second word (TwoSum: Knuth, The Art of Computer
+// Programming, vol. 2, 4.2.2). A sum of 2^20 terms is then as good as one of 16.
+#pragma once
+
+#include "cpu/prelude.h"
+
+namespace masked_softmax {
+
+constexpr int kChains = 4;
+constexpr int kChainLength = 16;
+
+template <class V>
+constexpr int64_t kTileElems = int64_t{V::kLanes} * kChains * kChainLength;
+
+// How many lanes of a vector hold elements: all of them, known at compile time, or the first few.
+struct Whole {};
+struct Partial {
+  int count;
+};
+
+template <class V, class T>
+MASKED_SOFTMAX_INLINE V load(const T* p, Whole, typename V::acc_t /*fill*/) {
+  return V::load(p);
+}
+template <class V, class T>
+MASKED_SOFTMAX_INLINE V load(const T* p, Partial lanes, typename V::acc_t fill) {
+  return V::load_partial(p, lanes.count, fill);
+}
+template <class V, class T>
+MASKED_SOFTMAX_INLINE void store(T* p, V value, Whole) {
+  value.store(p);
+}
+template <class V, class T>
+MASKED_SOFTMAX_INLINE void store(T* p, V value, Partial lanes) {
+  value.store_partial(p, lanes.count);
+}
+
+template <int kIndex>
+using Chain = std::integral_constant<int, kIndex>;
+
+// Calls body(i, lanes) for every vector of `count` elements.
+template <class V, class Body>
+MASKED_SOFTMAX_INLINE void for_each_vector(int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + V::kLanes <= count; i += V::kLanes) {
+    body(i, Whole{});
+  }
+  if (i < count) {
+    body(i, Partial{static_cast<int>(count - i)});
+  }
+}
+
+// The same for what accumulates: calls body(chain, i, lanes), four vectors to a round, one to a chain.
+template <class V, class Body>
+MASKED_SOFTMAX_INLINE void for_each_in_chains(int64_t count, const Body& body) {
+  constexpr int64_t kLanes = V::kLanes;
+  int64_t i = 0;
+  for (; i + kChains * kLanes <= count; i += kChains * kLanes) {
+    body(Chain<0>{}, i, Whole{});
+    body(Chain<1>{}, i + kLanes, Whole{});
+    body(Chain<2>{}, i + 2 * kLanes, Whole{});
+    body(Chain<3>{}, i + 3 * kLanes, Whole{});
+  }
+  const auto last_round = [&](auto chain) MASKED_SOFTMAX_LAMBDA_INLINE {
+    if (i + kLanes <= count) {
+      body(chain, i, Whole{});
+      i += kLanes;
+      return true;
+    }
+    if (i < count) {
+      body(chain, i, Partial{static_cast<int>(count - i)});
+    }
+    return false;
+  };
+  (void)(last_round(Chain<0>{}) && last_round(Chain<1>{}) && last_round(Chain<2>{}) && last_round(Chain<3>{}));
+}
+
+// Calls body(first, count) for every tile of `count` elements.
+template <class V, class Body>
+MASKED_SOFTMAX_INLINE void for_each_tile(int64_t count, const Body& body) {
+  for (int64_t first = 0; first < count; first += kTileElems<V>) {
+    const int64_t rest = count - first;
+    body(first, rest < kTileElems<V> ? rest : kTileElems<V>);
+  }
+}
+
+// One or more sums, still spread over the lanes.
+template <class V, int kSums = 1>
+struct LaneSums {
+  V sums[kSums];
+};
+
+// The sums of one tile: term(i, lanes) returns, for one vector of elements, the LaneSums to add.
+template <class V, int kSums, class Term>
+MASKED_SOFTMAX_INLINE LaneSums<V, kSums> sum_tile(int64_t count, const Term& term) {
+  V chains[kSums][kChains];
+  for (auto& sum : chains) {
+    for (V& chain : sum) {
+      chain = V::broadcast(0);
+    }
+  }
+  for_each_in_chains<V>(count, [&](auto chain, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
+    const LaneSums<V, kSums> terms = term(i, lanes);
+    for (int s = 0; s < kSums; ++s) {
+      chains[s][chain] = V::add(chains[s][chain], terms.sums[s]);
+    }
+  });
+  LaneSums<V, kSums> result;
+  for (int s = 0; s < kSums; ++s) {
+    result.sums[s] = V::add(V::add(chains[s][0], chains[s][1]), V::add(chains[s][2], chains[s][3]));
+  }
+  return result;
+}
+
+// The sum of a row's tiles.
+template <class V>
+class RowSum {
+ public:
+  MASKED_SOFTMAX_INLINE void add_tile(int64_t first, V tile) {
+    if (first == 0) {
+      high_ = tile;
+      return;
+    }
+    const V sum = V::add(high_, tile);
+    const V part = V::sub(sum, high_);
+    const V error = V::add(V::sub(high_, V::sub(sum, part)), V::sub(tile, part));
+    high_ = sum;
+    low_ = V::add(low_, error);
+  }
+
+  MASKED_SOFTMAX_INLINE typename V::acc_t total() const { return high_.reduce_add() + low_.reduce_add(); }
+  MASKED_SOFTMAX_INLINE typename V::acc_t total_of_one_tile() const { return high_.reduce_add(); }
+
+ private:
+  V high_ = V::broadcast(0);
+  V low_ = V::broadcast(0);
+};
+
+// The sums of a row that lies in memory as a whole.
+template <class V, int kSums>
+struct Totals {
+  typename V::acc_t sums[kSums];
+};
+
+template <class V, int kSums, class Term>
+MASKED_SOFTMAX_INLINE Totals<V, kSums> sum_row(int64_t length, const Term& term) {
+  RowSum<V> rows[kSums];
+  for_each_tile<V>(length, [&](int64_t first, int64_t count) MASKED_SOFTMAX_LAMBDA_INLINE {
+    const LaneSums<V, kSums> tile = sum_tile<V, kSums>(count, [&](int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
+      return term(first + i, lanes);
+    });
+    for (int s = 0; s < kSums; ++s) {
+      rows[s].add_tile(first, tile.sums[s]);
+    }
+  });
+  Totals<V, kSums> totals;
+  for (int s = 0; s < kSums; ++s) {
+    totals.sums[s] = length <= kTileElems<V> ? rows[s].total_of_one_tile() : rows[s].total();
+  }
+  return totals;
+}
+
+template <class V, class T, class U>
+MASKED_SOFTMAX_NOINLINE void copy_converted(const T* from, int64_t count, U* to) {
+  for_each_vector<V>(count, [&](int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
+    store(to + i, load<V>(from + i, lanes, 0), lanes);
+  });
+}
+
+template <class V>
+MASKED_SOFTMAX_NOINLINE void negate_all(typename V::acc_t* elements, int64_t count) {
+  for_each_vector<V>(count, [&](int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
+    store(elements + i, V::mul(load<V>(elements + i, lanes, 0), V::broadcast(-1)), lanes);
+  });
+}
+
+// Where a row's elements come from and go to, a tile at a time. Direct: the row is contiguous and of a type that the
+// vector loads; nothing is moved. Staged: through a buffer of the computing type, the elements negated if asked for.
+template <class T>
+class DirectSource {
+ public:
+  using tile_t = const T*;
+
+  explicit DirectSource(const void* row) : row_(static_cast<const T*>(row)) {}
+  MASKED_SOFTMAX_INLINE const T* tile(int64_t first, int64_t /*count*/) { return row_ + first; }
+
+ private:
+  const T* row_;
+};
+
+template <class T>
+class DirectSink {
+ public:
+  static constexpr bool kStaged = false;
+  using element_t = T;
+
+  explicit DirectSink(void* row) : row_(static_cast<T*>(row)) {}
+  MASKED_SOFTMAX_INLINE T* tile(int64_t first) { return row_ + first; }
+  MASKED_SOFTMAX_INLINE void finish_tile(int64_t /*first*/, int64_t /*count*/) {}
+
+ private:
+  T* row_;
+};
+
+template <class V>
+class StagedSource {
+ public:
+  using acc_t = typename V::acc_t;
+  using tile_t = const acc_t*;
+
+  StagedSource(const void* row, ElementType type, int64_t stride, bool negate)
+      : row_(row), type_(type), stride_(stride), negate_(negate) {}
+
+  const acc_t* tile(int64_t first, int64_t count) {
+    const void* from = element_at(row_, type_, first * stride_);
+    if (!(stride_ == 1 && convert_contiguous(from, count))) {
+      gather(from, type_, stride_, count, buffer_);
+    }
+    if (negate_) {
+      negate_all<V>(buffer_, count);
+    }
+    return buffer_;
+  }
+
+ private:
+  // The 16-bit types, by the vectors' own conversion.
+  bool convert_contiguous(const void* from, int64_t count) {
+    if constexpr (std::is_same_v<acc_t, float>) {
+      if (type_ == ElementType::kBFloat16) {
+        copy_converted<V>(static_cast<const bfloat16_t*>(from), count, buffer_);
+        return true;
+      }
+      if (type_ == ElementType::kFloat16) {
+        copy_converted<V>(static_cast<const float16_t*>(from), count, buffer_);
+        return true;
+      }
+    }
+    return false;
+  }
+
+  const void* row_;
+  ElementType type_;
+  int64_t stride_;
+  bool negate_;
+  alignas(64) acc_t buffer_[kTileElems<V>];
+};
+
+template <class V>
+class StagedSink {
+ public:
+  static constexpr bool kStaged = true;
+  using acc_t = typename V::acc_t;
+  using element_t = acc_t;
+
+  StagedSink(void* row, ElementType type, int64_t stride) : row_(row), type_(type), stride_(stride) {}
+
+  acc_t* tile(int64_t /*first*/) { return buffer_; }
+  void finish_tile(int64_t first, int64_t count) {
+    void* to = element_at(row_, type_, first * stride_);
+    if (!(stride_ == 1 && convert_contiguous(to, count))) {
+      scatter(buffer_, count, to, type_, stride_);
+    }
+  }
+
+ private:
+  bool convert_contiguous(void* to, int64_t count) {
+    if constexpr (std::is_same_v<acc_t, float>) {
+      if (type_ == ElementType::kBFloat16) {
+        copy_converted<V>(buffer_, count, static_cast<bfloat16_t*>(to));
+        return true;
+      }
+      if (type_ == ElementType::kFloat16) {
+        copy_converted<V>(buffer_, count, static_cast<float16_t*>(to));
+        return true;
+      }
+    }
+    return false;
+  }
+
+  void* row_;
+  ElementType type_;
+  int64_t stride_;
+  alignas(64) acc_t buffer_[kTileElems<V>];
+};
+
+}  // namespace masked_softmax

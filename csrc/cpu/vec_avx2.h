@@ -1,0 +1,218 @@
+// AVX2 with FMA and F16C: 8 floats or 4 doubles. Partial access is by masks or by pieces of 4, 2 and 1 elements (a
+// masked store is microcoded on AMD), so no byte outside is touched.
+#pragma once
+
+#include "cpu/prelude.h"
+
+namespace masked_softmax {
+
+struct Avx2Float {
+  using acc_t = float;
+  static constexpr int kLanes = 8;
+  static constexpr bool kHasSixteenthPowers = false;
+  __m256 v;
+
+  static Avx2Float broadcast(float value) { return {_mm256_set1_ps(value)}; }
+
+  static Avx2Float load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Avx2Float load(const bfloat16_t* p) { return from_bfloat16(_mm_loadu_si128(as_vector(p))); }
+  static Avx2Float load(const float16_t* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(as_vector(p)))}; }
+
+  static Avx2Float load_partial(const float* p, int count, float fill) {
+    const __m256i mask = first(count);
+    return {_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, mask), _mm256_castsi256_ps(mask))};
+  }
+  static Avx2Float load_partial(const bfloat16_t* p, int count, float fill) {
+    return filled(from_bfloat16(load_16bit(p, count)), count, fill);
+  }
+  static Avx2Float load_partial(const float16_t* p, int count, float fill) {
+    return filled({_mm256_cvtph_ps(load_16bit(p, count))}, count, fill);
+  }
+
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  void store(bfloat16_t* p) const { _mm_storeu_si128(as_vector(p), to_bfloat16()); }
+  void store(float16_t* p) const { _mm_storeu_si128(as_vector(p), to_float16()); }
+
+  void store_partial(float* p, int count) const {
+    __m128 rest = _mm256_castps256_ps128(v);
+    if (count & 4) {
+      _mm_storeu_ps(p, rest);
+      rest = _mm256_extractf128_ps(v, 1);
+      p += 4;
+    }
+    if (count & 2) {
+      _mm_storel_pi(reinterpret_cast<__m64*>(p), rest);
+      rest = _mm_movehl_ps(rest, rest);
+      p += 2;
+    }
+    if (count & 1) {
+      _mm_store_ss(p, rest);
+    }
+  }
+  void store_partial(bfloat16_t* p, int count) const { store_16bit(p, count, to_bfloat16()); }
+  void store_partial(float16_t* p, int count) const { store_16bit(p, count, to_float16()); }
+
+  static Avx2Float add(Avx2Float a, Avx2Float b) { return {_mm256_add_ps(a.v, b.v)}; }
+  static Avx2Float sub(Avx2Float a, Avx2Float b) { return {_mm256_sub_ps(a.v, b.v)}; }
+  static Avx2Float mul(Avx2Float a, Avx2Float b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  static Avx2Float fma(Avx2Float a, Avx2Float b, Avx2Float c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  static Avx2Float max(Avx2Float a, Avx2Float b) { return {_mm256_max_ps(a.v, b.v)}; }
+  static Avx2Float min(Avx2Float a, Avx2Float b) { return {_mm256_min_ps(a.v, b.v)}; }
+
+  static Avx2Float scale_by_power(Avx2Float p, Avx2Float n, Avx2Float shifted, float smallest) {
+    const __m256 power = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23));
+    const __m256 normal = _mm256_cmp_ps(n.v, _mm256_set1_ps(smallest), _CMP_NLT_UQ);
+    return {_mm256_and_ps(normal, _mm256_mul_ps(p.v, power))};
+  }
+  static Avx2Float zero_where_zero(Avx2Float t, Avx2Float value) {
+    return {_mm256_and_ps(_mm256_cmp_ps(t.v, _mm256_setzero_ps(), _CMP_NEQ_UQ), value.v)};
+  }
+  static Avx2Float one_where_zero(Avx2Float t) {
+    return {_mm256_and_ps(_mm256_cmp_ps(t.v, _mm256_setzero_ps(), _CMP_EQ_OQ), _mm256_set1_ps(1.0f))};
+  }
+
+  float reduce_add() const {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+  float reduce_max() const {
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+  }
+  float reduce_min() const {
+    const __m128 four = _mm_min_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_min_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_min_ss(two, _mm_movehdup_ps(two)));
+  }
+
+ private:
+  static const __m128i* as_vector(const void* p) { return static_cast<const __m128i*>(p); }
+  static __m128i* as_vector(void* p) { return static_cast<__m128i*>(p); }
+
+  static __m256i first(int count) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static Avx2Float filled(Avx2Float loaded, int count, float fill) {
+    return {_mm256_blendv_ps(_mm256_set1_ps(fill), loaded.v, _mm256_castsi256_ps(first(count)))};
+  }
+
+  // The first `count` (0 to 7) 16-bit elements, zeros behind them, put together in registers.
+  static __m128i load_16bit(const void* from, int count) {
+    const char* p = static_cast<const char*>(from);
+    uint64_t low = 0;
+    if (count & 4) {
+      std::memcpy(&low, p, 8);
+      p += 8;
+    }
+    uint64_t rest = 0;
+    if (count & 2) {
+      uint32_t pair;
+      std::memcpy(&pair, p, 4);
+      rest = pair;
+      p += 4;
+    }
+    if (count & 1) {
+      uint16_t single;
+      std::memcpy(&single, p, 2);
+      rest |= uint64_t{single} << (count & 2 ? 32 : 0);
+    }
+    return count & 4 ? _mm_set_epi64x(static_cast<int64_t>(rest), static_cast<int64_t>(low))
+                     : _mm_set_epi64x(0, static_cast<int64_t>(rest));
+  }
+  static void store_16bit(void* to, int count, __m128i bits) {
+    char* p = static_cast<char*>(to);
+    uint64_t rest = static_cast<uint64_t>(_mm_cvtsi128_si64(bits));
+    if (count & 4) {
+      std::memcpy(p, &rest, 8);
+      rest = static_cast<uint64_t>(_mm_extract_epi64(bits, 1));
+      p += 8;
+    }
+    if (count & 2) {
+      const uint32_t pair = static_cast<uint32_t>(rest);
+      std::memcpy(p, &pair, 4);
+      rest >>= 32;
+      p += 4;
+    }
+    if (count & 1) {
+      const uint16_t single = static_cast<uint16_t>(rest);
+      std::memcpy(p, &single, 2);
+    }
+  }
+
+  static Avx2Float from_bfloat16(__m128i bits) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+  }
+  // To nearest, ties to even.
+  __m128i to_bfloat16() const {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+  }
+  __m128i to_float16() const { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+};
+
+struct Avx2Double {
+  using acc_t = double;
+  static constexpr int kLanes = 4;
+  static constexpr bool kHasSixteenthPowers = false;
+  __m256d v;
+
+  static Avx2Double broadcast(double value) { return {_mm256_set1_pd(value)}; }
+
+  static Avx2Double load(const double* p) { return {_mm256_loadu_pd(p)}; }
+  static Avx2Double load_partial(const double* p, int count, double fill) {
+    const __m256i mask = _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
+    return {_mm256_blendv_pd(_mm256_set1_pd(fill), _mm256_maskload_pd(p, mask), _mm256_castsi256_pd(mask))};
+  }
+  void store(double* p) const { _mm256_storeu_pd(p, v); }
+  void store_partial(double* p, int count) const {
+    __m128d rest = _mm256_castpd256_pd128(v);
+    if (count & 2) {
+      _mm_storeu_pd(p, rest);
+      rest = _mm256_extractf128_pd(v, 1);
+      p += 2;
+    }
+    if (count & 1) {
+      _mm_store_sd(p, rest);
+    }
+  }
+
+  static Avx2Double add(Avx2Double a, Avx2Double b) { return {_mm256_add_pd(a.v, b.v)}; }
+  static Avx2Double sub(Avx2Double a, Avx2Double b) { return {_mm256_sub_pd(a.v, b.v)}; }
+  static Avx2Double mul(Avx2Double a, Avx2Double b) { return {_mm256_mul_pd(a.v, b.v)}; }
+  static Avx2Double fma(Avx2Double a, Avx2Double b, Avx2Double c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+  static Avx2Double max(Avx2Double a, Avx2Double b) { return {_mm256_max_pd(a.v, b.v)}; }
+  static Avx2Double min(Avx2Double a, Avx2Double b) { return {_mm256_min_pd(a.v, b.v)}; }
+
+  static Avx2Double scale_by_power(Avx2Double p, Avx2Double n, Avx2Double shifted, double smallest) {
+    const __m256d power = _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(shifted.v), 52));
+    const __m256d normal = _mm256_cmp_pd(n.v, _mm256_set1_pd(smallest), _CMP_NLT_UQ);
+    return {_mm256_and_pd(normal, _mm256_mul_pd(p.v, power))};
+  }
+  static Avx2Double zero_where_zero(Avx2Double t, Avx2Double value) {
+    return {_mm256_and_pd(_mm256_cmp_pd(t.v, _mm256_setzero_pd(), _CMP_NEQ_UQ), value.v)};
+  }
+  static Avx2Double one_where_zero(Avx2Double t) {
+    return {_mm256_and_pd(_mm256_cmp_pd(t.v, _mm256_setzero_pd(), _CMP_EQ_OQ), _mm256_set1_pd(1.0))};
+  }
+
+  double reduce_add() const {
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+  }
+  double reduce_max() const {
+    const __m128d two = _mm_max_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+    return _mm_cvtsd_f64(_mm_max_sd(two, _mm_unpackhi_pd(two, two)));
+  }
+  double reduce_min() const {
+    const __m128d two = _mm_min_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+    return _mm_cvtsd_f64(_mm_min_sd(two, _mm_unpackhi_pd(two, two)));
+  }
+};
+
+}  // namespace masked_softmax

@@ -1,0 +1,127 @@
+// NEON on aarch64: 4 floats or 2 doubles. Partial access goes element by element through a small array.
+#pragma once
+
+#include <arm_neon.h>
+
+#include "cpu/prelude.h"
+
+namespace masked_softmax {
+
+struct NeonFloat {
+  using acc_t = float;
+  static constexpr int kLanes = 4;
+  static constexpr bool kHasSixteenthPowers = false;
+  float32x4_t v;
+
+  static NeonFloat broadcast(float value) { return {vdupq_n_f32(value)}; }
+
+  static NeonFloat load(const float* p) { return {vld1q_f32(p)}; }
+  static NeonFloat load(const bfloat16_t* p) {
+    return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16))};
+  }
+  static NeonFloat load(const float16_t* p) {
+    return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))))};
+  }
+  template <class T>
+  static NeonFloat load_partial(const T* p, int count, float fill) {
+    float lanes[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      lanes[i] = i < count ? to_acc<float>(p[i]) : fill;
+    }
+    return load(lanes);
+  }
+
+  void store(float* p) const { vst1q_f32(p, v); }
+  void store(bfloat16_t* p) const {
+    const uint32x4_t bits = vreinterpretq_u32_f32(v);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+    const uint32x4_t number = vceqq_f32(v, v);
+    const uint32x4_t chosen = vbslq_u32(number, rounded, vdupq_n_u32(0x7fc00000));
+    vst1_u16(reinterpret_cast<uint16_t*>(p), vshrn_n_u32(chosen, 16));
+  }
+  void store(float16_t* p) const {
+    vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(v)));
+  }
+  template <class T>
+  void store_partial(T* p, int count) const {
+    T lanes[kLanes];
+    store(lanes);
+    for (int i = 0; i < count; ++i) {
+      p[i] = lanes[i];
+    }
+  }
+
+  static NeonFloat add(NeonFloat a, NeonFloat b) { return {vaddq_f32(a.v, b.v)}; }
+  static NeonFloat sub(NeonFloat a, NeonFloat b) { return {vsubq_f32(a.v, b.v)}; }
+  static NeonFloat mul(NeonFloat a, NeonFloat b) { return {vmulq_f32(a.v, b.v)}; }
+  static NeonFloat fma(NeonFloat a, NeonFloat b, NeonFloat c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+  // vmaxnmq would return the number of a pair; vmaxq would return NaN: compare and choose, as the interface says.
+  static NeonFloat max(NeonFloat a, NeonFloat b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
+  static NeonFloat min(NeonFloat a, NeonFloat b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
+
+  static NeonFloat scale_by_power(NeonFloat p, NeonFloat n, NeonFloat shifted, float smallest) {
+    const float32x4_t power = vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(shifted.v), 23));
+    const uint32x4_t flushed = vcltq_f32(n.v, vdupq_n_f32(smallest));
+    return {vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(vmulq_f32(p.v, power)), flushed))};
+  }
+  static NeonFloat zero_where_zero(NeonFloat t, NeonFloat value) {
+    return {vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(value.v), vceqzq_f32(t.v)))};
+  }
+  static NeonFloat one_where_zero(NeonFloat t) {
+    return {vreinterpretq_f32_u32(vandq_u32(vceqzq_f32(t.v), vreinterpretq_u32_f32(vdupq_n_f32(1.0f))))};
+  }
+
+  float reduce_add() const {
+    const float32x2_t two = vadd_f32(vget_low_f32(v), vget_high_f32(v));
+    return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+  }
+  float reduce_max() const { return vmaxvq_f32(v); }
+  float reduce_min() const { return vminvq_f32(v); }
+};
+
+struct NeonDouble {
+  using acc_t = double;
+  static constexpr int kLanes = 2;
+  static constexpr bool kHasSixteenthPowers = false;
+  float64x2_t v;
+
+  static NeonDouble broadcast(double value) { return {vdupq_n_f64(value)}; }
+
+  static NeonDouble load(const double* p) { return {vld1q_f64(p)}; }
+  static NeonDouble load_partial(const double* p, int count, double fill) {
+    const double lanes[kLanes] = {count > 0 ? p[0] : fill, fill};
+    return load(lanes);
+  }
+  void store(double* p) const { vst1q_f64(p, v); }
+  void store_partial(double* p, int count) const {
+    if (count > 0) {
+      p[0] = vgetq_lane_f64(v, 0);
+    }
+  }
+
+  static NeonDouble add(NeonDouble a, NeonDouble b) { return {vaddq_f64(a.v, b.v)}; }
+  static NeonDouble sub(NeonDouble a, NeonDouble b) { return {vsubq_f64(a.v, b.v)}; }
+  static NeonDouble mul(NeonDouble a, NeonDouble b) { return {vmulq_f64(a.v, b.v)}; }
+  static NeonDouble fma(NeonDouble a, NeonDouble b, NeonDouble c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
+  static NeonDouble max(NeonDouble a, NeonDouble b) { return {vbslq_f64(vcgtq_f64(a.v, b.v), a.v, b.v)}; }
+  static NeonDouble min(NeonDouble a, NeonDouble b) { return {vbslq_f64(vcltq_f64(a.v, b.v), a.v, b.v)}; }
+
+  static NeonDouble scale_by_power(NeonDouble p, NeonDouble n, NeonDouble shifted, double smallest) {
+    const float64x2_t power = vreinterpretq_f64_u64(vshlq_n_u64(vreinterpretq_u64_f64(shifted.v), 52));
+    const uint64x2_t flushed = vcltq_f64(n.v, vdupq_n_f64(smallest));
+    return {vreinterpretq_f64_u64(vbicq_u64(vreinterpretq_u64_f64(vmulq_f64(p.v, power)), flushed))};
+  }
+  static NeonDouble zero_where_zero(NeonDouble t, NeonDouble value) {
+    return {vreinterpretq_f64_u64(vbicq_u64(vreinterpretq_u64_f64(value.v), vceqzq_f64(t.v)))};
+  }
+  static NeonDouble one_where_zero(NeonDouble t) {
+    return {vreinterpretq_f64_u64(vandq_u64(vceqzq_f64(t.v), vreinterpretq_u64_f64(vdupq_n_f64(1.0))))};
+  }
+
+  double reduce_add() const { return vgetq_lane_f64(v, 0) + vgetq_lane_f64(v, 1); }
+  double reduce_max() const { return vmaxvq_f64(v); }
+  double reduce_min() const { return vminvq_f64(v); }
+};
+
+}  // namespace masked_softmax

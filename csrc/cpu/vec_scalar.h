@@ -1,0 +1,113 @@
+// No instruction set beyond the compiler's baseline: small arrays, whose loops the compiler may vectorise.
+#pragma once
+
+#include "cpu/prelude.h"
+
+namespace masked_softmax {
+
+// The product is not rounded before the sum. A double holds the product of two floats; for doubles the C library
+// knows whether the processor has the instruction.
+inline float fused_multiply_add(float a, float b, float c) {
+  return static_cast<float>(static_cast<double>(a) * static_cast<double>(b) + static_cast<double>(c));
+}
+inline double fused_multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
+
+template <class T, int kCount>
+struct ScalarVec {
+  using acc_t = T;
+  using bits_t = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  static constexpr int kLanes = kCount;
+  static constexpr bool kHasSixteenthPowers = false;
+  static constexpr int kMantissaBits = sizeof(T) == 4 ? 23 : 52;
+  T v[kCount];
+
+  template <class F>
+  static ScalarVec each(const F& lane) {
+    ScalarVec result;
+    for (int i = 0; i < kCount; ++i) {
+      result.v[i] = lane(i);
+    }
+    return result;
+  }
+
+  static ScalarVec broadcast(T value) {
+    return each([&](int) { return value; });
+  }
+
+  template <class E>
+  static ScalarVec load(const E* p) {
+    return each([&](int i) { return to_acc<T>(p[i]); });
+  }
+  template <class E>
+  static ScalarVec load_partial(const E* p, int count, T fill) {
+    return each([&](int i) { return i < count ? to_acc<T>(p[i]) : fill; });
+  }
+  template <class E>
+  void store(E* p) const {
+    store_partial(p, kCount);
+  }
+  template <class E>
+  void store_partial(E* p, int count) const {
+    for (int i = 0; i < count; ++i) {
+      p[i] = from_acc<E>(v[i]);
+    }
+  }
+
+  static ScalarVec add(ScalarVec a, ScalarVec b) {
+    return each([&](int i) { return a.v[i] + b.v[i]; });
+  }
+  static ScalarVec sub(ScalarVec a, ScalarVec b) {
+    return each([&](int i) { return a.v[i] - b.v[i]; });
+  }
+  static ScalarVec mul(ScalarVec a, ScalarVec b) {
+    return each([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  static ScalarVec fma(ScalarVec a, ScalarVec b, ScalarVec c) {
+    return each([&](int i) { return fused_multiply_add(a.v[i], b.v[i], c.v[i]); });
+  }
+  static ScalarVec max(ScalarVec a, ScalarVec b) {
+    return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  static ScalarVec min(ScalarVec a, ScalarVec b) {
+    return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+  }
+
+  static ScalarVec scale_by_power(ScalarVec p, ScalarVec n, ScalarVec shifted, T smallest) {
+    return each([&](int i) {
+      const T power = bit_cast<T>(static_cast<bits_t>(bit_cast<bits_t>(shifted.v[i]) << kMantissaBits));
+      return n.v[i] < smallest ? T{0} : p.v[i] * power;
+    });
+  }
+  static ScalarVec zero_where_zero(ScalarVec t, ScalarVec value) {
+    return each([&](int i) { return t.v[i] == T{0} ? T{0} : value.v[i]; });
+  }
+  static ScalarVec one_where_zero(ScalarVec t) {
+    return each([&](int i) { return t.v[i] == T{0} ? T{1} : T{0}; });
+  }
+
+  T reduce_add() const {
+    ScalarVec sum = *this;
+    for (int half = kCount / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) {
+        sum.v[i] += sum.v[i + half];
+      }
+    }
+    return sum.v[0];
+  }
+  T reduce_max() const {
+    T result = v[0];
+    for (int i = 1; i < kCount; ++i) {
+      result = v[i] > result ? v[i] : result;
+    }
+    return result;
+  }
+  T reduce_min() const {
+    T result = v[0];
+    for (int i = 1; i < kCount; ++i) {
+      result = v[i] < result ? v[i] : result;
+    }
+    return result;
+  }
+};
+
+}  // namespace masked_softmax

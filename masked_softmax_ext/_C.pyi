@@ -1,0 +1,31 @@
+"""The functions of the compiled extension."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+def masked_softmax(
+    input: Tensor,
+    lengths: Tensor,
+    dim: int,
+    starts: Tensor | None,
+    scale: float | None,
+    dtype: torch.dtype | None,
+    validate: bool,
+    /,
+) -> Tensor: ...
+def masked_log_softmax(
+    input: Tensor,
+    lengths: Tensor,
+    dim: int,
+    starts: Tensor | None,
+    scale: float | None,
+    dtype: torch.dtype | None,
+    validate: bool,
+    /,
+) -> Tensor: ...
+def build_info() -> dict[str, Any]: ...
+def cpu_capability() -> str: ...
+def cpu_capabilities() -> list[str]: ...
+def set_cpu_capability(name: str, /) -> None: ...

@@ -1,0 +1,35 @@
+"""Length-masked softmax for PyTorch: fused kernels that read only the valid part of each row.
+
+Example:
+    >>> import torch
+    >>> from masked_softmax_ext import masked_softmax
+    >>> scores = torch.tensor([[1.0, 1.0, 9.0], [2.0, 2.0, 2.0]])
+    >>> masked_softmax(scores, torch.tensor([2, 0]))
+    tensor([[0.5000, 0.5000, 0.0000],
+            [0.0000, 0.0000, 0.0000]])
+"""
+
+from masked_softmax_ext._load import load_extension
+
+_C = load_extension()
+
+from masked_softmax_ext import reference  # noqa: E402
+from masked_softmax_ext.functional import (  # noqa: E402
+    build_info,
+    cpu_capability,
+    masked_log_softmax,
+    masked_softmax,
+    masked_softmax_,
+)
+from masked_softmax_ext.modules import MaskedLogSoftmax, MaskedSoftmax  # noqa: E402
+
+__all__ = [
+    "MaskedLogSoftmax",
+    "MaskedSoftmax",
+    "build_info",
+    "cpu_capability",
+    "masked_log_softmax",
+    "masked_softmax",
+    "masked_softmax_",
+    "reference",
+]

@@ -1,0 +1,276 @@
+"""The public functions."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from masked_softmax_ext import _C
+
+Index: TypeAlias = int | Tensor
+
+_ops = torch.ops.masked_softmax_ext
+
+
+def masked_softmax(
+    input: Tensor,
+    lengths: Index,
+    dim: int = -1,
+    *,
+    starts: Index | None = None,
+    scale: float | None = None,
+    dtype: torch.dtype | None = None,
+    validate: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    r"""Softmax over the valid columns of each row; padding becomes exactly 0 and is never read.
+
+    With ``rows`` indexed by all dimensions but ``dim``, and ``x`` one row of ``cols`` columns,
+    column ``j`` is valid where ``start <= j < start + length``:
+
+    .. math:: y_j = \exp(scale \cdot (x_j - \max x)) / \sum_k \exp(scale \cdot (x_k - \max x))
+
+    over the valid columns. A row of length 0 is all zeros. No mask is built.
+
+    Args:
+        input: the scores, any shape and strides; float32, float64, bfloat16 or float16, or an
+            integer type where ``dtype`` is given.
+        lengths: how many columns of each row are valid: an int, or a tensor of an integer type on
+            input's device whose shape broadcasts, from its **first** dimension on, to input's
+            shape without ``dim``. For scores ``(B, H, Q, K)``: ``()``, ``(B,)``, ``(B, H)``,
+            ``(B, 1, Q)``, ``(1, 1, Q)``, ``(B, H, Q)``.
+        dim: the softmax dimension.
+        starts: the first valid column of each row, like ``lengths``; ``None`` is 0.
+        scale: a number multiplied into the scores; ``None`` is 1. It has no gradient.
+        dtype: the result's type; the conversion happens in the kernel. ``None`` is input's type
+            (float32 under autocast).
+        validate: on CUDA, raise for invalid lengths at the price of one synchronisation, instead
+            of making their rows NaN. The CPU always raises.
+        out: a tensor of input's shape and of the result's type to write to. May be ``input``.
+
+    Returns:
+        A contiguous tensor of input's shape (or ``out``). Differentiable twice in ``input``.
+
+    Raises:
+        ValueError: lengths (and starts) outside of the columns, a shape or device that does not
+            fit, an ``out`` that overlaps.
+        TypeError: a type that does not fit.
+        IndexError: ``dim`` out of range.
+
+    Example:
+        >>> scores = torch.tensor([[0.0, 0.0, 5.0], [1.0, 1.0, 1.0]])
+        >>> masked_softmax(scores, torch.tensor([2, 3]))
+        tensor([[0.5000, 0.5000, 0.0000],
+                [0.3333, 0.3333, 0.3333]])
+
+        A causal mask is a ``lengths`` of 1 to Q:
+
+        >>> masked_softmax(torch.zeros(1, 3, 3), torch.arange(1, 4).view(1, 3))
+        tensor([[[1.0000, 0.0000, 0.0000],
+                 [0.5000, 0.5000, 0.0000],
+                 [0.3333, 0.3333, 0.3333]]])
+    """
+    # Fast where nothing needs converting: every test here costs a small call some of its time.
+    if (
+        type(input) is Tensor
+        and type(lengths) is Tensor
+        and type(dim) is int
+        and (starts is None or type(starts) is Tensor)
+        and (scale is None or type(scale) is float)
+        and out is None
+        and not is_dynamo_compiling()
+    ):
+        return _C.masked_softmax(input, lengths, dim, starts, scale, dtype, validate)
+    return _call("masked_softmax", input, lengths, dim, starts, scale, dtype, validate, out)
+
+
+def masked_log_softmax(
+    input: Tensor,
+    lengths: Index,
+    dim: int = -1,
+    *,
+    starts: Index | None = None,
+    scale: float | None = None,
+    dtype: torch.dtype | None = None,
+    validate: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    r"""Logarithm of :func:`masked_softmax`; padding becomes exactly ``-inf`` and is never read.
+
+    .. math:: y_j = scale \cdot (x_j - \max x) - \log \sum_k \exp(scale \cdot (x_k - \max x))
+
+    over the valid columns. Accurate near 0 too: a row that one element dominates keeps its
+    relative precision (the sum is taken without the maximum, as ``log1p``). A row of length 0 is
+    all ``-inf``, with zero gradient.
+
+    Args:
+        input: see :func:`masked_softmax`, as all arguments.
+        lengths: how many columns of each row are valid.
+        dim: the softmax dimension.
+        starts: the first valid column of each row.
+        scale: a number multiplied into the scores.
+        dtype: the result's type.
+        validate: raise for invalid lengths on CUDA too.
+        out: a tensor to write to.
+
+    Returns:
+        A contiguous tensor of input's shape (or ``out``). Differentiable twice in ``input``.
+
+    Raises:
+        ValueError, TypeError, IndexError: as :func:`masked_softmax`.
+
+    Example:
+        >>> masked_log_softmax(torch.zeros(2, 3), torch.tensor([1, 2]))
+        tensor([[ 0.0000,    -inf,    -inf],
+                [-0.6931, -0.6931,    -inf]])
+    """
+    if (
+        type(input) is Tensor
+        and type(lengths) is Tensor
+        and type(dim) is int
+        and (starts is None or type(starts) is Tensor)
+        and (scale is None or type(scale) is float)
+        and out is None
+        and not is_dynamo_compiling()
+    ):
+        return _C.masked_log_softmax(input, lengths, dim, starts, scale, dtype, validate)
+    return _call("masked_log_softmax", input, lengths, dim, starts, scale, dtype, validate, out)
+
+
+def masked_softmax_(
+    input: Tensor,
+    lengths: Index,
+    dim: int = -1,
+    *,
+    starts: Index | None = None,
+    scale: float | None = None,
+    validate: bool = False,
+) -> Tensor:
+    """:func:`masked_softmax` in place: overwrites ``input`` and returns it.
+
+    Args:
+        input: the scores, of a floating point type; see :func:`masked_softmax`, as all arguments.
+        lengths: how many columns of each row are valid.
+        dim: the softmax dimension.
+        starts: the first valid column of each row.
+        scale: a number multiplied into the scores.
+        validate: raise for invalid lengths on CUDA too.
+
+    Returns:
+        ``input``.
+
+    Raises:
+        ValueError, TypeError, IndexError: as :func:`masked_softmax`; ``input`` is then unchanged.
+        RuntimeError: ``input`` is a leaf that requires grad.
+
+    Example:
+        >>> scores = torch.zeros(1, 4)
+        >>> masked_softmax_(scores, 2) is scores
+        True
+        >>> scores
+        tensor([[0.5000, 0.5000, 0.0000, 0.0000]])
+    """
+    name = "masked_softmax_"
+    lengths, dim, starts, scale = _convert(name, input, lengths, dim, starts, scale, None)
+    if torch.compiler.is_compiling():  # functionalisation knows copy_
+        result = _ops.masked_softmax(input, lengths, dim, starts=starts, scale=scale)
+        return input.copy_(result)
+    return _ops.masked_softmax_(  # type: ignore[no-any-return]
+        input, lengths, dim, starts=starts, scale=scale, validate=validate
+    )
+
+
+def build_info() -> dict[str, Any]:
+    """What the compiled extension was built with.
+
+    Returns:
+        A dict: ``torch`` (version), ``cuda`` (version, or None), ``compiler``, ``cxx_standard``,
+        ``cpu_capabilities`` (the instruction sets compiled in).
+
+    Example:
+        >>> "scalar" in build_info()["cpu_capabilities"]
+        True
+    """
+    return _C.build_info()
+
+
+def cpu_capability() -> str:
+    """The instruction set in use on the CPU: ``"scalar"``, ``"avx2"``, ``"avx512"`` or ``"neon"``.
+
+    The best one that the processor has, unless the environment variable
+    ``MASKED_SOFTMAX_EXT_CPU_CAPABILITY`` names another at import.
+
+    Example:
+        >>> cpu_capability() in build_info()["cpu_capabilities"]
+        True
+    """
+    return _C.cpu_capability()
+
+
+def _call(
+    name: str,
+    input: Tensor,
+    lengths: Index,
+    dim: int,
+    starts: Index | None,
+    scale: float | None,
+    dtype: torch.dtype | None,
+    validate: bool,
+    out: Tensor | None,
+) -> Tensor:
+    """The functions' general way: converts the arguments and calls the operator of that name."""
+    lengths, dim, starts, scale = _convert(name, input, lengths, dim, starts, scale, dtype)
+    operator = getattr(_ops, name)
+    options = {"starts": starts, "scale": scale, "dtype": dtype, "validate": validate}
+    if out is None:
+        return operator.default(input, lengths, dim, **options)  # type: ignore[no-any-return]
+    if not isinstance(out, Tensor):
+        raise TypeError(f"{name}(): expected out to be a Tensor, but got {type(out).__name__}")
+    if torch.compiler.is_compiling():  # functionalisation knows copy_
+        return out.copy_(operator.default(input, lengths, dim, **options))
+    return operator.out(input, lengths, dim, **options, out=out)  # type: ignore[no-any-return]
+
+
+def _convert(
+    name: str,
+    input: Tensor,
+    lengths: Index,
+    dim: int,
+    starts: Index | None,
+    scale: float | None,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, int, Tensor | None, float | None]:
+    """lengths, dim, starts and scale as the operators take them."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{name}(): expected input to be a Tensor, but got {type(input).__name__}")
+    if isinstance(dim, bool) or not isinstance(dim, numbers.Integral):
+        raise TypeError(f"{name}(): expected dim to be an int, but got {type(dim).__name__}")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(
+            f"{name}(): expected dtype to be a torch.dtype, but got {type(dtype).__name__}"
+        )
+    if scale is not None and not isinstance(scale, float):
+        # A tensor is refused, not converted: its gradient would be lost without a word.
+        if not isinstance(scale, numbers.Real):
+            raise TypeError(
+                f"{name}(): expected scale to be a number, but got {type(scale).__name__} "
+                "(multiply input by it instead)"
+            )
+        scale = float(scale)
+    starts = None if starts is None else _as_index(name, "starts", starts, input)
+    return _as_index(name, "lengths", lengths, input), int(dim), starts, scale
+
+
+def _as_index(name: str, what: str, index: Index, input: Tensor) -> Tensor:
+    if isinstance(index, Tensor):
+        return index
+    if isinstance(index, bool) or not isinstance(index, int | torch.SymInt | numbers.Integral):
+        raise TypeError(
+            f"{name}(): expected {what} to be an int or a tensor of an integer type, "
+            f"but got {type(index).__name__}"
+        )
+    return torch.full((), index, dtype=torch.int64, device=input.device)
