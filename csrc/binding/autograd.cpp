@@ -41,7 +41,9 @@ struct SavedCall {
   }
 };
 
-OptionalTensor defined_or_none(const at::Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
+OptionalTensor defined_or_none(const at::Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
 
 bool needs_graph(const at::Tensor& tensor) {
   return (at::GradMode::is_enabled() && tensor.requires_grad()) || tensor._fw_grad(0).defined();
@@ -78,8 +80,8 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction<operators_o
                                                         grad_output.scalar_type());
     }
     if (ctx->needs_input_grad(1)) {
-      result[1] = operators_of().backward_wrt_output.call(tangent, grad_output, output, lengths, call.dim, starts,
-                                                          call.scale);
+      result[1] =
+          operators_of().backward_wrt_output.call(tangent, grad_output, output, lengths, call.dim, starts, call.scale);
     }
     return result;
   }

@@ -76,19 +76,21 @@ bool broadcasts_symbolically(const at::Tensor& index, const std::vector<c10::Sym
 
 void check_row_index(const char* what, const at::Tensor& index, const at::Tensor& input, int64_t dim,
                      const char* name) {
-  TORCH_CHECK_TYPE(is_integer(index.scalar_type()), name, "(): expected ", what,
-                   " to be an int or a tensor of an integer type (int64, int32, int16, int8 or uint8), but got a tensor of ",
-                   index.scalar_type());
+  TORCH_CHECK_TYPE(
+      is_integer(index.scalar_type()), name, "(): expected ", what,
+      " to be an int or a tensor of an integer type (int64, int32, int16, int8 or uint8), but got a tensor of ",
+      index.scalar_type());
   TORCH_CHECK_VALUE(index.device() == input.device(), name, "(): expected ", what, " on the device of input, ",
                     input.device(), ", but got ", what, " on ", index.device());
   const bool symbolic = input.unsafeGetTensorImpl()->has_symbolic_sizes_strides() ||
                         index.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
-  if (symbolic ? broadcasts_symbolically(index, row_shape(input, dim)) : broadcasts(index.sizes(), input.sizes(), dim)) {
+  if (symbolic ? broadcasts_symbolically(index, row_shape(input, dim))
+               : broadcasts(index.sizes(), input.sizes(), dim)) {
     return;
   }
   TORCH_CHECK_VALUE(false, name, "(): expected ", what, " to broadcast, from its first dimension on, to the shape of ",
-                    "input without dimension ", dim, ", ", c10::SymIntArrayRef(row_shape(input, dim)), ", but got ", what,
-                    " of shape ", index.sym_sizes(), " for input of shape ", input.sym_sizes());
+                    "input without dimension ", dim, ", ", c10::SymIntArrayRef(row_shape(input, dim)), ", but got ",
+                    what, " of shape ", index.sym_sizes(), " for input of shape ", input.sym_sizes());
 }
 
 struct ColsAndStride {
@@ -196,7 +198,8 @@ at::ScalarType result_dtype(const char* name, at::ScalarType input, std::optiona
   TORCH_CHECK_TYPE(is_floating(input) || is_integer(input) || input == at::kBool, name,
                    "(): expected input of float32, float64, bfloat16, float16, or of an integer type, but got ", input);
   TORCH_CHECK_TYPE(is_floating(input) || dtype.has_value(), name,
-                   "(): expected input of a floating point type, or dtype= to name the result's, but got input of ", input);
+                   "(): expected input of a floating point type, or dtype= to name the result's, but got input of ",
+                   input);
   TORCH_CHECK_TYPE(!dtype.has_value() || is_floating(*dtype), name,
                    "(): expected dtype to be float32, float64, bfloat16 or float16, but got ", *dtype);
   return dtype.value_or(input);
@@ -204,8 +207,8 @@ at::ScalarType result_dtype(const char* name, at::ScalarType input, std::optiona
 
 void check_row_arguments(const at::Tensor& input, const RowArguments& arguments) {
   const int64_t dim = at::maybe_wrap_dim(arguments.dim, input.dim());
-  TORCH_CHECK_VALUE(input.layout() == at::kStrided, arguments.name, "(): expected a dense (strided) input, but got layout ",
-                    input.layout());
+  TORCH_CHECK_VALUE(input.layout() == at::kStrided, arguments.name,
+                    "(): expected a dense (strided) input, but got layout ", input.layout());
   check_row_index("lengths", arguments.lengths, input, dim, arguments.name);
   if (arguments.starts.has_value()) {
     check_row_index("starts", *arguments.starts, input, dim, arguments.name);
@@ -228,10 +231,10 @@ void check_output(const at::Tensor& output, const at::Tensor& input, at::ScalarT
                     output.sizes(), " with strides ", output.strides());
   const auto check_apart = [&](const char* what, const at::Tensor& other, bool may_be_same) {
     const at::MemOverlapStatus status = at::get_overlap_status(output, other);
-    const bool overlaps = status == at::MemOverlapStatus::Partial ||
-                          (status == at::MemOverlapStatus::Full &&
-                           !(may_be_same && output.scalar_type() == other.scalar_type() &&
-                             output.strides() == other.strides()));
+    const bool overlaps =
+        status == at::MemOverlapStatus::Partial ||
+        (status == at::MemOverlapStatus::Full &&
+         !(may_be_same && output.scalar_type() == other.scalar_type() && output.strides() == other.strides()));
     TORCH_CHECK_VALUE(!overlaps, arguments.name, "(): expected the output's memory apart from that of ", what,
                       may_be_same ? ", or exactly the same" : "", ", but got memory that overlaps it");
   };
@@ -298,8 +301,9 @@ void check_bounds(const Problem& problem, const at::Tensor& input, const RowArgu
   const int64_t length = walker.raw_length();
   const int64_t dim = at::maybe_wrap_dim(arguments.dim, input.dim());
   if (!arguments.starts.has_value()) {
-    TORCH_CHECK_VALUE(false, arguments.name, "(): expected 0 <= length <= ", problem.cols, " (input's size in dimension ",
-                      dim, "), but ", row_name(input, dim, row), " has length ", length);
+    TORCH_CHECK_VALUE(false, arguments.name, "(): expected 0 <= length <= ", problem.cols,
+                      " (input's size in dimension ", dim, "), but ", row_name(input, dim, row), " has length ",
+                      length);
   }
   TORCH_CHECK_VALUE(false, arguments.name, "(): expected 0 <= start, 0 <= length and start + length <= ", problem.cols,
                     " (input's size in dimension ", dim, "), but ", row_name(input, dim, row), " has start ", start,

@@ -23,9 +23,8 @@ void run_on_threads(const Problem& problem) {
     return;
   }
   const std::vector<int64_t> boundaries = partition_rows(problem, static_cast<int>(parts));
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    run_rows(problem, boundaries[begin], boundaries[end]);
-  });
+  at::parallel_for(0, parts, 1,
+                   [&](int64_t begin, int64_t end) { run_rows(problem, boundaries[begin], boundaries[end]); });
 }
 
 struct Cpu {

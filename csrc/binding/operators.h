@@ -21,9 +21,9 @@ using Backward = at::Tensor(const at::Tensor& grad_output, const at::Tensor& out
                             at::ScalarType input_dtype);
 using Jvp = at::Tensor(const at::Tensor& tangent, const at::Tensor& output, const at::Tensor& lengths, int64_t dim,
                        const std::optional<at::Tensor>& starts, std::optional<double> scale);
-using BackwardWrtOutput = at::Tensor(const at::Tensor& tangent, const at::Tensor& grad_output,
-                                     const at::Tensor& output, const at::Tensor& lengths, int64_t dim,
-                                     const std::optional<at::Tensor>& starts, std::optional<double> scale);
+using BackwardWrtOutput = at::Tensor(const at::Tensor& tangent, const at::Tensor& grad_output, const at::Tensor& output,
+                                     const at::Tensor& lengths, int64_t dim, const std::optional<at::Tensor>& starts,
+                                     std::optional<double> scale);
 
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find_operator(const char* name, const char* overload = "") {

@@ -40,9 +40,7 @@ inline To bit_cast(const From& from) {
   return to;
 }
 
-inline float bfloat16_to_float(bfloat16_t value) {
-  return bit_cast<float>(uint32_t{value.bits} << 16);
-}
+inline float bfloat16_to_float(bfloat16_t value) { return bit_cast<float>(uint32_t{value.bits} << 16); }
 
 // To nearest, ties to even. A NaN stays a NaN: its payload is cut, so the quiet bit is set.
 inline bfloat16_t float_to_bfloat16(float value) {

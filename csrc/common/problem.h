@@ -5,6 +5,7 @@
 // count elements of their own operand and may be 0 or negative.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "common/numeric.h"
@@ -18,13 +19,13 @@ constexpr int kMaxInputs = 3;
 // The rows of SPEC's table, their derivatives, and the derivatives' derivatives. `y` is the forward result, `g` the
 // incoming gradient, p = exp(y) for log_softmax, <a, b> the sum over the row's valid columns.
 enum class Operation : uint8_t {
-  kSoftmax,                    // (x)        exp(scale * (x - max)) / sum
-  kLogSoftmax,                 // (x)        scale * (x - max) - log(sum)
-  kSoftmaxBackward,            // (g, y)     scale * y * (g - <g, y>); the Jacobian is symmetric: also its jvp
-  kLogSoftmaxBackward,         // (g, y)     scale * (g - p * <g, 1>)
-  kLogSoftmaxJvp,              // (v, y)     scale * (v - <v, p>)
-  kSoftmaxBackwardWrtY,        // (v, g, y)  scale * (v * (g - <g, y>) - g * <v, y>)
-  kLogSoftmaxBackwardWrtY,     // (v, g, y)  -scale * v * p * <g, 1>
+  kSoftmax,                 // (x)        exp(scale * (x - max)) / sum
+  kLogSoftmax,              // (x)        scale * (x - max) - log(sum)
+  kSoftmaxBackward,         // (g, y)     scale * y * (g - <g, y>); the Jacobian is symmetric: also its jvp
+  kLogSoftmaxBackward,      // (g, y)     scale * (g - p * <g, 1>)
+  kLogSoftmaxJvp,           // (v, y)     scale * (v - <v, p>)
+  kSoftmaxBackwardWrtY,     // (v, g, y)  scale * (v * (g - <g, y>) - g * <v, y>)
+  kLogSoftmaxBackwardWrtY,  // (v, g, y)  -scale * v * p * <g, 1>
 };
 
 struct Operand {
@@ -77,9 +78,19 @@ inline int64_t load_index(const RowIndex& index, int64_t offset) {
   }
 }
 
+inline bool is_forward(Operation operation) {
+  return operation == Operation::kSoftmax || operation == Operation::kLogSoftmax;
+}
+
+// Whether scale is so small or so large that x - max, or scale * log2(e), might overflow float32.
+inline bool is_scale_extreme(const Problem& problem) {
+  const double magnitude = std::fabs(problem.scale);
+  return is_forward(problem.operation) && (magnitude < 0x1p-100 || magnitude > 0x1p100);
+}
+
 // The type that sums and exponentials run in is the widest of the operands', at least float32.
 inline bool computes_in_double(const Problem& problem) {
-  bool is_double = problem.output.type == ElementType::kFloat64;
+  bool is_double = problem.output.type == ElementType::kFloat64 || is_scale_extreme(problem);
   for (int i = 0; i < problem.input_count; ++i) {
     is_double = is_double || problem.inputs[i].type == ElementType::kFloat64;
   }
@@ -107,10 +118,15 @@ inline bool columns_are_adjacent(const Problem& problem) {
   return adjacent;
 }
 
-// A forward pass with a negative scale runs on -x with -scale.
-inline bool stages_negated(const Problem& problem) {
-  return problem.scale < 0 &&
-         (problem.operation == Operation::kSoftmax || problem.operation == Operation::kLogSoftmax);
+// Forward passes see staging_factor * x in place of x, and scale / staging_factor in place of scale. It is -1 where
+// scale is negative: the largest scale * x is then the smallest x. And it is small where scale is so small that
+// x - max might overflow although scale * (x - max) does not.
+inline double staging_factor(const Problem& problem) {
+  if (!is_forward(problem.operation)) {
+    return 1.0;
+  }
+  const double sign = problem.scale < 0 ? -1.0 : 1.0;
+  return std::fabs(problem.scale) < 0x1p-1000 ? sign * 0x1p-64 : sign;
 }
 
 inline bool bounds_are_valid(int64_t start, int64_t length, int64_t cols) {

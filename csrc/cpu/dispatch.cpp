@@ -74,8 +74,8 @@ void set_cpu_capability(const std::string& name) {
     throw std::invalid_argument("expected one of the CPU capabilities scalar, avx2, avx512, neon, but got '" + name +
                                 "'");
   }
-  throw std::runtime_error("the CPU capability '" + name + "' was asked for, but this processor and build have: " +
-                           supported_names());
+  throw std::runtime_error("the CPU capability '" + name +
+                           "' was asked for, but this processor and build have: " + supported_names());
 }
 
 }  // namespace masked_softmax

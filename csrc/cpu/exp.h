@@ -9,8 +9,8 @@
 // digits): degree 6 leaves 2.6e-9 (0.02 eps of float32), degree 11 leaves 1.8e-17 (0.08 eps of float64).
 //
 // Where a register holds sixteen floats, 2^z = 2^floor(n) * 2^(k/16) * 2^f instead, n = z rounded to sixteenths and
-// 2^(k/16) looked up in a register: |f| <= 1/32 asks for degree 3 (Chebyshev nodes; 2.3902e-9, 0.02005 eps), two fewer of
-// the multiply-adds that bound the loop. (Zen 4: 14 percent less time for a row of 512 in cache.)
+// 2^(k/16) looked up in a register: |f| <= 1/32 asks for degree 3 (Chebyshev nodes; 2.3902e-9, 0.02005 eps), two fewer
+// of the multiply-adds that bound the loop. (Zen 4: 14 percent less time for a row of 512 in cache.)
 //
 // Results below the smallest normal number are flushed to 0: they are less than one part in 2^126 of the row's
 // sum, and arithmetic on subnormals costs some processors over a hundred cycles. NaN gives NaN, -inf gives 0.
@@ -27,8 +27,7 @@ template <>
 struct Exp2<float> {
   static constexpr int kDegree = 6;
   static constexpr float kCoefficients[kDegree + 1] = {
-      1.0f,          0x1.62e430p-1f, 0x1.ebfbe2p-3f, 0x1.c6ae72p-5f,
-      0x1.3b270ep-7f, 0x1.5f7278p-10f, 0x1.470b52p-13f,
+      1.0f, 0x1.62e430p-1f, 0x1.ebfbe2p-3f, 0x1.c6ae72p-5f, 0x1.3b270ep-7f, 0x1.5f7278p-10f, 0x1.470b52p-13f,
   };
   // 1.5 * 2^23 rounds the sum to integers; the exponent's bias on top makes its low bits the exponent field of 2^n.
   static constexpr float kShift = 0x1.8p23f + 127.0f;

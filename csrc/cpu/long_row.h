@@ -15,23 +15,22 @@ MASKED_SOFTMAX_NOINLINE typename V::acc_t tile_max(const T* x, int64_t count) {
 }
 
 template <class V, class T>
-MASKED_SOFTMAX_NOINLINE V tile_exponentials(const T* x, int64_t count, V row_max, V exponent,
-                                            typename V::acc_t* e) {
-  return sum_tile<V, 1>(count, [&](int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
-    return exponential(x + i, row_max, exponent, e + i, lanes);
-  }).sums[0];
+MASKED_SOFTMAX_NOINLINE void tile_exponentials(const T* x, int64_t count, V row_max, V exponent, typename V::acc_t* e,
+                                               RowSums<V>& sums) {
+  sums.add(count, [&](int64_t i, auto lanes)
+                      MASKED_SOFTMAX_LAMBDA_INLINE { return exponential(x + i, row_max, exponent, e + i, lanes); });
 }
 
 template <class V, class T>
-MASKED_SOFTMAX_NOINLINE LaneSums<V, 2> tile_rests(const T* x, int64_t count, V row_max, V exponent,
-                                                  V exponent_low) {
-  return sum_tile<V, 2>(count, [&](int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
+MASKED_SOFTMAX_NOINLINE void tile_rests(const T* x, int64_t count, V row_max, V exponent, V exponent_low,
+                                        RowSums<V, 2>& sums) {
+  sums.add(count, [&](int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
     return rest_and_maxima(x + i, row_max, exponent, exponent_low, lanes);
   });
 }
 
 template <class V, Operation kOperation, class Source, class Sink>
-void forward_long_row(Source x, Sink y, int64_t length, const RowScale<typename V::acc_t>& scale) {
+void forward_long_row(Source& x, Sink& y, int64_t length, const RowScale<typename V::acc_t>& scale) {
   using acc_t = typename V::acc_t;
   acc_t largest = -std::numeric_limits<acc_t>::infinity();
   for_each_tile<V>(length, [&](int64_t first, int64_t count) {
@@ -43,14 +42,11 @@ void forward_long_row(Source x, Sink y, int64_t length, const RowScale<typename 
 
   if constexpr (kOperation == Operation::kLogSoftmax) {
     const V exponent_low = V::broadcast(scale.exponent.low);
-    RowSum<V> rest;
-    RowSum<V> maxima;
+    RowSums<V, 2> sums;
     for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-      const LaneSums<V, 2> tile = tile_rests(x.tile(first, count), count, row_max, exponent, exponent_low);
-      rest.add_tile(first, tile.sums[0]);
-      maxima.add_tile(first, tile.sums[1]);
+      tile_rests(x.tile(first, count), count, row_max, exponent, exponent_low, sums);
     });
-    const acc_t log_sum = log_of_sum(rest.total(), maxima.total());
+    const acc_t log_sum = log_of_sum(sums.total(0), sums.total(1));
     for_each_tile<V>(length, [&](int64_t first, int64_t count) {
       subtract_log(x.tile(first, count), count, row_max, scale.scale, log_sum, y.tile(first));
       y.finish_tile(first, count);
@@ -66,14 +62,14 @@ void forward_long_row(Source x, Sink y, int64_t length, const RowScale<typename 
         return tile_scratch;
       }
     };
-    RowSum<V> sum;
+    RowSums<V> sums;
     for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-      sum.add_tile(first, tile_exponentials(x.tile(first, count), count, row_max, exponent, place(first)));
+      tile_exponentials(x.tile(first, count), count, row_max, exponent, place(first), sums);
     });
-    const acc_t factor = 1 / sum.total();
+    const acc_t factor = 1 / sums.total(0);
     for_each_tile<V>(length, [&](int64_t first, int64_t count) {
       if constexpr (!kOutputHolds) {
-        tile_exponentials(x.tile(first, count), count, row_max, exponent, tile_scratch);
+        tile_exponentials(x.tile(first, count), count, row_max, exponent, tile_scratch, sums);
       }
       multiply<V>(place(first), count, factor, y.tile(first));
       y.finish_tile(first, count);
@@ -82,16 +78,17 @@ void forward_long_row(Source x, Sink y, int64_t length, const RowScale<typename 
 }
 
 template <class V, Operation kOperation, class T>
-MASKED_SOFTMAX_NOINLINE auto tile_derivative_sums(const T* const* inputs, int64_t count,
-                                                  const DerivativeTerms<V>& shared) {
+MASKED_SOFTMAX_NOINLINE void tile_derivative_sums(const T* const* inputs, int64_t count,
+                                                  const DerivativeTerms<V>& shared,
+                                                  RowSums<V, Derivative<V, kOperation>::kSums>& sums) {
   using D = Derivative<V, kOperation>;
-  return sum_tile<V, D::kSums>(count, [&](int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
+  sums.add(count, [&](int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
     return D::terms(shared, InputVectors<V, D::kInputs>(inputs, i, lanes).in);
   });
 }
 
 template <class V, Operation kOperation, class Source, class Sink>
-void derivative_long_row(Source* inputs, Sink output, int64_t length, const DerivativeTerms<V>& shared) {
+void derivative_long_row(Source* inputs, Sink& output, int64_t length, const DerivativeTerms<V>& shared) {
   using D = Derivative<V, kOperation>;
   typename Source::tile_t tiles[D::kInputs];
   const auto bring_tiles = [&](int64_t first, int64_t count) {
@@ -100,18 +97,15 @@ void derivative_long_row(Source* inputs, Sink output, int64_t length, const Deri
     }
   };
 
-  RowSum<V> row_sums[D::kSums];
+  RowSums<V, D::kSums> row_sums;
   for_each_tile<V>(length, [&](int64_t first, int64_t count) {
     bring_tiles(first, count);
-    const auto tile = tile_derivative_sums<V, kOperation>(tiles, count, shared);
-    for (int s = 0; s < D::kSums; ++s) {
-      row_sums[s].add_tile(first, tile.sums[s]);
-    }
+    tile_derivative_sums<V, kOperation>(tiles, count, shared, row_sums);
   });
 
   V sums[D::kSums];
   for (int s = 0; s < D::kSums; ++s) {
-    sums[s] = V::broadcast(row_sums[s].total());
+    sums[s] = V::broadcast(row_sums.total(s));
   }
   for_each_tile<V>(length, [&](int64_t first, int64_t count) {
     bring_tiles(first, count);

@@ -11,9 +11,7 @@ int64_t row_cost(const Problem& problem, const RowWalker& row) {
 
 }  // namespace
 
-int64_t largest_cost(const Problem& problem) {
-  return problem.rows * (kRowCost + problem.cols * (1 + kValidCost));
-}
+int64_t largest_cost(const Problem& problem) { return problem.rows * (kRowCost + problem.cols * (1 + kValidCost)); }
 
 std::vector<int64_t> partition_rows(const Problem& problem, int parts) {
   int64_t total = 0;

@@ -6,6 +6,7 @@
 // comes after it is a template over a vector type (or a member of one), whose name no other file shares.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -21,6 +22,31 @@
 #include "common/problem.h"
 #include "common/row_walker.h"
 #include "cpu/staging.h"
+
+namespace masked_softmax {
+
+// The lanes of one vector, added so that no rounding error is lost but the last: floats in double, doubles with their
+// errors kept (Neumaier, ZAMM 54, 1974). NaN where the plain sum is.
+inline float compensated_sum(const float* lanes, int count) {
+  double sum = 0;
+  for (int i = 0; i < count; ++i) {
+    sum += static_cast<double>(lanes[i]);
+  }
+  return static_cast<float>(sum);
+}
+
+inline double compensated_sum(const double* lanes, int count) {
+  double sum = lanes[0];
+  double lost = 0;
+  for (int i = 1; i < count; ++i) {
+    const double next = sum + lanes[i];
+    lost += std::fabs(sum) >= std::fabs(lanes[i]) ? (sum - next) + lanes[i] : (lanes[i] - next) + sum;
+    sum = next;
+  }
+  return sum + lost;
+}
+
+}  // namespace masked_softmax
 
 #define MASKED_SOFTMAX_INLINE inline __attribute__((always_inline))
 #define MASKED_SOFTMAX_NOINLINE __attribute__((noinline))

@@ -6,8 +6,7 @@
 // Three sweeps: the largest x; the exponentials and their sum; the results. This file holds the sweeps over elements
 // that lie together in memory; short_rows.h and long_row.h say over what they run.
 //
-// Scale is not negative here. Where a caller's is, the largest scale * x is the smallest x: -x is staged for x, and
-// -scale is the scale (rows.h).
+// Scale is neither negative nor extreme here: see staging_factor() in common/problem.h for where a caller's is.
 //
 // Precondition: length >= 1.
 #pragma once
@@ -31,16 +30,16 @@ MASKED_SOFTMAX_INLINE typename V::acc_t find_max(const T* x, int64_t count) {
   return V::max(V::max(maxima[0], maxima[1]), V::max(maxima[2], maxima[3])).reduce_max();
 }
 
-// x - max for one vector; -inf in the lanes behind the row's end, whose exponential is 0.
+// x - max for one vector.
 template <class V, class T, class Lanes>
 MASKED_SOFTMAX_INLINE V distance(const T* x, V row_max, Lanes lanes) {
-  return V::sub(load<V>(x, lanes, -std::numeric_limits<typename V::acc_t>::infinity()), row_max);
+  return V::sub(load<V>(x, lanes, 0), row_max);
 }
 
 // e = exp(scale * (x - max)) for one vector.
 template <class V, class T, class Lanes>
 MASKED_SOFTMAX_INLINE LaneSums<V> exponential(const T* x, V row_max, V exponent, typename V::acc_t* e, Lanes lanes) {
-  const V value = exp2_product(distance(x, row_max, lanes), exponent);
+  const V value = filled_lanes(exp2_product(distance(x, row_max, lanes), exponent), lanes);
   store(e, value, lanes);
   return {{value}};
 }
@@ -51,14 +50,13 @@ MASKED_SOFTMAX_INLINE LaneSums<V> exponential(const T* x, V row_max, V exponent,
 // element dominates keeps its relative accuracy. For the same reason the rest carries the rounding error of x - max
 // (TwoSum) and of the exponent along.
 template <class V, class T, class Lanes>
-MASKED_SOFTMAX_INLINE LaneSums<V, 2> rest_and_maxima(const T* x, V row_max, V exponent, V exponent_low,
-                                                     Lanes lanes) {
-  const V a = load<V>(x, lanes, -std::numeric_limits<typename V::acc_t>::infinity());
+MASKED_SOFTMAX_INLINE LaneSums<V, 2> rest_and_maxima(const T* x, V row_max, V exponent, V exponent_low, Lanes lanes) {
+  const V a = load<V>(x, lanes, 0);
   const V t = V::sub(a, row_max);
   const V part = V::sub(t, a);
   const V error = V::sub(V::sub(a, V::sub(t, part)), V::add(row_max, part));
   const V e = exp2_product(t, exponent, V::fma(t, exponent_low, V::mul(error, exponent)));
-  return {{V::zero_where_zero(t, e), V::one_where_zero(t)}};
+  return {{filled_lanes(V::zero_where_zero(t, e), lanes), filled_lanes(V::one_where_zero(t), lanes)}};
 }
 
 template <class acc_t>

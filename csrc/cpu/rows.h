@@ -40,9 +40,8 @@ struct DirectAccess {
       return;
     }
     const V filling = V::broadcast(value);
-    for_each_vector<V>(count, [&](int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
-      store(to + i, filling, lanes);
-    });
+    for_each_vector<V>(count,
+                       [&](int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE { store(to + i, filling, lanes); });
   }
 };
 
@@ -55,10 +54,10 @@ struct StagedAccess {
   using batch_output_t = acc_t;
   static constexpr int64_t kLongestShortRow = kBatchElems;
 
-  explicit StagedAccess(const Problem& problem) : negate_(stages_negated(problem)) {}
+  explicit StagedAccess(const Problem& problem) : factor_(static_cast<acc_t>(staging_factor(problem))) {}
 
   StagedSource<V> source(const Operand& operand, int64_t offset) const {
-    return {element_at(operand.data, operand.type, offset), operand.type, operand.col_stride, negate_};
+    return {element_at(operand.data, operand.type, offset), operand.type, operand.col_stride, factor_};
   }
   StagedSink<V> sink(const Operand& operand, int64_t offset) const {
     return {element_at(operand.data, operand.type, offset), operand.type, operand.col_stride};
@@ -67,8 +66,8 @@ struct StagedAccess {
   const void* batch_input(const Operand& operand, int input, int64_t offset, int64_t used, int64_t length) {
     acc_t* buffer = buffers_[input] + used;
     gather(element_at(operand.data, operand.type, offset), operand.type, operand.col_stride, length, buffer);
-    if (negate_) {
-      negate_all<V>(buffer, length);
+    if (factor_ != 1) {
+      multiply_all<V>(buffer, length, factor_);
     }
     return buffer;
   }
@@ -91,7 +90,7 @@ struct StagedAccess {
  private:
   alignas(64) acc_t buffers_[kMaxInputs][kBatchElems];
   void* destinations_[kBatchRows];
-  bool negate_;
+  acc_t factor_;
 };
 
 // What an operation does to a batch and to a long row.
@@ -125,7 +124,8 @@ struct Kernel {
     const auto source = [&](int k) { return access.source(problem.inputs[k], input_offsets[k]); };
     auto sink = access.sink(problem.output, output_offset);
     if constexpr (kForward) {
-      forward_long_row<V, kOperation>(source(0), sink, length, parameters);
+      auto x = source(0);
+      forward_long_row<V, kOperation>(x, sink, length, parameters);
     } else if constexpr (Derivative<V, kOperation>::kInputs == 2) {
       decltype(source(0)) sources[] = {source(0), source(1)};
       derivative_long_row<V, kOperation>(sources, sink, length, parameters);
@@ -142,7 +142,7 @@ void run_rows(const Problem& problem, int64_t begin, int64_t end) {
   using acc_t = typename V::acc_t;
   constexpr int64_t kScratchElems = kOperation == Operation::kSoftmax ? Access::kLongestShortRow : 1;
   alignas(64) acc_t scratch[kScratchElems];
-  const typename K::Parameters parameters(stages_negated(problem) ? -problem.scale : problem.scale);
+  const typename K::Parameters parameters(problem.scale / staging_factor(problem));
   const Operand& output = problem.output;
   Access access(problem);
   Batch<acc_t> batch;
@@ -261,11 +261,13 @@ MASKED_SOFTMAX_INLINE bool visit_direct_types(ElementType input, ElementType out
 
 template <class Isa, Operation kOperation>
 void run_operation(const Problem& problem, int64_t begin, int64_t end) {
-  const bool direct = columns_are_adjacent(problem) && input_types_agree(problem) && !stages_negated(problem) &&
-                      visit_direct_types<Isa>(problem.inputs[0].type, problem.output.type,
-                                              [&](auto access, auto vec) MASKED_SOFTMAX_LAMBDA_INLINE {
-                        run_rows<typename decltype(vec)::type, typename decltype(access)::type, kOperation>(problem, begin, end);
-                      });
+  const bool direct =
+      columns_are_adjacent(problem) && input_types_agree(problem) && !is_scale_extreme(problem) &&
+      staging_factor(problem) == 1 &&
+      visit_direct_types<Isa>(
+          problem.inputs[0].type, problem.output.type, [&](auto access, auto vec) MASKED_SOFTMAX_LAMBDA_INLINE {
+            run_rows<typename decltype(vec)::type, typename decltype(access)::type, kOperation>(problem, begin, end);
+          });
   if (!direct) {
     run_staged<Isa, kOperation>(problem, begin, end);
   }

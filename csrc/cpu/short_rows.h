@@ -2,8 +2,8 @@
 //
 // A sweep over one short row ends in a reduction whose result the next sweep waits for. So each sweep runs over a whole
 // batch of rows before the next one begins: the processor works on one row's elements while it reduces another's, and
-// the polynomial's coefficients stay in registers. Between the sweeps the exponentials, each evaluated once, wait in the
-// scratch, which stays in cache: memory sees one read of the valid elements and one write of the result.
+// the polynomial's coefficients stay in registers. Between the sweeps the exponentials, each evaluated once, wait in
+// the scratch, which stays in cache: memory sees one read of the valid elements and one write of the result.
 //
 // Input and output may be the same memory, element for element.
 #pragma once
@@ -13,8 +13,8 @@
 
 namespace masked_softmax {
 
-// A batch holds rows of together kBatchElems elements at most: 8 KiB of floats, which with as much input and output stay
-// in a first-level cache of 32 KiB. A single row may have kShortRowElems.
+// A batch holds rows of together kBatchElems elements at most: 8 KiB of floats, which with as much input and output
+// stay in a first-level cache of 32 KiB. A single row may have kShortRowElems.
 constexpr int kBatchRows = 32;
 constexpr int64_t kBatchElems = 2048;
 constexpr int64_t kShortRowElems = 8192;
@@ -45,9 +45,11 @@ MASKED_SOFTMAX_NOINLINE void sweep_exponentials(Batch<typename V::acc_t>& batch,
     const T* x = static_cast<const T*>(batch.inputs[0][r]);
     typename V::acc_t* e = batch.scratch[r];
     const V row_max = V::broadcast(batch.maxima[r]);
-    batch.sums[0][r] = sum_row<V, 1>(batch.lengths[r], [&](int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
+    RowSums<V> sums;
+    sums.add(batch.lengths[r], [&](int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
       return exponential(x + i, row_max, exponent, e + i, lanes);
-    }).sums[0];
+    });
+    batch.sums[0][r] = sums.total(0);
   }
 }
 
@@ -65,10 +67,11 @@ MASKED_SOFTMAX_NOINLINE void sweep_rests(Batch<typename V::acc_t>& batch, const 
   for (int r = 0; r < batch.rows; ++r) {
     const T* x = static_cast<const T*>(batch.inputs[0][r]);
     const V row_max = V::broadcast(batch.maxima[r]);
-    const auto totals = sum_row<V, 2>(batch.lengths[r], [&](int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
+    RowSums<V, 2> sums;
+    sums.add(batch.lengths[r], [&](int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
       return rest_and_maxima(x + i, row_max, exponent, exponent_low, lanes);
     });
-    batch.sums[0][r] = log_of_sum(totals.sums[0], totals.sums[1]);
+    batch.sums[0][r] = log_of_sum(sums.total(0), sums.total(1));
   }
 }
 
@@ -76,8 +79,8 @@ template <class V, class T, class U>
 MASKED_SOFTMAX_NOINLINE void sweep_log_probabilities(const Batch<typename V::acc_t>& batch,
                                                      const RowScale<typename V::acc_t>& scale) {
   for (int r = 0; r < batch.rows; ++r) {
-    subtract_log<V>(static_cast<const T*>(batch.inputs[0][r]), batch.lengths[r],
-                    V::broadcast(batch.maxima[r]), scale.scale, batch.sums[0][r], static_cast<U*>(batch.outputs[r]));
+    subtract_log<V>(static_cast<const T*>(batch.inputs[0][r]), batch.lengths[r], V::broadcast(batch.maxima[r]),
+                    scale.scale, batch.sums[0][r], static_cast<U*>(batch.outputs[r]));
   }
 }
 
@@ -98,17 +101,19 @@ MASKED_SOFTMAX_NOINLINE void sweep_derivative_sums(Batch<typename V::acc_t>& bat
   using D = Derivative<V, kOperation>;
   for (int r = 0; r < batch.rows; ++r) {
     const InputPointers<T, D::kInputs> inputs(batch.inputs, r);
-    const auto totals = sum_row<V, D::kSums>(batch.lengths[r], [&](int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
+    RowSums<V, D::kSums> sums;
+    sums.add(batch.lengths[r], [&](int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
       return D::terms(shared, InputVectors<V, D::kInputs>(inputs.rows, i, lanes).in);
     });
     for (int s = 0; s < D::kSums; ++s) {
-      batch.sums[s][r] = totals.sums[s];
+      batch.sums[s][r] = sums.total(s);
     }
   }
 }
 
 template <class V, Operation kOperation, class T, class U>
-MASKED_SOFTMAX_NOINLINE void sweep_derivatives(const Batch<typename V::acc_t>& batch, const DerivativeTerms<V>& shared) {
+MASKED_SOFTMAX_NOINLINE void sweep_derivatives(const Batch<typename V::acc_t>& batch,
+                                               const DerivativeTerms<V>& shared) {
   using D = Derivative<V, kOperation>;
   for (int r = 0; r < batch.rows; ++r) {
     const InputPointers<T, D::kInputs> inputs(batch.inputs, r);

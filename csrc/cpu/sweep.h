@@ -4,9 +4,10 @@
 // chain (i / kLanes) % 4. Neither alignment, nor padding, nor the strategy that reads the row changes it, and that is
 // why a row has the same bits wherever it lies.
 //
-// A chain holds at most kChainLength terms before it is folded, so its rounding errors stay within a few eps; folds of
-// several tiles are added with their rounding error kept in a second word (TwoSum: Knuth, The Art of Computer
-// Programming, vol. 2, 4.2.2). A sum of 2^20 terms is then as good as one of 16.
+// A chain holds at most kChainLength terms, so that a large one swallows few small ones; then the chains are folded,
+// and folds are added with their rounding error kept in a second word (TwoSum: Knuth, The Art of Computer Programming,
+// vol. 2, 4.2.2). At the end the lanes are added in a wider type, or compensated. A sum of 2^20 terms is then as good
+// as one of 16: below 2 eps, wherever its large terms stand.
 #pragma once
 
 #include "cpu/prelude.h"
@@ -14,10 +15,14 @@
 namespace masked_softmax {
 
 constexpr int kChains = 4;
-constexpr int kChainLength = 16;
+constexpr int kChainLength = 4;
 
 template <class V>
-constexpr int64_t kTileElems = int64_t{V::kLanes} * kChains * kChainLength;
+constexpr int64_t kFoldElems = int64_t{V::kLanes} * kChains * kChainLength;
+
+// What long rows are cut into, and staged in.
+template <class V>
+constexpr int64_t kTileElems = 8 * kFoldElems<V>;
 
 // How many lanes of a vector hold elements: all of them, known at compile time, or the first few.
 struct Whole {};
@@ -32,6 +37,15 @@ MASKED_SOFTMAX_INLINE V load(const T* p, Whole, typename V::acc_t /*fill*/) {
 template <class V, class T>
 MASKED_SOFTMAX_INLINE V load(const T* p, Partial lanes, typename V::acc_t fill) {
   return V::load_partial(p, lanes.count, fill);
+}
+// The value with zeros in the lanes that hold no element.
+template <class V>
+MASKED_SOFTMAX_INLINE V filled_lanes(V value, Whole) {
+  return value;
+}
+template <class V>
+MASKED_SOFTMAX_INLINE V filled_lanes(V value, Partial lanes) {
+  return value.first_lanes(lanes.count);
 }
 template <class V, class T>
 MASKED_SOFTMAX_INLINE void store(T* p, V value, Whole) {
@@ -91,98 +105,84 @@ MASKED_SOFTMAX_INLINE void for_each_tile(int64_t count, const Body& body) {
   }
 }
 
-// One or more sums, still spread over the lanes.
+// One or more terms, or sums still spread over the lanes.
 template <class V, int kSums = 1>
 struct LaneSums {
   V sums[kSums];
 };
 
-// The sums of one tile: term(i, lanes) returns, for one vector of elements, the LaneSums to add.
-template <class V, int kSums, class Term>
-MASKED_SOFTMAX_INLINE LaneSums<V, kSums> sum_tile(int64_t count, const Term& term) {
-  V chains[kSums][kChains];
-  for (auto& sum : chains) {
-    for (V& chain : sum) {
-      chain = V::broadcast(0);
-    }
-  }
-  for_each_in_chains<V>(count, [&](auto chain, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
-    const LaneSums<V, kSums> terms = term(i, lanes);
-    for (int s = 0; s < kSums; ++s) {
-      chains[s][chain] = V::add(chains[s][chain], terms.sums[s]);
-    }
-  });
-  LaneSums<V, kSums> result;
-  for (int s = 0; s < kSums; ++s) {
-    result.sums[s] = V::add(V::add(chains[s][0], chains[s][1]), V::add(chains[s][2], chains[s][3]));
-  }
-  return result;
-}
-
-// The sum of a row's tiles.
-template <class V>
-class RowSum {
+template <class V, int kSums = 1>
+class RowSums {
  public:
-  MASKED_SOFTMAX_INLINE void add_tile(int64_t first, V tile) {
-    if (first == 0) {
-      high_ = tile;
-      return;
+  using acc_t = typename V::acc_t;
+
+  MASKED_SOFTMAX_INLINE RowSums() {
+    for (int s = 0; s < kSums; ++s) {
+      high_[s] = V::broadcast(0);
+      low_[s] = V::broadcast(0);
     }
-    const V sum = V::add(high_, tile);
-    const V part = V::sub(sum, high_);
-    const V error = V::add(V::sub(high_, V::sub(sum, part)), V::sub(tile, part));
-    high_ = sum;
-    low_ = V::add(low_, error);
   }
 
-  MASKED_SOFTMAX_INLINE typename V::acc_t total() const { return high_.reduce_add() + low_.reduce_add(); }
-  MASKED_SOFTMAX_INLINE typename V::acc_t total_of_one_tile() const { return high_.reduce_add(); }
+  // Adds the terms of `count` elements; all calls for a row but the last bring a multiple of kFoldElems. term(i, lanes)
+  // returns, for one vector of elements, the LaneSums to add.
+  template <class Term>
+  MASKED_SOFTMAX_INLINE void add(int64_t count, const Term& term) {
+    for (int64_t first = 0; first < count; first += kFoldElems<V>) {
+      add_fold(first, std::min(kFoldElems<V>, count - first), term);
+    }
+    count_ += count;
+  }
+
+  MASKED_SOFTMAX_INLINE acc_t total(int sum) const {
+    const acc_t high = high_[sum].reduce_add();
+    return count_ <= kFoldElems<V> ? high : high + low_[sum].reduce_add();
+  }
 
  private:
-  V high_ = V::broadcast(0);
-  V low_ = V::broadcast(0);
-};
-
-// The sums of a row that lies in memory as a whole.
-template <class V, int kSums>
-struct Totals {
-  typename V::acc_t sums[kSums];
-};
-
-template <class V, int kSums, class Term>
-MASKED_SOFTMAX_INLINE Totals<V, kSums> sum_row(int64_t length, const Term& term) {
-  RowSum<V> rows[kSums];
-  for_each_tile<V>(length, [&](int64_t first, int64_t count) MASKED_SOFTMAX_LAMBDA_INLINE {
-    const LaneSums<V, kSums> tile = sum_tile<V, kSums>(count, [&](int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
-      return term(first + i, lanes);
+  template <class Term>
+  MASKED_SOFTMAX_INLINE void add_fold(int64_t first, int64_t count, const Term& term) {
+    V chains[kSums][kChains];
+    for (auto& sum : chains) {
+      for (V& chain : sum) {
+        chain = V::broadcast(0);
+      }
+    }
+    for_each_in_chains<V>(count, [&](auto chain, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
+      const LaneSums<V, kSums> terms = term(first + i, lanes);
+      for (int s = 0; s < kSums; ++s) {
+        chains[s][chain] = V::add(chains[s][chain], terms.sums[s]);
+      }
     });
     for (int s = 0; s < kSums; ++s) {
-      rows[s].add_tile(first, tile.sums[s]);
+      const V fold = V::add(V::add(chains[s][0], chains[s][1]), V::add(chains[s][2], chains[s][3]));
+      const V sum = V::add(high_[s], fold);
+      const V part = V::sub(sum, high_[s]);
+      const V error = V::add(V::sub(high_[s], V::sub(sum, part)), V::sub(fold, part));
+      high_[s] = sum;
+      low_[s] = V::add(low_[s], error);
     }
-  });
-  Totals<V, kSums> totals;
-  for (int s = 0; s < kSums; ++s) {
-    totals.sums[s] = length <= kTileElems<V> ? rows[s].total_of_one_tile() : rows[s].total();
   }
-  return totals;
-}
+
+  int64_t count_ = 0;
+  V high_[kSums];
+  V low_[kSums];
+};
 
 template <class V, class T, class U>
 MASKED_SOFTMAX_NOINLINE void copy_converted(const T* from, int64_t count, U* to) {
-  for_each_vector<V>(count, [&](int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
-    store(to + i, load<V>(from + i, lanes, 0), lanes);
-  });
+  for_each_vector<V>(count, [&](int64_t i, auto lanes)
+                                MASKED_SOFTMAX_LAMBDA_INLINE { store(to + i, load<V>(from + i, lanes, 0), lanes); });
 }
 
 template <class V>
-MASKED_SOFTMAX_NOINLINE void negate_all(typename V::acc_t* elements, int64_t count) {
+MASKED_SOFTMAX_NOINLINE void multiply_all(typename V::acc_t* elements, int64_t count, typename V::acc_t factor) {
   for_each_vector<V>(count, [&](int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
-    store(elements + i, V::mul(load<V>(elements + i, lanes, 0), V::broadcast(-1)), lanes);
+    store(elements + i, V::mul(load<V>(elements + i, lanes, 0), V::broadcast(factor)), lanes);
   });
 }
 
 // Where a row's elements come from and go to, a tile at a time. Direct: the row is contiguous and of a type that the
-// vector loads; nothing is moved. Staged: through a buffer of the computing type, the elements negated if asked for.
+// vector loads; nothing is moved. Staged: through a buffer of the computing type, the elements times a factor.
 template <class T>
 class DirectSource {
  public:
@@ -215,16 +215,16 @@ class StagedSource {
   using acc_t = typename V::acc_t;
   using tile_t = const acc_t*;
 
-  StagedSource(const void* row, ElementType type, int64_t stride, bool negate)
-      : row_(row), type_(type), stride_(stride), negate_(negate) {}
+  StagedSource(const void* row, ElementType type, int64_t stride, acc_t factor)
+      : row_(row), type_(type), stride_(stride), factor_(factor) {}
 
   const acc_t* tile(int64_t first, int64_t count) {
     const void* from = element_at(row_, type_, first * stride_);
     if (!(stride_ == 1 && convert_contiguous(from, count))) {
       gather(from, type_, stride_, count, buffer_);
     }
-    if (negate_) {
-      negate_all<V>(buffer_, count);
+    if (factor_ != 1) {
+      multiply_all<V>(buffer_, count, factor_);
     }
     return buffer_;
   }
@@ -248,7 +248,7 @@ class StagedSource {
   const void* row_;
   ElementType type_;
   int64_t stride_;
-  bool negate_;
+  acc_t factor_;
   alignas(64) acc_t buffer_[kTileElems<V>];
 };
 

@@ -67,14 +67,18 @@ struct Avx2Float {
   static Avx2Float zero_where_zero(Avx2Float t, Avx2Float value) {
     return {_mm256_and_ps(_mm256_cmp_ps(t.v, _mm256_setzero_ps(), _CMP_NEQ_UQ), value.v)};
   }
+  Avx2Float first_lanes(int count) const { return {_mm256_and_ps(v, _mm256_castsi256_ps(first(count)))}; }
   static Avx2Float one_where_zero(Avx2Float t) {
     return {_mm256_and_ps(_mm256_cmp_ps(t.v, _mm256_setzero_ps(), _CMP_EQ_OQ), _mm256_set1_ps(1.0f))};
   }
 
+  // In double, rounded once.
   float reduce_add() const {
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+    const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v));
+    const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+    const __m256d four = _mm256_add_pd(low, high);
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+    return static_cast<float>(_mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two))));
   }
   float reduce_max() const {
     const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -166,7 +170,7 @@ struct Avx2Double {
 
   static Avx2Double load(const double* p) { return {_mm256_loadu_pd(p)}; }
   static Avx2Double load_partial(const double* p, int count, double fill) {
-    const __m256i mask = _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
+    const __m256i mask = first(count);
     return {_mm256_blendv_pd(_mm256_set1_pd(fill), _mm256_maskload_pd(p, mask), _mm256_castsi256_pd(mask))};
   }
   void store(double* p) const { _mm256_storeu_pd(p, v); }
@@ -197,13 +201,15 @@ struct Avx2Double {
   static Avx2Double zero_where_zero(Avx2Double t, Avx2Double value) {
     return {_mm256_and_pd(_mm256_cmp_pd(t.v, _mm256_setzero_pd(), _CMP_NEQ_UQ), value.v)};
   }
+  Avx2Double first_lanes(int count) const { return {_mm256_and_pd(v, _mm256_castsi256_pd(first(count)))}; }
   static Avx2Double one_where_zero(Avx2Double t) {
     return {_mm256_and_pd(_mm256_cmp_pd(t.v, _mm256_setzero_pd(), _CMP_EQ_OQ), _mm256_set1_pd(1.0))};
   }
 
   double reduce_add() const {
-    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
-    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+    double lanes[kLanes];
+    store(lanes);
+    return compensated_sum(lanes, kLanes);
   }
   double reduce_max() const {
     const __m128d two = _mm_max_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
@@ -212,6 +218,11 @@ struct Avx2Double {
   double reduce_min() const {
     const __m128d two = _mm_min_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
     return _mm_cvtsd_f64(_mm_min_sd(two, _mm_unpackhi_pd(two, two)));
+  }
+
+ private:
+  static __m256i first(int count) {
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
   }
 };
 

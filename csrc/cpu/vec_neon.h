@@ -40,9 +40,7 @@ struct NeonFloat {
     const uint32x4_t chosen = vbslq_u32(number, rounded, vdupq_n_u32(0x7fc00000));
     vst1_u16(reinterpret_cast<uint16_t*>(p), vshrn_n_u32(chosen, 16));
   }
-  void store(float16_t* p) const {
-    vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(v)));
-  }
+  void store(float16_t* p) const { vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(v))); }
   template <class T>
   void store_partial(T* p, int count) const {
     T lanes[kLanes];
@@ -68,13 +66,19 @@ struct NeonFloat {
   static NeonFloat zero_where_zero(NeonFloat t, NeonFloat value) {
     return {vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(value.v), vceqzq_f32(t.v)))};
   }
+  NeonFloat first_lanes(int count) const {
+    const uint32_t lanes[kLanes] = {0, 1, 2, 3};
+    const uint32x4_t kept = vcltq_u32(vld1q_u32(lanes), vdupq_n_u32(static_cast<uint32_t>(count)));
+    return {vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), kept))};
+  }
   static NeonFloat one_where_zero(NeonFloat t) {
     return {vreinterpretq_f32_u32(vandq_u32(vceqzq_f32(t.v), vreinterpretq_u32_f32(vdupq_n_f32(1.0f))))};
   }
 
+  // In double, rounded once.
   float reduce_add() const {
-    const float32x2_t two = vadd_f32(vget_low_f32(v), vget_high_f32(v));
-    return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+    const float64x2_t two = vaddq_f64(vcvt_f64_f32(vget_low_f32(v)), vcvt_high_f64_f32(v));
+    return static_cast<float>(vgetq_lane_f64(two, 0) + vgetq_lane_f64(two, 1));
   }
   float reduce_max() const { return vmaxvq_f32(v); }
   float reduce_min() const { return vminvq_f32(v); }
@@ -114,6 +118,11 @@ struct NeonDouble {
   }
   static NeonDouble zero_where_zero(NeonDouble t, NeonDouble value) {
     return {vreinterpretq_f64_u64(vbicq_u64(vreinterpretq_u64_f64(value.v), vceqzq_f64(t.v)))};
+  }
+  NeonDouble first_lanes(int count) const {
+    const uint64_t lanes[kLanes] = {0, 1};
+    const uint64x2_t kept = vcltq_u64(vld1q_u64(lanes), vdupq_n_u64(static_cast<uint64_t>(count)));
+    return {vreinterpretq_f64_u64(vandq_u64(vreinterpretq_u64_f64(v), kept))};
   }
   static NeonDouble one_where_zero(NeonDouble t) {
     return {vreinterpretq_f64_u64(vandq_u64(vceqzq_f64(t.v), vreinterpretq_u64_f64(vdupq_n_f64(1.0))))};

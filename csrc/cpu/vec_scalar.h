@@ -81,19 +81,14 @@ struct ScalarVec {
   static ScalarVec zero_where_zero(ScalarVec t, ScalarVec value) {
     return each([&](int i) { return t.v[i] == T{0} ? T{0} : value.v[i]; });
   }
+  ScalarVec first_lanes(int count) const {
+    return each([&](int i) { return i < count ? v[i] : T{0}; });
+  }
   static ScalarVec one_where_zero(ScalarVec t) {
     return each([&](int i) { return t.v[i] == T{0} ? T{1} : T{0}; });
   }
 
-  T reduce_add() const {
-    ScalarVec sum = *this;
-    for (int half = kCount / 2; half > 0; half /= 2) {
-      for (int i = 0; i < half; ++i) {
-        sum.v[i] += sum.v[i + half];
-      }
-    }
-    return sum.v[0];
-  }
+  T reduce_add() const { return compensated_sum(v, kCount); }
   T reduce_max() const {
     T result = v[0];
     for (int i = 1; i < kCount; ++i) {
