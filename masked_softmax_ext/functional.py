@@ -179,9 +179,8 @@ def masked_softmax_(
     if torch.compiler.is_compiling():  # functionalisation knows copy_
         result = _ops.masked_softmax(input, lengths, dim, starts=starts, scale=scale)
         return input.copy_(result)
-    return _ops.masked_softmax_(  # type: ignore[no-any-return]
-        input, lengths, dim, starts=starts, scale=scale, validate=validate
-    )
+    _ops.masked_softmax_(input, lengths, dim, starts=starts, scale=scale, validate=validate)
+    return input
 
 
 def build_info() -> dict[str, Any]:
@@ -232,7 +231,8 @@ def _call(
         raise TypeError(f"{name}(): expected out to be a Tensor, but got {type(out).__name__}")
     if torch.compiler.is_compiling():  # functionalisation knows copy_
         return out.copy_(operator.default(input, lengths, dim, **options))
-    return operator.out(input, lengths, dim, **options, out=out)  # type: ignore[no-any-return]
+    operator.out(input, lengths, dim, **options, out=out)
+    return out
 
 
 def _convert(

@@ -140,8 +140,8 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& lengths, int64_t d
 }
 
 template <OperatorsOf operators_of>
-at::Tensor& forward_out(const at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
-                        OptionalScale scale, OptionalType dtype, bool validate, at::Tensor& out) {
+void forward_out(const at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
+                 OptionalScale scale, OptionalType dtype, bool validate, at::Tensor& out) {
   TORCH_CHECK(!at::GradMode::is_enabled() || !(input.requires_grad() || out.requires_grad()), operators_of().name,
               "(): functions with out=... arguments don't support automatic differentiation, but one of the arguments "
               "requires grad.");
@@ -150,7 +150,6 @@ at::Tensor& forward_out(const at::Tensor& input, const at::Tensor& lengths, int6
     operators_of().forward_out.call(input, lengths, dim, starts, scale, dtype, validate, out);
   }
   torch::autograd::impl::bump_version(out);
-  return out;
 }
 
 struct InPlaceFunction : torch::autograd::Function<InPlaceFunction> {
@@ -172,21 +171,21 @@ struct InPlaceFunction : torch::autograd::Function<InPlaceFunction> {
   }
 };
 
-at::Tensor& softmax_in_place(at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
-                             OptionalScale scale, bool validate) {
+void softmax_in_place(at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
+                      OptionalScale scale, bool validate) {
   if (needs_graph(input)) {
     // torch's own check comes after the function has run, when the values are gone.
-    TORCH_CHECK(!(input.requires_grad() && input.is_leaf()),
+    const bool is_view = input.is_view();
+    TORCH_CHECK(!input.requires_grad() || !(is_view ? input._base() : input).is_leaf(), is_view ? "a view of " : "",
                 "a leaf Variable that requires grad is being used in an in-place operation.");
     InPlaceFunction::apply(input, lengths, dim, starts, scale, validate);
-    return input;
+    return;
   }
   {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     masked_softmax_in_place().call(input, lengths, dim, starts, scale, validate);
   }
   torch::autograd::impl::bump_version(input);
-  return input;
 }
 
 }  // namespace

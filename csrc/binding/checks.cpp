@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "binding/overlap.h"
 #include "common/bounds.h"
 #include "common/row_walker.h"
 
@@ -230,12 +231,10 @@ void check_output(const at::Tensor& output, const at::Tensor& input, at::ScalarT
                     "(): expected an output whose elements each have memory of their own, but got one of shape ",
                     output.sizes(), " with strides ", output.strides());
   const auto check_apart = [&](const char* what, const at::Tensor& other, bool may_be_same) {
-    const at::MemOverlapStatus status = at::get_overlap_status(output, other);
-    const bool overlaps =
-        status == at::MemOverlapStatus::Partial ||
-        (status == at::MemOverlapStatus::Full &&
-         !(may_be_same && output.scalar_type() == other.scalar_type() && output.strides() == other.strides()));
-    TORCH_CHECK_VALUE(!overlaps, arguments.name, "(): expected the output's memory apart from that of ", what,
+    const bool is_same = output.const_data_ptr() == other.const_data_ptr() && output.strides() == other.strides() &&
+                         output.scalar_type() == other.scalar_type();
+    TORCH_CHECK_VALUE((may_be_same && is_same) || !shares_elements(output, other), arguments.name,
+                      "(): expected the output's memory apart from that of ", what,
                       may_be_same ? ", or exactly the same" : "", ", but got memory that overlaps it");
   };
   check_apart("input", input, true);

@@ -29,25 +29,22 @@ struct DeviceOps {
   }
 
   template <Operation kOperation>
-  static at::Tensor& forward_out(const at::Tensor& input, const at::Tensor& lengths, int64_t dim,
-                                 const OptionalTensor& starts, OptionalScale scale, OptionalType dtype, bool validate,
-                                 at::Tensor& out) {
+  static void forward_out(const at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
+                          OptionalScale scale, OptionalType dtype, bool validate, at::Tensor& out) {
     const RowArguments arguments{function_name(kOperation), lengths, dim, starts, scale, validate};
     const at::ScalarType type = result_dtype(arguments.name, input.scalar_type(), dtype);
     check_row_arguments(input, arguments);
     check_output(out, input, type, arguments);
     Device::compute(kOperation, out, {&input}, arguments);
-    return out;
   }
 
-  static at::Tensor& softmax_in_place(at::Tensor& input, const at::Tensor& lengths, int64_t dim,
-                                      const OptionalTensor& starts, OptionalScale scale, bool validate) {
+  static void softmax_in_place(at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
+                               OptionalScale scale, bool validate) {
     const RowArguments arguments{"masked_softmax_", lengths, dim, starts, scale, validate};
     const at::ScalarType type = result_dtype(arguments.name, input.scalar_type(), std::nullopt);
     check_row_arguments(input, arguments);
     check_output(input, input, type, arguments);
     Device::compute(Operation::kSoftmax, input, {&input}, arguments);
-    return input;
   }
 
   template <Operation kOperation>

@@ -11,11 +11,11 @@ namespace masked_softmax {
 using Forward = at::Tensor(const at::Tensor& input, const at::Tensor& lengths, int64_t dim,
                            const std::optional<at::Tensor>& starts, std::optional<double> scale,
                            std::optional<at::ScalarType> dtype, bool validate);
-using ForwardOut = at::Tensor&(const at::Tensor& input, const at::Tensor& lengths, int64_t dim,
-                               const std::optional<at::Tensor>& starts, std::optional<double> scale,
-                               std::optional<at::ScalarType> dtype, bool validate, at::Tensor& out);
-using InPlace = at::Tensor&(at::Tensor& input, const at::Tensor& lengths, int64_t dim,
-                            const std::optional<at::Tensor>& starts, std::optional<double> scale, bool validate);
+using ForwardOut = void(const at::Tensor& input, const at::Tensor& lengths, int64_t dim,
+                        const std::optional<at::Tensor>& starts, std::optional<double> scale,
+                        std::optional<at::ScalarType> dtype, bool validate, at::Tensor& out);
+using InPlace = void(at::Tensor& input, const at::Tensor& lengths, int64_t dim, const std::optional<at::Tensor>& starts,
+                     std::optional<double> scale, bool validate);
 using Backward = at::Tensor(const at::Tensor& grad_output, const at::Tensor& output, const at::Tensor& lengths,
                             int64_t dim, const std::optional<at::Tensor>& starts, std::optional<double> scale,
                             at::ScalarType input_dtype);

@@ -3,22 +3,23 @@
 
 #include "binding/operators.h"
 
+// Operators that write to an argument return nothing: torch functionalises no others.
 TORCH_LIBRARY(masked_softmax_ext, m) {
   m.def(
       "masked_softmax(Tensor input, Tensor lengths, int dim=-1, *, Tensor? starts=None, float? scale=None, "
       "ScalarType? dtype=None, bool validate=False) -> Tensor");
   m.def(
       "masked_softmax.out(Tensor input, Tensor lengths, int dim=-1, *, Tensor? starts=None, float? scale=None, "
-      "ScalarType? dtype=None, bool validate=False, Tensor(a!) out) -> Tensor(a!)");
+      "ScalarType? dtype=None, bool validate=False, Tensor(a!) out) -> ()");
   m.def(
       "masked_softmax_(Tensor(a!) input, Tensor lengths, int dim=-1, *, Tensor? starts=None, float? scale=None, "
-      "bool validate=False) -> Tensor(a!)");
+      "bool validate=False) -> ()");
   m.def(
       "masked_log_softmax(Tensor input, Tensor lengths, int dim=-1, *, Tensor? starts=None, float? scale=None, "
       "ScalarType? dtype=None, bool validate=False) -> Tensor");
   m.def(
       "masked_log_softmax.out(Tensor input, Tensor lengths, int dim=-1, *, Tensor? starts=None, float? scale=None, "
-      "ScalarType? dtype=None, bool validate=False, Tensor(a!) out) -> Tensor(a!)");
+      "ScalarType? dtype=None, bool validate=False, Tensor(a!) out) -> ()");
 
   // Derivatives. `output` is the saved result of the forward pass; starts and scale are those of the forward call.
   m.def(

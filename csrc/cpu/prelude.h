@@ -6,7 +6,6 @@
 // comes after it is a template over a vector type (or a member of one), whose name no other file shares.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -193,7 +193,7 @@ void run_rows(const Problem& problem, int64_t begin, int64_t end) {
 
   RowWalker walker(problem, begin);
   for (int64_t row = begin; row < end;) {
-    const int64_t run = std::min(walker.run(), end - row);
+    const int64_t run = walker.run() < end - row ? walker.run() : end - row;
     for (int64_t ahead = 0; ahead < run; ++ahead) {
       take_row(walker, ahead);
     }

@@ -128,7 +128,7 @@ class RowSums {
   template <class Term>
   MASKED_SOFTMAX_INLINE void add(int64_t count, const Term& term) {
     for (int64_t first = 0; first < count; first += kFoldElems<V>) {
-      add_fold(first, std::min(kFoldElems<V>, count - first), term);
+      add_fold(first, count - first < kFoldElems<V> ? count - first : kFoldElems<V>, term);
     }
     count_ += count;
   }

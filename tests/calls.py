@@ -1,0 +1,33 @@
+"""The two functions by name of what they compute, and a forward pass with its backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from masked_softmax_ext import masked_log_softmax, masked_softmax
+
+
+def forward(
+    x: Tensor, lengths: int | Tensor, dim: int = -1, *, log: bool = False, **arguments: Any
+) -> Tensor:
+    function = masked_log_softmax if log else masked_softmax
+    return function(x, lengths, dim, **arguments)
+
+
+def forward_backward(
+    x: Tensor,
+    g: Tensor,
+    lengths: int | Tensor,
+    dim: int = -1,
+    *,
+    log: bool = False,
+    **arguments: Any,
+) -> tuple[Tensor, Tensor]:
+    """The result, and the gradient with respect to x for an incoming gradient g."""
+    leaf = x.detach().requires_grad_()
+    y = forward(leaf, lengths, dim, log=log, **arguments)
+    (gradient,) = torch.autograd.grad(y, leaf, g)
+    return y.detach(), gradient

@@ -1,0 +1,75 @@
+"""Fixtures that every file may use."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from cases import CAPABILITIES, FLOATING, short_name
+from tolerances import HAS_LONG_DOUBLE
+
+import masked_softmax_ext
+from masked_softmax_ext import _C
+
+# Where each instruction set is compiled: platform.machine() of the architectures.
+ARCHITECTURES = {
+    "avx2": ("x86_64", "AMD64"),
+    "avx512": ("x86_64", "AMD64"),
+    "neon": ("aarch64", "arm64"),
+}
+
+
+def why_unavailable(name: str) -> str | None:
+    """None where build and processor run the instruction set, else the reason in words."""
+    if name in _C.cpu_capabilities():
+        return None
+    assert name != "scalar", "every processor runs the scalar kernels"
+    if platform.machine() in ARCHITECTURES[name]:
+        return f"this processor lacks {name}"
+    return f"{name}: not compiled for this architecture"
+
+
+@pytest.fixture(params=CAPABILITIES)
+def capability(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set in turn, in use for the length of the test."""
+    name: str = request.param
+    reason = why_unavailable(name)
+    if reason is not None:
+        pytest.skip(reason)
+    before = masked_softmax_ext.cpu_capability()
+    _C.set_cpu_capability(name)
+    assert masked_softmax_ext.cpu_capability() == name
+    yield name
+    _C.set_cpu_capability(before)
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """Sets torch's thread count; the one from before comes back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=FLOATING, ids=short_name)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Each floating point dtype in turn."""
+    value: torch.dtype = request.param
+    return value
+
+
+@pytest.fixture
+def compared_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Each floating point dtype that this platform has a wider type for, to compare with."""
+    if dtype == torch.float64 and not HAS_LONG_DOUBLE:
+        pytest.skip("this platform's long double is no wider than float64")
+    return dtype
+
+
+@pytest.fixture(params=[False, True], ids=["softmax", "log_softmax"])
+def log(request: pytest.FixtureRequest) -> bool:
+    """softmax, then log_softmax."""
+    value: bool = request.param
+    return value

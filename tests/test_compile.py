@@ -1,0 +1,331 @@
+"""Promise: torch.compile(fullgraph=True), meta and fake tensors, opcheck, autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from calls import forward, forward_backward
+from cases import FLOATING, assert_same_bits, generator, random_input, short_name
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import masked_softmax_ext
+from masked_softmax_ext import MaskedSoftmax, masked_log_softmax, masked_softmax, masked_softmax_
+
+OPERATORS = torch.ops.masked_softmax_ext
+Compiled = Callable[..., Tensor]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def compiled(function: Any, *, dynamic: bool | None = None, backend: Any = "aot_eager") -> Compiled:
+    result: Compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
+    return result
+
+
+def lengths_for(rows: int, cols: int, seed: int = 1) -> Tensor:
+    return torch.randint(0, cols + 1, (rows,), generator=generator(seed))
+
+
+# torch.compile
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_forward_and_backward(dynamic: bool, log: bool) -> None:
+    """The same bits as eager, for several shapes."""
+
+    def function(x: Tensor, lengths: Tensor) -> Tensor:
+        return forward(x, lengths, log=log, scale=0.5)
+
+    program = compiled(function, dynamic=dynamic)
+    for rows, cols in ((4, 16), (7, 33)):
+        x, g, lengths = (
+            random_input((rows, cols), torch.float32, 2),
+            random_input((rows, cols), torch.float32, 3),
+            lengths_for(rows, cols),
+        )
+        y, gradient = forward_backward(x, g, lengths, log=log, scale=0.5)
+        leaf = x.clone().requires_grad_()
+        got = program(leaf, lengths)
+        (got_gradient,) = torch.autograd.grad(got, leaf, g)
+        assert_same_bits(got, y, f"{rows}x{cols}")
+        assert_same_bits(got_gradient, gradient, f"gradient, {rows}x{cols}")
+
+
+def test_inductor() -> None:
+    """With neighbours that are fused around it, forward and backward, and every argument."""
+
+    def function(x: Tensor, lengths: Tensor, starts: Tensor) -> Tensor:
+        scores = x.transpose(1, 2) * 2
+        weights = masked_softmax(scores, lengths, 1, starts=starts, scale=0.7, dtype=torch.float64)
+        return weights + masked_log_softmax(x, 3, -1).exp().transpose(1, 2)
+
+    def run(function: Compiled, x: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = x.clone().requires_grad_()
+        result = function(leaf, torch.tensor([[5], [2]]), torch.tensor([1, 0]))
+        return result.detach(), torch.autograd.grad(result, leaf, g)[0]
+
+    x = random_input((2, 4, 6), torch.float32, seed=4)
+    g = random_input((2, 6, 4), torch.float64, seed=5)
+    for got, expected in zip(
+        run(compiled(function, backend="inductor"), x), run(function, x), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_no_recompilation_for_other_lengths() -> None:
+    """The values of lengths are data, not part of the program."""
+    program = compiled(lambda x, lengths: masked_softmax(x, lengths))
+    x = random_input((5, 9), torch.float32, seed=6)
+    program(x, lengths_for(5, 9))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(2, 6):
+            lengths = lengths_for(5, 9, seed)
+            assert_same_bits(program(x, lengths), masked_softmax(x, lengths))
+
+
+def test_dynamic_shapes_do_not_recompile() -> None:
+    program = compiled(lambda x, lengths: masked_softmax(x, lengths), dynamic=True)
+    program(torch.randn(5, 9), lengths_for(5, 9))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows, cols in ((6, 11), (3, 100), (17, 4)):
+            x, lengths = random_input((rows, cols), torch.float32, seed=7), lengths_for(rows, cols)
+            assert_same_bits(program(x, lengths), masked_softmax(x, lengths))
+
+
+def test_int_lengths() -> None:
+    """An int may be part of the program the first time; from the second on it is a symbol."""
+    x = random_input((4, 16), torch.float32, seed=8)
+    counter = torch._dynamo.testing.CompileCounter()
+    program = compiled(lambda x, length: masked_softmax(x, length, starts=2), backend=counter)
+    for length in (3, 5, 7, 9, 11):
+        assert_same_bits(program(x, length), masked_softmax(x, length, starts=2))
+    assert counter.frame_count <= 2
+
+
+def test_int_lengths_with_gradient() -> None:
+    x = random_input((4, 16), torch.float32, seed=8).requires_grad_()
+    program = compiled(lambda x, length: masked_softmax(x, length), dynamic=True)
+    for length in (3, 5):
+        (got,) = torch.autograd.grad(program(x, length)[:, 0].sum(), x)
+        (expected,) = torch.autograd.grad(masked_softmax(x, length)[:, 0].sum(), x)
+        assert_same_bits(got, expected)
+
+
+def test_in_place() -> None:
+    def function(x: Tensor, lengths: Tensor) -> Tensor:
+        scores = x * 2
+        masked_softmax_(scores, lengths, scale=0.5)
+        return scores + 1
+
+    x, lengths = random_input((4, 9), torch.float32, seed=9), lengths_for(4, 9)
+    assert_same_bits(compiled(function)(x, lengths), function(x, lengths))
+
+
+def test_in_place_reaches_the_argument() -> None:
+    x, lengths = random_input((4, 9), torch.float32, seed=9), lengths_for(4, 9)
+    expected = masked_softmax(x, lengths)
+    result = compiled(lambda x, lengths: masked_softmax_(x, lengths))(x, lengths)
+    assert_same_bits(x, expected, "the argument")
+    assert_same_bits(result, expected, "the result")
+
+
+def test_in_place_with_gradient() -> None:
+    def function(x: Tensor, lengths: Tensor) -> Tensor:
+        return masked_softmax_(x * 2, lengths).pow(2).sum()
+
+    x, lengths = random_input((4, 9), torch.float32, seed=9).requires_grad_(), lengths_for(4, 9)
+    (got,) = torch.autograd.grad(compiled(function)(x, lengths), x)
+    (expected,) = torch.autograd.grad(function(x, lengths), x)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-8)
+    assert float(expected.abs().max()) > 1e-3
+
+
+def test_out() -> None:
+    def function(x: Tensor, lengths: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        masked_softmax(x, lengths, out=out)
+        return out * 2
+
+    x, lengths = random_input((4, 9), torch.float32, seed=10), lengths_for(4, 9)
+    assert_same_bits(compiled(function)(x, lengths), function(x, lengths))
+
+
+def test_module() -> None:
+    module = MaskedSoftmax(scale=0.3)
+    x, lengths = random_input((4, 9), torch.float32, seed=11), lengths_for(4, 9)
+    assert_same_bits(compiled(module)(x, lengths), module(x, lengths))
+
+
+def test_wrong_lengths_are_an_error_when_compiled() -> None:
+    program = compiled(lambda x, lengths: masked_softmax(x, lengths))
+    program(torch.randn(2, 5), torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="row 1"):
+        program(torch.randn(2, 5), torch.tensor([1, 6]))
+
+
+# Meta and fake tensors
+
+
+def gradient_of(function: Compiled, x: Tensor, lengths: Tensor) -> Tensor:
+    leaf = x.detach().requires_grad_()
+    return torch.autograd.grad(function(leaf, lengths).sum(), leaf)[0]
+
+
+META_CASES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "masked_softmax": lambda x, lengths: masked_softmax(x, lengths),
+    "masked_log_softmax": lambda x, lengths: masked_log_softmax(x, lengths),
+    "dim": lambda x, lengths: masked_softmax(x, lengths[:, :1], 1),
+    "dtype": lambda x, lengths: masked_softmax(x, lengths, dtype=torch.float64),
+    "int lengths": lambda x, lengths: masked_softmax(x, 2, starts=1),
+    "starts": lambda x, lengths: masked_softmax(x, lengths, starts=lengths * 0),
+    "in place": lambda x, lengths: masked_softmax_(x, lengths),
+    "out": lambda x, lengths: masked_softmax(x, lengths, out=torch.empty_like(x)),
+    "backward": lambda x, lengths: gradient_of(masked_softmax, x, lengths),
+    "log backward": lambda x, lengths: gradient_of(masked_log_softmax, x, lengths),
+}  # fmt: skip
+
+
+def described(tensor: Tensor) -> tuple[Any, ...]:
+    return (
+        tuple(tensor.shape),
+        tensor.stride(),
+        tensor.dtype,
+        tensor.storage_offset(),
+        tensor.requires_grad,
+    )
+
+
+def inputs() -> list[Tensor]:
+    base = random_input((2, 3, 8), torch.float32, seed=12)
+    return [base, base.transpose(0, 1).contiguous().transpose(0, 1), base[:, :, ::2], base.half()]
+
+
+@pytest.mark.parametrize("case", META_CASES.values(), ids=list(META_CASES))
+def test_meta_tensors_are_described_like_real_ones(
+    case: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """Shape, strides, dtype, offset; on the meta device."""
+    for x in inputs():
+        lengths = torch.ones(2, 3, dtype=torch.int64)
+        expected = described(case(x.clone() if x.is_contiguous() else x.detach(), lengths))
+        meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        result = case(meta, lengths.to("meta"))
+        assert result.device.type == "meta"
+        assert described(result) == expected
+
+
+@pytest.mark.parametrize("case", META_CASES.values(), ids=list(META_CASES))
+def test_fake_tensors_are_described_like_real_ones(
+    case: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    for x in inputs():
+        lengths = torch.ones(2, 3, dtype=torch.int64)
+        with FakeTensorMode() as mode:
+            fake, fake_lengths = mode.from_tensor(x), mode.from_tensor(lengths)
+            result = case(fake, fake_lengths)
+        assert result.device.type == "cpu"
+        assert type(result).__name__ == "FakeTensor"
+        got = described(result)
+        assert got == described(case(x.detach(), lengths))
+
+
+def test_meta_tensors_have_the_same_errors() -> None:
+    x, lengths = torch.empty(4, 5, device="meta"), torch.empty(4, dtype=torch.int64, device="meta")
+    with pytest.raises(IndexError, match="2"):
+        masked_softmax(x, lengths, 2)
+    with pytest.raises(TypeError, match="integer"):
+        masked_softmax(x, lengths.float())
+    with pytest.raises(ValueError, match=r"\[4\]"):
+        masked_softmax(x, lengths[:3])
+    with pytest.raises(TypeError, match="float"):
+        masked_softmax(x.long(), lengths)
+    with pytest.raises(ValueError, match=r"\[4, 5\]"):
+        masked_softmax(x, lengths, out=torch.empty(5, 4, device="meta"))
+
+
+# torch.library.opcheck
+
+X = random_input((3, 5), torch.float32, seed=13)
+LENGTHS = torch.tensor([5, 0, 2])
+STARTS = torch.tensor([0, 1, 3])
+
+
+def opcheck_arguments() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    return {
+        "plain": ((X.clone(), LENGTHS), {}),
+        "with grad": ((X.clone().requires_grad_(), LENGTHS), {}),
+        "all": (
+            (X.t().contiguous().requires_grad_(), LENGTHS, 0),
+            {"starts": STARTS, "scale": 0.5, "dtype": torch.float64, "validate": True},
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["masked_softmax", "masked_log_softmax"])
+@pytest.mark.parametrize("arguments", ["plain", "with grad", "all"])
+def test_opcheck(name: str, arguments: str) -> None:
+    args, kwargs = opcheck_arguments()[arguments]
+    torch.library.opcheck(getattr(OPERATORS, name).default, args, kwargs)
+
+
+def test_opcheck_in_place() -> None:
+    torch.library.opcheck(
+        OPERATORS.masked_softmax_.default, (X.clone(), LENGTHS), {"starts": STARTS, "scale": 0.5}
+    )
+
+
+@pytest.mark.parametrize("name", ["masked_softmax", "masked_log_softmax"])
+def test_opcheck_out(name: str) -> None:
+    torch.library.opcheck(
+        getattr(OPERATORS, name).out,
+        (X.clone(), LENGTHS),
+        {"scale": 0.5, "out": torch.empty(3, 5)},
+    )
+
+
+@pytest.mark.parametrize("name", ["masked_softmax_backward", "masked_log_softmax_backward"])
+@pytest.mark.parametrize("with_grad", [False, True], ids=["plain", "with grad"])
+def test_opcheck_backward(name: str, with_grad: bool) -> None:
+    y = masked_softmax(X, LENGTHS).requires_grad_(with_grad)
+    g = random_input((3, 5), torch.float32, seed=14).requires_grad_(with_grad)
+    torch.library.opcheck(
+        getattr(OPERATORS, name).default, (g, y, LENGTHS, -1, None, 0.5, torch.float32)
+    )
+
+
+# Autocast
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=short_name)
+def test_autocast_gives_float32(capability: str, autocast: torch.dtype, log: bool) -> None:
+    """In one kernel: the same bits as dtype=torch.float32, and the gradient in the input's type."""
+    for dtype in FLOATING:
+        x, g = random_input((4, 9), dtype, seed=15), random_input((4, 9), torch.float32, seed=16)
+        expected = dtype if dtype == torch.float64 else torch.float32
+        y, gradient = forward_backward(x, g.to(expected), 5, log=log, dtype=expected)
+        with torch.autocast("cpu", autocast):
+            got, got_gradient = forward_backward(x, g.to(expected), 5, log=log)
+            explicit = forward(x, 5, log=log, dtype=torch.bfloat16)
+        assert got.dtype == expected
+        assert_same_bits(got, y, str(dtype))
+        assert_same_bits(got_gradient, gradient, f"gradient, {dtype}")
+        assert explicit.dtype == torch.bfloat16
+
+
+def test_autocast_in_a_layer(capability: str) -> None:
+    linear = torch.nn.Linear(8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = linear(torch.randn(4, 8))
+        weights = masked_softmax_ext.masked_softmax(scores, torch.tensor([8, 1, 0, 3]))
+    assert scores.dtype == torch.bfloat16
+    assert weights.dtype == torch.float32
+    weights[:, 0].sum().backward()
+    assert linear.weight.grad is not None
+    assert float(linear.weight.grad.abs().max()) > 0

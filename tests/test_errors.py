@@ -1,0 +1,510 @@
+"""Promise: errors have SPEC.md's type, say what was expected and what came, and leave no traces."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from calls import forward
+from cases import INTEGER, assert_same_bits, random_input, short_name
+from torch import Tensor
+
+import masked_softmax_ext
+from masked_softmax_ext import masked_softmax_
+
+Call = Callable[..., Tensor]
+
+OPERATORS = torch.ops.masked_softmax_ext
+
+# The three ways to the same checks: the function, the operator, and the operator in place.
+CALLS: dict[str, Call] = {
+    "masked_softmax": masked_softmax_ext.masked_softmax,
+    "masked_log_softmax": masked_softmax_ext.masked_log_softmax,
+    "masked_softmax_": masked_softmax_ext.masked_softmax_,
+    "ops.masked_softmax": OPERATORS.masked_softmax,
+    "ops.masked_log_softmax": OPERATORS.masked_log_softmax,
+    "ops.masked_softmax_": OPERATORS.masked_softmax_,
+}
+FUNCTIONS = {name: call for name, call in CALLS.items() if not name.startswith("ops.")}
+OUT_OF_PLACE = {name: call for name, call in CALLS.items() if not name.endswith("_")}
+
+
+def every(calls: dict[str, Call]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("call", calls.values(), ids=list(calls))
+
+
+def assert_raises(
+    kind: type[Exception], words: tuple[str | int, ...], call: Call, *arguments: Any, **options: Any
+) -> str:
+    """Raises exactly that kind, and the message has all the words, each standing alone."""
+    with pytest.raises(kind) as caught:
+        call(*arguments, **options)
+    assert type(caught.value) is kind, f"{type(caught.value).__name__}: {caught.value}"
+    message = str(caught.value)
+    for word in words:
+        assert re.search(rf"(?<![\w.-]){re.escape(str(word))}(?!\w)", message), (
+            f"no {word!r} in: {message}"
+        )
+    return message
+
+
+def scores(rows: int = 4, cols: int = 5) -> Tensor:
+    return random_input((rows, cols), torch.float32, seed=1)
+
+
+# Lengths and starts out of bounds
+
+
+@every(CALLS)
+@pytest.mark.parametrize("wrong", [6, 9, 100, -1, -7])
+def test_length_out_of_bounds(call: Call, wrong: int) -> None:
+    """The first offending row, its value and the bound."""
+    for row in range(4):
+        lengths = torch.tensor([1, 2, 3, 4])
+        lengths[row] = wrong
+        assert_raises(ValueError, (f"row {row}", wrong, 5), call, scores(), lengths)
+
+
+@every(CALLS)
+def test_the_first_offending_row_is_named(call: Call) -> None:
+    message = assert_raises(
+        ValueError, ("row 1", 9, 5), call, scores(), torch.tensor([5, 9, 12, -3])
+    )
+    assert "12" not in message
+    assert "-3" not in message
+
+
+@every(CALLS)
+def test_starts_and_lengths_out_of_bounds(call: Call) -> None:
+    """Start, length and bound are named: neither alone need be wrong."""
+    x = scores()
+    lengths = torch.tensor([1, 2, 3, 1])
+    assert_raises(
+        ValueError, ("row 2", 4, 3, 5), call, x, lengths, starts=torch.tensor([4, 3, 4, 9])
+    )
+    assert_raises(
+        ValueError, ("row 1", -2, 2, 5), call, x, lengths, starts=torch.tensor([4, -2, 2, 9])
+    )
+    assert_raises(
+        ValueError,
+        ("row 3", 6, 0, 5),
+        call,
+        x,
+        torch.zeros(4, dtype=torch.int64),
+        starts=torch.tensor([5, 0, 1, 6]),
+    )
+    assert_raises(
+        ValueError,
+        ("row 0", -1, 5),
+        call,
+        x,
+        torch.full((4,), -1),
+        starts=torch.tensor([5, 0, 1, 1]),
+    )
+
+
+@every(CALLS)
+def test_sums_that_overflow_an_integer(call: Call) -> None:
+    huge = 2**63 - 1
+    full = torch.full((4,), huge)
+    assert_raises(ValueError, ("row 0", huge, 5), call, scores(), full)
+    assert_raises(ValueError, ("row 0", huge, 5), call, scores(), full, starts=full)
+    assert_raises(ValueError, ("row 0", huge, 5), call, scores(), full, starts=torch.full((4,), 5))
+    assert_raises(ValueError, ("row 0", -(2**63), 5), call, scores(), torch.full((4,), -(2**63)))
+    assert_raises(
+        ValueError, ("row 0", -(2**63), 5), call, scores(), full, starts=torch.full((4,), -(2**63))
+    )
+
+
+@every(FUNCTIONS)
+def test_int_lengths_out_of_bounds(call: Call) -> None:
+    assert_raises(ValueError, (6, 5), call, scores(), 6)
+    assert_raises(ValueError, (-1, 5), call, scores(), -1)
+    assert_raises(ValueError, (3, 4, 5), call, scores(), 3, starts=4)
+
+
+@pytest.mark.parametrize("index", INTEGER, ids=short_name)
+def test_every_integer_type_is_checked(index: torch.dtype) -> None:
+    top = min(torch.iinfo(index).max, 2**40)
+    assert_raises(
+        ValueError, ("row 2", top, 5), forward, scores(), torch.tensor([1, 2, top, 4], dtype=index)
+    )
+    if index != torch.uint8:
+        assert_raises(
+            ValueError,
+            ("row 2", -1, 5),
+            forward,
+            scores(),
+            torch.tensor([1, 2, -1, 4], dtype=index),
+        )
+
+
+def test_the_row_of_more_dimensions_is_named() -> None:
+    """By its position in input without `dim`; for broadcast lengths, the first such row."""
+    x = random_input((2, 3, 4, 5), torch.float32, seed=2)
+    lengths = torch.ones(2, 3, 4, dtype=torch.int64)
+    lengths[1, 2, 0] = 77
+    assert_raises(ValueError, ("(1, 2, 0)", 77, 5), forward, x, lengths)
+    assert_raises(ValueError, ("(0, 2, 0)", 78, 5), forward, x, torch.tensor([[1, 1, 78]]))
+    lengths = torch.ones(2, 4, 5, dtype=torch.int64)
+    lengths[1, 3, 4] = 79
+    assert_raises(ValueError, ("(1, 3, 4)", 79, 3), forward, x, lengths, 1)
+
+
+def test_the_first_of_many_rows_is_named_whatever_the_threads() -> None:
+    x = random_input((5000, 100), torch.float32, seed=3)
+    lengths = torch.full((5000,), 100)
+    lengths[[1234, 4999, 2500]] = torch.tensor([101, 102, 103])
+    message = assert_raises(ValueError, ("row 1234", 101, 100), forward, x, lengths)
+    assert "102" not in message
+
+
+def test_validate_changes_nothing_on_the_cpu(log: bool) -> None:
+    x, lengths = scores(), torch.tensor([1, 2, 6, 4])
+    for validate in (False, True):
+        assert_raises(ValueError, ("row 2", 6, 5), forward, x, lengths, log=log, validate=validate)
+    lengths[2] = 3
+    assert_same_bits(forward(x, lengths, log=log, validate=True), forward(x, lengths, log=log))
+
+
+# Nothing is half-written
+
+
+@pytest.mark.parametrize("rows", [4, 3000])
+def test_nothing_is_written_when_a_length_is_wrong(rows: int, log: bool) -> None:
+    """out= and the input in place keep every bit, also where the last of many rows is wrong."""
+    x = random_input((rows, 300), torch.float32, seed=4)
+    lengths = torch.full((rows,), 300)
+    lengths[-1] = 301
+    out = torch.full_like(x, 7.0)
+    assert_raises(ValueError, (301, 300), forward, x, lengths, log=log, out=out)
+    assert bool((out == 7.0).all())
+    before = x.clone()
+    assert_raises(ValueError, (301, 300), masked_softmax_, x, lengths)
+    assert_raises(ValueError, (301, 300), forward, x, lengths, log=log, out=x)
+    assert_same_bits(x, before)
+
+
+def test_a_failed_call_in_place_leaves_the_graph_alone() -> None:
+    leaf = scores().requires_grad_()
+    x = leaf * 2
+    assert_raises(ValueError, (9, 5), masked_softmax_, x, 9)
+    (gradient,) = torch.autograd.grad(x.sum(), leaf)
+    assert torch.equal(gradient, torch.full_like(leaf, 2.0))
+
+
+# dim
+
+
+@every(CALLS)
+@pytest.mark.parametrize("dim", [2, -3, 5, -100])
+def test_dim_out_of_range_is_torchs_error(call: Call, dim: int) -> None:
+    with pytest.raises(IndexError) as theirs:
+        torch.softmax(scores(), dim)
+    message = assert_raises(IndexError, (dim, "[-2, 1]"), call, scores(), torch.tensor([1]), dim)
+    assert message.splitlines()[0] == str(theirs.value).splitlines()[0]
+
+
+@every(FUNCTIONS)
+@pytest.mark.parametrize("dim", ["1", None, 1.0, (0, 1)], ids=repr)
+def test_dim_of_another_type(call: Call, dim: Any) -> None:
+    assert_raises(
+        TypeError, ("dim", "int", type(dim).__name__), call, scores(), torch.tensor([1]), dim
+    )
+
+
+# input
+
+
+@every(FUNCTIONS)
+@pytest.mark.parametrize("wrong", [[[1.0, 2.0]], 3.0, None, "x"], ids=repr)
+def test_input_that_is_no_tensor(call: Call, wrong: Any) -> None:
+    assert_raises(TypeError, ("input", "Tensor", type(wrong).__name__), call, wrong, 1)
+
+
+@every(CALLS)
+def test_integer_input_without_dtype(call: Call) -> None:
+    for dtype, name in (
+        (torch.int64, "Long"),
+        (torch.int32, "Int"),
+        (torch.uint8, "Byte"),
+        (torch.bool, "Bool"),
+    ):
+        with pytest.raises(TypeError, match=rf"(?i)({name}|{short_name(dtype)})") as caught:
+            call(torch.ones(4, 5, dtype=dtype), torch.tensor([1]))
+        assert "float" in str(caught.value)
+
+
+@every(CALLS)
+def test_complex_input(call: Call) -> None:
+    with pytest.raises(TypeError, match=r"(?i)complex"):
+        call(torch.ones(4, 5, dtype=torch.complex64), torch.tensor([1]))
+
+
+@every(OUT_OF_PLACE)
+def test_dtype_that_is_not_floating(call: Call) -> None:
+    for dtype, name in (
+        (torch.int32, "Int"),
+        (torch.bool, "Bool"),
+        (torch.complex64, "ComplexFloat"),
+    ):
+        with pytest.raises(TypeError, match=rf"(?i)({name}|{short_name(dtype)})"):
+            call(scores(), torch.tensor([1]), dtype=dtype)
+
+
+def test_dtype_that_is_no_dtype() -> None:
+    with pytest.raises(TypeError, match="dtype"):
+        forward(scores(), 1, dtype="float32")
+    with pytest.raises(TypeError, match="dtype"):
+        forward(scores(), torch.tensor([1]), dtype="float32")
+
+
+@every(CALLS)
+def test_sparse_input(call: Call) -> None:
+    with pytest.raises((TypeError, ValueError, NotImplementedError)):
+        call(torch.eye(4).to_sparse(), torch.tensor([1]))
+
+
+# lengths and starts: type, shape, device
+
+
+@every(CALLS)
+@pytest.mark.parametrize("what", ["lengths", "starts"])
+def test_lengths_of_another_type(call: Call, what: str) -> None:
+    for dtype, name in (
+        (torch.float32, "Float"),
+        (torch.float64, "Double"),
+        (torch.bool, "Bool"),
+        (torch.complex64, "Complex"),
+    ):
+        indices = {
+            "lengths": torch.ones(4, dtype=torch.int64),
+            "starts": torch.ones(4, dtype=torch.int64),
+        }
+        indices[what] = indices[what].to(dtype)
+        with pytest.raises(TypeError, match=rf"(?i)({name}|{short_name(dtype)})") as caught:
+            call(scores(), indices["lengths"], starts=indices["starts"])
+        assert what in str(caught.value)
+        assert "integer" in str(caught.value)
+
+
+@every(FUNCTIONS)
+@pytest.mark.parametrize("wrong", [1.0, [1, 2, 3, 4], "2", None], ids=repr)
+def test_lengths_that_are_no_index(call: Call, wrong: Any) -> None:
+    assert_raises(TypeError, ("lengths", "int", type(wrong).__name__), call, scores(), wrong)
+    if wrong is not None:
+        assert_raises(
+            TypeError, ("starts", "int", type(wrong).__name__), call, scores(), 1, starts=wrong
+        )
+
+
+@every(CALLS)
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [((5,), -1), ((3,), -1), ((4, 1), -1), ((4, 5), -1), ((1, 1, 1), -1), ((4,), 0), ((0,), -1)],
+    ids=str,
+)
+def test_lengths_of_another_shape(call: Call, shape: tuple[int, ...], dim: int) -> None:
+    """Too many dimensions, or a size that does not broadcast: both shapes are named."""
+    rows = 4 if dim == -1 else 5
+    wrong = torch.ones(shape, dtype=torch.int64)
+    given = re.escape(str(list(shape)))
+    for what, arguments in (("lengths", (wrong, None)), ("starts", (torch.tensor(1), wrong))):
+        with pytest.raises(ValueError, match=given) as caught:
+            call(scores(), arguments[0], dim, starts=arguments[1])
+        assert type(caught.value) is ValueError
+        assert what in str(caught.value)
+        assert f"[{rows}]" in str(caught.value)
+
+
+def test_lengths_that_would_fit_from_the_back() -> None:
+    """(Q,) against (B, Q, K) aligns with B; torch's trailing rule is not used, and not guessed."""
+    with pytest.raises(ValueError, match=r"\[2, 3\]"):
+        forward(torch.zeros(2, 3, 4), torch.ones(3, dtype=torch.int64))
+
+
+@every(CALLS)
+@pytest.mark.parametrize("what", ["lengths", "starts"])
+def test_lengths_on_another_device(call: Call, what: str) -> None:
+    indices = {
+        "lengths": torch.ones(4, dtype=torch.int64),
+        "starts": torch.ones(4, dtype=torch.int64),
+    }
+    indices[what] = indices[what].to("meta")
+    assert_raises(
+        ValueError,
+        (what, "cpu", "meta"),
+        call,
+        scores(),
+        indices["lengths"],
+        starts=indices["starts"],
+    )
+
+
+# scale
+
+
+@every(FUNCTIONS)
+@pytest.mark.parametrize(
+    "wrong", [torch.tensor(2.0), "2", [2.0], 1j], ids=lambda wrong: type(wrong).__name__
+)
+def test_scale_that_is_no_number(call: Call, wrong: Any) -> None:
+    assert_raises(
+        TypeError,
+        ("scale", "number", type(wrong).__name__),
+        call,
+        scores(),
+        torch.tensor([1]),
+        scale=wrong,
+    )
+
+
+# out=
+
+
+@every(OUT_OF_PLACE)
+def test_out_of_another_shape(call: Call) -> None:
+    """Not resized, as torch would with a warning: a result in the wrong place helps nobody."""
+    for shape in ((5, 4), (4, 6), (20,), (1, 4, 5), ()):
+        out = torch.full(shape, 7.0)
+        with pytest.raises(ValueError, match=re.escape(str(list(shape)))) as caught:
+            call(scores(), torch.tensor([1]), out=out)
+        assert "[4, 5]" in str(caught.value)
+        assert out.shape == shape
+        assert bool((out == 7.0).all())
+
+
+@every(OUT_OF_PLACE)
+def test_out_of_another_dtype(call: Call) -> None:
+    for options, out_dtype in (
+        ({}, torch.float64),
+        ({}, torch.bfloat16),
+        ({"dtype": torch.float64}, torch.float32),
+        ({}, torch.int32),
+    ):
+        out = torch.full((4, 5), 7, dtype=out_dtype)
+        with pytest.raises(TypeError, match="out"):
+            call(scores(), torch.tensor([1]), **options, out=out)
+        assert bool((out == 7).all())
+
+
+@every(OUT_OF_PLACE)
+def test_out_on_another_device(call: Call) -> None:
+    assert_raises(
+        ValueError,
+        ("out", "cpu", "meta"),
+        call,
+        scores(),
+        torch.tensor([1]),
+        out=torch.empty(4, 5, device="meta"),
+    )
+
+
+def test_out_that_is_no_tensor() -> None:
+    assert_raises(TypeError, ("out", "Tensor", "list"), forward, scores(), 1, out=[1.0])
+
+
+@every(OUT_OF_PLACE)
+def test_out_that_overlaps_itself(call: Call) -> None:
+    assert_raises(
+        ValueError, (), call, scores(), torch.tensor([1]), out=torch.empty(1, 5).expand(4, 5)
+    )
+
+
+@every(OUT_OF_PLACE)
+@pytest.mark.parametrize("shift", [1, 5, 19, -1])
+def test_out_that_overlaps_the_input(call: Call, shift: int) -> None:
+    buffer = random_input((60,), torch.float32, seed=5)
+    before = buffer.clone()
+    x, out = buffer[20:40].view(4, 5), buffer[20 + shift : 40 + shift].view(4, 5)
+    message = assert_raises(ValueError, ("input",), call, x, torch.tensor([1]), out=out)
+    assert "overlap" in message
+    assert_same_bits(buffer, before)
+
+
+@every(OUT_OF_PLACE)
+def test_out_that_overlaps_the_input_with_gaps(call: Call) -> None:
+    """Columns 0..3 and 2..5 of the same rows: neither tensor is dense, yet they share elements."""
+    buffer = random_input((4, 8), torch.float32, seed=6)
+    before = buffer.clone()
+    with pytest.raises(ValueError, match="overlap"):
+        call(buffer[:, 0:4], torch.tensor([3]), out=buffer[:, 2:6])
+    assert_same_bits(buffer, before)
+
+
+@every(OUT_OF_PLACE)
+def test_out_that_is_the_input_transposed(call: Call) -> None:
+    x = random_input((5, 5), torch.float32, seed=7)
+    before = x.clone()
+    with pytest.raises(ValueError, match="overlap"):
+        call(x, torch.tensor([3]), out=x.t())
+    assert_same_bits(x, before)
+
+
+@every(OUT_OF_PLACE)
+def test_out_that_overlaps_the_lengths(call: Call) -> None:
+    buffer = torch.zeros(64, dtype=torch.int32)
+    out = buffer.view(torch.float32)[:20].view(4, 5)
+    with pytest.raises(ValueError, match="overlap"):
+        call(scores(), buffer[:4], out=out)
+    with pytest.raises(ValueError, match="overlap"):
+        call(scores(), torch.tensor([1]), starts=buffer[16:20], out=out)
+
+
+def test_out_beside_the_input_is_fine(log: bool) -> None:
+    buffer = random_input((40,), torch.float32, seed=8)
+    x, out = buffer[:20].view(4, 5), buffer[20:].view(4, 5)
+    expected = forward(x.clone(), 3, log=log)
+    assert_same_bits(forward(x, 3, log=log, out=out), expected)
+
+
+@pytest.mark.parametrize("name", ["masked_softmax_", "ops.masked_softmax_"])
+def test_in_place_on_an_expanded_tensor(name: str) -> None:
+    x = torch.zeros(1, 5).expand(4, 5)
+    with pytest.raises(ValueError, match=r"(?i)memory"):
+        CALLS[name](x, torch.tensor([1, 2, 3, 4]))
+    assert torch.equal(x, torch.zeros(4, 5))
+
+
+# The derivatives' operators, called by hand
+
+
+@pytest.mark.parametrize("name", ["masked_softmax_backward", "masked_log_softmax_backward"])
+def test_backward_operators_check_their_arguments(name: str) -> None:
+    """They are public too: nothing that is handed to them makes them leave their memory."""
+    backward = getattr(OPERATORS, name)
+    y, g, lengths = torch.rand(4, 5), torch.rand(4, 5), torch.tensor([1, 2, 3, 4])
+
+    def call(
+        y: Tensor = y,
+        g: Tensor = g,
+        lengths: Tensor = lengths,
+        dim: int = -1,
+        starts: Tensor | None = None,
+    ) -> Tensor:
+        result: Tensor = backward(g, y, lengths, dim, starts, None, torch.float32)
+        return result
+
+    assert call().shape == (4, 5)
+    assert_raises(ValueError, ("row 2", 6, 5), call, lengths=torch.tensor([1, 2, 6, 4]))
+    assert_raises(ValueError, ("row 0", -1, 5), call, lengths=torch.tensor([-1]))
+    assert_raises(ValueError, ("row 3", 4, 2, 5), call, starts=torch.full((4,), 2))
+    assert_raises(IndexError, (2,), call, dim=2)
+    for wrong in (torch.rand(4, 6), torch.rand(5), torch.rand(3, 5), torch.rand(())):
+        with pytest.raises(ValueError, match=r"\[4, 5\]"):
+            call(g=wrong)
+    with pytest.raises(ValueError, match="lengths"):
+        call(lengths=torch.ones(5, dtype=torch.int64))
+    with pytest.raises(TypeError, match="lengths"):
+        call(lengths=torch.ones(4))
+    with pytest.raises(TypeError):
+        call(g=torch.ones(4, 5, dtype=torch.int64))
+
+
+def test_gradient_of_another_shape_is_torchs_error() -> None:
+    y = forward(scores().requires_grad_(), 3)
+    with pytest.raises(RuntimeError, match="shape"):
+        y.backward(torch.ones(4, 6))

@@ -1,0 +1,191 @@
+"""Promise: the package is complete: names, documentation, types, modules, build information."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import importlib
+import inspect
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import assert_same_bits, random_input
+from torch import nn
+
+import masked_softmax_ext
+from masked_softmax_ext import (
+    MaskedLogSoftmax,
+    MaskedSoftmax,
+    masked_log_softmax,
+    masked_softmax,
+    masked_softmax_,
+    reference,
+)
+
+MODULES = (MaskedSoftmax, MaskedLogSoftmax)
+
+NAMES = {
+    "MaskedLogSoftmax",
+    "MaskedSoftmax",
+    "build_info",
+    "cpu_capability",
+    "masked_log_softmax",
+    "masked_softmax",
+    "masked_softmax_",
+    "reference",
+}
+
+
+def test_all_names_exist() -> None:
+    assert set(masked_softmax_ext.__all__) >= NAMES
+    for name in masked_softmax_ext.__all__:
+        assert getattr(masked_softmax_ext, name) is not None
+
+
+def test_everything_public_is_documented() -> None:
+    assert (masked_softmax_ext.__doc__ or "").strip()
+    for name in masked_softmax_ext.__all__:
+        assert len((getattr(masked_softmax_ext, name).__doc__ or "").strip()) > 20, name
+
+
+def test_functions_are_typed() -> None:
+    """py.typed is there, and no argument or result goes without a type."""
+    assert (Path(masked_softmax_ext.__file__).parent / "py.typed").exists()
+    for function in (masked_softmax, masked_log_softmax, masked_softmax_):
+        signature = inspect.signature(function)
+        assert signature.return_annotation is not inspect.Signature.empty
+        for parameter in signature.parameters.values():
+            assert parameter.annotation is not inspect.Parameter.empty, (
+                f"{function.__name__}: {parameter.name}"
+            )
+
+
+def arguments_of(function: Any) -> list[tuple[str, Any, Any]]:
+    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+def test_signatures() -> None:
+    """Names, order, defaults; what follows dim is by keyword only. The reference has the same."""
+    plain, keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    missing = inspect.Parameter.empty
+    expected = [
+        ("input", plain, missing),
+        ("lengths", plain, missing),
+        ("dim", plain, -1),
+        ("starts", keyword, None),
+        ("scale", keyword, None),
+        ("dtype", keyword, None),
+        ("validate", keyword, False),
+        ("out", keyword, None),
+    ]
+    assert arguments_of(masked_softmax) == expected
+    assert arguments_of(masked_log_softmax) == expected
+    assert arguments_of(reference.masked_softmax) == expected
+    assert arguments_of(reference.masked_log_softmax) == expected
+    in_place = [argument for argument in expected if argument[0] not in ("dtype", "out")]
+    assert arguments_of(masked_softmax_) == in_place
+
+
+@pytest.mark.parametrize(
+    "module", ["", ".functional", ".modules", ".reference"], ids=lambda name: name or "package"
+)
+def test_examples_in_the_documentation(module: str) -> None:
+    result = doctest.testmod(importlib.import_module("masked_softmax_ext" + module))
+    assert result.failed == 0
+    if module in ("", ".functional", ".modules"):
+        assert result.attempted > 0
+
+
+def test_build_info() -> None:
+    info = masked_softmax_ext.build_info()
+    assert isinstance(info, dict)
+    assert {"torch", "cuda", "compiler"} <= set(info)
+    assert str(info["torch"]).split("+")[0] == torch.__version__.split("+")[0]
+    assert info["cuda"] is None or str(info["cuda"])[0].isdigit()
+    assert any(name in str(info["compiler"]).lower() for name in ("gcc", "g++", "clang", "msvc"))
+
+
+def test_build_info_is_the_callers_own() -> None:
+    masked_softmax_ext.build_info().clear()
+    assert "torch" in masked_softmax_ext.build_info()
+
+
+def test_operators_are_registered() -> None:
+    for name in ("masked_softmax", "masked_log_softmax"):
+        operator = getattr(torch.ops.masked_softmax_ext, name)
+        assert set(operator.overloads()) == {"default", "out"}
+    assert torch.ops.masked_softmax_ext.masked_softmax_.overloads() == ["default"]
+
+
+def test_operator_schemas() -> None:
+    arguments = (
+        "(Tensor input, Tensor lengths, int dim=-1, *, Tensor? starts=None, float? scale=None, "
+        "ScalarType? dtype=None, bool validate=False) -> Tensor"
+    )
+    for name in ("masked_softmax", "masked_log_softmax"):
+        schema = str(getattr(torch.ops.masked_softmax_ext, name).default._schema)
+        assert schema == f"masked_softmax_ext::{name}{arguments}"
+
+
+# The modules
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_computes_what_the_function_does(module: Any) -> None:
+    function = masked_softmax if module is MaskedSoftmax else masked_log_softmax
+    x = random_input((3, 4, 5), torch.float32, seed=1)
+    lengths, starts = torch.tensor([1, 0, 3]), torch.tensor([0, 1, 1])
+    assert_same_bits(module()(x, lengths), function(x, lengths))
+    assert_same_bits(module()(x, lengths, starts), function(x, lengths, starts=starts))
+    assert_same_bits(module(1, scale=0.5)(x, 2, starts=1), function(x, 2, 1, starts=1, scale=0.5))
+    assert_same_bits(module(dim=0)(x, lengths=3), function(x, 3, 0))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_takes_torchs_place(module: Any) -> None:
+    """A drop-in: an nn.Module without parameters, buffers or state."""
+    instance = module()
+    assert isinstance(instance, nn.Module)
+    assert list(instance.parameters()) == []
+    assert list(instance.buffers()) == []
+    assert instance.state_dict() == {}
+    instance.load_state_dict({})
+    assert instance.train() is instance
+    assert instance.to(torch.float64) is instance
+    with pytest.raises(TypeError):
+        module(-1, 0.5)  # scale goes by name
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_repr(module: Any) -> None:
+    assert repr(module()) == f"{module.__name__}(dim=-1)"
+    assert repr(module(1, scale=0.5)) == f"{module.__name__}(dim=1, scale=0.5)"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_copies_and_pickles(module: Any) -> None:
+    x = random_input((3, 5), torch.float32, seed=2)
+    original = module(0, scale=0.25)
+    expected = original(x, 2)
+    saved = io.BytesIO()
+    torch.save(original, saved)
+    saved.seek(0)
+    copies = [copy.copy(original), copy.deepcopy(original), pickle.loads(pickle.dumps(original))]
+    copies.append(torch.load(saved, weights_only=False))
+    for other in copies:
+        assert type(other) is module
+        assert repr(other) == repr(original)
+        assert_same_bits(other(x, 2), expected)
+
+
+def test_module_has_gradients() -> None:
+    x = random_input((3, 5), torch.float32, seed=3).requires_grad_()
+    MaskedSoftmax(scale=2.0)(x, 3)[:, 0].sum().backward()
+    (expected,) = torch.autograd.grad(masked_softmax(x, 3, scale=2.0)[:, 0].sum(), x)
+    assert x.grad is not None
+    assert_same_bits(x.grad, expected)
+    assert float(expected.abs().max()) > 0

@@ -1,0 +1,169 @@
+"""Promise: right from several threads at once, in forked workers, and with uneven work."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+
+import child
+import torch
+from calls import forward, forward_backward
+from cases import LENGTH_KINDS, assert_same_bits, generator, random_input
+from tolerances import assert_forward, assert_gradient
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from masked_softmax_ext import masked_softmax
+
+
+def test_every_kind_of_lengths_with_two_threads(
+    capability: str, set_threads: Callable[[int], None], dtype: torch.dtype, log: bool
+) -> None:
+    """Sorted lengths among them: rows go to threads by the work that they hold."""
+    rows, cols = 1500, 512
+    x, g = random_input((rows, cols), dtype, seed=1), random_input((rows, cols), dtype, seed=2)
+    for kind in LENGTH_KINDS:
+        lengths = kind.make(rows, cols, generator(3))
+        for order in (lengths, lengths.flip(0)):
+            set_threads(1)
+            y, gradient = forward_backward(x, g, order, log=log)
+            set_threads(2)
+            got, got_gradient = forward_backward(x, g, order, log=log)
+            assert_same_bits(got, y, kind.name)
+            assert_same_bits(got_gradient, gradient, f"gradient, {kind.name}")
+
+
+def test_sorted_lengths_with_two_threads_are_right(
+    set_threads: Callable[[int], None], log: bool
+) -> None:
+    """Not only the same as with one."""
+    set_threads(2)
+    x, g = (
+        random_input((1500, 512), torch.float32, seed=1),
+        random_input((1500, 512), torch.float32, seed=2),
+    )
+    lengths = LENGTH_KINDS[1].make(1500, 512, generator(3)).sort().values
+    y, gradient = forward_backward(x, g, lengths, log=log)
+    assert_forward(y, x, lengths, log=log)
+    assert_gradient(gradient, y, g, lengths, log=log)
+
+
+def test_uneven_work(capability: str, set_threads: Callable[[int], None], log: bool) -> None:
+    """One full row among empty ones at every place, fewer rows than threads, one row alone."""
+    cols = 20000
+    for rows in (1, 2, 3, 40):
+        x = random_input((rows, cols), torch.float32, seed=4)
+        for full in {0, rows // 2, rows - 1}:
+            lengths = torch.zeros(rows, dtype=torch.int64)
+            lengths[full] = cols
+            for threads in (1, 2, 4):
+                set_threads(threads)
+                y = forward(x, lengths, log=log)
+                assert_forward(
+                    y, x, lengths, log=log, what=f"row {full} of {rows}, {threads} threads"
+                )
+
+
+def test_calls_from_several_threads_at_once(dtype: torch.dtype, log: bool) -> None:
+    """Each with its own shapes, forward and backward; none gets another's result."""
+    shapes = ((400, 300), (3, 70001), (5000, 7), (64, 1024))
+    work = []
+    for number, (rows, cols) in enumerate(shapes * 2):
+        x, g = (
+            random_input((rows, cols), dtype, seed=number),
+            random_input((rows, cols), dtype, seed=number + 50),
+        )
+        lengths = LENGTH_KINDS[1].make(rows, cols, generator(number))
+        work.append((x, g, lengths, *forward_backward(x, g, lengths, log=log)))
+    start = threading.Barrier(len(work))
+    problems: list[str] = []
+
+    def run(x: Tensor, g: Tensor, lengths: Tensor, y: Tensor, gradient: Tensor) -> None:
+        start.wait(60)
+        try:
+            for _ in range(5):
+                got, got_gradient = forward_backward(x, g, lengths, log=log)
+                assert_same_bits(got, y)
+                assert_same_bits(got_gradient, gradient)
+        except Exception as error:
+            problems.append(repr(error))
+
+    threads = [threading.Thread(target=run, args=arguments) for arguments in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not any(thread.is_alive() for thread in threads)
+    assert problems == []
+
+
+def test_errors_from_several_threads_at_once() -> None:
+    x = random_input((100, 10), torch.float32, seed=5)
+    caught: list[str] = []
+
+    def run(row: int) -> None:
+        lengths = torch.full((100,), 10)
+        lengths[row] = 11
+        for _ in range(50):
+            try:
+                masked_softmax(x, lengths)
+            except ValueError as error:
+                caught.append(f"{row}: {error}")
+
+    threads = [threading.Thread(target=run, args=(row,)) for row in (3, 30, 60, 99)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(caught) == 200
+    for message in caught:
+        row = message.split(":")[0]
+        assert f"row {row} " in message
+
+
+class Sentences(Dataset[Tensor]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Tensor:
+        x = random_input((200, 300), torch.float32, seed=index)
+        return masked_softmax(x, torch.arange(200))
+
+
+def child_data_loader() -> None:
+    """Workers forked from a process whose thread pool has been at work."""
+    torch.set_num_threads(2)
+    big = random_input((2000, 500), torch.float32, seed=6)
+    masked_softmax(big, 400)
+    expected = [Sentences()[index] for index in range(8)]
+    loader = DataLoader(Sentences(), batch_size=None, num_workers=2, multiprocessing_context="fork")
+    for got, item in zip(loader, expected, strict=True):
+        assert_same_bits(got, item)
+
+
+def child_fork() -> None:
+    """A plain fork, with a call too small to need threads in the new process, and autograd."""
+    x, g = (
+        random_input((20, 30), torch.float32, seed=7),
+        random_input((20, 30), torch.float32, seed=8),
+    )
+    lengths = torch.arange(20)
+    y, gradient = forward_backward(x, g, lengths)
+    pid = os.fork()
+    if pid == 0:
+        torch.set_num_threads(1)
+        got = forward(x, lengths)
+        os._exit(0 if torch.equal(got, y) else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    got, got_gradient = forward_backward(x, g, lengths)
+    assert_same_bits(got, y, "the parent goes on")
+    assert_same_bits(got_gradient, gradient, "the parent goes on")
+
+
+def test_forked_data_loader_workers() -> None:
+    child.call("test_threads", "child_data_loader", timeout_s=120)
+
+
+def test_fork() -> None:
+    child.call("test_threads", "child_fork", timeout_s=120)
