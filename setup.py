@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import sysconfig
 from pathlib import Path
@@ -15,14 +14,22 @@ from setuptools.command.dist_info import dist_info
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "masked_softmax_ext"
 
-# Explicit fused multiply-adds only: contraction would give one row different bits in different kernels.
-COMPILE_ARGS = ["-O3", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-g0"]
+# No contraction into fused multiply-adds: it would give one row different bits in different kernels.
+COMPILE_ARGS = [
+    "-O3",
+    "-Wall",
+    "-Wextra",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-g0",
+]
 
 
 def find_torch():
     """The torch that the extension will run with, or None.
 
-    Pip's build isolation hides the environment's packages from this process, but not where they lie.
+    Pip's build isolation hides the environment's packages, but not where they lie.
     """
     try:
         import torch
@@ -75,7 +82,7 @@ def build_command(torch):
             self.record_torch_version()
 
         def record_torch_version(self) -> None:
-            """What __init__.py compares before it loads _C: a mismatch can crash where it does not fail."""
+            """What is compared before _C is loaded: a mismatch can crash where it does not fail."""
             folder = ROOT if self.inplace else Path(self.build_lib)
             record = folder / PACKAGE / "_built_for.py"
             record.write_text(f'TORCH_VERSION = "{torch.__version__}"\n')

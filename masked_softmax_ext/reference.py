@@ -1,7 +1,7 @@
 """The formulation that everyone writes: a mask from the lengths, ``masked_fill``, ``softmax``.
 
-What the fused kernels are tested and timed against. Same signatures, same results, any device; it
-allocates a mask and copies of the scores, and computes on padding.
+What the fused kernels are tested against: same signatures, same results, any device. It builds a
+mask, copies the scores, and computes on padding.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ def masked_softmax(
     validate: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Softmax over the valid columns, with a mask; see :func:`masked_softmax_ext.masked_softmax`.
+    """Softmax over the valid columns; arguments as :func:`masked_softmax_ext.masked_softmax`.
+
+    Invalid lengths raise ``ValueError`` on every device, so ``validate`` changes nothing here.
+
+    Returns:
+        A tensor of input's shape (or ``out``); 0 in the padding.
 
     Example:
         >>> masked_softmax(torch.zeros(2, 3), torch.tensor([2, 0]))
@@ -31,11 +36,9 @@ def masked_softmax(
                 [0.0000, 0.0000, 0.0000]])
     """
     valid = valid_mask(input, lengths, dim, starts)
-    # An empty row would be 0/0: it is computed as if all its scores were 0, and then masked too.
-    filling = _filling(valid, dim)
-    logits = _scaled(input, scale, dtype)
-    weights = torch.softmax(torch.where(valid, logits, filling), dim, dtype=dtype)
-    return _into(out, torch.where(valid, weights, 0.0))
+    logits = _masked_logits(input, valid, dim, scale, dtype)
+    weights = torch.softmax(logits, dim).masked_fill(~valid, 0.0)
+    return _finish(weights, input, dtype, out)
 
 
 def masked_log_softmax(
@@ -49,7 +52,10 @@ def masked_log_softmax(
     validate: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Log-softmax over the valid columns; see :func:`masked_softmax_ext.masked_log_softmax`.
+    """Log-softmax over the valid columns; arguments as for :func:`masked_softmax`.
+
+    Returns:
+        A tensor of input's shape (or ``out``); ``-inf`` in the padding.
 
     Example:
         >>> masked_log_softmax(torch.zeros(2, 3), torch.tensor([1, 0]))
@@ -57,23 +63,23 @@ def masked_log_softmax(
                 [-inf, -inf, -inf]])
     """
     valid = valid_mask(input, lengths, dim, starts)
-    logits = _scaled(input, scale, dtype)
-    log_weights = torch.log_softmax(
-        torch.where(valid, logits, _filling(valid, dim)), dim, dtype=dtype
-    )
-    return _into(out, torch.where(valid, log_weights, -math.inf))
+    logits = _masked_logits(input, valid, dim, scale, dtype)
+    log_weights = torch.log_softmax(logits, dim).masked_fill(~valid, -math.inf)
+    return _finish(log_weights, input, dtype, out)
 
 
 def valid_mask(
     input: Tensor, lengths: int | Tensor, dim: int = -1, starts: int | Tensor | None = None
 ) -> Tensor:
-    """The boolean mask of the valid columns: ``start <= column < start + length``.
+    """The mask of the valid columns: ``start <= column < start + length``.
 
     Returns:
-        A bool tensor that broadcasts to input's shape.
+        A bool tensor that broadcasts to input's shape: 1 in the dimensions that lengths and starts
+        leave open, so ``(B, 1, 1, K)`` for scores ``(B, H, Q, K)`` and lengths ``(B,)``.
 
     Raises:
-        ValueError: a length or start outside of the columns.
+        ValueError: a length or start outside of the columns, or of a shape that does not fit.
+        TypeError: lengths or starts that are no integers.
 
     Example:
         >>> valid_mask(torch.zeros(2, 4), torch.tensor([1, 3]))
@@ -81,37 +87,80 @@ def valid_mask(
                 [ True,  True,  True, False]])
     """
     if input.dim() == 0:
-        return valid_mask(input.unsqueeze(0), lengths, 0, starts).squeeze(0)
-    dim = dim % input.dim()
+        return valid_mask(input.unsqueeze(0), lengths, dim, starts).squeeze(0)
     cols = input.size(dim)
-    length = _aligned(lengths, input, dim)
-    start = _aligned(0 if starts is None else starts, input, dim)
-    bad = (start < 0) | (length < 0) | (start + length > cols)
-    if not torch.compiler.is_compiling() and bad.any():
-        raise ValueError(f"expected 0 <= start, 0 <= length and start + length <= {cols}")
-    shape = [1] * input.dim()
-    shape[dim] = cols
-    column = torch.arange(cols, device=input.device).view(shape)
-    return (column >= start) & (column < start + length)
+    dim = dim % input.dim()
+    length = _per_row("lengths", lengths, input, dim)
+    start = _per_row("starts", 0 if starts is None else starts, input, dim)
+    if not torch.compiler.is_compiling():  # a compiled program cannot branch on values
+        _check_bounds(length, start, input, dim)
+    column = torch.arange(cols, device=input.device)
+    column = column.reshape((cols,) + (1,) * (input.dim() - 1 - dim))
+    return (start <= column) & (column < start + length)
 
 
-def _aligned(index: int | Tensor, input: Tensor, dim: int) -> Tensor:
-    """Lengths or starts, in as many dimensions as input: leading ones given, ``dim`` of size 1."""
-    index = torch.as_tensor(index, device=input.device).long()
-    rows = index.reshape(tuple(index.shape) + (1,) * (input.dim() - 1 - index.dim()))
-    return rows.unsqueeze(dim)
+def _per_row(name: str, index: int | Tensor, input: Tensor, dim: int) -> Tensor:
+    """Lengths or starts in as many dimensions as input: ``dim`` and those not given of size 1."""
+    rows = input.shape[:dim] + input.shape[dim + 1 :]
+    if not isinstance(index, Tensor):
+        index = torch.tensor(index, device=input.device)
+    if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
+        raise TypeError(f"expected {name} of an integer type, but got {index.dtype}")
+    aligned = tuple(index.shape) + (1,) * (len(rows) - index.dim())
+    if len(aligned) != len(rows) or any(
+        given not in (1, size) for given, size in zip(aligned, rows, strict=True)
+    ):
+        raise ValueError(
+            f"expected {name} to broadcast, from its first dimension on, to input's shape without "
+            f"dimension {dim}, {tuple(rows)}, but got {name} of shape {tuple(index.shape)}"
+        )
+    return index.reshape(aligned).unsqueeze(dim).long()
 
 
-def _filling(valid: Tensor, dim: int) -> Tensor:
-    if valid.dim() == 0:
-        return torch.where(valid, -math.inf, 0.0)
-    return torch.where(valid.any(dim, keepdim=True), -math.inf, 0.0)
+def _check_bounds(length: Tensor, start: Tensor, input: Tensor, dim: int) -> None:
+    cols = input.size(dim)
+    bad = (start < 0) | (length < 0) | (length > cols - start)
+    bad = bad.expand((*input.shape[:dim], 1, *input.shape[dim + 1 :]))
+    if not bad.any():
+        return
+    row = tuple(bad.nonzero()[0].tolist())
+    raise ValueError(
+        f"expected 0 <= start, 0 <= length and start + length <= {cols}, but row "
+        f"{row[:dim] + row[dim + 1 :]} has start {int(start.expand(bad.shape)[row])} and length "
+        f"{int(length.expand(bad.shape)[row])}"
+    )
 
 
-def _scaled(input: Tensor, scale: float | None, dtype: torch.dtype | None) -> Tensor:
-    logits = input if dtype is None else input.to(torch.promote_types(input.dtype, dtype))
-    return logits if scale is None else logits * scale
+def _masked_logits(
+    input: Tensor, valid: Tensor, dim: int, scale: float | None, dtype: torch.dtype | None
+) -> Tensor:
+    """The scaled scores, -inf in the padding, in the type to compute in: at least float32."""
+    result = _result_dtype(input, dtype)
+    compute = torch.promote_types(torch.promote_types(input.dtype, result), torch.float32)
+    logits = input.to(compute)
+    if scale is not None:
+        logits = logits * scale
+    logits = logits.masked_fill(~valid, -math.inf)
+    # A row without a valid column would be 0/0, in its gradient too. Any other value will do.
+    return logits.masked_fill(~valid.any(dim, keepdim=True), 0.0)
 
 
-def _into(out: Tensor | None, result: Tensor) -> Tensor:
-    return result if out is None else out.copy_(result)
+def _result_dtype(input: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    if dtype is not None:
+        return dtype
+    if not input.is_floating_point():
+        raise TypeError(f"expected input of a floating point type, or dtype=; got {input.dtype}")
+    if input.dtype.itemsize == 2 and torch.is_autocast_enabled(input.device.type):
+        return torch.float32  # as torch.softmax
+    return input.dtype
+
+
+def _finish(result: Tensor, input: Tensor, dtype: torch.dtype | None, out: Tensor | None) -> Tensor:
+    result = result.to(_result_dtype(input, dtype))
+    if out is None:
+        return result
+    if out.shape != result.shape:
+        raise ValueError(f"expected out of shape {tuple(result.shape)}, but got {tuple(out.shape)}")
+    if out.dtype != result.dtype:
+        raise TypeError(f"expected out of {result.dtype}, but got {out.dtype}")
+    return out.copy_(result)

@@ -1,0 +1,202 @@
+"""The demo: length-masked softmax on real text, beside the formulation that everyone writes."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from masked_softmax_ext import build_info, cpu_capability, masked_softmax
+from masked_softmax_ext.demo import measure, terminal
+from masked_softmax_ext.demo.attention import HEADS, SCALE, Embeddings
+from masked_softmax_ext.demo.text import (
+    PaddedBatch,
+    number_words,
+    pad_into_batches,
+    read_sentences,
+)
+
+DRAWN_WORDS = 14
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    device = torch.device(options.device)
+    if device.type == "cuda" and (not torch.cuda.is_available() or build_info()["cuda"] is None):
+        print("--device cuda: there is no CUDA device that torch and this build can use.")
+        return 2
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.plot is not None:
+        from masked_softmax_ext.demo.plot import write_plot
+
+        try:
+            write_plot(options.plot)
+        except ImportError as error:
+            print(error)
+            return 2
+
+    print(f"masked_softmax_ext on {describe(device)}\n")
+    sentences = read_sentences()[: options.sentences]
+    random.Random(options.seed).shuffle(sentences)
+    numbers = number_words(sentences)
+    by_arrival = pad_into_batches(sentences, numbers, options.batch_size)
+    by_length = pad_into_batches(sorted(sentences, key=len), numbers, options.batch_size)
+    print(
+        f"{len(sentences)} sentences of Python's language reference, {len(numbers)} words, "
+        f"in batches of {options.batch_size};\nattention of {HEADS} heads between the words of "
+        "each sentence.\n"
+    )
+
+    embeddings = Embeddings(len(numbers), options.seed, device)
+    agrees = True
+    rows = []
+    for name, batches in (("as they arrive", by_arrival), ("sorted by length", by_length)):
+        result = compare(name, batches, embeddings, options.rounds, device)
+        agrees = agrees and result.worst_error <= 1.0
+        rows.append(result.cells())
+    header = (
+        "batches",
+        "padding",
+        "formulation",
+        "this package",
+        "speed-up",
+        "difference",
+        "error",
+    )
+    print(terminal.table(header, rows))
+    print(
+        "\nTimes: one pass over all batches, medians of interleaved rounds. Difference: the largest\n"
+        "between the two. Error: this package's largest against float64, as a share of the promised\n"
+        "(4 + |scale * (x - max)|) * eps: " + ("all within." if agrees else "EXCEEDED.")
+    )
+
+    print("\nMemory that one batch's weights take at their peak:")
+    print(
+        terminal.table(("", "formulation", "this package"), [memory_cells(by_arrival, embeddings)])
+    )
+
+    draw_sentence(sentences, numbers, embeddings)
+    if options.plot is not None:
+        print(f"\nThe picture is in {options.plot}.")
+    return 0 if agrees else 1
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m masked_softmax_ext",
+        description="Length-masked softmax on real text, beside the pure-PyTorch formulation.",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, help="threads that torch may use (its own default)")
+    parser.add_argument("--sentences", type=int, default=4096, help="how many (default: 4096)")
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="sentences a batch (default: 64)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: 5)")
+    parser.add_argument("--seed", type=int, default=0, help="of order and embeddings (default: 0)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw scores and weights")
+    return parser.parse_args(arguments)
+
+
+class Comparison:
+    """The figures of one way to batch, for all its batches."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.padding = 0.0
+        self.formulation_seconds = 0.0
+        self.package_seconds = 0.0
+        self.difference = 0.0
+        self.worst_error = 0.0
+
+    def cells(self) -> tuple[str, ...]:
+        return (
+            self.name,
+            f"{self.padding:.0%}",
+            terminal.duration(self.formulation_seconds),
+            terminal.duration(self.package_seconds),
+            f"{self.formulation_seconds / self.package_seconds:.1f}x",
+            f"{self.difference:.1e}",
+            f"{self.worst_error:.2f}",
+        )
+
+
+def formulation(scores: Tensor, lengths: Tensor) -> Tensor:
+    """What everyone writes, at its leanest (NaN where a sentence is empty; none is here)."""
+    padding = torch.arange(scores.size(-1), device=scores.device) >= lengths.view(-1, 1, 1, 1)
+    return torch.softmax((scores * SCALE).masked_fill_(padding, -torch.inf), -1)
+
+
+def compare(
+    name: str, batches: list[PaddedBatch], embeddings: Embeddings, rounds: int, device: torch.device
+) -> Comparison:
+    result = Comparison(name)
+    tokens = sum(batch.tokens.numel() for batch in batches)
+    result.padding = sum(batch.padding_share * batch.tokens.numel() for batch in batches) / tokens
+    for number in terminal.progress(batches, name):
+        batch = batches[number]
+        scores, lengths = embeddings.scores(batch), batch.lengths.to(device)
+        weights = masked_softmax(scores, lengths, scale=SCALE)
+        difference = (weights - formulation(scores, lengths)).abs().max().item()
+        result.difference = max(result.difference, difference)
+        error = measure.error_in_bounds(weights, scores, lengths, SCALE)
+        result.worst_error = max(result.worst_error, error)
+        seconds = measure.interleaved_medians(
+            (
+                partial(formulation, scores, lengths),
+                partial(masked_softmax, scores, lengths, scale=SCALE),
+            ),
+            rounds,
+            device,
+        )
+        result.formulation_seconds += seconds[0]
+        result.package_seconds += seconds[1]
+    return result
+
+
+def memory_cells(batches: list[PaddedBatch], embeddings: Embeddings) -> tuple[str, str, str]:
+    largest = max(batches, key=lambda batch: batch.tokens.numel())
+    scores = embeddings.scores(largest).repeat(4, 1, 1, 1)  # large enough to stand out
+    lengths = largest.lengths.to(scores.device).repeat(4)
+    works = (
+        partial(formulation, scores, lengths),
+        partial(masked_softmax, scores, lengths, scale=SCALE),
+    )
+    peaks = (measure.peak_memory_bytes(work, scores.device) for work in works)
+    name = f"scores of {terminal.size(scores.numel() * scores.element_size())}"
+    return (name, *(terminal.size(peak) for peak in peaks))  # type: ignore[return-value]
+
+
+def draw_sentence(
+    sentences: list[list[str]], numbers: dict[str, int], embeddings: Embeddings
+) -> None:
+    fitting = [sentence for sentence in sentences if len(sentence) <= DRAWN_WORDS]
+    if not fitting:
+        return
+    sentence = max(fitting, key=len)
+    [batch] = pad_into_batches([sentence], numbers, 1)
+    scores = embeddings.scores(batch)
+    weights = masked_softmax(scores, batch.lengths.to(scores.device), scale=SCALE)[0].mean(0)
+    print("\nWho attends to whom in one sentence (mean of the heads, darkest = most):\n")
+    print(terminal.heat_map(weights.cpu(), sentence))
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    return f"the CPU ({cpu_capability()}, {threads} threads), torch {torch.__version__}"
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\nStopped.")
+        sys.exit(130)

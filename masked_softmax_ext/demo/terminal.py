@@ -1,0 +1,59 @@
+"""What the demo draws in the terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+from torch import Tensor
+
+SHADES = " .:-=+*#%@"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns as wide as they need be: the first to the left, the others to the right."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    text = []
+    for number, line in enumerate(lines):
+        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        cells[0] = line[0].ljust(widths[0])
+        text.append("  " + "   ".join(cells).rstrip())
+        if number == 0:
+            text.append("  " + "   ".join("-" * width for width in widths))
+    return "\n".join(text)
+
+
+def heat_map(weights: Tensor, words: Sequence[str]) -> str:
+    """Rows of ``weights`` as shades, the darkest for each row's largest: who attends to whom."""
+    name_width = max(map(len, words))
+    lines = []
+    for word, row in zip(words, weights.tolist(), strict=True):
+        largest = max(row)
+        cells = (SHADES[round(weight / largest * (len(SHADES) - 1))] * 2 for weight in row)
+        lines.append(f"  {word.rjust(name_width)} |{''.join(cells)}|")
+    return "\n".join(lines)
+
+
+def progress(items: Sequence[object], what: str) -> Iterator[int]:
+    """The numbers of the items; a bar on a terminal once they take longer than a second."""
+    started = time.monotonic()
+    drawn = False
+    for number in range(len(items)):
+        yield number
+        if sys.stderr.isatty() and (drawn or time.monotonic() - started > 1.0):
+            filled = 30 * (number + 1) // len(items)
+            sys.stderr.write(f"\r  {what} [{'#' * filled}{' ' * (30 - filled)}]")
+            sys.stderr.flush()
+            drawn = True
+    if drawn:
+        sys.stderr.write("\r" + " " * (len(what) + 36) + "\r")
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"
+
+
+def size(count: int | None) -> str:
+    return "not known here" if count is None else f"{count / 2**20:.1f} MiB"
