@@ -14,7 +14,7 @@ from setuptools.command.dist_info import dist_info
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "masked_softmax_ext"
 
-# No contraction into fused multiply-adds: it would give one row different bits in different kernels.
+# No contraction into fused multiply-adds: one row would have different bits in different kernels.
 COMPILE_ARGS = [
     "-O3",
     "-Wall",

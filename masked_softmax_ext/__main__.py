@@ -71,9 +71,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     print(terminal.table(header, rows))
     print(
-        "\nTimes: one pass over all batches, medians of interleaved rounds. Difference: the largest\n"
-        "between the two. Error: this package's largest against float64, as a share of the promised\n"
-        "(4 + |scale * (x - max)|) * eps: " + ("all within." if agrees else "EXCEEDED.")
+        "\nTimes: one pass over all batches, medians of interleaved rounds. Difference: the\n"
+        "largest between the two. Error: this package's largest against float64, as a share\n"
+        "of the promised (4 + |scale * (x - max)|) * eps: "
+        + ("all within." if agrees else "EXCEEDED.")
     )
 
     print("\nMemory that one batch's weights take at their peak:")

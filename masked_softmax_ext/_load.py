@@ -13,7 +13,7 @@ REBUILD = "pip install --no-build-isolation --no-deps --force-reinstall ."
 
 
 def load_extension() -> ModuleType:
-    """Imports ``_C`` (which registers the operators) and takes the instruction set that was asked for into use.
+    """Imports ``_C``, which registers the operators, and selects the instruction set asked for.
 
     Raises:
         ImportError: the extension was not built, or was built for another torch.

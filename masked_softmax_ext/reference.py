@@ -151,7 +151,7 @@ def _result_dtype(input: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     if not input.is_floating_point():
         raise TypeError(f"expected input of a floating point type, or dtype=; got {input.dtype}")
     if input.dtype.itemsize == 2 and torch.is_autocast_enabled(input.device.type):
-        return torch.float32  # as torch.softmax
+        return torch.float32  # as torch.softmax on CUDA
     return input.dtype
 
 

@@ -7,6 +7,7 @@
 
 #include "binding/device_ops.h"
 #include "cpu/dispatch.h"
+#include "cpu/huge_pages.h"
 #include "cpu/partition.h"
 
 namespace masked_softmax {
@@ -29,7 +30,9 @@ void run_on_threads(const Problem& problem) {
 
 struct Cpu {
   static at::Tensor empty(const at::Tensor& like, at::ScalarType dtype) {
-    return at::empty(like.sizes(), like.options().dtype(dtype));
+    at::Tensor output = at::empty(like.sizes(), like.options().dtype(dtype));
+    advise_huge_pages(output.data_ptr(), output.nbytes());
+    return output;
   }
 
   static void compute(Operation operation, const at::Tensor& output, std::initializer_list<const at::Tensor*> inputs,
