@@ -260,6 +260,15 @@ def test_a_dominating_element(capability: str, compared_dtype: torch.dtype, log:
             )
 
 
+@pytest.mark.parametrize(("dtype", "gap"), [(torch.float32, 87.0), (torch.float64, 708.0)], ids=str)
+def test_the_smallest_logarithms(capability: str, dtype: torch.dtype, gap: float) -> None:
+    """A normal number that is a sum of subnormal ones: log_softmax, about -1e-37, of a maximum."""
+    for cols in (3, 9, 40, 1500):
+        x = torch.zeros(1, cols, dtype=dtype)
+        x[0, 1:] = -gap - torch.arange(cols - 1) % 4
+        assert_forward(forward(x, cols, log=True), x, cols, log=True, what=f"{cols} columns")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=short_name)
 def test_terms_that_vanish_beside_one(capability: str, dtype: torch.dtype, log: bool) -> None:
     """Each other term is less than half an eps: added to 1 one by one, all would be lost."""

@@ -108,11 +108,11 @@ constexpr typename V::acc_t rounding_shift() {
   }
 }
 
-// 2^(t * c + correction) for t * c <= 0 and a correction much smaller than 1, as a function: V correct(V f).
-template <class V, class Correct>
+// 2^(t * c + correction + kBias) for t * c <= 0 and a correction much smaller than 1, as a function: V correct(V f).
+template <class V, int kBias = 0, class Correct>
 MASKED_SOFTMAX_INLINE V exp2_corrected(V t, V c, const Correct& correct) {
   using E = Exp2<typename V::acc_t>;
-  constexpr auto kShift = rounding_shift<V>();
+  constexpr auto kShift = rounding_shift<V>() + kBias;
   const V shifted = V::fma(t, c, V::broadcast(kShift));
   const V n = V::sub(shifted, V::broadcast(kShift));
   const V f = correct(V::fma(t, c, V::sub(V::broadcast(0), n)));
@@ -125,7 +125,8 @@ MASKED_SOFTMAX_INLINE V exp2_corrected(V t, V c, const Correct& correct) {
   } else {
     power = exp2_polynomial(f);
   }
-  return V::scale_by_power(power, n, shifted, E::kSmallestPower);
+  const V exponent = kBias == 0 ? n : V::sub(shifted, V::broadcast(rounding_shift<V>()));
+  return V::scale_by_power(power, exponent, shifted, E::kSmallestPower);
 }
 
 // 2^(t * c)
@@ -134,10 +135,10 @@ MASKED_SOFTMAX_INLINE V exp2_product(V t, V c) {
   return exp2_corrected(t, c, [](V f) MASKED_SOFTMAX_LAMBDA_INLINE { return f; });
 }
 
-// 2^(t * c + correction)
-template <class V>
+// 2^(t * c + correction + kBias)
+template <class V, int kBias = 0>
 MASKED_SOFTMAX_INLINE V exp2_product(V t, V c, V correction) {
-  return exp2_corrected(t, c, [&](V f) MASKED_SOFTMAX_LAMBDA_INLINE { return V::add(f, correction); });
+  return exp2_corrected<V, kBias>(t, c, [&](V f) MASKED_SOFTMAX_LAMBDA_INLINE { return V::add(f, correction); });
 }
 
 }  // namespace masked_softmax

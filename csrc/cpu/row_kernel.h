@@ -44,6 +44,10 @@ MASKED_SOFTMAX_INLINE LaneSums<V> exponential(const T* x, V row_max, V exponent,
   return {{value}};
 }
 
+// The rest of a log_softmax is summed times 2^kRestBias: many exponentials below the smallest normal number may add up
+// to one above it, and then it is the maximum's whole result.
+constexpr int kRestBias = 64;
+
 // For one vector: the exponentials of all elements but the maxima, and how many maxima there are.
 //
 // A maximum contributes exactly 1 and is counted apart from the rest: log(sum) is log1p(sum - 1), so a row that one
@@ -55,13 +59,14 @@ MASKED_SOFTMAX_INLINE LaneSums<V, 2> rest_and_maxima(const T* x, V row_max, V ex
   const V t = V::sub(a, row_max);
   const V part = V::sub(t, a);
   const V error = V::sub(V::sub(a, V::sub(t, part)), V::add(row_max, part));
-  const V e = exp2_product(t, exponent, V::fma(t, exponent_low, V::mul(error, exponent)));
+  const V e = exp2_product<V, kRestBias>(t, exponent, V::fma(t, exponent_low, V::mul(error, exponent)));
   return {{filled_lanes(V::zero_where_zero(t, e), lanes), filled_lanes(V::one_where_zero(t), lanes)}};
 }
 
 template <class acc_t>
 MASKED_SOFTMAX_INLINE acc_t log_of_sum(acc_t rest, acc_t maxima) {
-  return static_cast<acc_t>(std::log1p((static_cast<double>(maxima) - 1.0) + static_cast<double>(rest)));
+  const double others = (static_cast<double>(maxima) - 1.0) + std::ldexp(static_cast<double>(rest), -kRestBias);
+  return static_cast<acc_t>(std::log1p(others));
 }
 
 // y[i] = e[i] * factor
