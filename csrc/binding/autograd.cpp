@@ -17,8 +17,11 @@ using OptionalTensor = std::optional<at::Tensor>;
 using OptionalScale = std::optional<double>;
 using OptionalType = std::optional<at::ScalarType>;
 
+const Operators& operators_of(bool is_log) { return is_log ? log_softmax_operators() : softmax_operators(); }
+
 // What the call was, beside its tensors.
-void save_call(AutogradContext* ctx, int64_t dim, OptionalScale scale, at::ScalarType input_dtype) {
+void save_call(AutogradContext* ctx, bool is_log, int64_t dim, OptionalScale scale, at::ScalarType input_dtype) {
+  ctx->saved_data["is_log"] = is_log;
   ctx->saved_data["dim"] = dim;
   if (scale.has_value()) {
     ctx->saved_data["scale"] = *scale;
@@ -27,11 +30,13 @@ void save_call(AutogradContext* ctx, int64_t dim, OptionalScale scale, at::Scala
 }
 
 struct SavedCall {
+  bool is_log;
   int64_t dim;
   OptionalScale scale;
   at::ScalarType input_dtype;
 
   explicit SavedCall(AutogradContext* ctx) {
+    is_log = ctx->saved_data["is_log"].toBool();
     dim = ctx->saved_data["dim"].toInt();
     const auto found = ctx->saved_data.find("scale");
     if (found != ctx->saved_data.end()) {
@@ -49,18 +54,15 @@ bool needs_graph(const at::Tensor& tensor) {
   return (at::GradMode::is_enabled() && tensor.requires_grad()) || tensor._fw_grad(0).defined();
 }
 
-using OperatorsOf = const Operators& (*)();
-
 // The backward operator as a function: its own derivatives with respect to grad_output and output.
-template <OperatorsOf operators_of>
-struct BackwardFunction : torch::autograd::Function<BackwardFunction<operators_of>> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& grad_output, const at::Tensor& output,
+struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
+  static at::Tensor forward(AutogradContext* ctx, bool is_log, const at::Tensor& grad_output, const at::Tensor& output,
                             const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts, OptionalScale scale,
                             at::ScalarType input_dtype) {
     ctx->save_for_backward({grad_output, output, lengths, starts.value_or(at::Tensor())});
-    save_call(ctx, dim, scale, input_dtype);
+    save_call(ctx, is_log, dim, scale, input_dtype);
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return operators_of().backward.call(grad_output, output, lengths, dim, starts, scale, input_dtype);
+    return operators_of(is_log).backward.call(grad_output, output, lengths, dim, starts, scale, input_dtype);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -71,83 +73,81 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction<operators_o
     const OptionalTensor starts = defined_or_none(saved[3]);
     const SavedCall call(ctx);
     const at::Tensor& tangent = grads[0];
-    variable_list result(7);
+    variable_list result(8);
     if (ctx->needs_input_grad(0)) {
-      const bool is_log = operators_of == log_softmax_operators;
-      result[0] = is_log ? masked_log_softmax_jvp().call(tangent.to(output.scalar_type()), output, lengths, call.dim,
-                                                         starts, call.scale)
-                         : operators_of().backward.call(tangent, output, lengths, call.dim, starts, call.scale,
-                                                        grad_output.scalar_type());
+      result[1] = call.is_log ? masked_log_softmax_jvp().call(tangent.to(output.scalar_type()), output, lengths,
+                                                              call.dim, starts, call.scale)
+                              : softmax_operators().backward.call(tangent, output, lengths, call.dim, starts,
+                                                                  call.scale, grad_output.scalar_type());
     }
     if (ctx->needs_input_grad(1)) {
-      result[1] =
-          operators_of().backward_wrt_output.call(tangent, grad_output, output, lengths, call.dim, starts, call.scale);
+      result[2] = operators_of(call.is_log)
+                      .backward_wrt_output.call(tangent, grad_output, output, lengths, call.dim, starts, call.scale);
     }
     return result;
   }
 };
 
-template <OperatorsOf operators_of>
+template <bool kIsLog>
 at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, const at::Tensor& lengths, int64_t dim,
                     const OptionalTensor& starts, OptionalScale scale, at::ScalarType input_dtype) {
   if (!needs_graph(grad_output) && !needs_graph(output)) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return operators_of().backward.call(grad_output, output, lengths, dim, starts, scale, input_dtype);
+    return operators_of(kIsLog).backward.call(grad_output, output, lengths, dim, starts, scale, input_dtype);
   }
-  return BackwardFunction<operators_of>::apply(grad_output, output, lengths, dim, starts, scale, input_dtype);
+  return BackwardFunction::apply(kIsLog, grad_output, output, lengths, dim, starts, scale, input_dtype);
 }
 
-variable_list grad_of_input(AutogradContext* ctx, const variable_list& grads, OperatorsOf operators_of,
-                            size_t argument_count) {
+variable_list grad_of_input(AutogradContext* ctx, const variable_list& grads, size_t input, size_t argument_count) {
   variable_list result(argument_count);
   if (grads[0].defined()) {
     const variable_list saved = ctx->get_saved_variables();
     const SavedCall call(ctx);
-    result[0] = operators_of().backward.call(grads[0], saved[0], saved[1], call.dim, defined_or_none(saved[2]),
-                                             call.scale, call.input_dtype);
+    result[input] = operators_of(call.is_log)
+                        .backward.call(grads[0], saved[0], saved[1], call.dim, defined_or_none(saved[2]), call.scale,
+                                       call.input_dtype);
   }
   return result;
 }
 
-template <OperatorsOf operators_of>
-struct ForwardFunction : torch::autograd::Function<ForwardFunction<operators_of>> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& lengths, int64_t dim,
-                            const OptionalTensor& starts, OptionalScale scale, OptionalType dtype, bool validate) {
+struct ForwardFunction : torch::autograd::Function<ForwardFunction> {
+  static at::Tensor forward(AutogradContext* ctx, bool is_log, const at::Tensor& input, const at::Tensor& lengths,
+                            int64_t dim, const OptionalTensor& starts, OptionalScale scale, OptionalType dtype,
+                            bool validate) {
     at::Tensor output;
     {
       at::AutoDispatchBelowADInplaceOrView below_autograd;
-      output = operators_of().forward.call(input, lengths, dim, starts, scale, dtype, validate);
+      output = operators_of(is_log).forward.call(input, lengths, dim, starts, scale, dtype, validate);
     }
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({output, lengths, starts.value_or(at::Tensor())});
-    save_call(ctx, dim, scale, input.scalar_type());
+    save_call(ctx, is_log, dim, scale, input.scalar_type());
     return output;
   }
 
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    return grad_of_input(ctx, grads, operators_of, 7);
-  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) { return grad_of_input(ctx, grads, 1, 8); }
 };
 
-template <OperatorsOf operators_of>
+template <bool kIsLog>
 at::Tensor forward(const at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
                    OptionalScale scale, OptionalType dtype, bool validate) {
   if (!needs_graph(input)) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return operators_of().forward.call(input, lengths, dim, starts, scale, dtype, validate);
+    return operators_of(kIsLog).forward.call(input, lengths, dim, starts, scale, dtype, validate);
   }
-  return ForwardFunction<operators_of>::apply(input, lengths, dim, starts, scale, dtype, validate);
+  return ForwardFunction::apply(kIsLog, input, lengths, dim, starts, scale, dtype, validate);
 }
 
-template <OperatorsOf operators_of>
+template <bool kIsLog>
 void forward_out(const at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
                  OptionalScale scale, OptionalType dtype, bool validate, at::Tensor& out) {
-  TORCH_CHECK(!at::GradMode::is_enabled() || !(input.requires_grad() || out.requires_grad()), operators_of().name,
+  const Operators& operators = operators_of(kIsLog);
+  TORCH_CHECK(!at::GradMode::is_enabled() || !(input.requires_grad() || out.requires_grad()), operators.name,
               "(): functions with out=... arguments don't support automatic differentiation, but one of the arguments "
               "requires grad.");
   {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    operators_of().forward_out.call(input, lengths, dim, starts, scale, dtype, validate, out);
+    operators.forward_out.call(input, lengths, dim, starts, scale, dtype, validate, out);
   }
   torch::autograd::impl::bump_version(out);
 }
@@ -162,13 +162,11 @@ struct InPlaceFunction : torch::autograd::Function<InPlaceFunction> {
     ctx->mark_dirty({input});
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({input, lengths, starts.value_or(at::Tensor())});
-    save_call(ctx, dim, scale, input.scalar_type());
+    save_call(ctx, /*is_log=*/false, dim, scale, input.scalar_type());
     return input;
   }
 
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    return grad_of_input(ctx, grads, softmax_operators, 6);
-  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) { return grad_of_input(ctx, grads, 0, 6); }
 };
 
 void softmax_in_place(at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
@@ -191,13 +189,13 @@ void softmax_in_place(at::Tensor& input, const at::Tensor& lengths, int64_t dim,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(masked_softmax_ext, Autograd, m) {
-  m.impl("masked_softmax", forward<softmax_operators>);
-  m.impl("masked_softmax.out", forward_out<softmax_operators>);
+  m.impl("masked_softmax", forward<false>);
+  m.impl("masked_softmax.out", forward_out<false>);
   m.impl("masked_softmax_", softmax_in_place);
-  m.impl("masked_log_softmax", forward<log_softmax_operators>);
-  m.impl("masked_log_softmax.out", forward_out<log_softmax_operators>);
-  m.impl("masked_softmax_backward", backward<softmax_operators>);
-  m.impl("masked_log_softmax_backward", backward<log_softmax_operators>);
+  m.impl("masked_log_softmax", forward<true>);
+  m.impl("masked_log_softmax.out", forward_out<true>);
+  m.impl("masked_softmax_backward", backward<false>);
+  m.impl("masked_log_softmax_backward", backward<true>);
   m.impl("masked_log_softmax_jvp", torch::autograd::autogradNotImplementedFallback());
   m.impl("masked_softmax_backward_wrt_output", torch::autograd::autogradNotImplementedFallback());
   m.impl("masked_log_softmax_backward_wrt_output", torch::autograd::autogradNotImplementedFallback());
