@@ -13,6 +13,7 @@ def masked_softmax(
     scale: float | None,
     dtype: torch.dtype | None,
     validate: bool,
+    out: Tensor | None,
     /,
 ) -> Tensor: ...
 def masked_log_softmax(
@@ -22,6 +23,16 @@ def masked_log_softmax(
     starts: Tensor | None,
     scale: float | None,
     dtype: torch.dtype | None,
+    validate: bool,
+    out: Tensor | None,
+    /,
+) -> Tensor: ...
+def masked_softmax_(
+    input: Tensor,
+    lengths: Tensor,
+    dim: int,
+    starts: Tensor | None,
+    scale: float | None,
     validate: bool,
     /,
 ) -> Tensor: ...

@@ -81,10 +81,10 @@ def masked_softmax(
         and type(dim) is int
         and (starts is None or type(starts) is Tensor)
         and (scale is None or type(scale) is float)
-        and out is None
+        and (out is None or type(out) is Tensor)
         and not is_dynamo_compiling()
     ):
-        return _C.masked_softmax(input, lengths, dim, starts, scale, dtype, validate)
+        return _C.masked_softmax(input, lengths, dim, starts, scale, dtype, validate, out)
     return _call("masked_softmax", input, lengths, dim, starts, scale, dtype, validate, out)
 
 
@@ -134,10 +134,10 @@ def masked_log_softmax(
         and type(dim) is int
         and (starts is None or type(starts) is Tensor)
         and (scale is None or type(scale) is float)
-        and out is None
+        and (out is None or type(out) is Tensor)
         and not is_dynamo_compiling()
     ):
-        return _C.masked_log_softmax(input, lengths, dim, starts, scale, dtype, validate)
+        return _C.masked_log_softmax(input, lengths, dim, starts, scale, dtype, validate, out)
     return _call("masked_log_softmax", input, lengths, dim, starts, scale, dtype, validate, out)
 
 
@@ -179,6 +179,8 @@ def masked_softmax_(
     if torch.compiler.is_compiling():  # functionalisation knows copy_
         result = _ops.masked_softmax(input, lengths, dim, starts=starts, scale=scale)
         return input.copy_(result)
+    if type(input) is Tensor and type(lengths) is Tensor:
+        return _C.masked_softmax_(input, lengths, dim, starts, scale, validate)
     _ops.masked_softmax_(input, lengths, dim, starts=starts, scale=scale, validate=validate)
     return input
 

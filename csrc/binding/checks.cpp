@@ -295,9 +295,10 @@ void check_bounds(const Problem& problem, const at::Tensor& input, const RowArgu
   if (row < 0) {
     return;
   }
-  const RowWalker walker(problem, row);
-  const int64_t start = walker.raw_start();
-  const int64_t length = walker.raw_length();
+  RowRun run;
+  RowWalker(problem, row, row + 1).next(run);
+  const int64_t start = run.raw_start(0);
+  const int64_t length = run.raw_length(0);
   const int64_t dim = at::maybe_wrap_dim(arguments.dim, input.dim());
   if (!arguments.starts.has_value()) {
     TORCH_CHECK_VALUE(false, arguments.name, "(): expected 0 <= length <= ", problem.cols,

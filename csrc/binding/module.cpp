@@ -22,8 +22,18 @@ using OptionalType = std::optional<at::ScalarType>;
 
 template <const Operators& (*operators_of)()>
 at::Tensor forward(const at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
-                   OptionalScale scale, OptionalType dtype, bool validate) {
+                   OptionalScale scale, OptionalType dtype, bool validate, OptionalTensor out) {
+  if (out.has_value()) {
+    operators_of().forward_out.call(input, lengths, dim, starts, scale, dtype, validate, *out);
+    return *out;
+  }
   return operators_of().forward.call(input, lengths, dim, starts, scale, dtype, validate);
+}
+
+at::Tensor softmax_in_place(at::Tensor input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
+                            OptionalScale scale, bool validate) {
+  masked_softmax_in_place().call(input, lengths, dim, starts, scale, validate);
+  return input;
 }
 
 py::dict build_info() {
@@ -71,6 +81,7 @@ PYBIND11_MODULE(_C, m) {
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   m.def("masked_softmax", forward<softmax_operators>, no_gil);
   m.def("masked_log_softmax", forward<log_softmax_operators>, no_gil);
+  m.def("masked_softmax_", softmax_in_place, no_gil);
   m.def("build_info", build_info);
   m.def("cpu_capability", [] { return cpu_capability().name; });
   m.def("cpu_capabilities", supported_capability_names);

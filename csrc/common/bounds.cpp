@@ -75,10 +75,13 @@ int64_t first_invalid_row(const Problem& problem) {
   if (problem.rows == 0 || static_cast<int64_t>(find_violation(problem, 0, 0, 0)) >= 0) {
     return -1;
   }
-  RowWalker walker(problem, 0);
-  for (int64_t row = 0; row < problem.rows; ++row, walker.advance(1)) {
-    if (!bounds_are_valid(walker.raw_start(), walker.raw_length(), problem.cols)) {
-      return row;
+  RowWalker walker(problem, 0, problem.rows);
+  int64_t row = 0;
+  for (RowRun run; walker.next(run);) {
+    for (int64_t ahead = 0; ahead < run.rows; ++ahead, ++row) {
+      if (!bounds_are_valid(run.raw_start(ahead), run.raw_length(ahead), problem.cols)) {
+        return row;
+      }
     }
   }
   return -1;  // another thread has mended them meanwhile

@@ -1,4 +1,4 @@
-// Walks a problem's rows in order and keeps, for every operand, the element offset of the current row.
+// Walks a problem's rows in order, a run at a time, and knows every operand's element offset on the way.
 #pragma once
 
 #include <algorithm>
@@ -7,29 +7,86 @@
 
 namespace masked_softmax {
 
+// Rows that follow one another along the innermost dimension, so that every offset moves by a constant step. `ahead`
+// counts them: 0 <= ahead < rows.
+class RowRun {
+ public:
+  int64_t rows = 0;
+
+  int64_t output_offset(int64_t ahead) const { return output_.at(ahead); }
+  int64_t input_offset(int input, int64_t ahead) const { return inputs_[input].at(ahead); }
+
+  // The row's start and length as the caller gave them.
+  int64_t raw_start(int64_t ahead) const { return load_index(*starts_index_, starts_.at(ahead)); }
+  int64_t raw_length(int64_t ahead) const { return load_index(*lengths_index_, lengths_.at(ahead)); }
+
+  // The row's bounds, read once and cut to the row: lengths that another thread changes after they were checked must
+  // not lead a kernel out of its row.
+  RowBounds bounds(int64_t ahead) const {
+    const int64_t start = std::clamp<int64_t>(raw_start(ahead), 0, cols_);
+    return {start, start + std::clamp<int64_t>(raw_length(ahead), 0, cols_ - start)};
+  }
+
+ private:
+  friend class RowWalker;
+
+  struct Offset {
+    int64_t first = 0;
+    int64_t step = 0;
+
+    int64_t at(int64_t ahead) const { return first + ahead * step; }
+    void move(int64_t steps, int64_t stride) { first += steps * stride; }
+  };
+
+  int64_t cols_ = 0;
+  const RowIndex* lengths_index_ = nullptr;
+  const RowIndex* starts_index_ = nullptr;
+  Offset output_;
+  Offset inputs_[kMaxInputs];
+  Offset lengths_;
+  Offset starts_;
+};
+
 class RowWalker {
  public:
-  RowWalker(const Problem& problem, int64_t row) : problem_(problem) {
-    for (int dim = problem.row_ndim - 1; dim >= 0; --dim) {
-      position_[dim] = row % problem.row_sizes[dim];
-      row /= problem.row_sizes[dim];
+  // Over the rows [begin, end).
+  RowWalker(const Problem& problem, int64_t begin, int64_t end) : problem_(problem), left_(end - begin) {
+    next_.cols_ = problem.cols;
+    next_.lengths_index_ = &problem.lengths;
+    next_.starts_index_ = &problem.starts;
+    const int inner = problem.row_ndim - 1;
+    if (inner >= 0) {
+      next_.output_.step = problem.output.row_strides[inner];
+      for (int i = 0; i < problem.input_count; ++i) {
+        next_.inputs_[i].step = problem.inputs[i].row_strides[inner];
+      }
+      next_.lengths_.step = problem.lengths.row_strides[inner];
+      next_.starts_.step = problem.starts.row_strides[inner];
+    }
+    for (int dim = inner; dim >= 0; --dim) {
+      position_[dim] = begin % problem.row_sizes[dim];
+      begin /= problem.row_sizes[dim];
       move(dim, position_[dim]);
     }
   }
 
-  // How many rows, the current one included, follow one another along the innermost dimension. `ahead` below counts
-  // rows along it, from the current one: less than run().
-  int64_t run() const {
+  // Gives the next run; false where there is none.
+  bool next(RowRun& run) {
+    if (left_ <= 0) {
+      return false;
+    }
     const int inner = problem_.row_ndim - 1;
-    return inner < 0 ? 1 : problem_.row_sizes[inner] - position_[inner];
+    run = next_;
+    run.rows = inner < 0 ? 1 : std::min(left_, problem_.row_sizes[inner] - position_[inner]);
+    left_ -= run.rows;
+    if (left_ > 0) {
+      advance(inner, run.rows);
+    }
+    return true;
   }
 
-  // Steps over `rows` rows; at most run() of them.
-  void advance(int64_t rows) {
-    int dim = problem_.row_ndim - 1;
-    if (dim < 0) {
-      return;
-    }
+ private:
+  void advance(int dim, int64_t rows) {
     position_[dim] += rows;
     move(dim, rows);
     while (dim > 0 && position_[dim] == problem_.row_sizes[dim]) {
@@ -41,47 +98,19 @@ class RowWalker {
     }
   }
 
-  int64_t output_offset(int64_t ahead = 0) const { return output_ + ahead * inner_stride(problem_.output); }
-  int64_t input_offset(int input, int64_t ahead = 0) const {
-    return inputs_[input] + ahead * inner_stride(problem_.inputs[input]);
-  }
-
-  // The row's start and length as the caller gave them.
-  int64_t raw_start(int64_t ahead = 0) const {
-    return load_index(problem_.starts, starts_ + ahead * inner_stride(problem_.starts));
-  }
-  int64_t raw_length(int64_t ahead = 0) const {
-    return load_index(problem_.lengths, lengths_ + ahead * inner_stride(problem_.lengths));
-  }
-
-  // The row's bounds, read once and cut to the row: lengths that another thread changes after they were checked must
-  // not lead a kernel out of its row.
-  RowBounds bounds(int64_t ahead = 0) const {
-    const int64_t start = std::clamp<int64_t>(raw_start(ahead), 0, problem_.cols);
-    return {start, start + std::clamp<int64_t>(raw_length(ahead), 0, problem_.cols - start)};
-  }
-
- private:
-  template <class Strided>
-  int64_t inner_stride(const Strided& operand) const {
-    return problem_.row_ndim == 0 ? 0 : operand.row_strides[problem_.row_ndim - 1];
-  }
-
   void move(int dim, int64_t steps) {
-    output_ += steps * problem_.output.row_strides[dim];
+    next_.output_.move(steps, problem_.output.row_strides[dim]);
     for (int i = 0; i < problem_.input_count; ++i) {
-      inputs_[i] += steps * problem_.inputs[i].row_strides[dim];
+      next_.inputs_[i].move(steps, problem_.inputs[i].row_strides[dim]);
     }
-    lengths_ += steps * problem_.lengths.row_strides[dim];
-    starts_ += steps * problem_.starts.row_strides[dim];
+    next_.lengths_.move(steps, problem_.lengths.row_strides[dim]);
+    next_.starts_.move(steps, problem_.starts.row_strides[dim]);
   }
 
   const Problem& problem_;
+  int64_t left_;
   int64_t position_[kMaxRowDims];
-  int64_t output_ = 0;
-  int64_t inputs_[kMaxInputs] = {0, 0, 0};
-  int64_t lengths_ = 0;
-  int64_t starts_ = 0;
+  RowRun next_;
 };
 
 }  // namespace masked_softmax

@@ -11,7 +11,7 @@ namespace masked_softmax {
 
 template <class V, class T>
 MASKED_SOFTMAX_NOINLINE typename V::acc_t tile_max(const T* x, int64_t count) {
-  return find_max<V>(x, count);
+  return find_maxima<V>(x, count).reduce_max();
 }
 
 template <class V, class T>

@@ -5,8 +5,16 @@
 namespace masked_softmax {
 namespace {
 
-int64_t row_cost(const Problem& problem, const RowWalker& row) {
-  return kRowCost + problem.cols + row.bounds().length() * kValidCost;
+// Calls visit(row, cost) for every row.
+template <class Visitor>
+void for_each_cost(const Problem& problem, const Visitor& visit) {
+  RowWalker walker(problem, 0, problem.rows);
+  int64_t row = 0;
+  for (RowRun run; walker.next(run);) {
+    for (int64_t ahead = 0; ahead < run.rows; ++ahead, ++row) {
+      visit(row, kRowCost + problem.cols + run.bounds(ahead).length() * kValidCost);
+    }
+  }
 }
 
 }  // namespace
@@ -15,21 +23,17 @@ int64_t largest_cost(const Problem& problem) { return problem.rows * (kRowCost +
 
 std::vector<int64_t> partition_rows(const Problem& problem, int parts) {
   int64_t total = 0;
-  RowWalker counting(problem, 0);
-  for (int64_t row = 0; row < problem.rows; ++row, counting.advance(1)) {
-    total += row_cost(problem, counting);
-  }
+  for_each_cost(problem, [&](int64_t /*row*/, int64_t cost) { total += cost; });
 
   std::vector<int64_t> boundaries{0};
   int64_t before = 0;
-  RowWalker walker(problem, 0);
-  for (int64_t row = 0; row < problem.rows; ++row, walker.advance(1)) {
+  for_each_cost(problem, [&](int64_t row, int64_t cost) {
     const auto part = static_cast<int64_t>(boundaries.size());
     if (part < parts && before >= total / parts * part) {
       boundaries.push_back(row);
     }
-    before += row_cost(problem, walker);
-  }
+    before += cost;
+  });
   boundaries.resize(static_cast<size_t>(parts) + 1, problem.rows);
   return boundaries;
 }

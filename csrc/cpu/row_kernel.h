@@ -16,18 +16,17 @@
 
 namespace masked_softmax {
 
-// The largest element. A NaN is passed over here; the sum finds it.
+// The largest elements, spread over the lanes. A NaN is passed over here; the sum finds it.
 template <class V, class T>
-MASKED_SOFTMAX_INLINE typename V::acc_t find_max(const T* x, int64_t count) {
+MASKED_SOFTMAX_INLINE V find_maxima(const T* x, int64_t count) {
   constexpr auto kNone = -std::numeric_limits<typename V::acc_t>::infinity();
-  V maxima[kChains];
-  for (V& maximum : maxima) {
-    maximum = V::broadcast(kNone);
-  }
+  V even = V::broadcast(kNone);
+  V odd = V::broadcast(kNone);
   for_each_in_chains<V>(count, [&](auto chain, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
-    maxima[chain] = V::max(load<V>(x + i, lanes, kNone), maxima[chain]);
+    V& maxima = chain % 2 == 0 ? even : odd;
+    maxima = V::max(load<V>(x + i, lanes, kNone), maxima);
   });
-  return V::max(V::max(maxima[0], maxima[1]), V::max(maxima[2], maxima[3])).reduce_max();
+  return V::max(even, odd);
 }
 
 // x - max for one vector.

@@ -13,6 +13,7 @@ struct DirectAccess {
   using batch_input_t = input_t;
   using batch_output_t = output_t;
   static constexpr int64_t kLongestShortRow = kShortRowElems;
+  static constexpr bool kStaged = false;
 
   explicit DirectAccess(const Problem& /*problem*/) {}
 
@@ -23,14 +24,14 @@ struct DirectAccess {
     return DirectSink<output_t>(static_cast<output_t*>(operand.data) + offset);
   }
 
-  MASKED_SOFTMAX_INLINE const void* batch_input(const Operand& operand, int /*input*/, int64_t offset, int64_t /*used*/,
-                                                int64_t /*length*/) {
+  static MASKED_SOFTMAX_INLINE const void* input_at(const Operand& operand, int64_t offset) {
     return static_cast<const input_t*>(operand.data) + offset;
   }
-  MASKED_SOFTMAX_INLINE void* batch_output(const Operand& operand, int /*row*/, int64_t offset, int64_t /*used*/) {
+  static MASKED_SOFTMAX_INLINE void* output_at(const Operand& operand, int64_t offset) {
     return static_cast<output_t*>(operand.data) + offset;
   }
-  MASKED_SOFTMAX_INLINE void finish_batch(const Operand& /*output*/, const Batch<acc_t>& /*batch*/) {}
+  MASKED_SOFTMAX_INLINE void bring(const Problem& /*problem*/, Batch<V>& /*batch*/) {}
+  MASKED_SOFTMAX_INLINE void finish(const Problem& /*problem*/, const Batch<V>& /*batch*/) {}
 
   static MASKED_SOFTMAX_INLINE void fill(const Operand& operand, int64_t offset, int64_t count, acc_t value) {
     constexpr int64_t kMemsetBytes = 512;  // from here on memset's own start costs less than our stores
@@ -53,6 +54,7 @@ struct StagedAccess {
   using batch_input_t = acc_t;
   using batch_output_t = acc_t;
   static constexpr int64_t kLongestShortRow = kBatchElems;
+  static constexpr bool kStaged = true;
 
   explicit StagedAccess(const Problem& problem) : factor_(static_cast<acc_t>(staging_factor(problem))) {}
 
@@ -63,23 +65,34 @@ struct StagedAccess {
     return {element_at(operand.data, operand.type, offset), operand.type, operand.col_stride};
   }
 
-  const void* batch_input(const Operand& operand, int input, int64_t offset, int64_t used, int64_t length) {
-    acc_t* buffer = buffers_[input] + used;
-    gather(element_at(operand.data, operand.type, offset), operand.type, operand.col_stride, length, buffer);
-    if (factor_ != 1) {
-      multiply_all<V>(buffer, length, factor_);
-    }
-    return buffer;
+  static const void* input_at(const Operand& operand, int64_t offset) {
+    return element_at(static_cast<const void*>(operand.data), operand.type, offset);
   }
-  // Over the first input's buffer: every sweep reads an element before it writes it.
-  void* batch_output(const Operand& operand, int row, int64_t offset, int64_t used) {
-    destinations_[row] = element_at(operand.data, operand.type, offset);
-    return buffers_[0] + used;
+  static void* output_at(const Operand& operand, int64_t offset) {
+    return element_at(operand.data, operand.type, offset);
   }
-  void finish_batch(const Operand& output, const Batch<acc_t>& batch) {
+
+  // The results go over the first input's buffer: every sweep reads an element before it writes it.
+  void bring(const Problem& problem, Batch<V>& batch) {
+    int64_t first = 0;
     for (int r = 0; r < batch.rows; ++r) {
-      scatter(static_cast<const acc_t*>(batch.outputs[r]), batch.lengths[r], destinations_[r], output.type,
-              output.col_stride);
+      for (int k = 0; k < problem.input_count; ++k) {
+        acc_t* buffer = buffers_[k] + first;
+        gather(batch.inputs[k][r], problem.inputs[k].type, problem.inputs[k].col_stride, batch.lengths[r], buffer);
+        if (factor_ != 1) {
+          multiply_all<V>(buffer, batch.lengths[r], factor_);
+        }
+        batch.inputs[k][r] = buffer;
+      }
+      destinations_[r] = batch.outputs[r];
+      batch.outputs[r] = buffers_[0] + first;
+      first += batch.scratch_elems(batch.lengths[r]);
+    }
+  }
+  void finish(const Problem& problem, const Batch<V>& batch) {
+    for (int r = 0; r < batch.rows; ++r) {
+      scatter(static_cast<const acc_t*>(batch.outputs[r]), batch.lengths[r], destinations_[r], problem.output.type,
+              problem.output.col_stride);
     }
   }
 
@@ -102,12 +115,20 @@ struct Kernel {
   using output_t = typename Access::batch_output_t;
   using Parameters = std::conditional_t<kForward, RowScale<acc_t>, DerivativeTerms<V>>;
 
+  static constexpr int kInputs = [] {
+    if constexpr (kForward) {
+      return 1;
+    } else {
+      return Derivative<V, kOperation>::kInputs;
+    }
+  }();
   static constexpr acc_t kPadding =
       kOperation == Operation::kLogSoftmax ? -std::numeric_limits<acc_t>::infinity() : acc_t{0};
 
-  static MASKED_SOFTMAX_INLINE void run_batch(Batch<acc_t>& batch, const Parameters& parameters) {
+  static MASKED_SOFTMAX_INLINE void run_batch(Batch<V>& batch, const Batch<V>& next, const Parameters& parameters,
+                                              acc_t* scratch) {
     if constexpr (kForward) {
-      forward_batch<V, kOperation, input_t, output_t>(batch, parameters);
+      forward_batch<V, kOperation, input_t, output_t>(batch, next, parameters, scratch);
     } else {
       derivative_batch<V, kOperation, input_t, output_t>(batch, parameters);
     }
@@ -145,21 +166,27 @@ void run_rows(const Problem& problem, int64_t begin, int64_t end) {
   const typename K::Parameters parameters(problem.scale / staging_factor(problem));
   const Operand& output = problem.output;
   Access access(problem);
-  Batch<acc_t> batch;
-  int64_t used = 0;
 
-  const auto flush = [&]() MASKED_SOFTMAX_LAMBDA_INLINE {
-    if (batch.rows > 0) {
-      K::run_batch(batch, parameters);
-      access.finish_batch(output, batch);
-      batch.rows = 0;
-      used = 0;
-    }
+  // One batch is computed while the next, already filled, is on its way from memory.
+  Batch<V> batches[2];
+  Batch<V>* filling = &batches[0];
+  Batch<V>* filled = &batches[1];
+  int rows = 0;       // in *filling
+  int64_t elems = 0;  // that they take of the scratch
+  const auto compute_filled = [&]() MASKED_SOFTMAX_LAMBDA_INLINE {
+    filling->rows = rows;
+    access.bring(problem, *filled);
+    K::run_batch(*filled, Access::kStaged ? *filled : *filling, parameters, scratch);
+    access.finish(problem, *filled);
+    std::swap(filling, filled);
+    rows = 0;
+    elems = 0;
   };
-  const auto take_row = [&](const RowWalker& walker, int64_t ahead) MASKED_SOFTMAX_LAMBDA_INLINE {
-    const RowBounds bounds = walker.bounds(ahead);
+
+  const auto take_row = [&](const RowRun& run, int64_t ahead) MASKED_SOFTMAX_LAMBDA_INLINE {
+    const RowBounds bounds = run.bounds(ahead);
     const int64_t length = bounds.length();
-    const int64_t row_offset = walker.output_offset(ahead);
+    const int64_t row_offset = run.output_offset(ahead);
     if (bounds.start > 0) {
       Access::fill(output, row_offset, bounds.start, K::kPadding);
     }
@@ -170,37 +197,35 @@ void run_rows(const Problem& problem, int64_t begin, int64_t end) {
       return;
     }
     const int64_t output_offset = row_offset + bounds.start * output.col_stride;
-    int64_t input_offsets[kMaxInputs];
-    for (int k = 0; k < problem.input_count; ++k) {
-      input_offsets[k] = walker.input_offset(k, ahead) + bounds.start * problem.inputs[k].col_stride;
+    int64_t input_offsets[K::kInputs];
+    for (int k = 0; k < K::kInputs; ++k) {
+      input_offsets[k] = run.input_offset(k, ahead) + bounds.start * problem.inputs[k].col_stride;
     }
     if (length > Access::kLongestShortRow) {
       K::run_long_row(problem, output_offset, input_offsets, length, parameters);
       return;
     }
-    if (batch.rows == kBatchRows || used + length > kBatchElems) {
-      flush();
+    const int64_t row_elems = Batch<V>::scratch_elems(length);
+    if (rows == kBatchRows || (elems + row_elems > kBatchElems && rows > 0)) {
+      compute_filled();
     }
-    const int row = batch.rows++;
-    for (int k = 0; k < problem.input_count; ++k) {
-      batch.inputs[k][row] = access.batch_input(problem.inputs[k], k, input_offsets[k], used, length);
+    const int row = rows++;
+    elems += row_elems;
+    for (int k = 0; k < K::kInputs; ++k) {
+      filling->inputs[k][row] = Access::input_at(problem.inputs[k], input_offsets[k]);
     }
-    batch.outputs[row] = access.batch_output(output, row, output_offset, used);
-    batch.lengths[row] = length;
-    batch.scratch[row] = kScratchElems > 1 ? scratch + used : nullptr;
-    used += length;
+    filling->outputs[row] = Access::output_at(output, output_offset);
+    filling->lengths[row] = length;
   };
 
-  RowWalker walker(problem, begin);
-  for (int64_t row = begin; row < end;) {
-    const int64_t run = walker.run() < end - row ? walker.run() : end - row;
-    for (int64_t ahead = 0; ahead < run; ++ahead) {
-      take_row(walker, ahead);
+  RowWalker walker(problem, begin, end);
+  for (RowRun run; walker.next(run);) {
+    for (int64_t ahead = 0; ahead < run.rows; ++ahead) {
+      take_row(run, ahead);
     }
-    walker.advance(run);
-    row += run;
   }
-  flush();
+  compute_filled();
+  compute_filled();
 }
 
 template <class Isa, Operation kOperation>

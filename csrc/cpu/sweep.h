@@ -133,10 +133,12 @@ class RowSums {
     count_ += count;
   }
 
-  MASKED_SOFTMAX_INLINE acc_t total(int sum) const {
-    const acc_t high = high_[sum].reduce_add();
-    return count_ <= kFoldElems<V> ? high : high + low_[sum].reduce_add();
+  // The sum, spread over the lanes.
+  MASKED_SOFTMAX_INLINE V lanes(int sum) const {
+    return count_ <= kFoldElems<V> ? high_[sum] : V::add(high_[sum], low_[sum]);
   }
+
+  MASKED_SOFTMAX_INLINE acc_t total(int sum) const { return lanes(sum).reduce_add(); }
 
  private:
   template <class Term>
@@ -155,6 +157,10 @@ class RowSums {
     });
     for (int s = 0; s < kSums; ++s) {
       const V fold = V::add(V::add(chains[s][0], chains[s][1]), V::add(chains[s][2], chains[s][3]));
+      if (count_ == 0 && first == 0) {
+        high_[s] = fold;  // most rows have no other
+        continue;
+      }
       const V sum = V::add(high_[s], fold);
       const V part = V::sub(sum, high_[s]);
       const V error = V::add(V::sub(high_[s], V::sub(sum, part)), V::sub(fold, part));
@@ -167,6 +173,33 @@ class RowSums {
   V high_[kSums];
   V low_[kSums];
 };
+
+// The sums, or the maxima, of several rows' lanes, which lie one row after another.
+template <class V>
+MASKED_SOFTMAX_INLINE void reduce_add_rows(const typename V::acc_t* lanes, int rows, typename V::acc_t* sums) {
+  int r = 0;
+  if constexpr (V::kReducesFourRows) {
+    for (; r + 4 <= rows; r += 4) {
+      V::reduce_add_four(lanes + r * V::kLanes, sums + r);
+    }
+  }
+  for (; r < rows; ++r) {
+    sums[r] = V::load(lanes + r * V::kLanes).reduce_add();
+  }
+}
+
+template <class V>
+MASKED_SOFTMAX_INLINE void reduce_max_rows(const typename V::acc_t* lanes, int rows, typename V::acc_t* maxima) {
+  int r = 0;
+  if constexpr (V::kReducesFourRows) {
+    for (; r + 4 <= rows; r += 4) {
+      V::reduce_max_four(lanes + r * V::kLanes, maxima + r);
+    }
+  }
+  for (; r < rows; ++r) {
+    maxima[r] = V::load(lanes + r * V::kLanes).reduce_max();
+  }
+}
 
 template <class V, class T, class U>
 MASKED_SOFTMAX_NOINLINE void copy_converted(const T* from, int64_t count, U* to) {

@@ -2,6 +2,7 @@
 // masked store is microcoded on AMD), so no byte outside is touched.
 #pragma once
 
+#include "cpu/four_rows_x86.h"
 #include "cpu/prelude.h"
 
 namespace masked_softmax {
@@ -10,6 +11,7 @@ struct Avx2Float {
   using acc_t = float;
   static constexpr int kLanes = 8;
   static constexpr bool kHasSixteenthPowers = false;
+  static constexpr bool kReducesFourRows = true;
   __m256 v;
 
   static Avx2Float broadcast(float value) { return {_mm256_set1_ps(value)}; }
@@ -56,6 +58,7 @@ struct Avx2Float {
   static Avx2Float sub(Avx2Float a, Avx2Float b) { return {_mm256_sub_ps(a.v, b.v)}; }
   static Avx2Float mul(Avx2Float a, Avx2Float b) { return {_mm256_mul_ps(a.v, b.v)}; }
   static Avx2Float fma(Avx2Float a, Avx2Float b, Avx2Float c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  static Avx2Float fms(Avx2Float a, Avx2Float b, Avx2Float c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }
   static Avx2Float max(Avx2Float a, Avx2Float b) { return {_mm256_max_ps(a.v, b.v)}; }
   static Avx2Float min(Avx2Float a, Avx2Float b) { return {_mm256_min_ps(a.v, b.v)}; }
 
@@ -74,24 +77,31 @@ struct Avx2Float {
 
   // In double, rounded once.
   float reduce_add() const {
-    const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v));
-    const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
-    const __m256d four = _mm256_add_pd(low, high);
-    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
-    return static_cast<float>(_mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two))));
+    return Four::add_one(Four::add_as_doubles(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)));
+  }
+  static void reduce_add_four(const float* lanes, float* sums) {
+    __m256d rows[4];
+    for (int r = 0; r < 4; ++r) {
+      rows[r] = Four::add_as_doubles(_mm_loadu_ps(lanes + r * kLanes), _mm_loadu_ps(lanes + r * kLanes + 4));
+    }
+    _mm_storeu_ps(sums, Four::add(rows));
   }
   float reduce_max() const {
     const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
   }
-  float reduce_min() const {
-    const __m128 four = _mm_min_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    const __m128 two = _mm_min_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_min_ss(two, _mm_movehdup_ps(two)));
+  static void reduce_max_four(const float* lanes, float* maxima) {
+    __m128 rows[4];
+    for (int r = 0; r < 4; ++r) {
+      rows[r] = _mm_max_ps(_mm_loadu_ps(lanes + r * kLanes), _mm_loadu_ps(lanes + r * kLanes + 4));
+    }
+    _mm_storeu_ps(maxima, Four::max(rows));
   }
 
  private:
+  using Four = FourRows<Avx2Float>;
+
   static const __m128i* as_vector(const void* p) { return static_cast<const __m128i*>(p); }
   static __m128i* as_vector(void* p) { return static_cast<__m128i*>(p); }
 
@@ -164,6 +174,7 @@ struct Avx2Double {
   using acc_t = double;
   static constexpr int kLanes = 4;
   static constexpr bool kHasSixteenthPowers = false;
+  static constexpr bool kReducesFourRows = false;
   __m256d v;
 
   static Avx2Double broadcast(double value) { return {_mm256_set1_pd(value)}; }
@@ -190,6 +201,7 @@ struct Avx2Double {
   static Avx2Double sub(Avx2Double a, Avx2Double b) { return {_mm256_sub_pd(a.v, b.v)}; }
   static Avx2Double mul(Avx2Double a, Avx2Double b) { return {_mm256_mul_pd(a.v, b.v)}; }
   static Avx2Double fma(Avx2Double a, Avx2Double b, Avx2Double c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+  static Avx2Double fms(Avx2Double a, Avx2Double b, Avx2Double c) { return {_mm256_fmsub_pd(a.v, b.v, c.v)}; }
   static Avx2Double max(Avx2Double a, Avx2Double b) { return {_mm256_max_pd(a.v, b.v)}; }
   static Avx2Double min(Avx2Double a, Avx2Double b) { return {_mm256_min_pd(a.v, b.v)}; }
 
@@ -214,10 +226,6 @@ struct Avx2Double {
   double reduce_max() const {
     const __m128d two = _mm_max_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
     return _mm_cvtsd_f64(_mm_max_sd(two, _mm_unpackhi_pd(two, two)));
-  }
-  double reduce_min() const {
-    const __m128d two = _mm_min_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
-    return _mm_cvtsd_f64(_mm_min_sd(two, _mm_unpackhi_pd(two, two)));
   }
 
  private:

@@ -1,6 +1,7 @@
 // AVX-512 (F, BW, DQ, VL): 16 floats or 8 doubles. Partial access goes through masks, so no byte outside is touched.
 #pragma once
 
+#include "cpu/four_rows_x86.h"
 #include "cpu/prelude.h"
 
 namespace masked_softmax {
@@ -9,6 +10,7 @@ struct Avx512Float {
   using acc_t = float;
   static constexpr int kLanes = 16;
   static constexpr bool kHasSixteenthPowers = true;
+  static constexpr bool kReducesFourRows = true;
   __m512 v;
 
   static Avx512Float broadcast(float value) { return {_mm512_set1_ps(value)}; }
@@ -41,6 +43,7 @@ struct Avx512Float {
   static Avx512Float sub(Avx512Float a, Avx512Float b) { return {_mm512_sub_ps(a.v, b.v)}; }
   static Avx512Float mul(Avx512Float a, Avx512Float b) { return {_mm512_mul_ps(a.v, b.v)}; }
   static Avx512Float fma(Avx512Float a, Avx512Float b, Avx512Float c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  static Avx512Float fms(Avx512Float a, Avx512Float b, Avx512Float c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
   static Avx512Float max(Avx512Float a, Avx512Float b) { return {_mm512_max_ps(a.v, b.v)}; }
   static Avx512Float min(Avx512Float a, Avx512Float b) { return {_mm512_min_ps(a.v, b.v)}; }
 
@@ -67,28 +70,56 @@ struct Avx512Float {
 
   // In double, rounded once.
   float reduce_add() const {
-    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
-    const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
-    return static_cast<float>(_mm512_reduce_add_pd(_mm512_add_pd(low, high)));
+    const __m256 low = _mm512_castps512_ps256(v);
+    const __m256 high = _mm512_extractf32x8_ps(v, 1);
+    return Four::add_one(add_quarters(_mm256_castps256_ps128(low), _mm256_extractf128_ps(low, 1),
+                                      _mm256_castps256_ps128(high), _mm256_extractf128_ps(high, 1)));
+  }
+  static void reduce_add_four(const float* lanes, float* sums) {
+    __m256d rows[4];
+    for (int r = 0; r < 4; ++r) {
+      const float* row = lanes + r * kLanes;
+      rows[r] = add_quarters(_mm_loadu_ps(row), _mm_loadu_ps(row + 4), _mm_loadu_ps(row + 8), _mm_loadu_ps(row + 12));
+    }
+    _mm_storeu_ps(sums, Four::add(rows));
   }
   float reduce_max() const { return _mm512_reduce_max_ps(v); }
-  float reduce_min() const { return _mm512_reduce_min_ps(v); }
+  static void reduce_max_four(const float* lanes, float* maxima) {
+    __m128 rows[4];
+    for (int r = 0; r < 4; ++r) {
+      const __m256 half = _mm256_max_ps(_mm256_loadu_ps(lanes + r * kLanes), _mm256_loadu_ps(lanes + r * kLanes + 8));
+      rows[r] = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    }
+    _mm_storeu_ps(maxima, Four::max(rows));
+  }
 
  private:
+  using Four = FourRows<Avx512Float>;
+
+  static __m256d add_quarters(__m128 a, __m128 b, __m128 c, __m128 d) {
+    return _mm256_add_pd(Four::add_as_doubles(a, b), Four::add_as_doubles(c, d));
+  }
   static __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
   static const __m256i* as_vector(const void* p) { return static_cast<const __m256i*>(p); }
   static __m256i* as_vector(void* p) { return static_cast<__m256i*>(p); }
-  static Avx512Float from_bfloat16(__m256i bits) {
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+  // A bfloat16 is the upper half of a float: word i of sixteen becomes, or comes from, word 2 i + 1 of thirty-two.
+  static Avx512Float from_bfloat16(__m256i words) {
+    constexpr __mmask32 kUpperHalves = 0xaaaaaaaa;
+    const __m512i order = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5,
+                                           4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+    return {_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(kUpperHalves, order, _mm512_castsi256_si512(words)))};
   }
   // To nearest, ties to even. (The AVX512_BF16 instruction flushes subnormals, so it is not used.)
   __m256i to_bfloat16() const {
+    const __m512i order = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 31, 29, 27, 25,
+                                           23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
     const __m512i bits = _mm512_castps_si512(v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    const __m512i half_up = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    const __m512i rounded = _mm512_mask_add_epi32(half_up, odd, half_up, _mm512_set1_epi32(1));
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(
-        _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16));
+    const __m512i chosen = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi16(order, chosen));
   }
   __m256i to_float16() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 };
@@ -97,6 +128,7 @@ struct Avx512Double {
   using acc_t = double;
   static constexpr int kLanes = 8;
   static constexpr bool kHasSixteenthPowers = false;
+  static constexpr bool kReducesFourRows = false;
   __m512d v;
 
   static Avx512Double broadcast(double value) { return {_mm512_set1_pd(value)}; }
@@ -112,6 +144,7 @@ struct Avx512Double {
   static Avx512Double sub(Avx512Double a, Avx512Double b) { return {_mm512_sub_pd(a.v, b.v)}; }
   static Avx512Double mul(Avx512Double a, Avx512Double b) { return {_mm512_mul_pd(a.v, b.v)}; }
   static Avx512Double fma(Avx512Double a, Avx512Double b, Avx512Double c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+  static Avx512Double fms(Avx512Double a, Avx512Double b, Avx512Double c) { return {_mm512_fmsub_pd(a.v, b.v, c.v)}; }
   static Avx512Double max(Avx512Double a, Avx512Double b) { return {_mm512_max_pd(a.v, b.v)}; }
   static Avx512Double min(Avx512Double a, Avx512Double b) { return {_mm512_min_pd(a.v, b.v)}; }
 
@@ -133,7 +166,6 @@ struct Avx512Double {
     return compensated_sum(lanes, kLanes);
   }
   double reduce_max() const { return _mm512_reduce_max_pd(v); }
-  double reduce_min() const { return _mm512_reduce_min_pd(v); }
 
  private:
   static __mmask8 first(int count) { return static_cast<__mmask8>((1u << count) - 1u); }

@@ -11,6 +11,7 @@ struct NeonFloat {
   using acc_t = float;
   static constexpr int kLanes = 4;
   static constexpr bool kHasSixteenthPowers = false;
+  static constexpr bool kReducesFourRows = false;
   float32x4_t v;
 
   static NeonFloat broadcast(float value) { return {vdupq_n_f32(value)}; }
@@ -54,6 +55,7 @@ struct NeonFloat {
   static NeonFloat sub(NeonFloat a, NeonFloat b) { return {vsubq_f32(a.v, b.v)}; }
   static NeonFloat mul(NeonFloat a, NeonFloat b) { return {vmulq_f32(a.v, b.v)}; }
   static NeonFloat fma(NeonFloat a, NeonFloat b, NeonFloat c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+  static NeonFloat fms(NeonFloat a, NeonFloat b, NeonFloat c) { return {vfmaq_f32(vnegq_f32(c.v), a.v, b.v)}; }
   // vmaxnmq would return the number of a pair; vmaxq would return NaN: compare and choose, as the interface says.
   static NeonFloat max(NeonFloat a, NeonFloat b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
   static NeonFloat min(NeonFloat a, NeonFloat b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
@@ -81,13 +83,13 @@ struct NeonFloat {
     return static_cast<float>(vgetq_lane_f64(two, 0) + vgetq_lane_f64(two, 1));
   }
   float reduce_max() const { return vmaxvq_f32(v); }
-  float reduce_min() const { return vminvq_f32(v); }
 };
 
 struct NeonDouble {
   using acc_t = double;
   static constexpr int kLanes = 2;
   static constexpr bool kHasSixteenthPowers = false;
+  static constexpr bool kReducesFourRows = false;
   float64x2_t v;
 
   static NeonDouble broadcast(double value) { return {vdupq_n_f64(value)}; }
@@ -108,6 +110,7 @@ struct NeonDouble {
   static NeonDouble sub(NeonDouble a, NeonDouble b) { return {vsubq_f64(a.v, b.v)}; }
   static NeonDouble mul(NeonDouble a, NeonDouble b) { return {vmulq_f64(a.v, b.v)}; }
   static NeonDouble fma(NeonDouble a, NeonDouble b, NeonDouble c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
+  static NeonDouble fms(NeonDouble a, NeonDouble b, NeonDouble c) { return {vfmaq_f64(vnegq_f64(c.v), a.v, b.v)}; }
   static NeonDouble max(NeonDouble a, NeonDouble b) { return {vbslq_f64(vcgtq_f64(a.v, b.v), a.v, b.v)}; }
   static NeonDouble min(NeonDouble a, NeonDouble b) { return {vbslq_f64(vcltq_f64(a.v, b.v), a.v, b.v)}; }
 
@@ -130,7 +133,6 @@ struct NeonDouble {
 
   double reduce_add() const { return vgetq_lane_f64(v, 0) + vgetq_lane_f64(v, 1); }
   double reduce_max() const { return vmaxvq_f64(v); }
-  double reduce_min() const { return vminvq_f64(v); }
 };
 
 }  // namespace masked_softmax

@@ -18,6 +18,7 @@ struct ScalarVec {
   using bits_t = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
   static constexpr int kLanes = kCount;
   static constexpr bool kHasSixteenthPowers = false;
+  static constexpr bool kReducesFourRows = false;
   static constexpr int kMantissaBits = sizeof(T) == 4 ? 23 : 52;
   T v[kCount];
 
@@ -65,6 +66,9 @@ struct ScalarVec {
   static ScalarVec fma(ScalarVec a, ScalarVec b, ScalarVec c) {
     return each([&](int i) { return fused_multiply_add(a.v[i], b.v[i], c.v[i]); });
   }
+  static ScalarVec fms(ScalarVec a, ScalarVec b, ScalarVec c) {
+    return each([&](int i) { return fused_multiply_add(a.v[i], b.v[i], -c.v[i]); });
+  }
   static ScalarVec max(ScalarVec a, ScalarVec b) {
     return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
   }
@@ -93,13 +97,6 @@ struct ScalarVec {
     T result = v[0];
     for (int i = 1; i < kCount; ++i) {
       result = v[i] > result ? v[i] : result;
-    }
-    return result;
-  }
-  T reduce_min() const {
-    T result = v[0];
-    for (int i = 1; i < kCount; ++i) {
-      result = v[i] < result ? v[i] : result;
     }
     return result;
   }
