@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         try:
             write_plot(options.plot)
-        except ImportError as error:
+        except (ImportError, OSError) as error:
             print(error)
             return 2
 
@@ -77,6 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
         + ("all within." if agrees else "EXCEEDED.")
     )
 
+    if not agrees:
+        return 1
+
     print("\nMemory that one batch's weights take at their peak:")
     print(
         terminal.table(("", "formulation", "this package"), [memory_cells(by_arrival, embeddings)])
@@ -85,7 +88,14 @@ def main(arguments: list[str] | None = None) -> int:
     draw_sentence(sentences, numbers, embeddings)
     if options.plot is not None:
         print(f"\nThe picture is in {options.plot}.")
-    return 0 if agrees else 1
+    return 0
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -94,12 +104,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description="Length-masked softmax on real text, beside the pure-PyTorch formulation.",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, help="threads that torch may use (its own default)")
-    parser.add_argument("--sentences", type=int, default=4096, help="how many (default: 4096)")
     parser.add_argument(
-        "--batch-size", type=int, default=64, help="sentences a batch (default: 64)"
+        "--threads", type=positive, help="threads that torch may use (its own default)"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: 5)")
+    parser.add_argument("--sentences", type=positive, default=4096, help="how many (default: 4096)")
+    parser.add_argument(
+        "--batch-size", type=positive, default=64, help="sentences a batch (default: 64)"
+    )
+    parser.add_argument("--rounds", type=positive, default=5, help="timed rounds (default: 5)")
     parser.add_argument("--seed", type=int, default=0, help="of order and embeddings (default: 0)")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw scores and weights")
     return parser.parse_args(arguments)

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 namespace masked_softmax {
@@ -100,7 +101,8 @@ inline acc_t to_acc(T value) {
 // IEEE Transactions on Computers, 2008).
 inline float round_to_odd(double value) {
   const float nearest = static_cast<float>(value);
-  if (static_cast<double>(nearest) == value || !(std::fabs(value) <= 3.0e38)) {
+  if (static_cast<double>(nearest) == value ||
+      !(std::fabs(value) <= static_cast<double>(std::numeric_limits<float>::max()))) {
     return nearest;
   }
   uint32_t bits = bit_cast<uint32_t>(nearest);

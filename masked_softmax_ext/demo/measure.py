@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
+import json
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 Work = Callable[[], object]
-
-M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def interleaved_medians(works: Sequence[Work], rounds: int, device: torch.device) -> list[float]:
@@ -31,8 +33,8 @@ def interleaved_medians(works: Sequence[Work], rounds: int, device: torch.device
     return [statistics.median(times) for times in seconds]
 
 
-def peak_memory_bytes(work: Work, device: torch.device) -> int | None:
-    """What ``work`` needs at most beyond what is there before; None where the system can't tell."""
+def peak_memory_bytes(work: Work, device: torch.device) -> int:
+    """The most that torch's allocator holds at once while ``work`` runs, beyond what it held."""
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -40,16 +42,17 @@ def peak_memory_bytes(work: Work, device: torch.device) -> int | None:
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    try:
-        # A fixed threshold: freed tensors go back to the system, instead of being measured as used.
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler writes its log to stderr
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
-        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is in use
-        before = _status_bytes("VmRSS")
-        work()
-        return max(0, _status_bytes("VmHWM") - before)
-    except (OSError, AttributeError):
-        return None
+    with tempfile.TemporaryDirectory() as folder:
+        # The trace has every allocation; profiler.events() loses those that an operator both makes
+        # and frees.
+        trace = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    memory = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
+    return max(accumulate(e["args"]["Bytes"] for e in memory), default=0)
 
 
 def error_in_bounds(result: Tensor, scores: Tensor, lengths: Tensor, scale: float) -> float:
@@ -67,16 +70,9 @@ def error_in_bounds(result: Tensor, scores: Tensor, lengths: Tensor, scale: floa
     error = (result.double() - exact).abs() / (exact * (4 + d.abs()) * eps)
     if bool((result[~valid] != 0).any()):
         return torch.inf
-    return error[counted].max().item()
+    return error[counted].nan_to_num(torch.inf).max().item()
 
 
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")

@@ -50,7 +50,7 @@ def write_plot(path: Path) -> None:
 
 def _grid(axes: Any, values: Tensor, valid: Tensor, title: str, form: str, colours: str) -> None:
     shown = values.masked_fill(~valid, float("nan"))
-    axes.imshow(shown, cmap=colours, aspect="auto")
+    axes.imshow(shown.numpy(), cmap=colours, aspect="auto")
     axes.set_facecolor("#e8e8e8")
     axes.set_title(title, fontsize=11)
     axes.set_xticks([])

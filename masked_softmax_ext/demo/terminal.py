@@ -55,5 +55,5 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"
 
 
-def size(count: int | None) -> str:
-    return "not known here" if count is None else f"{count / 2**20:.1f} MiB"
+def size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"

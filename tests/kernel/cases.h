@@ -1,0 +1,223 @@
+// Problems for the kernels, with the memory that they point to.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "common/numeric.h"
+#include "common/problem.h"
+#include "cpu/dispatch.h"
+
+namespace kernel_tests {
+
+using namespace masked_softmax;
+
+inline int64_t size_of(ElementType type) {
+  int64_t size = 0;
+  visit_element_type(type, [&](auto element) { size = sizeof(element); });
+  return size;
+}
+
+inline const char* name_of(ElementType type) {
+  switch (type) {
+    case ElementType::kFloat64: return "float64";
+    case ElementType::kFloat32: return "float32";
+    case ElementType::kBFloat16: return "bfloat16";
+    case ElementType::kFloat16: return "float16";
+    default: return "integer";
+  }
+}
+
+inline const char* name_of(Operation operation) {
+  switch (operation) {
+    case Operation::kSoftmax: return "softmax";
+    case Operation::kLogSoftmax: return "log_softmax";
+    case Operation::kSoftmaxBackward: return "softmax_backward";
+    case Operation::kLogSoftmaxBackward: return "log_softmax_backward";
+    case Operation::kLogSoftmaxJvp: return "log_softmax_jvp";
+    case Operation::kSoftmaxBackwardWrtY: return "softmax_backward_wrt_y";
+    case Operation::kLogSoftmaxBackwardWrtY: return "log_softmax_backward_wrt_y";
+  }
+  return "";
+}
+
+constexpr Operation kOperations[] = {
+    Operation::kSoftmax,
+    Operation::kLogSoftmax,
+    Operation::kSoftmaxBackward,
+    Operation::kLogSoftmaxBackward,
+    Operation::kLogSoftmaxJvp,
+    Operation::kSoftmaxBackwardWrtY,
+    Operation::kLogSoftmaxBackwardWrtY,
+};
+
+constexpr ElementType kFloatingTypes[] = {ElementType::kFloat64, ElementType::kFloat32, ElementType::kBFloat16,
+                                          ElementType::kFloat16};
+
+inline int input_count(Operation operation) {
+  switch (operation) {
+    case Operation::kSoftmax:
+    case Operation::kLogSoftmax: return 1;
+    case Operation::kSoftmaxBackwardWrtY:
+    case Operation::kLogSoftmaxBackwardWrtY: return 3;
+    default: return 2;
+  }
+}
+
+// A matrix of any type: rows of cols elements, `col_stride` apart, beginning `shift` elements into its memory. Every
+// byte that is no element of it holds the poison.
+class Matrix {
+ public:
+  Matrix(ElementType type, int64_t rows, int64_t cols, int64_t col_stride = 1, int64_t shift = 0, int64_t row_gap = 0)
+      : type_(type), rows_(rows), cols_(cols), col_stride_(col_stride), shift_(shift) {
+    row_stride_ = cols * col_stride + row_gap;
+    bytes_.assign(static_cast<size_t>((shift + rows * row_stride_ + kSlack) * size_of(type)), kPoison);
+  }
+
+  static constexpr unsigned char kPoison = 0xff;  // as an element of any floating type: NaN
+
+  double get(int64_t row, int64_t col) const {
+    double value = 0;
+    visit_element_type(type_, [&](auto element) {
+      using T = decltype(element);
+      if constexpr (!std::is_integral_v<T>) {
+        T stored;
+        std::memcpy(&stored, at(row, col), sizeof(T));
+        value = to_acc<double>(stored);
+      }
+    });
+    return value;
+  }
+  void set(int64_t row, int64_t col, double value) {
+    visit_element_type(type_, [&](auto element) {
+      using T = decltype(element);
+      if constexpr (!std::is_integral_v<T>) {
+        const T stored = from_acc<T>(value);
+        std::memcpy(const_cast<unsigned char*>(at(row, col)), &stored, sizeof(T));
+      }
+    });
+  }
+  std::string bits(int64_t row, int64_t col) const {
+    return {reinterpret_cast<const char*>(at(row, col)), static_cast<size_t>(size_of(type_))};
+  }
+
+  Operand operand() {
+    Operand result;
+    result.data = bytes_.data() + shift_ * size_of(type_);
+    result.type = type_;
+    result.col_stride = col_stride_;
+    result.row_strides[0] = row_stride_;
+    return result;
+  }
+
+  // Whether every byte outside of the matrix still holds the poison.
+  bool surroundings_are_untouched() const {
+    std::vector<bool> ours(bytes_.size(), false);
+    for (int64_t row = 0; row < rows_; ++row) {
+      for (int64_t col = 0; col < cols_; ++col) {
+        const auto first = static_cast<size_t>(at(row, col) - bytes_.data());
+        for (int64_t byte = 0; byte < size_of(type_); ++byte) {
+          ours[first + static_cast<size_t>(byte)] = true;
+        }
+      }
+    }
+    for (size_t i = 0; i < bytes_.size(); ++i) {
+      if (!ours[i] && bytes_[i] != kPoison) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  int64_t rows() const { return rows_; }
+  int64_t cols() const { return cols_; }
+  ElementType type() const { return type_; }
+
+ private:
+  static constexpr int64_t kSlack = 80;  // elements: more than any vector holds
+
+  const unsigned char* at(int64_t row, int64_t col) const {
+    return bytes_.data() + (shift_ + row * row_stride_ + col * col_stride_) * size_of(type_);
+  }
+
+  ElementType type_;
+  int64_t rows_;
+  int64_t cols_;
+  int64_t col_stride_;
+  int64_t shift_;
+  int64_t row_stride_;
+  std::vector<unsigned char> bytes_;
+};
+
+// The rows' bounds, in memory of their own.
+struct Bounds {
+  std::vector<int64_t> starts;
+  std::vector<int64_t> lengths;
+};
+
+inline RowIndex index_over(const std::vector<int64_t>& values) {
+  RowIndex index;
+  index.data = values.data();
+  index.type = ElementType::kInt64;
+  index.row_strides[0] = 1;
+  return index;
+}
+
+inline Problem make_problem(Operation operation, Matrix& output, std::vector<Matrix>& inputs, const Bounds& bounds,
+                            double scale = 1.0) {
+  Problem problem;
+  problem.operation = operation;
+  problem.scale = scale;
+  problem.rows = output.rows();
+  problem.cols = output.cols();
+  problem.row_ndim = 1;
+  problem.row_sizes[0] = output.rows();
+  problem.output = output.operand();
+  problem.input_count = static_cast<int>(inputs.size());
+  for (size_t k = 0; k < inputs.size(); ++k) {
+    problem.inputs[k] = inputs[k].operand();
+  }
+  problem.lengths = index_over(bounds.lengths);
+  problem.starts = index_over(bounds.starts);
+  return problem;
+}
+
+// Values that an operation's inputs might have: scores, gradients, and results of a forward pass (`y` is the last
+// input of every derivative). Padding keeps its poison.
+inline void fill_inputs(Operation operation, std::vector<Matrix>& inputs, const Bounds& bounds, unsigned seed,
+                        double spread = 3.0) {
+  std::mt19937 random(seed);
+  std::normal_distribution<double> normal(0.0, spread);
+  for (size_t k = 0; k < inputs.size(); ++k) {
+    const bool is_y = inputs.size() > 1 && k + 1 == inputs.size();
+    const bool is_log = operation != Operation::kSoftmaxBackward && operation != Operation::kSoftmaxBackwardWrtY;
+    for (int64_t row = 0; row < inputs[k].rows(); ++row) {
+      const int64_t length = bounds.lengths[static_cast<size_t>(row)];
+      for (int64_t i = 0; i < length; ++i) {
+        double value = normal(random);
+        if (is_y) {
+          const double logarithm = -std::fabs(value) - std::log(static_cast<double>(length));
+          value = is_log ? logarithm : std::exp(logarithm);
+        }
+        inputs[k].set(row, bounds.starts[static_cast<size_t>(row)] + i, value);
+      }
+    }
+  }
+}
+
+// Calls visit(capability) with every instruction set that the processor has in use, and checks that it is.
+template <class Visitor>
+void for_each_capability(const Visitor& visit) {
+  for (const CpuCapability& capability : supported_cpu_capabilities()) {
+    set_cpu_capability(capability.name);
+    CHECK(std::string(cpu_capability().name) == capability.name, cpu_capability().name << " is in use");
+    visit(capability);
+  }
+  set_cpu_capability(supported_cpu_capabilities().back().name);
+}
+
+}  // namespace kernel_tests

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Builds the kernel layer and its tests without torch, and runs them:
+#   native      as they are
+#   sanitizers  under AddressSanitizer and UndefinedBehaviorSanitizer
+#   qemu        for aarch64 (NEON), cross-compiled, under qemu-aarch64
+# Without an argument: all three. CXX names the compiler of the first two. What the machine lacks is skipped visibly.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+build_and_run() {
+  local mode=$1 runner=$2 compiler=$3
+  shift 3
+  local folder=build/kernel_tests/$mode
+  rm -rf "$folder"
+  mkdir -p "$folder"
+  echo "== the kernel layer: $mode, $compiler"
+  # shellcheck disable=SC2016 # expanded by the inner shell, which compiles one file
+  printf '%s\n' csrc/common/*.cpp csrc/cpu/*.cpp tests/kernel/*.cpp |
+    xargs -P 2 -I{} sh -c 'out=$1/$(echo "$2" | tr / _).o; shift 2; "$@" -o "$out"' _ "$folder" {} \
+      "$compiler" -std=c++17 -Wall -Wextra -Werror -ffp-contract=off -fno-math-errno "$@" -Icsrc -Itests/kernel -c {}
+  "$compiler" "$@" "$folder"/*.o -o "$folder/kernel_tests"
+  $runner "$folder/kernel_tests"
+}
+
+native() { build_and_run native "" "${CXX:-g++}" -O2; }
+
+sanitizers() {
+  build_and_run sanitizers "" "${CXX:-g++}" -O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
+}
+
+qemu() {
+  local tool
+  for tool in aarch64-linux-gnu-g++ qemu-aarch64; do
+    if ! command -v "$tool" >/dev/null; then
+      echo "SKIPPED: the kernel layer on aarch64: $tool is not installed"
+      return
+    fi
+  done
+  build_and_run qemu qemu-aarch64 aarch64-linux-gnu-g++ -O2 -static
+}
+
+(($#)) || set -- native sanitizers qemu
+for mode in "$@"; do
+  case $mode in
+    native | sanitizers | qemu) "$mode" ;;
+    *) echo "expected native, sanitizers or qemu, but got '$mode'" >&2 && exit 2 ;;
+  esac
+done

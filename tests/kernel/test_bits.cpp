@@ -1,0 +1,130 @@
+// A row's bits depend on its valid values, its types, the scale and the instruction set, and on nothing else.
+#include "cases.h"
+#include "check.h"
+
+namespace kernel_tests {
+namespace {
+
+std::string bits_of(const Matrix& matrix, int64_t row, int64_t start, int64_t length) {
+  std::string bits;
+  for (int64_t i = 0; i < length; ++i) {
+    bits += matrix.bits(row, start + i);
+  }
+  return bits;
+}
+
+// One row of the given length among others, laid out as the other arguments say. The row's values are the same each
+// time.
+struct Layout {
+  int64_t cols_beyond = 0;
+  int64_t start = 0;
+  int64_t col_stride = 1;
+  int64_t shift = 0;
+  int64_t rows_before = 0;
+  int64_t rows_behind = 0;
+  bool one_by_one = false;
+};
+
+std::string run_layout(Operation operation, ElementType type, const CpuCapability& capability, int64_t length,
+                       const Layout& layout) {
+  const int64_t rows = layout.rows_before + 1 + layout.rows_behind;
+  const int64_t row = layout.rows_before;
+  const int64_t cols = layout.start + length + layout.cols_beyond;
+  Bounds alone{{0}, {length}};
+  std::vector<Matrix> values;
+  std::vector<Matrix> inputs;
+  for (int k = 0; k < input_count(operation); ++k) {
+    values.emplace_back(type, 1, length);
+    inputs.emplace_back(type, rows, cols, layout.col_stride, layout.shift);
+  }
+  fill_inputs(operation, values, alone, 3);
+
+  Bounds bounds;
+  for (int64_t r = 0; r < rows; ++r) {
+    bounds.starts.push_back(r == row ? layout.start : r % 3);
+    bounds.lengths.push_back(r == row ? length : (cols - r % 3) * (r % 5) / 4);
+  }
+  fill_inputs(operation, inputs, bounds, 5);
+  for (size_t k = 0; k < inputs.size(); ++k) {
+    for (int64_t i = 0; i < length; ++i) {
+      inputs[k].set(row, layout.start + i, values[k].get(0, i));
+    }
+  }
+
+  Matrix output(type, rows, cols, layout.col_stride, layout.shift);
+  const Problem problem = make_problem(operation, output, inputs, bounds, 0.7);
+  if (layout.one_by_one) {
+    for (int64_t r = 0; r < rows; ++r) {
+      capability.run_rows(problem, r, r + 1);
+    }
+  } else {
+    capability.run_rows(problem, 0, rows);
+  }
+  return bits_of(output, row, layout.start, length);
+}
+
+constexpr int64_t kLengths[] = {1, 5, 16, 31, 64, 100, 257, 2049, 8193};
+
+void check_same_bits(const char* what, const Layout& layout, ElementType type) {
+  for_each_capability([&](const CpuCapability& capability) {
+    for (Operation operation : kOperations) {
+      for (int64_t length : kLengths) {
+        const std::string expected = run_layout(operation, type, capability, length, {});
+        const std::string got = run_layout(operation, type, capability, length, layout);
+        CHECK(got == expected, what << ": " << capability.name << ' ' << name_of(operation) << ' ' << name_of(type)
+                                    << ", row of " << length);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+TEST("bits: the same whatever lies around the row") {
+  for (ElementType type : kFloatingTypes) {
+    check_same_bits("padding behind", {33}, type);
+    check_same_bits("padding before", {0, 7}, type);
+    check_same_bits("other alignment", {0, 0, 1, 1}, type);
+    check_same_bits("other rows", {9, 2, 1, 0, 37, 5}, type);
+  }
+}
+
+TEST("bits: the same for strided columns, which go through a buffer") {
+  for (ElementType type : kFloatingTypes) {
+    check_same_bits("strided", {0, 0, 2}, type);
+    check_same_bits("strided, among others", {3, 1, 5, 1, 3, 3}, type);
+  }
+}
+
+TEST("bits: the same however the rows are split between threads") {
+  Layout layout{4, 1, 1, 0, 11, 6};
+  layout.one_by_one = true;
+  for (ElementType type : kFloatingTypes) {
+    check_same_bits("one by one", layout, type);
+  }
+}
+
+TEST("bits: in place, over the input") {
+  for_each_capability([&](const CpuCapability& capability) {
+    for (Operation operation : {Operation::kSoftmax, Operation::kLogSoftmax}) {
+      for (ElementType type : kFloatingTypes) {
+        for (int64_t col_stride : {1, 3}) {
+          for (int64_t length : kLengths) {
+            const Bounds bounds{{2, 0}, {length, length}};
+            std::vector<Matrix> inputs{Matrix(type, 2, length + 2, col_stride)};
+            fill_inputs(operation, inputs, bounds, 3);
+            Matrix apart(type, 2, length + 2, col_stride);
+            capability.run_rows(make_problem(operation, apart, inputs, bounds), 0, 2);
+            capability.run_rows(make_problem(operation, inputs[0], inputs, bounds), 0, 2);
+            for (int64_t row : {0, 1}) {
+              CHECK(bits_of(inputs[0], row, 0, length + 2) == bits_of(apart, row, 0, length + 2),
+                    capability.name << ' ' << name_of(operation) << ' ' << name_of(type) << ", row of " << length);
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace kernel_tests

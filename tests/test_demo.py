@@ -1,0 +1,370 @@
+"""Promise: the demo, `python -m masked_softmax_ext`, runs on real text, and its figures are right.
+
+Batches, padding shares, agreement, memory, the drawn sentence, the picture, and plain words where
+it cannot run.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any
+
+import pytest
+import tolerances
+import torch
+from torch import Tensor
+
+from masked_softmax_ext import __main__ as demo
+from masked_softmax_ext import masked_softmax
+from masked_softmax_ext.demo import measure, terminal
+from masked_softmax_ext.demo.attention import SCALE, Embeddings
+from masked_softmax_ext.demo.text import (
+    PaddedBatch,
+    number_words,
+    pad_into_batches,
+    read_sentences,
+)
+
+CPU = torch.device("cpu")
+SENTENCES, BATCH_SIZE = 250, 32  # the last batch is not full
+SMALL = ("--sentences", str(SENTENCES), "--batch-size", str(BATCH_SIZE), "--rounds", "1")
+EPS = torch.finfo(torch.float32).eps
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-u", "-m", "masked_softmax_ext", *arguments]
+
+
+def environment(**more: str) -> dict[str, str]:
+    paths = os.pathsep.join(path for path in sys.path if path)
+    return {**os.environ, "PYTHONPATH": paths, **more}
+
+
+def run_demo(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments),
+        env=environment(**more),
+        timeout=300,
+        text=True,
+        capture_output=True,
+    )
+
+
+def drawn_sentences(seed: int = 0) -> list[list[str]]:
+    """The sentences that the demo takes, in the order in which it takes them."""
+    sentences = read_sentences()[:SENTENCES]
+    random.Random(seed).shuffle(sentences)
+    return sentences
+
+
+def both_orders() -> dict[str, list[PaddedBatch]]:
+    sentences = drawn_sentences()
+    numbers = number_words(sentences)
+    return {
+        "as they arrive": pad_into_batches(sentences, numbers, BATCH_SIZE),
+        "sorted by length": pad_into_batches(sorted(sentences, key=len), numbers, BATCH_SIZE),
+    }
+
+
+def padding_of(batches: list[PaddedBatch]) -> float:
+    cells = sum(batch.tokens.size(0) * batch.tokens.size(1) for batch in batches)
+    return 1 - sum(int(batch.lengths.sum()) for batch in batches) / cells
+
+
+@pytest.fixture(scope="module")
+def scores() -> Tensor:
+    """What the demo computes its weights from, for one batch."""
+    [batch, *_] = both_orders()["as they arrive"]
+    return Embeddings(len(number_words(drawn_sentences())), 0, CPU).scores(batch)
+
+
+@pytest.fixture(scope="module")
+def lengths() -> Tensor:
+    return both_orders()["as they arrive"][0].lengths
+
+
+# What it prints
+
+
+@pytest.fixture(scope="module")
+def printed() -> subprocess.CompletedProcess[str]:
+    return run_demo(*SMALL)
+
+
+def cells_of(name: str, text: str) -> re.Match[str]:
+    time = r"[\d.]+ (?:ms|us)"
+    pattern = (
+        rf"^  {name} +(?P<padding>\d+)% +(?P<formulation>{time}) +(?P<package>{time})"
+        r" +(?P<speed_up>[\d.]+)x +(?P<difference>\S+) +(?P<error>\S+)$"
+    )
+    found = re.search(pattern, text, re.MULTILINE)
+    assert found is not None, f"no line of figures for {name!r} in:\n{text}"
+    return found
+
+
+def test_ends_well_and_prints_nothing_beside(printed: subprocess.CompletedProcess[str]) -> None:
+    assert printed.returncode == 0, printed.stdout + printed.stderr
+    assert printed.stderr == ""
+
+
+@pytest.mark.parametrize("name", ["as they arrive", "sorted by length"])
+def test_prints_padding_share(name: str, printed: subprocess.CompletedProcess[str]) -> None:
+    share = cells_of(name, printed.stdout)["padding"]
+    assert f"{share}%" == f"{padding_of(both_orders()[name]):.0%}"
+
+
+@pytest.mark.parametrize("name", ["as they arrive", "sorted by length"])
+def test_prints_times_side_by_side(name: str, printed: subprocess.CompletedProcess[str]) -> None:
+    """Both above zero, and the speed-up is their ratio."""
+    cells = cells_of(name, printed.stdout)
+    unit = {"ms": 1e-3, "us": 1e-6}
+    seconds = []
+    for column in ("formulation", "package"):
+        number, name_of_unit = cells[column].split()
+        seconds.append(float(number) * unit[name_of_unit])
+    assert min(seconds) > 0
+    assert float(cells["speed_up"]) == pytest.approx(seconds[0] / seconds[1], rel=0.02, abs=0.06)
+
+
+@pytest.mark.parametrize("name", ["as they arrive", "sorted by length"])
+def test_prints_agreement(name: str, printed: subprocess.CompletedProcess[str]) -> None:
+    """The verdict, and figures that bear it out: y * (4 + |d|) is at most 4, for either side."""
+    cells = cells_of(name, printed.stdout)
+    assert 0 < float(cells["error"]) <= 1
+    assert float(cells["difference"]) <= 8 * EPS
+    assert "all within." in printed.stdout
+    assert "EXCEEDED" not in printed.stdout
+
+
+def test_prints_memory_side_by_side(printed: subprocess.CompletedProcess[str]) -> None:
+    """This package: the size of the scores. The formulation: at least twice that."""
+    size = r"([\d.]+) MiB"
+    found = re.search(rf"^  scores of {size} +{size} +{size}$", printed.stdout, re.MULTILINE)
+    assert found is not None, printed.stdout
+    scores, formulation, package = map(float, found.groups())
+    assert package == scores > 0
+    assert formulation >= 2 * scores
+
+
+def test_draws_the_attention_of_one_sentence(printed: subprocess.CompletedProcess[str]) -> None:
+    """A square of a row and a column a word, and the words are a sentence of the text."""
+    lines = re.findall(r"^ +(\S+) \|(.*)\|$", printed.stdout, re.MULTILINE)
+    words = [word for word, _ in lines]
+    assert words in drawn_sentences()
+    for _, cells in lines:
+        assert len(cells) == 2 * len(words)
+        assert terminal.SHADES[-1] * 2 in cells
+    assert len({cells for _, cells in lines}) > 1
+
+
+# Where it cannot run
+
+
+def test_no_cuda_is_one_plain_sentence() -> None:
+    result = run_demo("--device", "cuda", CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 2, result.stderr
+    [line] = (result.stdout + result.stderr).splitlines()
+    assert re.fullmatch(r"--device cuda: .*no CUDA device.*\.", line)
+
+
+@pytest.mark.parametrize("option", ["--threads", "--sentences", "--batch-size", "--rounds"])
+def test_counts_below_one_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        demo.main([option, "0"])
+    assert ended.value.code == 2
+    assert f"argument {option}: 0 is not at least 1" in capsys.readouterr().err
+
+
+def test_interrupt_ends_cleanly() -> None:
+    """Ctrl-C: one word, the shell's usual 130, no traceback."""
+    # A child inherits an ignored SIGINT, as under nohup; any handler becomes the default instead.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        running = subprocess.Popen(
+            command("--rounds", "1000000"),
+            env=environment(),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with running:
+        try:
+            assert running.stdout is not None
+            assert running.stdout.readline().startswith("masked_softmax_ext on the CPU")
+            running.send_signal(signal.SIGINT)
+            rest, _ = running.communicate(timeout=60)
+        finally:
+            running.kill()
+    assert "Traceback" not in rest
+    assert rest.endswith("Stopped.\n")
+    assert running.returncode == 130
+
+
+# The picture
+
+
+def test_plot_writes_a_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib, which --plot draws with, is missing")
+    path = tmp_path / "weights.png"
+    assert demo.main([*SMALL, "--plot", str(path)]) == 0
+    assert f"The picture is in {path}." in capsys.readouterr().out
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert data[12:16] == b"IHDR"
+    width, height = struct.unpack(">II", data[16:24])
+    assert width >= 600
+    assert height >= 200
+    assert len(data) > 8000, "a picture without numbers in it"
+
+
+def test_plot_without_matplotlib_says_what_to_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert demo.main(["--plot", str(tmp_path / "weights.png")]) == 2
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.endswith("pip install matplotlib")
+
+
+def test_plot_where_no_file_can_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib, which --plot draws with, is missing")
+    assert demo.main(["--plot", str(tmp_path / "missing" / "weights.png")]) == 2
+    [line] = capsys.readouterr().out.splitlines()
+    assert "No such file or directory" in line
+
+
+# Text and batches
+
+
+def test_sentences_come_from_pydoc_topics(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(read_sentences()) >= 4096, "too few for the demo's default"
+    monkeypatch.setattr(topics, "topics", {"b": "A last one", "a": "Is it 42? It is:\nso.\n\nNo"})
+    assert read_sentences() == [
+        ["Is", "it", "42", "?"],
+        ["It", "is", ":"],
+        ["so", "."],
+        ["A", "last", "one"],
+    ]
+
+
+@pytest.mark.parametrize("name", ["as they arrive", "sorted by length"])
+def test_batches_hold_each_sentence_once(name: str) -> None:
+    sentences = drawn_sentences()
+    words = {number: word for word, number in number_words(sentences).items()}
+    assert 0 not in words, "0 is padding"
+    batches = both_orders()[name]
+    assert {len(batch.tokens) for batch in batches[:-1]} == {BATCH_SIZE}
+    read_back = []
+    for batch in batches:
+        assert batch.tokens.size(1) == batch.lengths.max(), "wider than its longest sentence"
+        for row, length in zip(batch.tokens.tolist(), batch.lengths.tolist(), strict=True):
+            read_back.append([words[number] for number in row[:length]])
+            assert not any(row[length:])
+    assert sorted(read_back) == sorted(sentences)
+    if name == "sorted by length":
+        assert [len(row) for row in read_back] == sorted(map(len, sentences))
+    else:
+        assert read_back == sentences
+
+
+def test_sorting_saves_padding() -> None:
+    batches = both_orders()
+    by_arrival, by_length = batches["as they arrive"], batches["sorted by length"]
+    assert 0 < padding_of(by_length) < padding_of(by_arrival) < 1
+    for batch in (*by_arrival, *by_length):
+        assert batch.padding_share == pytest.approx(padding_of([batch]))
+
+
+# Agreement
+
+
+def test_both_sides_are_within_the_bounds(scores: Tensor, lengths: Tensor) -> None:
+    """Against float64, so that they differ by no more than twice the bound."""
+    for weights in (
+        masked_softmax(scores, lengths, scale=SCALE),
+        demo.formulation(scores, lengths),
+    ):
+        tolerances.assert_forward(weights, scores, lengths, scale=SCALE)
+        assert measure.error_in_bounds(weights, scores, lengths, SCALE) <= 1
+
+
+def last_padding(weights: Tensor, value: float) -> Tensor:
+    """The weights with the value in the last column of the last row that has padding."""
+    row = int((weights[:, 0, 0, -1] == 0).nonzero()[-1])
+    weights = weights.clone()
+    weights[row, -1, -1, -1] = value
+    return weights
+
+
+BREAKAGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "zeros": lambda x, n: torch.zeros_like(x),
+    "NaN": lambda x, n: torch.full_like(x, torch.nan),
+    "one NaN": lambda x, n: masked_softmax(x, n, scale=SCALE).index_fill_(
+        3, torch.tensor([0]), torch.nan
+    ),
+    "no scale": masked_softmax,
+    "one word less": lambda x, n: masked_softmax(x, n - 1, scale=SCALE),
+    "one word more": lambda x, n: masked_softmax(x, (n + 1).clamp(max=x.size(-1)), scale=SCALE),
+    "no mask": lambda x, n: torch.softmax(x * SCALE, -1),
+    "float16": lambda x, n: masked_softmax(x, n, scale=SCALE, dtype=torch.float16).float(),
+    "one value in padding": lambda x, n: last_padding(masked_softmax(x, n, scale=SCALE), 1e-30),
+    "NaN in padding": lambda x, n: last_padding(masked_softmax(x, n, scale=SCALE), torch.nan),
+}
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_check_of_agreement_fails_on(breakage: str, scores: Tensor, lengths: Tensor) -> None:
+    broken = BREAKAGES[breakage](scores, lengths)
+    assert measure.error_in_bounds(broken, scores, lengths, SCALE) > 1
+
+
+@pytest.mark.parametrize("breakage", ["zeros", "one NaN", "one word less"])
+def test_wrong_weights_end_the_demo_with_1(
+    breakage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(x: Tensor, n: Tensor, **_: Any) -> Tensor:
+        return BREAKAGES[breakage](x, n)
+
+    monkeypatch.setattr(demo, "masked_softmax", broken)
+    assert demo.main([*SMALL]) == 1
+    assert "EXCEEDED." in capsys.readouterr().out
+
+
+# Memory
+
+
+def test_memory_of_both_sides(scores: Tensor, lengths: Tensor) -> None:
+    """The package's output and nothing else; the formulation also has a mask and a copy."""
+    size = scores.numel() * 4
+    package = partial(masked_softmax, scores, lengths, scale=SCALE)
+    assert measure.peak_memory_bytes(package, CPU) == size
+    formulation = partial(demo.formulation, scores, lengths)
+    mask = scores.size(0) * scores.size(-1)
+    assert measure.peak_memory_bytes(formulation, CPU) == pytest.approx(2 * size + mask, abs=64)
+
+
+def test_memory_is_the_peak_not_the_sum() -> None:
+    x = torch.zeros(1 << 16)
+
+    def one_after_the_other() -> None:
+        for _ in range(3):
+            torch.neg(x)
+
+    def two_at_once() -> Tensor:
+        return torch.neg(x).neg()
+
+    assert measure.peak_memory_bytes(lambda: None, CPU) == 0
+    assert measure.peak_memory_bytes(one_after_the_other, CPU) == x.numel() * 4
+    assert measure.peak_memory_bytes(two_at_once, CPU) == 2 * x.numel() * 4
