@@ -31,11 +31,23 @@ struct DirectAccess {
     return static_cast<output_t*>(operand.data) + offset;
   }
   MASKED_SOFTMAX_INLINE void bring(const Problem& /*problem*/, Batch<V>& /*batch*/) {}
-  MASKED_SOFTMAX_INLINE void finish(const Problem& /*problem*/, const Batch<V>& /*batch*/) {}
+  MASKED_SOFTMAX_INLINE void finish(const Problem& /*problem*/, Batch<V>& /*batch*/) {}
 
-  static MASKED_SOFTMAX_INLINE void fill(const Operand& operand, int64_t offset, int64_t count, acc_t value) {
+  // valid: where the row's valid columns begin, with `before` and `after` columns of padding around them.
+  static MASKED_SOFTMAX_INLINE void fill_padding(const Operand& /*output*/, void* valid, int64_t before, int64_t length,
+                                                 int64_t after, acc_t value) {
+    output_t* first = static_cast<output_t*>(valid);
+    if (before > 0) {
+      fill(first - before, before, value);
+    }
+    if (after > 0) {
+      fill(first + length, after, value);
+    }
+  }
+
+ private:
+  static MASKED_SOFTMAX_INLINE void fill(output_t* to, int64_t count, acc_t value) {
     constexpr int64_t kMemsetBytes = 512;  // from here on memset's own start costs less than our stores
-    output_t* to = static_cast<output_t*>(operand.data) + offset;
     if (value == 0 && count * static_cast<int64_t>(sizeof(output_t)) >= kMemsetBytes) {
       std::memset(static_cast<void*>(to), 0, static_cast<size_t>(count) * sizeof(output_t));
       return;
@@ -89,15 +101,22 @@ struct StagedAccess {
       first += batch.scratch_elems(batch.lengths[r]);
     }
   }
-  void finish(const Problem& problem, const Batch<V>& batch) {
+  void finish(const Problem& problem, Batch<V>& batch) {
     for (int r = 0; r < batch.rows; ++r) {
       scatter(static_cast<const acc_t*>(batch.outputs[r]), batch.lengths[r], destinations_[r], problem.output.type,
               problem.output.col_stride);
+      batch.outputs[r] = destinations_[r];
     }
   }
 
-  static void fill(const Operand& operand, int64_t offset, int64_t count, acc_t value) {
-    scatter_value(value, count, element_at(operand.data, operand.type, offset), operand.type, operand.col_stride);
+  static void fill_padding(const Operand& output, void* valid, int64_t before, int64_t length, int64_t after,
+                           acc_t value) {
+    const auto fill = [&](int64_t first, int64_t count) {
+      void* to = element_at(valid, output.type, first * output.col_stride);
+      scatter_value(value, count, to, output.type, output.col_stride);
+    };
+    fill(-before, before);
+    fill(length, after);
   }
 
  private:
@@ -178,6 +197,10 @@ void run_rows(const Problem& problem, int64_t begin, int64_t end) {
     access.bring(problem, *filled);
     K::run_batch(*filled, Access::kStaged ? *filled : *filling, parameters, scratch);
     access.finish(problem, *filled);
+    for (int r = 0; r < filled->rows; ++r) {
+      Access::fill_padding(output, filled->outputs[r], filled->before[r], filled->lengths[r], filled->after[r],
+                           K::kPadding);
+    }
     std::swap(filling, filled);
     rows = 0;
     elems = 0;
@@ -186,23 +209,20 @@ void run_rows(const Problem& problem, int64_t begin, int64_t end) {
   const auto take_row = [&](const RowRun& run, int64_t ahead) MASKED_SOFTMAX_LAMBDA_INLINE {
     const RowBounds bounds = run.bounds(ahead);
     const int64_t length = bounds.length();
-    const int64_t row_offset = run.output_offset(ahead);
-    if (bounds.start > 0) {
-      Access::fill(output, row_offset, bounds.start, K::kPadding);
-    }
-    if (bounds.end < problem.cols) {
-      Access::fill(output, row_offset + bounds.end * output.col_stride, problem.cols - bounds.end, K::kPadding);
-    }
+    const int64_t after = problem.cols - bounds.end;
+    const int64_t output_offset = run.output_offset(ahead) + bounds.start * output.col_stride;
+    void* const valid = Access::output_at(output, output_offset);
     if (length == 0) {
+      Access::fill_padding(output, valid, bounds.start, length, after, K::kPadding);
       return;
     }
-    const int64_t output_offset = row_offset + bounds.start * output.col_stride;
     int64_t input_offsets[K::kInputs];
     for (int k = 0; k < K::kInputs; ++k) {
       input_offsets[k] = run.input_offset(k, ahead) + bounds.start * problem.inputs[k].col_stride;
     }
     if (length > Access::kLongestShortRow) {
       K::run_long_row(problem, output_offset, input_offsets, length, parameters);
+      Access::fill_padding(output, valid, bounds.start, length, after, K::kPadding);
       return;
     }
     const int64_t row_elems = Batch<V>::scratch_elems(length);
@@ -214,8 +234,10 @@ void run_rows(const Problem& problem, int64_t begin, int64_t end) {
     for (int k = 0; k < K::kInputs; ++k) {
       filling->inputs[k][row] = Access::input_at(problem.inputs[k], input_offsets[k]);
     }
-    filling->outputs[row] = Access::output_at(output, output_offset);
+    filling->outputs[row] = valid;
     filling->lengths[row] = length;
+    filling->before[row] = bounds.start;
+    filling->after[row] = after;
   };
 
   RowWalker walker(problem, begin, end);
