@@ -22,9 +22,28 @@ class RowRun {
 
   // The row's bounds, read once and cut to the row: lengths that another thread changes after they were checked must
   // not lead a kernel out of its row.
-  RowBounds bounds(int64_t ahead) const {
-    const int64_t start = std::clamp<int64_t>(raw_start(ahead), 0, cols_);
-    return {start, start + std::clamp<int64_t>(raw_length(ahead), 0, cols_ - start)};
+  RowBounds bounds(int64_t ahead) const { return cut(raw_start(ahead), raw_length(ahead)); }
+
+  // The bounds of the rows [ahead, ahead + count), to to[0..count). In a loop of their own: a row of 64 columns takes
+  // 22 ns altogether, and one of them by itself 4.
+  void read_bounds(int64_t ahead, int64_t count, RowBounds* to) const {
+    if (lengths_index_->data == nullptr || starts_index_->data != nullptr) {
+      for (int64_t i = 0; i < count; ++i) {
+        to[i] = bounds(ahead + i);
+      }
+      return;
+    }
+    visit_element_type(lengths_index_->type, [&](auto element) {
+      using T = decltype(element);
+      if constexpr (std::is_integral_v<T>) {
+        const T* lengths = static_cast<const T*>(lengths_index_->data) + lengths_.at(ahead);
+        const int64_t step = lengths_.step;
+        const int64_t start = starts_index_->value;
+        for (int64_t i = 0; i < count; ++i) {
+          to[i] = cut(start, static_cast<int64_t>(lengths[i * step]));
+        }
+      }
+    });
   }
 
  private:
@@ -37,6 +56,11 @@ class RowRun {
     int64_t at(int64_t ahead) const { return first + ahead * step; }
     void move(int64_t steps, int64_t stride) { first += steps * stride; }
   };
+
+  RowBounds cut(int64_t start, int64_t length) const {
+    start = std::clamp<int64_t>(start, 0, cols_);
+    return {start, start + std::clamp<int64_t>(length, 0, cols_ - start)};
+  }
 
   int64_t cols_ = 0;
   const RowIndex* lengths_index_ = nullptr;

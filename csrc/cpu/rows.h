@@ -24,6 +24,7 @@ struct DirectAccess {
     return DirectSink<output_t>(static_cast<output_t*>(operand.data) + offset);
   }
 
+  static MASKED_SOFTMAX_INLINE int64_t col_stride(const Operand& /*operand*/) { return 1; }
   static MASKED_SOFTMAX_INLINE const void* input_at(const Operand& operand, int64_t offset) {
     return static_cast<const input_t*>(operand.data) + offset;
   }
@@ -77,6 +78,7 @@ struct StagedAccess {
     return {element_at(operand.data, operand.type, offset), operand.type, operand.col_stride};
   }
 
+  static int64_t col_stride(const Operand& operand) { return operand.col_stride; }
   static const void* input_at(const Operand& operand, int64_t offset) {
     return element_at(static_cast<const void*>(operand.data), operand.type, offset);
   }
@@ -192,25 +194,27 @@ void run_rows(const Problem& problem, int64_t begin, int64_t end) {
   Batch<V>* filled = &batches[1];
   int rows = 0;       // in *filling
   int64_t elems = 0;  // that they take of the scratch
+  bool has_padding = false;
   const auto compute_filled = [&]() MASKED_SOFTMAX_LAMBDA_INLINE {
     filling->rows = rows;
+    filling->has_padding = has_padding;
     access.bring(problem, *filled);
     K::run_batch(*filled, Access::kStaged ? *filled : *filling, parameters, scratch);
     access.finish(problem, *filled);
-    for (int r = 0; r < filled->rows; ++r) {
+    for (int r = 0; r < (filled->has_padding ? filled->rows : 0); ++r) {
       Access::fill_padding(output, filled->outputs[r], filled->before[r], filled->lengths[r], filled->after[r],
                            K::kPadding);
     }
     std::swap(filling, filled);
     rows = 0;
     elems = 0;
+    has_padding = false;
   };
 
-  const auto take_row = [&](const RowRun& run, int64_t ahead) MASKED_SOFTMAX_LAMBDA_INLINE {
-    const RowBounds bounds = run.bounds(ahead);
+  const auto take_row = [&](const RowRun& run, int64_t ahead, RowBounds bounds) MASKED_SOFTMAX_LAMBDA_INLINE {
     const int64_t length = bounds.length();
     const int64_t after = problem.cols - bounds.end;
-    const int64_t output_offset = run.output_offset(ahead) + bounds.start * output.col_stride;
+    const int64_t output_offset = run.output_offset(ahead) + bounds.start * Access::col_stride(output);
     void* const valid = Access::output_at(output, output_offset);
     if (length == 0) {
       Access::fill_padding(output, valid, bounds.start, length, after, K::kPadding);
@@ -218,7 +222,7 @@ void run_rows(const Problem& problem, int64_t begin, int64_t end) {
     }
     int64_t input_offsets[K::kInputs];
     for (int k = 0; k < K::kInputs; ++k) {
-      input_offsets[k] = run.input_offset(k, ahead) + bounds.start * problem.inputs[k].col_stride;
+      input_offsets[k] = run.input_offset(k, ahead) + bounds.start * Access::col_stride(problem.inputs[k]);
     }
     if (length > Access::kLongestShortRow) {
       K::run_long_row(problem, output_offset, input_offsets, length, parameters);
@@ -238,12 +242,18 @@ void run_rows(const Problem& problem, int64_t begin, int64_t end) {
     filling->lengths[row] = length;
     filling->before[row] = bounds.start;
     filling->after[row] = after;
+    has_padding |= length < problem.cols;
   };
 
   RowWalker walker(problem, begin, end);
   for (RowRun run; walker.next(run);) {
-    for (int64_t ahead = 0; ahead < run.rows; ++ahead) {
-      take_row(run, ahead);
+    for (int64_t first = 0; first < run.rows; first += kBatchRows) {
+      RowBounds bounds[kBatchRows];
+      const int64_t count = run.rows - first < kBatchRows ? run.rows - first : kBatchRows;
+      run.read_bounds(first, count, bounds);
+      for (int64_t i = 0; i < count; ++i) {
+        take_row(run, first + i, bounds[i]);
+      }
     }
   }
   compute_filled();

@@ -31,6 +31,7 @@ struct Batch {
   static constexpr int kMostSums = 2;
 
   int rows = 0;
+  bool has_padding = false;
   const void* inputs[kMaxInputs][kBatchRows];
   void* outputs[kBatchRows];
   int64_t lengths[kBatchRows];

@@ -1,4 +1,5 @@
-// The choice of an instruction set: by name, with words for one that is not there.
+// The choice of an instruction set: the table's order, by name, and words for a name that it does not hold.
+#include <algorithm>
 #include <stdexcept>
 
 #include "cases.h"
@@ -7,46 +8,84 @@
 namespace kernel_tests {
 namespace {
 
-template <class Error>
-std::string message_of(const char* name) {
-  try {
-    set_cpu_capability(name);
-  } catch (const Error& error) {
-    return error.what();
-  } catch (...) {
-    return "another kind of error";
+// Before any test asks for another one.
+const std::string kInUseAtFirst = cpu_capability().name;
+
+const std::vector<std::string> kTable = {
+#define MASKED_SOFTMAX_ISA(Name, name) name,
+#include "cpu/isa_table.inc"
+#undef MASKED_SOFTMAX_ISA
+};
+
+std::vector<std::string> supported_names() {
+  std::vector<std::string> names;
+  for (const CpuCapability& capability : supported_cpu_capabilities()) {
+    names.push_back(capability.name);
   }
-  return "no error";
+  return names;
 }
 
-bool contains(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
+bool holds(const std::vector<std::string>& names, const std::string& name) {
+  return std::find(names.begin(), names.end(), name) != names.end();
+}
+
+template <class Exception>
+void check_refused(const std::string& name) {
+  const std::string before = cpu_capability().name;
+  bool refused = false;
+  try {
+    set_cpu_capability(name);
+  } catch (const Exception& error) {
+    refused = true;
+    CHECK(std::string(error.what()).find("'" + name + "'") != std::string::npos, "the message: " << error.what());
+  } catch (const std::exception& error) {
+    CHECK(false, "'" << name << "' is refused with another type of exception: " << error.what());
+    return;
+  }
+  CHECK(refused, "'" << name << "' is taken");
+  CHECK(before == cpu_capability().name, "after '" << name << "' was refused, in use: " << cpu_capability().name);
+}
 
 }  // namespace
 
-TEST("instruction sets: the best one is in use, each can be forced") {
-  const auto& supported = supported_cpu_capabilities();
-  CHECK(std::string(supported.front().name) == "scalar", supported.front().name);
-  CHECK(std::string(cpu_capability().name) == supported.back().name, cpu_capability().name);
+TEST("dispatch: the table's order, the plainest first, and the best one in use") {
+  const std::vector<std::string> names = supported_names();
+  CHECK(names.front() == "scalar", "first: " << names.front());
+  size_t position = 0;
+  for (const std::string& name : names) {
+    const auto found = static_cast<size_t>(std::find(kTable.begin(), kTable.end(), name) - kTable.begin());
+    CHECK(found < kTable.size(), name << " is not in the table");
+    CHECK(found >= position, name << " is out of order");
+    position = found + 1;
+  }
+  CHECK(kInUseAtFirst == names.back(), "in use: " << kInUseAtFirst << ", the best: " << names.back());
+}
+
+TEST("dispatch: each one can be forced") {
   for_each_capability([](const CpuCapability&) {});
 }
 
-TEST("instruction sets: a wrong name and a missing one are refused in words") {
-  const std::string before = cpu_capability().name;
-  const std::string unknown = message_of<std::invalid_argument>("sse9");
-  CHECK(contains(unknown, "sse9") && contains(unknown, "avx2"), unknown);
-#if defined(__aarch64__)
-  const char* const missing = "avx2";
-#else
-  const char* const missing = "neon";
-#endif
-  const std::string refused = message_of<std::runtime_error>(missing);
-  CHECK(contains(refused, missing) && contains(refused, "scalar"), refused);
-  CHECK(cpu_capability().name == before, cpu_capability().name);
+TEST("dispatch: an unknown name is an invalid argument, and changes nothing") {
+  for (const char* name : {"", "sse2", "AVX2", "avx2 ", " scalar", "avx", "avx5122"}) {
+    check_refused<std::invalid_argument>(name);
+  }
+}
+
+TEST("dispatch: a known name that the processor or the build lacks is a runtime error, and changes nothing") {
+  const std::vector<std::string> names = supported_names();
+  int lacking = 0;
+  for (const char* name : {"scalar", "avx2", "avx512", "neon"}) {
+    if (!holds(names, name)) {
+      ++lacking;
+      check_refused<std::runtime_error>(name);
+    }
+  }
+  CHECK(lacking > 0, "no build has them all: x86 and aarch64 differ");
 }
 
 // A processor that lacks an instruction set skips its half of every other test: said here, once.
 #if defined(__x86_64__)
-TEST("instruction sets: this processor runs every one that was compiled") {
+TEST("dispatch: this processor runs every one that was compiled") {
   std::string missing;
   for (const char* name : {"avx2", "avx512"}) {
     bool found = false;

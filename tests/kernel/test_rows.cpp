@@ -1,5 +1,5 @@
-// Values where rows are unusual: operands of different types, extreme scales, a million columns, batches of uneven
-// rows, row dimensions in any order, lengths in every integer type.
+// Values where rows are unusual: operands of different types, extreme scales, a million columns, uneven batches, single
+// columns, no columns at all. And the bounds themselves: zeros are out of them.
 #include <algorithm>
 
 #include "check.h"
