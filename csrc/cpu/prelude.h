@@ -17,6 +17,7 @@
 #include <immintrin.h>
 #endif
 
+#include "common/exponential.h"
 #include "common/numeric.h"
 #include "common/problem.h"
 #include "common/row_walker.h"

@@ -43,10 +43,6 @@ MASKED_SOFTMAX_INLINE LaneSums<V> exponential(const T* x, V row_max, V exponent,
   return {{value}};
 }
 
-// The rest of a log_softmax is summed times 2^kRestBias: many exponentials below the smallest normal number may add up
-// to one above it, and then it is the maximum's whole result.
-constexpr int kRestBias = 64;
-
 // For one vector: the exponentials of all elements but the maxima, and how many maxima there are.
 //
 // A maximum contributes exactly 1 and is counted apart from the rest: log(sum) is log1p(sum - 1), so a row that one
