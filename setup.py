@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -25,6 +28,16 @@ COMPILE_ARGS = [
     "-g0",
 ]
 
+# The same for the GPU: its arithmetic is the emulator's. Constexpr functions run on both sides.
+NVCC_ARGS = ["-O3", "-fmad=false", "--expt-relaxed-constexpr"]
+
+# 1: with CUDA or not at all; 0: without; unset: with it where torch and the machine have it.
+CUDA_SWITCH = "MASKED_SOFTMAX_EXT_CUDA"
+
+
+def stop(sentence: str) -> None:
+    raise SystemExit(f"{PACKAGE}: {sentence}")
+
 
 def find_torch():
     """The torch that the extension will run with, or None.
@@ -43,33 +56,101 @@ def find_torch():
 
 
 def stop_without_torch(self) -> None:
-    raise SystemExit(
-        f"{PACKAGE}: found no torch to build against; install torch, then type: "
+    stop(
+        "found no torch to build against; install torch, then type: "
         "pip install --no-build-isolation ."
     )
 
 
-def torch_extension(torch) -> Extension:
-    from torch.utils.cpp_extension import CppExtension, include_paths
+def find_nvcc() -> str | None:
+    """The CUDA compiler's version, such as "13.0", or None where there is none."""
+    from torch.utils.cpp_extension import CUDA_HOME
 
-    # Our warnings are for our code: torch's headers count as the system's.
-    system_includes = [arg for path in include_paths() for arg in ("-isystem", path)]
-    sources = sorted(
+    nvcc = Path(CUDA_HOME or "", "bin", "nvcc")
+    if CUDA_HOME is None or not nvcc.exists():
+        return None
+    printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+\.\d+)", printed)
+    return found[1] if found else None
+
+
+def builds_with_cuda(torch) -> bool:
+    switch = os.environ.get(CUDA_SWITCH, "")
+    if switch not in ("", "0", "1"):
+        stop(f"expected {CUDA_SWITCH} to be 0, 1 or unset, but got '{switch}'")
+    if switch == "0":
+        return False
+    nvcc = find_nvcc()
+    if switch == "1" and torch.version.cuda is None:
+        stop(
+            f"{CUDA_SWITCH}=1 asks for CUDA, but torch {torch.__version__} was built without it; "
+            "install a CUDA build of torch"
+        )
+    if switch == "1" and nvcc is None:
+        stop(
+            f"{CUDA_SWITCH}=1 asks for CUDA, but no nvcc was found; "
+            f"install the CUDA {torch.version.cuda} toolkit and set CUDA_HOME to its folder"
+        )
+    if torch.version.cuda is None or nvcc is None:
+        return False
+    if nvcc.split(".")[0] != torch.version.cuda.split(".")[0]:
+        stop(
+            f"found nvcc {nvcc}, but torch {torch.__version__} was built with CUDA "
+            f"{torch.version.cuda}; set CUDA_HOME to a toolkit of that major version, "
+            f"or {CUDA_SWITCH}=0 for a build without CUDA"
+        )
+    return True
+
+
+def cuda_architectures(torch) -> str:
+    """Those of the GPUs that are seen; without any, every generation that the kernels know."""
+    if "TORCH_CUDA_ARCH_LIST" in os.environ:
+        return os.environ["TORCH_CUDA_ARCH_LIST"]
+    if torch.cuda.is_available():
+        seen = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        return ";".join(f"{major}.{minor}" for major, minor in sorted(seen)) + "+PTX"
+    knows_blackwell = tuple(map(int, (find_nvcc() or "0.0").split("."))) >= (12, 8)
+    return "8.0;9.0;10.0+PTX" if knows_blackwell else "8.0;9.0+PTX"
+
+
+def csrc_files(*patterns: str, folders: tuple[str, ...] = (".",)) -> list[str]:
+    return sorted(
         path.relative_to(ROOT).as_posix()
-        for folder in ("binding", "common", "cpu")
-        for path in (ROOT / "csrc" / folder).glob("*.cpp")
+        for folder in folders
+        for pattern in patterns
+        for path in (ROOT / "csrc" / folder).rglob(pattern)
     )
-    headers = [
-        path.relative_to(ROOT).as_posix()
-        for pattern in ("*.h", "*.inc")
-        for path in (ROOT / "csrc").rglob(pattern)
+
+
+def torch_extension(torch) -> Extension:
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension, include_paths
+
+    with_cuda = builds_with_cuda(torch)
+    folders = ("binding", "common", "cpu") + (("cuda",) if with_cuda else ())
+    sources = csrc_files("*.cpp", "*.cu", folders=folders)
+    if not with_cuda:
+        sources.remove("csrc/binding/cuda_ops.cpp")
+    # Our warnings are for our code: torch's headers count as the system's.
+    system_includes = [
+        arg
+        for path in include_paths(*(("cuda",) if with_cuda else ()))
+        for arg in ("-isystem", path)
     ]
-    return CppExtension(
+    compile_args = {"cxx": COMPILE_ARGS + system_includes}
+    if with_cuda:
+        architectures = cuda_architectures(torch)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
+        compile_args["cxx"] += [
+            "-DMASKED_SOFTMAX_EXT_WITH_CUDA",
+            f'-DMASKED_SOFTMAX_EXT_CUDA_ARCHITECTURES="{architectures}"',
+        ]
+        compile_args["nvcc"] = NVCC_ARGS
+    return (CUDAExtension if with_cuda else CppExtension)(
         f"{PACKAGE}._C",
         sources,
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
-        depends=headers,
-        extra_compile_args={"cxx": COMPILE_ARGS + system_includes},
+        depends=csrc_files("*.h", "*.inc", "*.cuh"),
+        extra_compile_args=compile_args,
     )
 
 

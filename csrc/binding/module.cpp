@@ -8,6 +8,11 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#if defined(MASKED_SOFTMAX_EXT_WITH_CUDA)
+#include <cuda_runtime_api.h>
+
+#include "binding/cuda_ops.h"
+#endif
 #include "binding/operators.h"
 #include "cpu/dispatch.h"
 
@@ -40,7 +45,8 @@ py::dict build_info() {
   py::dict info;
   info["torch"] = TORCH_VERSION;
 #if defined(MASKED_SOFTMAX_EXT_WITH_CUDA)
-  info["cuda"] = MASKED_SOFTMAX_EXT_WITH_CUDA;
+  info["cuda"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+  info["cuda_architectures"] = MASKED_SOFTMAX_EXT_CUDA_ARCHITECTURES;
 #else
   info["cuda"] = py::none();
 #endif
@@ -86,6 +92,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", [] { return cpu_capability().name; });
   m.def("cpu_capabilities", supported_capability_names);
   m.def("set_cpu_capability", set_cpu_capability);
+#if defined(MASKED_SOFTMAX_EXT_WITH_CUDA)
+  m.def("set_cuda_strategy", set_cuda_strategy);
+  m.def("last_cuda_strategy", last_cuda_strategy);
+#endif
 }
 
 }  // namespace masked_softmax

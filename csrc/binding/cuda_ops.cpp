@@ -1,0 +1,89 @@
+// The operators on CUDA tensors: one kernel on the current stream, no synchronisation. Bounds are looked at by the
+// kernel; validate=True looks at them before.
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+#include "binding/cuda_ops.h"
+#include "binding/device_ops.h"
+#include "cuda/launch.h"
+
+namespace masked_softmax {
+namespace {
+
+std::atomic<cuda::Strategy> forced_strategy{cuda::Strategy::kAutomatic};
+std::atomic<cuda::Strategy> last_strategy{cuda::Strategy::kAutomatic};
+
+int device_attribute(cudaDeviceAttr attribute, c10::DeviceIndex device) {
+  int value = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+cuda::DeviceProperties device_properties(c10::DeviceIndex device) {
+  cuda::DeviceProperties properties;
+  properties.multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
+  properties.has_clusters = device_attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9;
+  return properties;
+}
+
+// As the CPU does it: on copies in host memory.
+void check_bounds_on_host(Operation operation, const at::Tensor& output,
+                          std::initializer_list<const at::Tensor*> inputs, const RowArguments& arguments) {
+  const at::Tensor lengths = arguments.lengths.cpu();
+  std::optional<at::Tensor> starts;
+  if (arguments.starts.has_value()) {
+    starts = arguments.starts->cpu();
+  }
+  const RowArguments on_host{arguments.name, lengths, arguments.dim, starts, arguments.scale};
+  check_bounds(make_problem(operation, output, inputs, on_host), output, on_host);
+}
+
+struct Cuda {
+  static at::Tensor empty(const at::Tensor& like, at::ScalarType dtype) {
+    return at::empty(like.sizes(), like.options().dtype(dtype));
+  }
+
+  static void compute(Operation operation, const at::Tensor& output, std::initializer_list<const at::Tensor*> inputs,
+                      const RowArguments& arguments) {
+    if (arguments.validate) {
+      check_bounds_on_host(operation, output, inputs, arguments);
+    }
+    const Problem problem = make_problem(operation, output, inputs, arguments);
+    if (problem.rows == 0 || problem.cols == 0) {
+      return;
+    }
+    const c10::cuda::CUDAGuard guard(output.device());
+    const cuda::Strategy forced = forced_strategy.load(std::memory_order_relaxed);
+    const cuda::LaunchPlan plan = cuda::plan_problem(problem, device_properties(output.device().index()), forced);
+    TORCH_CHECK_VALUE(plan.strategy != cuda::Strategy::kAutomatic, arguments.name, "(): the strategy '",
+                      cuda::strategy_name(forced), "' was asked for, but it cannot compute rows like these");
+    last_strategy.store(plan.strategy, std::memory_order_relaxed);
+    C10_CUDA_CHECK(cuda::launch_problem(problem, plan, c10::cuda::getCurrentCUDAStream(output.device().index())));
+  }
+};
+
+}  // namespace
+
+void set_cuda_strategy(const std::string& name) {
+  std::string known;
+  for (cuda::Strategy strategy : cuda::kStrategies) {
+    if (name == cuda::strategy_name(strategy)) {
+      forced_strategy.store(strategy, std::memory_order_relaxed);
+      return;
+    }
+    known += (known.empty() ? "" : ", ") + std::string(cuda::strategy_name(strategy));
+  }
+  throw std::invalid_argument("expected a strategy out of " + known + ", but got '" + name + "'");
+}
+
+const char* last_cuda_strategy() { return cuda::strategy_name(last_strategy.load(std::memory_order_relaxed)); }
+
+TORCH_LIBRARY_IMPL(masked_softmax_ext, CUDA, m) { DeviceOps<Cuda>::register_all(m); }
+
+}  // namespace masked_softmax

@@ -1,0 +1,63 @@
+#include "cuda/kernel_problem.h"
+
+namespace masked_softmax {
+namespace cuda {
+namespace {
+
+constexpr int64_t kAlignmentBytes = 16;
+
+int64_t size_bytes(ElementType type) {
+  int64_t size = 0;
+  visit_element_type(type, [&](auto element) { size = sizeof(element); });
+  return size;
+}
+
+bool output_rows_are_aligned(const Problem& problem) {
+  const Operand& output = problem.output;
+  const int64_t elem_bytes = size_bytes(output.type);
+  if (problem.starts.data != nullptr || problem.starts.value * elem_bytes % kAlignmentBytes != 0 ||
+      reinterpret_cast<uintptr_t>(output.data) % kAlignmentBytes != 0) {
+    return false;
+  }
+  for (int dim = 0; dim < problem.row_ndim; ++dim) {
+    if (output.row_strides[dim] * elem_bytes % kAlignmentBytes != 0) {
+      return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+Divisor make_divisor(int64_t divisor) {
+  Divisor result;
+  result.divisor = static_cast<uint64_t>(divisor);
+  if (divisor > 1) {
+    unsigned bits = 0;  // the smallest power of two that is not below the divisor
+    while ((uint64_t{1} << bits) < result.divisor) {
+      ++bits;
+    }
+    const unsigned __int128 power = static_cast<unsigned __int128>(1) << (63 + bits);
+    result.multiplier = static_cast<uint64_t>((power + result.divisor - 1) / result.divisor);
+    result.shift = bits - 1;
+  }
+  return result;
+}
+
+KernelProblem make_kernel_problem(const Problem& problem) {
+  KernelProblem result;
+  result.problem = problem;
+  for (int dim = 0; dim < problem.row_ndim; ++dim) {
+    result.row_sizes[dim] = make_divisor(problem.row_sizes[dim]);
+  }
+  result.output_rows_are_aligned = output_rows_are_aligned(problem);
+  result.factor = staging_factor(problem);
+  result.scale = problem.scale / result.factor;
+  const double exponent = is_forward(problem.operation) ? result.scale : 1.0;
+  result.exponent_float = Exponent<float>(exponent);
+  result.exponent_double = Exponent<double>(exponent);
+  return result;
+}
+
+}  // namespace cuda
+}  // namespace masked_softmax

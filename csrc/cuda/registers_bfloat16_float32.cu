@@ -1,0 +1,9 @@
+#include "cuda/launch_registers.cuh"
+
+namespace masked_softmax {
+namespace cuda {
+
+template Status launch_registers<bfloat16_t, float>(const KernelProblem&, const LaunchPlan&, Stream);
+
+}  // namespace cuda
+}  // namespace masked_softmax

@@ -1,0 +1,76 @@
+// Where one row lies: offsets from its number, bounds from lengths and starts.
+#pragma once
+
+#include "cuda/device.cuh"
+#include "cuda/kernel_problem.h"
+
+namespace masked_softmax {
+namespace cuda {
+
+struct Row {
+  int64_t output_offset;  // of column 0, in elements
+  int64_t input_offsets[kMaxInputs];
+  int64_t start;
+  int64_t length;
+  bool is_valid;  // whether start and length lie within the row; if not, length is 0 here
+};
+
+MASKED_SOFTMAX_DEVICE int64_t load_row_index(const RowIndex& index, int64_t offset) {
+  if (index.data == nullptr) {
+    return index.value;
+  }
+  switch (index.type) {
+    case ElementType::kInt8: return static_cast<const int8_t*>(index.data)[offset];
+    case ElementType::kUInt8: return static_cast<const uint8_t*>(index.data)[offset];
+    case ElementType::kInt16: return static_cast<const int16_t*>(index.data)[offset];
+    case ElementType::kInt32: return static_cast<const int32_t*>(index.data)[offset];
+    default: return static_cast<const int64_t*>(index.data)[offset];
+  }
+}
+
+MASKED_SOFTMAX_DEVICE uint64_t divide(uint64_t n, const Divisor& by) {
+  return by.divisor == 1 ? n : multiply_high(n, by.multiplier) >> by.shift;
+}
+
+// Row number `index` of problem.rows; kInputs of its inputs.
+template <int kInputs>
+MASKED_SOFTMAX_DEVICE Row find_row(const KernelProblem& kernel_problem, int64_t index) {
+  const Problem& problem = kernel_problem.problem;
+  Row row = {};
+  int64_t length_offset = 0;
+  int64_t start_offset = 0;
+  auto rest = static_cast<uint64_t>(index);
+  for (int dim = problem.row_ndim - 1; dim >= 0; --dim) {
+    // The outermost dimension takes what is left.
+    const uint64_t outer = dim == 0 ? 0 : divide(rest, kernel_problem.row_sizes[dim]);
+    const auto position = static_cast<int64_t>(rest - outer * kernel_problem.row_sizes[dim].divisor);
+    rest = outer;
+    row.output_offset += position * problem.output.row_strides[dim];
+    for (int k = 0; k < kInputs; ++k) {
+      row.input_offsets[k] += position * problem.inputs[k].row_strides[dim];
+    }
+    length_offset += position * problem.lengths.row_strides[dim];
+    start_offset += position * problem.starts.row_strides[dim];
+  }
+  row.start = load_row_index(problem.starts, start_offset);
+  row.length = load_row_index(problem.lengths, length_offset);
+  row.is_valid =
+      row.start >= 0 && row.length >= 0 && row.start <= problem.cols && row.length <= problem.cols - row.start;
+  if (!row.is_valid) {
+    row.start = 0;
+    row.length = 0;
+  }
+  return row;
+}
+
+// What padding holds; all of a row whose bounds are invalid is NaN.
+template <class acc_t>
+MASKED_SOFTMAX_DEVICE acc_t padding_value(Operation operation, const Row& row) {
+  if (!row.is_valid) {
+    return std::numeric_limits<acc_t>::quiet_NaN();
+  }
+  return operation == Operation::kLogSoftmax ? -std::numeric_limits<acc_t>::infinity() : acc_t{0};
+}
+
+}  // namespace cuda
+}  // namespace masked_softmax
