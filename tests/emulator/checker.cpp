@@ -1,0 +1,319 @@
+#include "checker.h"
+
+#include <dlfcn.h>
+#include <link.h>
+#include <pthread.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <unordered_map>
+
+#include "machine.h"
+
+namespace simt {
+namespace {
+
+// How far apart the threads are that have read a byte since they last met.
+enum class Spread : uint8_t { kNobody, kThread, kWarp, kBlock, kCluster, kGrid };
+
+// The last access of a kind, and when it was.
+struct Access {
+  uint32_t thread = 0;  // in the grid
+  uint32_t cluster_met = 0;
+  uint32_t block_met = 0;
+  uint32_t warp_met = 0;
+  Spread spread = Spread::kNobody;
+};
+
+struct Cell {
+  uint32_t allowed_in = 0;  // the generation of buffers that its permission belongs to
+  uint8_t permission = 0;
+  bool was_written = false;
+  uint32_t era = 0;  // the launch, or for shared memory the cluster, that the accesses belong to
+  Access load;
+  Access store;
+};
+
+constexpr size_t kPageBytes = 4096;
+using Page = std::array<Cell, kPageBytes>;
+
+std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
+uintptr_t last_page_number = 0;
+Page* last_page = nullptr;
+// Forgetting all buffers is a new generation: pages stay, and their cells no longer count.
+uint32_t generation = 1;
+bool has_buffers = false;
+size_t writable = 0;
+size_t written = 0;
+
+struct SharedCell {
+  Cell cell;
+  uint32_t cluster = 0;  // in which an array last covered it
+};
+std::vector<SharedCell> shared_cells;  // as machine().shared
+uint32_t cluster_number = 0;
+
+Page* find_page(uintptr_t address) {
+  const uintptr_t number = address / kPageBytes;
+  if (last_page == nullptr || number != last_page_number) {
+    const auto found = pages.find(number);
+    if (found == pages.end()) {
+      return nullptr;
+    }
+    last_page_number = number;
+    last_page = found->second.get();
+  }
+  return last_page;
+}
+
+uint32_t thread_number(const Fiber& fiber) {
+  return fiber.index.block * fiber.index.block_threads + fiber.index.thread;
+}
+
+Spread spread_between(uint32_t thread, const Fiber& fiber) {
+  const uint32_t own = thread_number(fiber);
+  const uint32_t threads = fiber.index.block_threads;
+  const uint32_t cluster_threads = threads * fiber.index.cluster_size;
+  if (thread == own) {
+    return Spread::kThread;
+  }
+  if (thread / cluster_threads != own / cluster_threads) {
+    return Spread::kGrid;
+  }
+  if (thread / threads != own / threads) {
+    return Spread::kCluster;
+  }
+  return thread % threads / kWarpLanes != own % threads / kWarpLanes ? Spread::kBlock : Spread::kWarp;
+}
+
+// Whether an earlier access comes before what `fiber` does now, in every order in which threads may run.
+bool is_ordered(const Access& earlier, const Fiber& fiber, bool a_shuffle_orders) {
+  if (earlier.spread == Spread::kNobody) {
+    return true;
+  }
+  const Spread apart = std::max(earlier.spread, spread_between(earlier.thread, fiber));
+  if (apart == Spread::kThread) {
+    return true;
+  }
+  if (apart == Spread::kGrid) {
+    return false;
+  }
+  if (earlier.cluster_met != fiber.met.cluster) {
+    return true;
+  }
+  if (apart == Spread::kCluster) {
+    return false;
+  }
+  if (earlier.block_met != fiber.met.block) {
+    return true;
+  }
+  return apart == Spread::kWarp && a_shuffle_orders && earlier.warp_met != fiber.met.warp;
+}
+
+Access access_of(const Fiber& fiber, Spread spread) {
+  return {thread_number(fiber), fiber.met.cluster, fiber.met.block, fiber.met.warp, spread};
+}
+
+// Where in the kernel's source the current access stands.
+std::string source_of(const void* return_address) {
+  Dl_info info;
+  if (return_address == nullptr || dladdr(return_address, &info) == 0 || info.dli_fname == nullptr) {
+    return "";
+  }
+  const auto offset =
+      static_cast<size_t>(static_cast<const char*>(return_address) - static_cast<const char*>(info.dli_fbase)) - 1;
+  char command[1024];
+  std::snprintf(command, sizeof(command), "addr2line -ie '%s' %#zx 2>/dev/null | head -3 | tr '\\n' ' '",
+                info.dli_fname, offset);
+  std::string found = ", at ";
+  if (FILE* pipe = popen(command, "r")) {
+    char line[1024] = "";
+    if (std::fgets(line, sizeof(line), pipe) != nullptr) {
+      found += line;
+    }
+    pclose(pipe);
+  }
+  return found;
+}
+
+bool is_within(uintptr_t address, const void* begin, size_t size_bytes) {
+  const auto first = reinterpret_cast<uintptr_t>(begin);
+  return address >= first && address < first + size_bytes;
+}
+
+// The program's own constants, and the launch's arguments on the stack of whoever launches.
+bool belongs_to_program(uintptr_t address) {
+  struct Query {
+    uintptr_t address;
+    bool found;
+  } query{address, false};
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* argument) {
+        auto* asked = static_cast<Query*>(argument);
+        for (int i = 0; i < info->dlpi_phnum; ++i) {
+          const auto begin = info->dlpi_addr + info->dlpi_phdr[i].p_vaddr;
+          if (info->dlpi_phdr[i].p_type == PT_LOAD && asked->address >= begin &&
+              asked->address < begin + info->dlpi_phdr[i].p_memsz) {
+            asked->found = true;
+          }
+        }
+        return 0;
+      },
+      &query);
+  if (query.found) {
+    return true;
+  }
+  pthread_attr_t attributes;
+  void* stack = nullptr;
+  size_t size_bytes = 0;
+  pthread_getattr_np(pthread_self(), &attributes);
+  pthread_attr_getstack(&attributes, &stack, &size_bytes);
+  pthread_attr_destroy(&attributes);
+  return is_within(address, stack, size_bytes);
+}
+
+void report(const char* what, size_t size_bytes, bool is_store, const char* memory, const void* return_address) {
+  fail(std::string(what) + ": a " + (is_store ? "store" : "load") + " of " + std::to_string(size_bytes) + " bytes of " +
+       memory + " memory" + source_of(return_address));
+}
+
+// One byte. Returns what is wrong, or null.
+const char* update(Cell& cell, const Fiber& fiber, uint32_t era, bool is_store) {
+  if (cell.era != era) {
+    cell.era = era;
+    cell.load = cell.store = Access();
+  }
+  if (!is_ordered(cell.store, fiber, false)) {
+    return "race with another thread's store";
+  }
+  if (!is_store) {
+    const bool replaces = is_ordered(cell.load, fiber, true);
+    const Spread spread =
+        replaces ? Spread::kThread : std::max(cell.load.spread, spread_between(cell.load.thread, fiber));
+    cell.load = access_of(fiber, spread);
+    return nullptr;
+  }
+  if (!is_ordered(cell.load, fiber, true)) {
+    return "race with another thread's load";
+  }
+  cell.store = access_of(fiber, Spread::kThread);
+  cell.was_written = true;
+  return nullptr;
+}
+
+void check_shared(uintptr_t address, size_t size_bytes, bool is_store, const void* return_address) {
+  const size_t offset = address - reinterpret_cast<uintptr_t>(machine().shared);
+  for (size_t i = 0; i < size_bytes; ++i) {
+    SharedCell& shared = shared_cells[offset + i];
+    if (shared.cluster != cluster_number) {
+      return report("out of bounds", size_bytes, is_store, "shared", return_address);
+    }
+    if (!is_store && !shared.cell.was_written) {
+      return report("not initialised", size_bytes, is_store, "shared", return_address);
+    }
+    if (const char* wrong = update(shared.cell, current_fiber(), cluster_number, is_store)) {
+      return report(wrong, size_bytes, is_store, "shared", return_address);
+    }
+  }
+}
+
+void check_device(uintptr_t address, size_t size_bytes, bool is_store, const void* return_address) {
+  const uint8_t needed = is_store ? kMayWrite : kMayRead;
+  for (size_t i = 0; i < size_bytes; ++i) {
+    Page* page = find_page(address + i);
+    Cell* cell = page == nullptr ? nullptr : &(*page)[(address + i) % kPageBytes];
+    if (cell == nullptr || cell->allowed_in != generation) {
+      if (!is_store && belongs_to_program(address + i)) {
+        return;
+      }
+      return report("out of bounds", size_bytes, is_store, "device", return_address);
+    }
+    if ((cell->permission & needed) == 0) {
+      return report("forbidden", size_bytes, is_store, "device", return_address);
+    }
+    if (const char* wrong = update(*cell, current_fiber(), static_cast<uint32_t>(machine().launch_number), is_store)) {
+      return report(wrong, size_bytes, is_store, "device", return_address);
+    }
+  }
+}
+
+}  // namespace
+
+void allow(const void* p, size_t size_bytes, uint8_t permission) {
+  const auto address = reinterpret_cast<uintptr_t>(p);
+  has_buffers = true;
+  for (size_t i = 0; i < size_bytes; ++i) {
+    std::unique_ptr<Page>& page = pages[(address + i) / kPageBytes];
+    if (page == nullptr) {
+      page = std::make_unique<Page>();
+    }
+    Cell& cell = (*page)[(address + i) % kPageBytes];
+    if (cell.allowed_in != generation) {
+      cell.allowed_in = generation;
+      cell.permission = 0;
+      cell.was_written = false;
+    }
+    writable += (permission & kMayWrite & ~cell.permission) != 0 ? 1 : 0;
+    cell.permission |= permission;
+  }
+}
+
+void forget_buffers() {
+  ++generation;
+  has_buffers = false;
+  writable = written = 0;
+}
+
+size_t count_unwritten() { return writable - written; }
+
+void begin_checked_cluster() {
+  shared_cells.resize(kMostClusterBlocks * kSharedBytes);
+  ++cluster_number;
+}
+
+void add_shared_array(const void* p, size_t size_bytes, unsigned /*block*/) {
+  const size_t offset = static_cast<size_t>(static_cast<const char*>(p) - machine().shared);
+  for (size_t i = 0; i < size_bytes; ++i) {
+    shared_cells[offset + i].cluster = cluster_number;
+    shared_cells[offset + i].cell = Cell();
+  }
+  // A value that was not stored is not mistaken for one that was.
+  std::memset(const_cast<void*>(p), 0xff, size_bytes);
+}
+
+__attribute__((noinline)) void check_access(const void* p, size_t size_bytes, bool is_store) {
+  Machine& m = machine();
+  if (!m.is_running || !m.error.empty()) {
+    return;
+  }
+  const auto address = reinterpret_cast<uintptr_t>(p);
+  const void* return_address = __builtin_return_address(0);
+  if (is_within(address, m.stacks, size_t{kMostBlockThreads} * kMostClusterBlocks * kStackBytes)) {
+    if (!is_within(address, m.stacks + m.current * kStackBytes, kStackBytes)) {
+      report("another thread's local memory", size_bytes, is_store, "local", return_address);
+    }
+    return;
+  }
+  ++m.counters.accesses;
+  m.counters.wide_accesses += size_bytes == 16 ? 1 : 0;
+  const bool is_vector = size_bytes <= 16 && (size_bytes & (size_bytes - 1)) == 0;
+  const bool is_shared = is_within(address, m.shared, kMostClusterBlocks * kSharedBytes);
+  if (!is_shared && !has_buffers) {
+    return;
+  }
+  if (is_vector && address % size_bytes != 0) {
+    report("misaligned", size_bytes, is_store, is_shared ? "shared" : "device", return_address);
+  } else if (is_shared) {
+    check_shared(address, size_bytes, is_store, return_address);
+  } else {
+    check_device(address, size_bytes, is_store, return_address);
+  }
+}
+
+void check_load(const void* p, size_t size_bytes) { check_access(p, size_bytes, false); }
+void check_store(const void* p, size_t size_bytes) { check_access(p, size_bytes, true); }
+
+}  // namespace simt

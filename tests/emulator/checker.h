@@ -1,0 +1,33 @@
+// Who may touch which byte, and in which order.
+//
+// Kernels are compiled with -fsanitize=thread but not linked with that sanitizer's runtime: the compiler then announces
+// every load and store to functions of ours (tsan_hooks.cpp), which look it up here. A byte of device memory may be
+// read or written where a buffer says so; a byte of shared memory where an array lies. Two accesses to one byte by
+// different threads, one of them a store, must have a meeting between them: a barrier of their block or cluster, or,
+// for a load before a store within a warp, a shuffle, which waits for what was loaded.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace simt {
+
+enum Permission : uint8_t {
+  kMayRead = 1,
+  kMayWrite = 2,
+};
+
+// Device memory from p on. Bytes may be covered twice: what either allows is allowed. Without any buffer, nothing is
+// checked.
+void allow(const void* p, size_t size_bytes, uint8_t permission);
+void forget_buffers();
+
+// How many bytes that may be written have not been, since they were allowed.
+size_t count_unwritten();
+
+void add_shared_array(const void* p, size_t size_bytes, unsigned block);
+void begin_checked_cluster();
+
+void check_access(const void* p, size_t size_bytes, bool is_store);
+
+}  // namespace simt

@@ -1,0 +1,26 @@
+// What code compiled with -fsanitize=thread calls before each access to memory. These take the place of the sanitizer's
+// runtime, which is not linked.
+#include "checker.h"
+
+#define SIMT_HOOKS(size)                                                            \
+  void __tsan_read##size(void* p) { simt::check_access(p, size, false); }           \
+  void __tsan_write##size(void* p) { simt::check_access(p, size, true); }           \
+  void __tsan_unaligned_read##size(void* p) { simt::check_access(p, size, false); } \
+  void __tsan_unaligned_write##size(void* p) { simt::check_access(p, size, true); } \
+  void __tsan_volatile_read##size(void* p) { simt::check_access(p, size, false); }  \
+  void __tsan_volatile_write##size(void* p) { simt::check_access(p, size, true); }
+
+extern "C" {
+SIMT_HOOKS(1)
+SIMT_HOOKS(2)
+SIMT_HOOKS(4)
+SIMT_HOOKS(8)
+SIMT_HOOKS(16)
+void __tsan_read_range(void* p, size_t size_bytes) { simt::check_access(p, size_bytes, false); }
+void __tsan_write_range(void* p, size_t size_bytes) { simt::check_access(p, size_bytes, true); }
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_init() {}
+void __tsan_vptr_update(void*, void*) {}
+void __tsan_vptr_read(void*) {}
+}
