@@ -1,4 +1,5 @@
-// The operators on CUDA tensors: one kernel on the current stream, no synchronisation. Bounds are looked at by the
+// The operators on CUDA tensors: one kernel on the current stream (up to three for very long rows), no synchronisation.
+// Bounds are looked at by the
 // kernel; validate=True looks at them before.
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
@@ -64,7 +65,13 @@ struct Cuda {
     TORCH_CHECK_VALUE(plan.strategy != cuda::Strategy::kAutomatic, arguments.name, "(): the strategy '",
                       cuda::strategy_name(forced), "' was asked for, but it cannot compute rows like these");
     last_strategy.store(plan.strategy, std::memory_order_relaxed);
-    C10_CUDA_CHECK(cuda::launch_problem(problem, plan, c10::cuda::getCurrentCUDAStream(output.device().index())));
+    at::Tensor workspace;  // the allocator gives it to nobody else before the kernels are through with it
+    if (plan.workspace_bytes > 0) {
+      workspace = at::empty({plan.workspace_bytes}, output.options().dtype(at::kByte));
+    }
+    void* const memory = workspace.defined() ? workspace.mutable_data_ptr() : nullptr;
+    C10_CUDA_CHECK(
+        cuda::launch_problem(problem, plan, memory, c10::cuda::getCurrentCUDAStream(output.device().index())));
   }
 };
 

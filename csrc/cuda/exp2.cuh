@@ -67,6 +67,25 @@ MASKED_SOFTMAX_DEVICE acc_t exponential(acc_t t, const Scaling<acc_t>& scaling) 
   }
 }
 
+// x - max, and its rounding error (TwoDiff: Knuth, as Sum in groups.cuh).
+template <class acc_t>
+struct Distance {
+  acc_t t;
+  acc_t error;
+
+  MASKED_SOFTMAX_DEVICE Distance(acc_t x, acc_t row_max) : t(x - row_max) {
+    const acc_t part = t - x;
+    error = (x - (t - part)) - (row_max + part);
+  }
+};
+
+// exp(scale * (x - max)) times 2^kRestBias, its error no larger for a larger distance.
+template <class acc_t>
+MASKED_SOFTMAX_DEVICE acc_t rest_term(const Distance<acc_t>& distance, const Scaling<acc_t>& scaling) {
+  const acc_t correction = fused_multiply_add(distance.t, scaling.exponent_low, distance.error * scaling.exponent);
+  return exp2_product<kRestBias>(distance.t, scaling.exponent, correction);
+}
+
 // exp(y) for a saved log_softmax y, whose error does not grow with |y|.
 template <bool kApproximate, class acc_t>
 MASKED_SOFTMAX_DEVICE acc_t exponential_of_log(acc_t y, const Scaling<acc_t>& log2e) {

@@ -1,7 +1,8 @@
-// Groups of threads that share a row, and what they find out together: a maximum, a sum.
+// Groups of threads that share a row, and what they find out together: a maximum, a sum. A group has as many threads
+// for each piece of the row.
 //
-// Every thread of a group gets the same result, in the same bits however the threads are scheduled: values are combined
-// in a fixed tree.
+// Every thread of a group gets the same result, in the same bits however the threads are scheduled, and whatever group
+// they are: SumOrder in launch_plan.h says in which order sums are taken. An absent one is 0, which changes no sum.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -60,7 +61,7 @@ MASKED_SOFTMAX_DEVICE acc_t lanes_max(acc_t value) {
 template <unsigned kWidth, class acc_t>
 MASKED_SOFTMAX_DEVICE Sum<acc_t> lanes_sum(Sum<acc_t> sum) {
   MASKED_SOFTMAX_UNROLL
-  for (unsigned distance = kWidth / 2; distance > 0; distance /= 2) {
+  for (unsigned distance = 1; distance < kWidth; distance *= 2) {
     Sum<acc_t> other;
     other.high = shuffle_xor(sum.high, distance, kWidth);
     other.low = shuffle_xor(sum.low, distance, kWidth);
@@ -79,14 +80,58 @@ MASKED_SOFTMAX_DEVICE acc_t lanes_count(acc_t count) {
   return count;
 }
 
+// A binary tree over sums that come one after another: 0 and 1, 2 and 3; then these pairs; and so on. Holds one sum for
+// each level, in registers: the loops are unrolled.
+template <class acc_t, int kLevels>
+class TreeSum {
+ public:
+  // At most 2^(kLevels - 1) times.
+  MASKED_SOFTMAX_DEVICE void add(Sum<acc_t> sum) {
+    bool is_placed = false;
+    MASKED_SOFTMAX_UNROLL
+    for (int level = 0; level < kLevels; ++level) {
+      if (!is_placed) {
+        if ((count_ >> level & 1) == 0) {
+          levels_[level] = sum;
+          is_placed = true;
+        } else {
+          const Sum<acc_t> right = sum;
+          sum = levels_[level];
+          sum.add(right);
+        }
+      }
+    }
+    ++count_;
+  }
+
+  MASKED_SOFTMAX_DEVICE Sum<acc_t> total() const {
+    Sum<acc_t> sum;
+    MASKED_SOFTMAX_UNROLL
+    for (int level = 0; level < kLevels; ++level) {
+      if ((count_ >> level & 1) != 0) {
+        sum.add(levels_[level]);
+      }
+    }
+    return sum;
+  }
+
+ private:
+  Sum<acc_t> levels_[kLevels];
+  unsigned count_ = 0;
+};
+
 // kWidth lanes of a warp: a power of two up to 32.
 template <unsigned kWidth, class acc_t>
 class LaneGroup {
  public:
+  static constexpr int kSumLevels = 1;
   static constexpr unsigned kRunLanes = kWidth;
 
   MASKED_SOFTMAX_DEVICE unsigned thread() const { return thread_index() % kWidth; }
   MASKED_SOFTMAX_DEVICE unsigned threads() const { return kWidth; }
+  MASKED_SOFTMAX_DEVICE unsigned pieces() const { return 1; }
+  MASKED_SOFTMAX_DEVICE unsigned piece() const { return 0; }
+  MASKED_SOFTMAX_DEVICE void meet() const {}  // a shuffle lets nobody ahead
   MASKED_SOFTMAX_DEVICE acc_t max(acc_t value) const { return lanes_max<kWidth>(value); }
   MASKED_SOFTMAX_DEVICE Sum<acc_t> sum(const Sum<acc_t>& value) const { return lanes_sum<kWidth>(value); }
   MASKED_SOFTMAX_DEVICE acc_t count(acc_t value) const { return lanes_count<kWidth>(value); }
@@ -108,12 +153,16 @@ struct WarpResults {
 template <class acc_t>
 class BlockGroup {
  public:
+  static constexpr int kSumLevels = 3;
+  static_assert(kStridedThreads << (kSumLevels - 1) >= kWidestBlock, "as many threads as an order may have");
   static constexpr unsigned kRunLanes = kWarpThreads;
 
   MASKED_SOFTMAX_DEVICE explicit BlockGroup(const WarpResults<acc_t>& results) : results_(results) {}
 
   MASKED_SOFTMAX_DEVICE unsigned thread() const { return thread_index(); }
   MASKED_SOFTMAX_DEVICE unsigned threads() const { return block_threads(); }
+  MASKED_SOFTMAX_DEVICE unsigned pieces() const { return 1; }
+  MASKED_SOFTMAX_DEVICE unsigned piece() const { return 0; }
   MASKED_SOFTMAX_DEVICE void meet() const { sync_block(); }
 
   MASKED_SOFTMAX_DEVICE acc_t max(acc_t value) const {
@@ -159,9 +208,9 @@ class BlockGroup {
 };
 
 #if MASKED_SOFTMAX_HAS_CLUSTERS
-// A cluster of blocks. Each block leaves its result in its own shared memory, the cluster meets, and everyone reads all
-// of them, in the same order. Each kind of result may be asked for once; a kernel ends with leave(): until then another
-// block may still read.
+// A cluster of blocks, a piece of the row to each. Each block leaves its result in its own shared memory, the cluster
+// meets, and everyone reads all of them, in the order of the pieces. Each kind of result may be asked for once; a
+// kernel ends with leave(): until then another block may still read.
 template <class acc_t>
 class ClusterGroup {
  public:
@@ -171,8 +220,10 @@ class ClusterGroup {
   MASKED_SOFTMAX_DEVICE ClusterGroup(const WarpResults<acc_t>& warp_results, const WarpResults<acc_t>& block_results)
       : block_(warp_results), results_(block_results) {}
 
-  MASKED_SOFTMAX_DEVICE unsigned thread() const { return cluster_rank() * block_threads() + thread_index(); }
-  MASKED_SOFTMAX_DEVICE unsigned threads() const { return cluster_size() * block_threads(); }
+  MASKED_SOFTMAX_DEVICE unsigned thread() const { return thread_index(); }
+  MASKED_SOFTMAX_DEVICE unsigned threads() const { return block_threads(); }
+  MASKED_SOFTMAX_DEVICE unsigned pieces() const { return cluster_size(); }
+  MASKED_SOFTMAX_DEVICE unsigned piece() const { return cluster_rank(); }
   MASKED_SOFTMAX_DEVICE void leave() const { sync_cluster(); }
 
   MASKED_SOFTMAX_DEVICE acc_t max(acc_t value) const {
@@ -228,6 +279,8 @@ class ClusterGroup {
 template <unsigned kWarps, class acc_t>
 class WarpsGroup {
  public:
+  static constexpr int kSumLevels = 8;
+  static_assert(kWarps << (kSumLevels - 1) >= kWidestBlock, "as many threads as an order may have");
   MASKED_SOFTMAX_DEVICE explicit WarpsGroup(const WarpResults<acc_t>& results) : results_(results) {}
 
   MASKED_SOFTMAX_DEVICE unsigned thread() const { return thread_index() / kWarpThreads; }
@@ -247,14 +300,16 @@ class WarpsGroup {
     results_.sum_highs[thread_index()] = value.high;
     results_.sum_lows[thread_index()] = value.low;
     sync_block();
-    Sum<acc_t> sum;
+    TreeSum<acc_t, 4> sum;
+    static_assert(kWarps <= 8, "a level for each power of two");
+    MASKED_SOFTMAX_UNROLL
     for (unsigned warp = 0; warp < kWarps; ++warp) {
       Sum<acc_t> of_warp;
       of_warp.high = results_.sum_highs[place(warp)];
       of_warp.low = results_.sum_lows[place(warp)];
       sum.add(of_warp);
     }
-    return sum;
+    return sum.total();
   }
 
   MASKED_SOFTMAX_DEVICE acc_t count(acc_t value) const {

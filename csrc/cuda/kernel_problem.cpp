@@ -44,9 +44,12 @@ Divisor make_divisor(int64_t divisor) {
   return result;
 }
 
-KernelProblem make_kernel_problem(const Problem& problem) {
+KernelProblem make_kernel_problem(const Problem& problem, const LaunchPlan& plan, void* workspace) {
   KernelProblem result;
   result.problem = problem;
+  result.order = plan.order;
+  result.pieces = plan.pieces;
+  result.workspace = workspace;
   for (int dim = 0; dim < problem.row_ndim; ++dim) {
     result.row_sizes[dim] = make_divisor(problem.row_sizes[dim]);
   }

@@ -3,6 +3,7 @@
 
 #include "common/exponential.h"
 #include "common/problem.h"
+#include "cuda/launch_plan.h"
 
 namespace masked_softmax {
 namespace cuda {
@@ -29,12 +30,17 @@ struct KernelProblem {
   Exponent<float> exponent_float{1.0};
   Exponent<double> exponent_double{1.0};
   double scale = 1.0;
+
+  SumOrder order;
+  // What the pieces of split rows leave for each other; see split_rows.cuh.
+  int64_t pieces = 1;
+  void* workspace = nullptr;
 };
 
 // Kernels take at most 4 KiB of arguments.
 static_assert(sizeof(KernelProblem) <= 4096 - 64, "a kernel's arguments are limited");
 
-KernelProblem make_kernel_problem(const Problem& problem);
+KernelProblem make_kernel_problem(const Problem& problem, const LaunchPlan& plan, void* workspace);
 
 }  // namespace cuda
 }  // namespace masked_softmax

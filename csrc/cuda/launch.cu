@@ -45,10 +45,10 @@ constexpr RegisterTypes kRegisterTypes[] = {
 #undef MASKED_SOFTMAX_REGISTER_TYPES
 };
 
-// What is compiled for the problem's types and operation, if anything.
+// What holds rows of the problem's types in registers for its operation, if anything; for adjacent columns only.
 const RegisterTypes* find_register_types(const Problem& problem) {
   const bool is_rare = problem.operation == Operation::kLogSoftmaxJvp || problem.input_count > 2;
-  if (is_rare || !columns_are_adjacent(problem) || !input_types_agree(problem) || is_scale_extreme(problem)) {
+  if (is_rare || !input_types_agree(problem) || is_scale_extreme(problem)) {
     return nullptr;
   }
   for (const RegisterTypes& types : kRegisterTypes) {
@@ -73,11 +73,24 @@ bool is_side_by_side(const Problem& problem) {
   return true;
 }
 
+// What 16 bytes hold of the narrowest operand; of types that no strategy holds in registers, of the computing type.
+int elems_per_vector(const Problem& problem) {
+  const RegisterTypes* types = find_register_types(problem);
+  return types != nullptr ? types->elems_per_vector : computes_in_double(problem) ? 2 : 4;
+}
+
 template <class acc_t>
 Status launch_strided(const KernelProblem& problem, const LaunchPlan& plan, Stream stream) {
   const LaunchShape shape{plan.blocks, plan.threads, 1};
-  return plan.strategy == Strategy::kColumn ? launch(column_rows<acc_t>, shape, stream, problem)
-                                            : launch(strided_rows<acc_t>, shape, stream, problem);
+  if (plan.strategy == Strategy::kColumn) {
+    return launch(column_rows<acc_t>, shape, stream, problem);
+  }
+  static_assert(kLanesSteps[0].threads_per_row == 8 && kWarp == 32, "the widths of lanes that there are");
+  switch (problem.order.threads) {
+    case 8: return launch(strided_lanes<acc_t, 8>, shape, stream, problem);
+    case kWarp: return launch(strided_lanes<acc_t, kWarp>, shape, stream, problem);
+    default: return launch(strided_rows<acc_t>, shape, stream, problem);
+  }
 }
 
 }  // namespace
@@ -86,17 +99,16 @@ LaunchPlan plan_problem(const Problem& problem, const DeviceProperties& device, 
   RowShape shape;
   shape.rows = problem.rows;
   shape.cols = problem.cols;
-  if (const RegisterTypes* types = find_register_types(problem)) {
-    shape.elems_per_vector = types->elems_per_vector;
-  }
+  shape.elems_per_vector = elems_per_vector(problem);
   shape.acc_bytes = computes_in_double(problem) ? 8 : 4;
   shape.inputs = problem.input_count;
+  shape.fits_registers = find_register_types(problem) != nullptr && columns_are_adjacent(problem);
   shape.is_side_by_side = is_side_by_side(problem);
   return plan_launch(shape, device, forced);
 }
 
-Status launch_problem(const Problem& problem, const LaunchPlan& plan, Stream stream) {
-  const KernelProblem kernel_problem = make_kernel_problem(problem);
+Status launch_problem(const Problem& problem, const LaunchPlan& plan, void* workspace, Stream stream) {
+  const KernelProblem kernel_problem = make_kernel_problem(problem, plan, workspace);
   switch (plan.strategy) {
     case Strategy::kAutomatic: return kInvalidLaunch;
     case Strategy::kColumn:

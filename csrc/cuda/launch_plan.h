@@ -1,8 +1,10 @@
 // Which kernel computes a problem, and over how many threads: from shape, types and device alone.
 //
-// The strategy depends on what a row is, never on how many rows there are: a row's bits must not depend on its company.
+// A row's sums are taken in one order, which its size and its types alone decide. A strategy is a way to follow that
+// order; which one does, and how many rows there are, leaves no trace in a row's bits.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace masked_softmax {
@@ -10,15 +12,18 @@ namespace cuda {
 
 enum class Strategy : uint8_t {
   kAutomatic,
+  // Rows whose columns are adjacent, of the types in register_types.inc, by their size:
   kLanes,    // part of a warp, or a warp, holds a row
   kBlock,    // a block holds a row
   kCluster,  // a cluster of blocks holds a row
-  kColumn,   // rows lie side by side, a lane to each
+  kSplit,    // blocks hold a piece of a row each, and leave what they found in memory
+  // Rows of any layout and types:
+  kColumn,   // they lie side by side, a lane to each
   kStrided,  // anything
 };
 
-constexpr Strategy kStrategies[] = {Strategy::kAutomatic, Strategy::kLanes,  Strategy::kBlock,
-                                    Strategy::kCluster,   Strategy::kColumn, Strategy::kStrided};
+constexpr Strategy kStrategies[] = {Strategy::kAutomatic, Strategy::kLanes,  Strategy::kBlock,  Strategy::kCluster,
+                                    Strategy::kSplit,     Strategy::kColumn, Strategy::kStrided};
 
 constexpr const char* strategy_name(Strategy strategy) {
   switch (strategy) {
@@ -26,6 +31,7 @@ constexpr const char* strategy_name(Strategy strategy) {
     case Strategy::kLanes: return "lanes";
     case Strategy::kBlock: return "block";
     case Strategy::kCluster: return "cluster";
+    case Strategy::kSplit: return "split";
     case Strategy::kColumn: return "column";
     case Strategy::kStrided: return "strided";
   }
@@ -41,20 +47,37 @@ struct DeviceProperties {
 struct RowShape {
   int64_t rows = 0;
   int64_t cols = 0;
-  int elems_per_vector = 0;  // 0: the operands' types or strides rule registers out
-  int acc_bytes = 4;         // of the computing type
-  int inputs = 1;            // how many operands a thread holds
-  bool is_side_by_side = false;
+  int elems_per_vector = 4;      // as many as 16 bytes hold of the narrowest operand
+  int acc_bytes = 4;             // of the computing type
+  int inputs = 1;                // how many operands a thread holds
+  bool fits_registers = false;   // columns adjacent, and types of register_types.inc
+  bool is_side_by_side = false;  // neighbouring rows are neighbours in memory
+};
+
+// How the valid columns of a row are summed. They are cut into pieces of threads * vectors * elems, and the pieces'
+// sums are added in their order. In a piece, thread t adds up the vectors t, t + threads, t + 2 * threads, ..., and the
+// threads' sums are added in a binary tree: 0 and 1, 2 and 3; then these pairs; and so on.
+struct SumOrder {
+  int threads = 0;
+  int vectors = 0;  // of a thread
+  int elems = 0;    // of a vector
+
+  constexpr int64_t piece_elems() const { return int64_t{threads} * vectors * elems; }
 };
 
 struct LaunchPlan {
   Strategy strategy = Strategy::kAutomatic;
-  int threads_per_row = 0;  // kLanes only
-  int vectors = 0;          // that a thread holds of each operand; kLanes, kBlock and kCluster
+  SumOrder order;
   unsigned blocks = 0;
   unsigned threads = 0;  // of a block
   unsigned cluster_size = 1;
+  // kSplit only:
+  int64_t pieces = 1;  // of a row
+  int64_t workspace_bytes = 0;
 };
+
+// What a piece leaves behind: its maximum, its sum in two words, how many maxima it has.
+constexpr int kPieceResults = 4;
 
 // Lanes to a row and vectors to a lane, in the order in which they are tried: the first that holds the row is taken.
 struct LanesStep {
@@ -70,6 +93,7 @@ constexpr int kMostLanesRegisters = 32;
 constexpr int block_vectors(int elems_per_vector) { return elems_per_vector > 4 ? 2 : 4; }
 constexpr int kLanesThreads = 128;
 constexpr int kWidestBlock = 1024;
+constexpr int kSplitThreads = 512;
 constexpr int kStridedThreads = 256;
 constexpr int kWarp = 32;
 constexpr unsigned kMostClusterBlocks = 8;  // what every device with clusters takes
@@ -87,65 +111,105 @@ constexpr bool lanes_hold(const LanesStep& step, const RowShape& shape) {
          int64_t{step.threads_per_row} * step.vectors * shape.elems_per_vector >= shape.cols;
 }
 
-// The plan of one strategy; its strategy is kAutomatic where that one cannot compute such rows.
-constexpr LaunchPlan plan_strategy(Strategy strategy, const RowShape& shape, const DeviceProperties& device) {
-  LaunchPlan plan;
-  const int64_t vectors = shape.elems_per_vector > 0 ? ceil_divide(shape.cols, shape.elems_per_vector) : 0;
-  const int held = block_vectors(shape.elems_per_vector);  // by a thread of a block
+// How many blocks of a cluster it takes, a power of two.
+constexpr unsigned cluster_size_for(const RowShape& shape) {
+  const int64_t block_elems = int64_t{kWidestBlock} * block_vectors(shape.elems_per_vector) * shape.elems_per_vector;
+  unsigned size = 2;
+  while (size < kMostClusterBlocks && shape.cols > size * block_elems) {
+    size *= 2;
+  }
+  return size;
+}
+
+// The order in which one of the first four strategies sums; no threads where it cannot hold such a row.
+constexpr SumOrder order_of(Strategy strategy, const RowShape& shape, const DeviceProperties& device) {
+  const int elems = shape.elems_per_vector;
+  const int held = block_vectors(elems);
+  const int64_t vectors = ceil_divide(shape.cols, elems);
   switch (strategy) {
     case Strategy::kLanes:
       for (const LanesStep& step : kLanesSteps) {
-        if (vectors > 0 && lanes_hold(step, shape)) {
-          plan = {strategy,      step.threads_per_row,
-                  step.vectors,  limited_blocks(ceil_divide(shape.rows, kLanesThreads / step.threads_per_row)),
-                  kLanesThreads, 1};
-          return plan;
+        if (lanes_hold(step, shape)) {
+          return {step.threads_per_row, step.vectors, elems};
         }
       }
-      return plan;
-    case Strategy::kBlock:
-      if (vectors > 0 && vectors <= int64_t{held} * kWidestBlock) {
-        const auto threads = static_cast<unsigned>(ceil_divide(vectors, int64_t{held} * kWarp) * kWarp);
-        plan = {strategy, 0, held, limited_blocks(shape.rows), threads, 1};
-      }
-      return plan;
-    case Strategy::kCluster: {
-      unsigned size = 2;
-      while (size < kMostClusterBlocks && vectors > int64_t{size} * held * kWidestBlock) {
-        size *= 2;
-      }
-      if (device.has_clusters && vectors > 0 && vectors <= int64_t{size} * held * kWidestBlock &&
-          shape.rows <= kMostBlocks / size) {
-        const auto threads = static_cast<unsigned>(ceil_divide(vectors, int64_t{size} * held * kWarp) * kWarp);
-        plan = {strategy, 0, held, static_cast<unsigned>(shape.rows) * size, threads, size};
-      }
-      return plan;
+      return {};
+    case Strategy::kBlock: {
+      const int64_t threads = ceil_divide(vectors, int64_t{held} * kWarp) * kWarp;
+      return threads <= kWidestBlock ? SumOrder{static_cast<int>(threads), held, elems} : SumOrder{};
     }
+    case Strategy::kCluster: {
+      const unsigned size = cluster_size_for(shape);
+      const int64_t threads = ceil_divide(vectors, int64_t{size} * held * kWarp) * kWarp;
+      const bool fits = device.has_clusters && threads <= kWidestBlock && shape.rows <= kMostBlocks / size;
+      return fits ? SumOrder{static_cast<int>(threads), held, elems} : SumOrder{};
+    }
+    case Strategy::kSplit: return {kSplitThreads, held, elems};
+    default: return {};
+  }
+}
+
+// How a plan with a given order is carried out.
+constexpr LaunchPlan plan_strategy(Strategy strategy, const SumOrder& order, const RowShape& shape) {
+  LaunchPlan plan;
+  plan.strategy = strategy;
+  plan.order = order;
+  switch (strategy) {
+    case Strategy::kLanes:
+      plan.blocks = limited_blocks(ceil_divide(shape.rows, kLanesThreads / order.threads));
+      plan.threads = kLanesThreads;
+      break;
+    case Strategy::kBlock:
+      plan.blocks = limited_blocks(shape.rows);
+      plan.threads = static_cast<unsigned>(order.threads);
+      break;
+    case Strategy::kCluster:
+      plan.cluster_size = cluster_size_for(shape);
+      plan.blocks = static_cast<unsigned>(shape.rows) * plan.cluster_size;
+      plan.threads = static_cast<unsigned>(order.threads);
+      break;
+    case Strategy::kSplit:
+      plan.pieces = ceil_divide(shape.cols, order.piece_elems());
+      plan.blocks = limited_blocks(shape.rows * plan.pieces);
+      plan.workspace_bytes = shape.rows * plan.pieces * kPieceResults * shape.acc_bytes;
+      plan.threads = static_cast<unsigned>(order.threads);
+      break;
     case Strategy::kColumn:
-      if (shape.is_side_by_side) {
-        plan = {strategy, 0, 0, limited_blocks(ceil_divide(shape.rows, kWarp)), kStridedThreads, 1};
-      }
-      return plan;
-    case Strategy::kStrided: plan = {strategy, 0, 0, limited_blocks(shape.rows), kStridedThreads, 1}; return plan;
-    case Strategy::kAutomatic: break;
+      plan.blocks = limited_blocks(ceil_divide(shape.rows, kWarp));
+      plan.threads = kStridedThreads;
+      break;
+    default: {
+      const int rows_per_block = order.threads <= kWarp ? kStridedThreads / order.threads : 1;
+      plan.blocks = limited_blocks(ceil_divide(shape.rows, rows_per_block));
+      plan.threads = kStridedThreads;
+      break;
+    }
   }
   return plan;
 }
 
 // rows and cols are at least 1. A forced strategy that cannot compute such rows gives a plan whose strategy is
-// kAutomatic.
+// kAutomatic; one of the first four that merely cannot reach them gives its order to kStrided.
 constexpr LaunchPlan plan_launch(const RowShape& shape, const DeviceProperties& device,
                                  Strategy forced = Strategy::kAutomatic) {
-  if (forced != Strategy::kAutomatic) {
-    return plan_strategy(forced, shape, device);
-  }
-  constexpr Strategy kOrder[] = {Strategy::kLanes, Strategy::kBlock, Strategy::kCluster, Strategy::kColumn,
-                                 Strategy::kStrided};
-  for (Strategy strategy : kOrder) {
-    const LaunchPlan plan = plan_strategy(strategy, shape, device);
-    if (plan.strategy != Strategy::kAutomatic) {
-      return plan;
+  constexpr Strategy kBySize[] = {Strategy::kLanes, Strategy::kBlock, Strategy::kCluster, Strategy::kSplit};
+  const bool reaches_anything = forced == Strategy::kColumn || forced == Strategy::kStrided;
+  for (Strategy strategy : kBySize) {
+    if (forced != Strategy::kAutomatic && !reaches_anything && forced != strategy) {
+      continue;
     }
+    const SumOrder order = order_of(strategy, shape, device);
+    if (order.threads == 0) {
+      continue;
+    }
+    if (forced == Strategy::kColumn) {
+      return shape.is_side_by_side ? plan_strategy(forced, order, shape) : LaunchPlan{};
+    }
+    if (shape.fits_registers && forced != Strategy::kStrided) {
+      return plan_strategy(strategy, order, shape);
+    }
+    const bool by_columns = shape.is_side_by_side && forced == Strategy::kAutomatic;
+    return plan_strategy(by_columns ? Strategy::kColumn : Strategy::kStrided, order, shape);
   }
   return {};
 }

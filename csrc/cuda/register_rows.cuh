@@ -6,16 +6,17 @@
 //              log_softmax  dx = scale * (g - exp(y) * sum(g))
 //
 // Who holds what. A vector is kElems elements: as many as 16 bytes hold of the narrowest operand. Thread t of the
-// group's n holds the vectors t, t + n, t + 2n, ... of the row's valid columns, kVectors of them, counted from the
-// first valid column. The group (groups.cuh) is a part of a warp, a warp, a block or a cluster of blocks.
+// group's n holds the vectors t, t + n, t + 2n, ... of a piece of the row's valid columns, kVectors of them, counted
+// from the first valid column. The group (groups.cuh) is a part of a warp, a warp or a block, and the row one piece; or
+// it is a cluster of blocks, and every block has its piece.
 //
 // What moves. Forward in float32: 4 bytes read for each valid element, 4 written for each element; padding is written
 // and never read. Backward reads twice as much. On paper, 16 bytes in flight for each thread and vector: 2048 threads
 // of a multiprocessor with two vectors each are 64 KiB, where an H200 (4.3 TB/s over 132 multiprocessors, 600 ns)
 // needs 20 KiB.
 //
-// Sums and exponentials: float32 (float64 where an operand is float64). The sum is kept with its rounding error, and a
-// row's order of summation depends on its length, its types and the strategy alone.
+// Sums and exponentials: float32 (float64 where an operand is float64). A sum is kept with its rounding error, and
+// taken in the order that SumOrder in launch_plan.h describes.
 //
 // Preconditions: every operand's columns are adjacent; all rows fit (length <= n * kVectors * kElems); all 32 lanes of
 // a warp call together, those without a row with an empty one.
@@ -37,10 +38,10 @@ struct RowTypes {
   static constexpr bool kApproximate = sizeof(output_t) == 2 && std::is_same_v<acc_t, float>;
 };
 
-// The number of the k-th vector that this thread holds.
-template <class Group>
+// The number of the k-th vector that this thread holds, of kVectors.
+template <int kVectors, class Group>
 MASKED_SOFTMAX_DEVICE int64_t vector_index(const Group& group, int k) {
-  return int64_t{k} * group.threads() + group.thread();
+  return (int64_t{group.piece()} * kVectors + k) * group.threads() + group.thread();
 }
 
 // How many of a vector's elements lie within the row's valid columns.
@@ -91,168 +92,218 @@ MASKED_SOFTMAX_DEVICE void store_vector(T* first, int64_t count, int64_t index, 
   }
 }
 
-// The padding of one row.
-template <class output_t, class Group>
-MASKED_SOFTMAX_DEVICE void fill_padding(const Group& group, output_t* row_begin, int64_t cols, const Row& row,
-                                        Operation operation) {
-  const auto value = narrow<output_t>(padding_value<float>(operation, row));
-  fill_columns(row_begin, 0, row.start, value, group.thread(), group.threads());
-  fill_columns(row_begin, row.start + row.length, cols, value, group.thread(), group.threads());
-}
-
-// Row `index` of the problem; none where it is beyond the last one.
+// The part of a row that this thread holds.
 template <class input_t, class output_t, int kVectors, class Group>
-MASKED_SOFTMAX_DEVICE void forward_row(const Group& group, const KernelProblem& kernel_problem, int64_t index) {
+class RegisterRow {
+ public:
   using Types = RowTypes<input_t, output_t>;
   using acc_t = typename Types::acc_t;
-  constexpr int kElems = Types::kElems;
-  constexpr acc_t kNone = -std::numeric_limits<acc_t>::infinity();
-  const Problem& problem = kernel_problem.problem;
-  const Scaling<acc_t> scaling(kernel_problem);
-  const bool exists = index < problem.rows;
-  const Row row = exists ? find_row<1>(kernel_problem, index) : Row{};
-  const input_t* input = static_cast<const input_t*>(problem.inputs[0].data) + row.input_offsets[0] + row.start;
-  output_t* output = static_cast<output_t*>(problem.output.data) + row.output_offset;
+  static constexpr int kElems = Types::kElems;
 
-  acc_t values[kVectors][kElems];
-  acc_t row_max = kNone;
-  MASKED_SOFTMAX_UNROLL
-  for (int k = 0; k < kVectors; ++k) {
-    const int64_t vector = vector_index(group, k);
-    load_vector(input, row.length, vector, values[k]);
-    const int present = elems_present<kElems>(row.length, vector);
+ protected:
+  using Values = acc_t[kVectors][kElems];
+
+  // Row `index` of the problem; one without columns where it is beyond the last one.
+  template <int kInputs>
+  MASKED_SOFTMAX_DEVICE RegisterRow(const Group& group, const KernelProblem& kernel_problem, int64_t index,
+                                    std::integral_constant<int, kInputs>)
+      : group_(group),
+        kernel_problem_(kernel_problem),
+        scaling_(kernel_problem),
+        exists_(index < kernel_problem.problem.rows),
+        row_(exists_ ? find_row<kInputs>(kernel_problem, index) : Row{}) {}
+
+  MASKED_SOFTMAX_DEVICE int64_t vector(int k) const { return vector_index<kVectors>(group_, k); }
+  MASKED_SOFTMAX_DEVICE int present(int k) const { return elems_present<kElems>(row_.length, vector(k)); }
+
+  MASKED_SOFTMAX_DEVICE void load(int input, Values& values) const {
+    const Operand& operand = kernel_problem_.problem.inputs[input];
+    const input_t* first = static_cast<const input_t*>(operand.data) + row_.input_offsets[input] + row_.start;
     MASKED_SOFTMAX_UNROLL
-    for (int i = 0; i < kElems; ++i) {
-      values[k][i] = i < present ? values[k][i] * scaling.factor : kNone;
-      row_max = larger(row_max, values[k][i]);
+    for (int k = 0; k < kVectors; ++k) {
+      load_vector(first, row_.length, vector(k), values[k]);
     }
   }
-  row_max = group.max(row_max);
 
-  if (problem.operation == Operation::kLogSoftmax) {
-    // The distances to the maximum take the values' place. A maximum contributes exactly 1 and is counted apart from
-    // the rest, so that a row which one element dominates keeps its relative accuracy.
-    Sum<acc_t> rest;
-    acc_t maxima = 0;
+  MASKED_SOFTMAX_DEVICE void store(const Values& values) const {
+    const Problem& problem = kernel_problem_.problem;
+    output_t* const output = static_cast<output_t*>(problem.output.data) + row_.output_offset;
     MASKED_SOFTMAX_UNROLL
     for (int k = 0; k < kVectors; ++k) {
-      const int present = elems_present<kElems>(row.length, vector_index(group, k));
-      acc_t terms[kElems];
-      MASKED_SOFTMAX_UNROLL
-      for (int i = 0; i < kElems; ++i) {
-        const acc_t value = values[k][i];
-        const acc_t t = value - row_max;
-        const acc_t part = t - value;
-        const acc_t error = (value - (t - part)) - (row_max + part);
-        const acc_t correction = fused_multiply_add(t, scaling.exponent_low, error * scaling.exponent);
-        const acc_t e = exp2_product<kRestBias>(t, scaling.exponent, correction);
-        terms[i] = i < present && t != 0 ? e : acc_t{0};
-        maxima += i < present && t == 0 ? acc_t{1} : acc_t{0};
-        values[k][i] = t;
-      }
-      rest.add(terms);
+      store_vector<Group::kRunLanes>(output + row_.start, row_.length, vector(k),
+                                     kernel_problem_.output_rows_are_aligned, values[k]);
     }
-    const acc_t log_sum = log_of_sum(group.sum(rest).total(), group.count(maxima));
+    if (exists_) {
+      const auto padding = narrow<output_t>(padding_value<float>(problem.operation, row_));
+      const int64_t thread = int64_t{group_.piece()} * group_.threads() + group_.thread();
+      const int64_t threads = int64_t{group_.pieces()} * group_.threads();
+      fill_columns(output, 0, row_.start, padding, thread, threads);
+      fill_columns(output, row_.start + row_.length, problem.cols, padding, thread, threads);
+    }
+  }
+
+  const Group& group_;
+  const KernelProblem& kernel_problem_;
+  const Scaling<acc_t> scaling_;
+  const bool exists_;
+  const Row row_;
+};
+
+// Step by step: load; the maximum; the exponentials, which take the values' place; the results.
+template <class input_t, class output_t, int kVectors, class Group>
+class ForwardRow : public RegisterRow<input_t, output_t, kVectors, Group> {
+  using Base = RegisterRow<input_t, output_t, kVectors, Group>;
+  using Base::kElems, Base::present, Base::scaling_;
+
+ public:
+  using typename Base::acc_t;
+
+  MASKED_SOFTMAX_DEVICE ForwardRow(const Group& group, const KernelProblem& kernel_problem, int64_t index)
+      : Base(group, kernel_problem, index, std::integral_constant<int, 1>()) {}
+
+  // Returns the largest of this thread's values.
+  MASKED_SOFTMAX_DEVICE acc_t load() {
+    constexpr acc_t kNone = -std::numeric_limits<acc_t>::infinity();
+    Base::load(0, values_);
+    acc_t largest = kNone;
     MASKED_SOFTMAX_UNROLL
     for (int k = 0; k < kVectors; ++k) {
       MASKED_SOFTMAX_UNROLL
       for (int i = 0; i < kElems; ++i) {
-        values[k][i] = values[k][i] * scaling.scale - log_sum;
+        values_[k][i] = i < present(k) ? values_[k][i] * scaling_.factor : kNone;
+        largest = larger(largest, values_[k][i]);
       }
     }
-  } else {
+    return largest;
+  }
+
+  MASKED_SOFTMAX_DEVICE Sum<acc_t> take_exponentials(acc_t row_max) {
     Sum<acc_t> sum;
     MASKED_SOFTMAX_UNROLL
     for (int k = 0; k < kVectors; ++k) {
-      const int present = elems_present<kElems>(row.length, vector_index(group, k));
       MASKED_SOFTMAX_UNROLL
       for (int i = 0; i < kElems; ++i) {
-        const acc_t e = exponential<Types::kApproximate>(values[k][i] - row_max, scaling);
-        values[k][i] = i < present ? e : acc_t{0};
+        const acc_t e = exponential<Base::Types::kApproximate>(values_[k][i] - row_max, scaling_);
+        values_[k][i] = i < present(k) ? e : acc_t{0};
       }
-      sum.add(values[k]);
+      sum.add(values_[k]);
     }
-    const acc_t reciprocal = 1 / group.sum(sum).total();
+    return sum;
+  }
+
+  // For the logarithm the distances to the maximum take the values' place. A maximum contributes exactly 1 and is
+  // counted apart from the rest, so that a row which one element dominates keeps its relative accuracy.
+  MASKED_SOFTMAX_DEVICE Sum<acc_t> take_distances(acc_t row_max, acc_t& maxima) {
+    Sum<acc_t> rest;
+    MASKED_SOFTMAX_UNROLL
+    for (int k = 0; k < kVectors; ++k) {
+      acc_t terms[kElems];
+      MASKED_SOFTMAX_UNROLL
+      for (int i = 0; i < kElems; ++i) {
+        const Distance<acc_t> distance(values_[k][i], row_max);
+        terms[i] = i < present(k) && distance.t != 0 ? rest_term(distance, scaling_) : acc_t{0};
+        maxima += i < present(k) && distance.t == 0 ? acc_t{1} : acc_t{0};
+        values_[k][i] = distance.t;
+      }
+      rest.add(terms);
+    }
+    return rest;
+  }
+
+  MASKED_SOFTMAX_DEVICE void store_softmax(acc_t sum) {
+    const acc_t reciprocal = 1 / sum;
+    for_each_value([&](acc_t& value) { value *= reciprocal; });
+    Base::store(values_);
+  }
+  MASKED_SOFTMAX_DEVICE void store_log_softmax(acc_t log_sum) {
+    for_each_value([&](acc_t& value) { value = value * scaling_.scale - log_sum; });
+    Base::store(values_);
+  }
+
+ private:
+  template <class Visitor>
+  MASKED_SOFTMAX_DEVICE void for_each_value(const Visitor& visit) {
     MASKED_SOFTMAX_UNROLL
     for (int k = 0; k < kVectors; ++k) {
       MASKED_SOFTMAX_UNROLL
       for (int i = 0; i < kElems; ++i) {
-        values[k][i] *= reciprocal;
+        visit(values_[k][i]);
       }
     }
   }
 
-  MASKED_SOFTMAX_UNROLL
-  for (int k = 0; k < kVectors; ++k) {
-    store_vector<Group::kRunLanes>(output + row.start, row.length, vector_index(group, k),
-                                   kernel_problem.output_rows_are_aligned, values[k]);
-  }
-  if (exists) {
-    fill_padding(group, output, problem.cols, row, problem.operation);
-  }
-}
+  typename Base::Values values_;
+};
 
-// The same for a gradient: inputs are the incoming gradient g and the saved result y.
+// A gradient: inputs are the incoming gradient g and the saved result y. Zeros stand where there is no element.
 template <class input_t, class output_t, int kVectors, class Group>
-MASKED_SOFTMAX_DEVICE void backward_row(const Group& group, const KernelProblem& kernel_problem, int64_t index) {
-  using Types = RowTypes<input_t, output_t>;
-  using acc_t = typename Types::acc_t;
-  constexpr int kElems = Types::kElems;
-  const Problem& problem = kernel_problem.problem;
-  const Scaling<acc_t> scaling(kernel_problem);
-  const bool is_log = problem.operation == Operation::kLogSoftmaxBackward;
-  const bool exists = index < problem.rows;
-  const Row row = exists ? find_row<2>(kernel_problem, index) : Row{};
-  const input_t* g_row = static_cast<const input_t*>(problem.inputs[0].data) + row.input_offsets[0] + row.start;
-  const input_t* y_row = static_cast<const input_t*>(problem.inputs[1].data) + row.input_offsets[1] + row.start;
-  output_t* output = static_cast<output_t*>(problem.output.data) + row.output_offset;
+class BackwardRow : public RegisterRow<input_t, output_t, kVectors, Group> {
+  using Base = RegisterRow<input_t, output_t, kVectors, Group>;
+  using Base::kElems, Base::scaling_;
 
-  // Zeros where there is no element.
-  acc_t g[kVectors][kElems];
-  acc_t y[kVectors][kElems];
-  MASKED_SOFTMAX_UNROLL
-  for (int k = 0; k < kVectors; ++k) {
-    load_vector(g_row, row.length, vector_index(group, k), g[k]);
-    load_vector(y_row, row.length, vector_index(group, k), y[k]);
+ public:
+  using typename Base::acc_t;
+
+  MASKED_SOFTMAX_DEVICE BackwardRow(const Group& group, const KernelProblem& kernel_problem, int64_t index)
+      : Base(group, kernel_problem, index, std::integral_constant<int, 2>()),
+        is_log_(kernel_problem.problem.operation == Operation::kLogSoftmaxBackward) {
+    Base::load(0, g_);
+    Base::load(1, y_);
   }
 
-  Sum<acc_t> sum;
-  MASKED_SOFTMAX_UNROLL
-  for (int k = 0; k < kVectors; ++k) {
-    acc_t terms[kElems];
+  MASKED_SOFTMAX_DEVICE Sum<acc_t> sum() const {
+    Sum<acc_t> sum;
     MASKED_SOFTMAX_UNROLL
-    for (int i = 0; i < kElems; ++i) {
-      terms[i] = is_log ? g[k][i] : g[k][i] * y[k][i];
+    for (int k = 0; k < kVectors; ++k) {
+      acc_t terms[kElems];
+      MASKED_SOFTMAX_UNROLL
+      for (int i = 0; i < kElems; ++i) {
+        terms[i] = is_log_ ? g_[k][i] : g_[k][i] * y_[k][i];
+      }
+      sum.add(terms);
     }
-    sum.add(terms);
+    return sum;
   }
-  const acc_t total = group.sum(sum).total();
 
-  MASKED_SOFTMAX_UNROLL
-  for (int k = 0; k < kVectors; ++k) {
+  MASKED_SOFTMAX_DEVICE void store(acc_t total) {
     MASKED_SOFTMAX_UNROLL
-    for (int i = 0; i < kElems; ++i) {
-      if (is_log) {
-        const acc_t p = exponential_of_log<Types::kApproximate>(y[k][i], scaling);
-        g[k][i] = scaling.scale * (g[k][i] - p * total);
-      } else {
-        g[k][i] = scaling.scale * y[k][i] * (g[k][i] - total);
+    for (int k = 0; k < kVectors; ++k) {
+      MASKED_SOFTMAX_UNROLL
+      for (int i = 0; i < kElems; ++i) {
+        if (is_log_) {
+          const acc_t p = exponential_of_log<Base::Types::kApproximate>(y_[k][i], scaling_);
+          g_[k][i] = scaling_.scale * (g_[k][i] - p * total);
+        } else {
+          g_[k][i] = scaling_.scale * y_[k][i] * (g_[k][i] - total);
+        }
       }
     }
-    store_vector<Group::kRunLanes>(output + row.start, row.length, vector_index(group, k),
-                                   kernel_problem.output_rows_are_aligned, g[k]);
+    Base::store(g_);
   }
-  if (exists) {
-    fill_padding(group, output, problem.cols, row, problem.operation);
-  }
-}
 
+ private:
+  const bool is_log_;
+  typename Base::Values g_;
+  typename Base::Values y_;
+};
+
+// One row from load to store; its group finds out together what depends on all of it.
 template <bool kForward, class input_t, class output_t, int kVectors, class Group>
 MASKED_SOFTMAX_DEVICE void register_row(const Group& group, const KernelProblem& kernel_problem, int64_t index) {
+  using acc_t = typename RowTypes<input_t, output_t>::acc_t;
   if constexpr (kForward) {
-    forward_row<input_t, output_t, kVectors>(group, kernel_problem, index);
+    ForwardRow<input_t, output_t, kVectors, Group> row(group, kernel_problem, index);
+    const acc_t row_max = group.max(row.load());
+    if (kernel_problem.problem.operation == Operation::kLogSoftmax) {
+      acc_t maxima = 0;
+      const acc_t rest = group.sum(row.take_distances(row_max, maxima)).total();
+      row.store_log_softmax(log_of_sum(rest, group.count(maxima)));
+    } else {
+      row.store_softmax(group.sum(row.take_exponentials(row_max)).total());
+    }
   } else {
-    backward_row<input_t, output_t, kVectors>(group, kernel_problem, index);
+    BackwardRow<input_t, output_t, kVectors, Group> row(group, kernel_problem, index);
+    row.store(group.sum(row.sum()).total());
   }
 }
 

@@ -2,7 +2,10 @@
 //
 //   column_rows     the rows lie side by side (the softmax dimension is not the last): 32 neighbours to a warp, which
 //                   reads 32 adjacent elements at a time; a block's warps share the columns
-//   strided_rows    everything else: a block to a row
+//   strided_rows    everything else: a part of a warp or a block to a row
+//
+// A row's sums are taken in the order of the strategy that holds rows of its size in registers (SumOrder in
+// launch_plan.h), so that it has the same bits in any layout.
 //
 // What moves. A forward pass reads each valid element three times, a backward pass twice; the second and third time
 // from the second-level cache as long as the rows under way fit it: 32 rows of 512 columns in float32 are 64 KiB a
@@ -17,6 +20,10 @@
 
 namespace masked_softmax {
 namespace cuda {
+
+MASKED_SOFTMAX_DEVICE bool is_16_bit(ElementType type) {
+  return type == ElementType::kBFloat16 || type == ElementType::kFloat16;
+}
 
 template <class acc_t>
 MASKED_SOFTMAX_DEVICE acc_t load_element(const Operand& operand, int64_t offset) {
@@ -34,13 +41,19 @@ MASKED_SOFTMAX_DEVICE acc_t load_element(const Operand& operand, int64_t offset)
   }
 }
 
+template <class T, class acc_t>
+MASKED_SOFTMAX_DEVICE void store_narrow(void* data, int64_t offset, acc_t value) {
+  const T narrowed = narrow<T>(value);  // the emulator does not see a store of what a call returns
+  static_cast<T*>(data)[offset] = narrowed;
+}
+
 template <class acc_t>
 MASKED_SOFTMAX_DEVICE void store_element(const Operand& operand, int64_t offset, acc_t value) {
   switch (operand.type) {
-    case ElementType::kFloat64: static_cast<double*>(operand.data)[offset] = value; break;
-    case ElementType::kBFloat16: static_cast<bfloat16_t*>(operand.data)[offset] = narrow<bfloat16_t>(value); break;
-    case ElementType::kFloat16: static_cast<float16_t*>(operand.data)[offset] = narrow<float16_t>(value); break;
-    default: static_cast<float*>(operand.data)[offset] = static_cast<float>(value); break;
+    case ElementType::kFloat64: store_narrow<double>(operand.data, offset, value); break;
+    case ElementType::kBFloat16: store_narrow<bfloat16_t>(operand.data, offset, value); break;
+    case ElementType::kFloat16: store_narrow<float16_t>(operand.data, offset, value); break;
+    default: store_narrow<float>(operand.data, offset, value); break;
   }
 }
 
@@ -51,7 +64,9 @@ class StridedRow {
   MASKED_SOFTMAX_DEVICE StridedRow(const Group& group, const KernelProblem& kernel_problem, int64_t index)
       : group_(group),
         problem_(kernel_problem.problem),
+        order_(kernel_problem.order),
         scaling_(kernel_problem),
+        approximate_(std::is_same_v<acc_t, float> && is_16_bit(kernel_problem.problem.output.type)),
         exists_(index < kernel_problem.problem.rows),
         row_(exists_ ? find_row<kMaxInputs>(kernel_problem, index) : Row{}) {}
 
@@ -90,37 +105,75 @@ class StridedRow {
     return group_.max(largest);
   }
 
+  // The sum of term(column) over the valid columns. All threads of a block take as many turns, whatever their rows.
+  template <class Term>
+  MASKED_SOFTMAX_DEVICE acc_t sum(const Term& term) const {
+    Sum<acc_t> sum;
+    for (int64_t piece = 0; piece < problem_.cols; piece += order_.piece_elems()) {
+      sum.add(group_.sum(part_of_piece(piece, term)));
+      group_.meet();  // before the results' memory is used again
+    }
+    return sum.total();
+  }
+
+  // What this thread adds to the piece that begins with valid column `piece`. It has the part of one thread of the
+  // order, or those of a few that follow one another.
+  template <class Term>
+  MASKED_SOFTMAX_DEVICE Sum<acc_t> part_of_piece(int64_t piece, const Term& term) const {
+    TreeSum<acc_t, Group::kSumLevels> sums;
+    const unsigned parts = parts_of_thread();
+    for (unsigned i = 0; i < parts; ++i) {
+      const unsigned thread = group_.thread() * parts + i;
+      Sum<acc_t> sum;
+      for (int k = 0; thread < static_cast<unsigned>(order_.threads) && k < order_.vectors; ++k) {
+        const int64_t first = piece + (int64_t{k} * order_.threads + thread) * order_.elems;
+        constexpr int kMostElems = 8;
+        acc_t terms[kMostElems];
+        MASKED_SOFTMAX_UNROLL
+        for (int e = 0; e < kMostElems; ++e) {
+          terms[e] = e < order_.elems && first + e < row_.length ? term(row_.start + first + e) : acc_t{0};
+        }
+        sum.add(terms);
+      }
+      sums.add(sum);
+    }
+    return sums.total();
+  }
+
+  MASKED_SOFTMAX_DEVICE unsigned parts_of_thread() const {
+    unsigned parts = 1;
+    while (parts * group_.threads() < static_cast<unsigned>(order_.threads)) {
+      parts *= 2;
+    }
+    return parts;
+  }
+
+  MASKED_SOFTMAX_DEVICE acc_t exp_of_distance(acc_t t) const {
+    return approximate_ ? exponential<kCanApproximate>(t, scaling_) : exponential<false>(t, scaling_);
+  }
+  MASKED_SOFTMAX_DEVICE acc_t exp_of(acc_t y) const {
+    return approximate_ ? exponential_of_log<kCanApproximate>(y, scaling_) : exponential_of_log<false>(y, scaling_);
+  }
+
   MASKED_SOFTMAX_DEVICE void softmax() const {
     const acc_t largest = row_max();
-    const auto e = [&](int64_t col) { return exp2_product(score(col) - largest, scaling_.exponent); };
-    Sum<acc_t> sum;
-    for_each_valid([&](int64_t col) { sum.add(e(col)); });
-    const acc_t reciprocal = 1 / group_.sum(sum).total();
+    const auto e = [&](int64_t col) { return exp_of_distance(score(col) - largest); };
+    const acc_t reciprocal = 1 / sum(e);
     for_each_valid([&](int64_t col) { set_output(col, e(col) * reciprocal); });
   }
 
-  // See forward_row() in register_rows.cuh.
+  // See ForwardRow in register_rows.cuh.
   MASKED_SOFTMAX_DEVICE void log_softmax() const {
     const acc_t largest = row_max();
-    Sum<acc_t> rest;
     acc_t maxima = 0;
-    for_each_valid([&](int64_t col) {
-      const acc_t value = score(col);
-      const acc_t t = value - largest;
-      if (t == 0) {
-        maxima += 1;
-      } else {
-        const acc_t part = t - value;
-        const acc_t error = (value - (t - part)) - (largest + part);
-        const acc_t correction = fused_multiply_add(t, scaling_.exponent_low, error * scaling_.exponent);
-        rest.add(exp2_product<kRestBias>(t, scaling_.exponent, correction));
-      }
+    const acc_t rest = sum([&](int64_t col) {
+      const Distance<acc_t> distance(score(col), largest);
+      maxima += distance.t == 0 ? acc_t{1} : acc_t{0};
+      return distance.t == 0 ? acc_t{0} : rest_term(distance, scaling_);
     });
-    const acc_t log_sum = log_of_sum(group_.sum(rest).total(), group_.count(maxima));
+    const acc_t log_sum = log_of_sum(rest, group_.count(maxima));
     for_each_valid([&](int64_t col) { set_output(col, (score(col) - largest) * scaling_.scale - log_sum); });
   }
-
-  MASKED_SOFTMAX_DEVICE acc_t exp_of(acc_t y) const { return exponential_of_log<false>(y, scaling_); }
 
   // What is summed over the row: `first`, and `second` for the one derivative that has two.
   MASKED_SOFTMAX_DEVICE acc_t first_term(int64_t col) const {
@@ -146,15 +199,10 @@ class StridedRow {
   }
 
   MASKED_SOFTMAX_DEVICE void derivative() const {
-    Sum<acc_t> sum;
-    for_each_valid([&](int64_t col) { sum.add(first_term(col)); });
-    const acc_t first = group_.sum(sum).total();
+    const acc_t first = sum([&](int64_t col) { return first_term(col); });
     acc_t second = 0;
     if (problem_.operation == Operation::kSoftmaxBackwardWrtY) {
-      Sum<acc_t> other;
-      for_each_valid([&](int64_t col) { other.add(second_term(col)); });
-      group_.meet();  // before the sums' memory is used again
-      second = group_.sum(other).total();
+      second = sum([&](int64_t col) { return second_term(col); });
     }
     for_each_valid([&](int64_t col) { set_output(col, derivative_value(col, first, second)); });
   }
@@ -168,12 +216,29 @@ class StridedRow {
     }
   }
 
+  static constexpr bool kCanApproximate = std::is_same_v<acc_t, float>;
+
   const Group& group_;
   const Problem& problem_;
+  const SumOrder& order_;
   const Scaling<acc_t> scaling_;
+  const bool approximate_;  // as RowTypes in register_rows.cuh does
   const bool exists_;
   const Row row_;
 };
+
+template <class acc_t, unsigned kThreads>
+MASKED_SOFTMAX_KERNEL(kStridedThreads)
+strided_lanes(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
+  using Group = LaneGroup<kThreads, acc_t>;
+  const Group group;
+  const int64_t rows_per_block = block_threads() / kThreads;
+  const int64_t step = rows_per_block * grid_blocks();
+  // The loop's end is the same for all lanes of a warp.
+  for (int64_t first = block_index() * rows_per_block; first < kernel_problem.problem.rows; first += step) {
+    StridedRow<acc_t, Group>(group, kernel_problem, first + thread_index() / kThreads).compute();
+  }
+}
 
 template <class acc_t>
 MASKED_SOFTMAX_KERNEL(kStridedThreads)
@@ -182,9 +247,10 @@ strided_rows(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   MASKED_SOFTMAX_SHARED(acc_t, sum_highs, WarpResults<acc_t>::kMostWarps);
   MASKED_SOFTMAX_SHARED(acc_t, sum_lows, WarpResults<acc_t>::kMostWarps);
   MASKED_SOFTMAX_SHARED(acc_t, counts, WarpResults<acc_t>::kMostWarps);
-  const BlockGroup<acc_t> group({maxima, sum_highs, sum_lows, counts});
+  using Group = BlockGroup<acc_t>;
+  const Group group({maxima, sum_highs, sum_lows, counts});
   for (int64_t row = block_index(); row < kernel_problem.problem.rows; row += grid_blocks()) {
-    StridedRow<acc_t, BlockGroup<acc_t>>(group, kernel_problem, row).compute();
+    StridedRow<acc_t, Group>(group, kernel_problem, row).compute();
     group.meet();  // the next row's results go where this one's were read
   }
 }

@@ -163,8 +163,7 @@ MASKED_SOFTMAX_DEVICE Chunk<T> chunk_before(const Chunk<T>& chunk, unsigned widt
 
 // Sets the columns [begin, end) of a row: thread `thread` of `threads`, all of them together.
 template <class T>
-MASKED_SOFTMAX_DEVICE void fill_columns(T* row, int64_t begin, int64_t end, T value, unsigned thread,
-                                        unsigned threads) {
+MASKED_SOFTMAX_DEVICE void fill_columns(T* row, int64_t begin, int64_t end, T value, int64_t thread, int64_t threads) {
   constexpr int kElems = Chunk<T>::kElems;
   if (begin >= end) {
     return;
@@ -175,7 +174,7 @@ MASKED_SOFTMAX_DEVICE void fill_columns(T* row, int64_t begin, int64_t end, T va
     filling.elems[i] = value;
   }
   const int skipped = misalignment(row + begin);
-  for (int64_t at = begin - skipped + int64_t{thread} * kElems; at < end; at += int64_t{threads} * kElems) {
+  for (int64_t at = begin - skipped + thread * kElems; at < end; at += threads * kElems) {
     if (at >= begin && at + kElems <= end) {
       store16(row + at, vector_of(filling));
     } else {

@@ -19,35 +19,52 @@ namespace {
 // How far apart the threads are that have read a byte since they last met.
 enum class Spread : uint8_t { kNobody, kThread, kWarp, kBlock, kCluster, kGrid };
 
-// The last access of a kind, and when it was.
+// The last access of a kind, and when it was. There are two for every byte, so they are small: counts of meetings that
+// have run over are equal once in thousands, and then a race is reported where there is none.
 struct Access {
-  uint32_t thread = 0;  // in the grid
-  uint32_t cluster_met = 0;
-  uint32_t block_met = 0;
-  uint32_t warp_met = 0;
-  Spread spread = Spread::kNobody;
+  Access() : thread(0), cluster_met(0), block_met(0), warp_met(0), spread(0) {}
+  Access(uint32_t in_thread, const Meetings& met, Spread how_far)
+      : thread(in_thread & 0xffffff),
+        cluster_met(met.cluster & 0xff),
+        block_met(met.block & 0xffff),
+        warp_met(met.warp & 0x1fff),
+        spread(static_cast<uint64_t>(how_far)) {}
+
+  uint64_t thread : 24;  // in the grid
+  uint64_t cluster_met : 8;
+  uint64_t block_met : 16;
+  uint64_t warp_met : 13;
+  uint64_t spread : 3;
+
+  Spread how_far() const { return static_cast<Spread>(spread); }
+  bool before_cluster_met(const Meetings& met) const { return cluster_met != (met.cluster & 0xff); }
+  bool before_block_met(const Meetings& met) const { return block_met != (met.block & 0xffff); }
+  bool before_warp_met(const Meetings& met) const { return warp_met != (met.warp & 0x1fff); }
 };
 
 struct Cell {
+  Access load;
+  Access store;
+  uint32_t era = 0;         // the launch, or for shared memory the cluster, that the accesses belong to
   uint32_t allowed_in = 0;  // the generation of buffers that its permission belongs to
   uint8_t permission = 0;
   bool was_written = false;
-  uint32_t era = 0;  // the launch, or for shared memory the cluster, that the accesses belong to
-  Access load;
-  Access store;
 };
 
 constexpr size_t kPageBytes = 4096;
 using Page = std::array<Cell, kPageBytes>;
 
 std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
-uintptr_t last_page_number = 0;
-Page* last_page = nullptr;
+// The last page of each of a few numbers: fibers take turns, and each has pages of its own.
+struct KnownPage {
+  uintptr_t number = 0;
+  Page* page = nullptr;
+};
+std::array<KnownPage, 256> known_pages;
 // Forgetting all buffers is a new generation: pages stay, and their cells no longer count.
 uint32_t generation = 1;
 bool has_buffers = false;
-size_t writable = 0;
-size_t written = 0;
+size_t unwritten = 0;
 
 struct SharedCell {
   Cell cell;
@@ -58,15 +75,15 @@ uint32_t cluster_number = 0;
 
 Page* find_page(uintptr_t address) {
   const uintptr_t number = address / kPageBytes;
-  if (last_page == nullptr || number != last_page_number) {
+  KnownPage& known = known_pages[number % known_pages.size()];
+  if (known.page == nullptr || known.number != number) {
     const auto found = pages.find(number);
     if (found == pages.end()) {
       return nullptr;
     }
-    last_page_number = number;
-    last_page = found->second.get();
+    known = {number, found->second.get()};
   }
-  return last_page;
+  return known.page;
 }
 
 uint32_t thread_number(const Fiber& fiber) {
@@ -91,31 +108,21 @@ Spread spread_between(uint32_t thread, const Fiber& fiber) {
 
 // Whether an earlier access comes before what `fiber` does now, in every order in which threads may run.
 bool is_ordered(const Access& earlier, const Fiber& fiber, bool a_shuffle_orders) {
-  if (earlier.spread == Spread::kNobody) {
+  if (earlier.how_far() == Spread::kNobody) {
     return true;
   }
-  const Spread apart = std::max(earlier.spread, spread_between(earlier.thread, fiber));
-  if (apart == Spread::kThread) {
-    return true;
+  const Spread apart = std::max(earlier.how_far(), spread_between(earlier.thread, fiber));
+  switch (apart) {
+    case Spread::kGrid: return false;
+    case Spread::kCluster: return earlier.before_cluster_met(fiber.met);
+    case Spread::kBlock: return earlier.before_block_met(fiber.met);
+    case Spread::kWarp:
+      return earlier.before_block_met(fiber.met) || (a_shuffle_orders && earlier.before_warp_met(fiber.met));
+    default: return true;
   }
-  if (apart == Spread::kGrid) {
-    return false;
-  }
-  if (earlier.cluster_met != fiber.met.cluster) {
-    return true;
-  }
-  if (apart == Spread::kCluster) {
-    return false;
-  }
-  if (earlier.block_met != fiber.met.block) {
-    return true;
-  }
-  return apart == Spread::kWarp && a_shuffle_orders && earlier.warp_met != fiber.met.warp;
 }
 
-Access access_of(const Fiber& fiber, Spread spread) {
-  return {thread_number(fiber), fiber.met.cluster, fiber.met.block, fiber.met.warp, spread};
-}
+Access access_of(const Fiber& fiber, Spread spread) { return {thread_number(fiber), fiber.met, spread}; }
 
 // Where in the kernel's source the current access stands.
 std::string source_of(const void* return_address) {
@@ -144,35 +151,32 @@ bool is_within(uintptr_t address, const void* begin, size_t size_bytes) {
   return address >= first && address < first + size_bytes;
 }
 
-// The program's own constants, and the launch's arguments on the stack of whoever launches.
+struct Range {
+  uintptr_t begin;
+  uintptr_t end;
+
+  bool holds(uintptr_t address) const { return begin <= address && address < end; }
+};
+Range host_stack{0, 0};
+
+// The program's own constants.
 bool belongs_to_program(uintptr_t address) {
-  struct Query {
-    uintptr_t address;
-    bool found;
-  } query{address, false};
-  dl_iterate_phdr(
-      [](dl_phdr_info* info, size_t, void* argument) {
-        auto* asked = static_cast<Query*>(argument);
-        for (int i = 0; i < info->dlpi_phnum; ++i) {
-          const auto begin = info->dlpi_addr + info->dlpi_phdr[i].p_vaddr;
-          if (info->dlpi_phdr[i].p_type == PT_LOAD && asked->address >= begin &&
-              asked->address < begin + info->dlpi_phdr[i].p_memsz) {
-            asked->found = true;
+  static const std::vector<Range> segments = [] {
+    std::vector<Range> found;
+    dl_iterate_phdr(
+        [](dl_phdr_info* info, size_t, void* argument) {
+          for (int i = 0; i < info->dlpi_phnum; ++i) {
+            const auto begin = info->dlpi_addr + info->dlpi_phdr[i].p_vaddr;
+            if (info->dlpi_phdr[i].p_type == PT_LOAD) {
+              static_cast<std::vector<Range>*>(argument)->push_back({begin, begin + info->dlpi_phdr[i].p_memsz});
+            }
           }
-        }
-        return 0;
-      },
-      &query);
-  if (query.found) {
-    return true;
-  }
-  pthread_attr_t attributes;
-  void* stack = nullptr;
-  size_t size_bytes = 0;
-  pthread_getattr_np(pthread_self(), &attributes);
-  pthread_attr_getstack(&attributes, &stack, &size_bytes);
-  pthread_attr_destroy(&attributes);
-  return is_within(address, stack, size_bytes);
+          return 0;
+        },
+        &found);
+    return found;
+  }();
+  return std::any_of(segments.begin(), segments.end(), [&](const Range& segment) { return segment.holds(address); });
 }
 
 void report(const char* what, size_t size_bytes, bool is_store, const char* memory, const void* return_address) {
@@ -192,7 +196,7 @@ const char* update(Cell& cell, const Fiber& fiber, uint32_t era, bool is_store) 
   if (!is_store) {
     const bool replaces = is_ordered(cell.load, fiber, true);
     const Spread spread =
-        replaces ? Spread::kThread : std::max(cell.load.spread, spread_between(cell.load.thread, fiber));
+        replaces ? Spread::kThread : std::max(cell.load.how_far(), spread_between(cell.load.thread, fiber));
     cell.load = access_of(fiber, spread);
     return nullptr;
   }
@@ -234,6 +238,12 @@ void check_device(uintptr_t address, size_t size_bytes, bool is_store, const voi
     if ((cell->permission & needed) == 0) {
       return report("forbidden", size_bytes, is_store, "device", return_address);
     }
+    if (!is_store && (cell->permission & kHoldsNothing) != 0 && !cell->was_written) {
+      return report("not initialised", size_bytes, is_store, "device", return_address);
+    }
+    if (is_store && !cell->was_written && (cell->permission & kMustBeWritten) != 0) {
+      --unwritten;
+    }
     if (const char* wrong = update(*cell, current_fiber(), static_cast<uint32_t>(machine().launch_number), is_store)) {
       return report(wrong, size_bytes, is_store, "device", return_address);
     }
@@ -256,18 +266,34 @@ void allow(const void* p, size_t size_bytes, uint8_t permission) {
       cell.permission = 0;
       cell.was_written = false;
     }
-    writable += (permission & kMayWrite & ~cell.permission) != 0 ? 1 : 0;
+    unwritten += (permission & kMustBeWritten & ~cell.permission) != 0 ? 1 : 0;
     cell.permission |= permission;
   }
 }
 
 void forget_buffers() {
+  constexpr size_t kMostPages = 4096;  // half a gigabyte of cells
+  if (pages.size() > kMostPages) {
+    pages.clear();
+    known_pages.fill({});
+  }
   ++generation;
   has_buffers = false;
-  writable = written = 0;
+  unwritten = 0;
 }
 
-size_t count_unwritten() { return writable - written; }
+size_t count_unwritten() { return unwritten; }
+
+void remember_host_stack() {
+  pthread_attr_t attributes;
+  void* stack = nullptr;
+  size_t size_bytes = 0;
+  pthread_getattr_np(pthread_self(), &attributes);
+  pthread_attr_getstack(&attributes, &stack, &size_bytes);
+  pthread_attr_destroy(&attributes);
+  const auto begin = reinterpret_cast<uintptr_t>(stack);
+  host_stack = {begin, begin + size_bytes};
+}
 
 void begin_checked_cluster() {
   shared_cells.resize(kMostClusterBlocks * kSharedBytes);
@@ -295,6 +321,9 @@ __attribute__((noinline)) void check_access(const void* p, size_t size_bytes, bo
     if (!is_within(address, m.stacks + m.current * kStackBytes, kStackBytes)) {
       report("another thread's local memory", size_bytes, is_store, "local", return_address);
     }
+    return;
+  }
+  if (!is_store && host_stack.holds(address)) {
     return;
   }
   ++m.counters.accesses;

@@ -15,6 +15,8 @@ namespace simt {
 enum Permission : uint8_t {
   kMayRead = 1,
   kMayWrite = 2,
+  kMustBeWritten = 4,  // see count_unwritten()
+  kHoldsNothing = 8,   // until it is written, reading it is a mistake
 };
 
 // Device memory from p on. Bytes may be covered twice: what either allows is allowed. Without any buffer, nothing is
@@ -22,8 +24,11 @@ enum Permission : uint8_t {
 void allow(const void* p, size_t size_bytes, uint8_t permission);
 void forget_buffers();
 
-// How many bytes that may be written have not been, since they were allowed.
+// How many bytes that must be written have not been, since they were allowed.
 size_t count_unwritten();
+
+// Where the launch's arguments lie.
+void remember_host_stack();
 
 void add_shared_array(const void* p, size_t size_bytes, unsigned block);
 void begin_checked_cluster();

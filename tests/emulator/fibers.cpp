@@ -237,6 +237,7 @@ int launch_threads(const Grid& grid, void (*body)(const void*), const void* cont
   running_body = body;
   running_context = context;
   ++m.launch_number;
+  remember_host_stack();
   std::vector<unsigned> clusters(grid.blocks / grid.cluster_size);
   for (unsigned i = 0; i < clusters.size(); ++i) {
     clusters[i] = order == Order::kBackwards ? static_cast<unsigned>(clusters.size()) - 1 - i : i;

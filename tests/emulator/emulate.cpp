@@ -1,0 +1,102 @@
+#include "emulate.h"
+
+#include <cstddef>
+#include <vector>
+
+#include "checker.h"
+#include "common/row_walker.h"
+#include "simt.h"
+
+namespace emulator {
+namespace {
+
+using namespace masked_softmax;
+
+// Whether the kernels were compiled to announce their accesses: run.sh says so.
+constexpr bool kIsChecked = MASKED_SOFTMAX_EMULATOR_IS_CHECKED != 0;
+
+size_t size_bytes(ElementType type) {
+  size_t size = 0;
+  visit_element_type(type, [&](auto element) { size = sizeof(element); });
+  return size;
+}
+
+const char* at(const void* data, int64_t offset, ElementType type) {
+  return static_cast<const char*>(data) + offset * static_cast<int64_t>(size_bytes(type));
+}
+
+void allow_columns(const Operand& operand, int64_t row_offset, int64_t begin, int64_t end, uint8_t permission) {
+  for (int64_t col = begin; col < end; ++col) {
+    simt::allow(at(operand.data, row_offset + col * operand.col_stride, operand.type), size_bytes(operand.type),
+                permission);
+  }
+}
+
+int64_t index_offset(const Problem& problem, const RowIndex& index, int64_t row) {
+  int64_t offset = 0;
+  for (int dim = problem.row_ndim - 1; dim >= 0; --dim) {
+    offset += row % problem.row_sizes[dim] * index.row_strides[dim];
+    row /= problem.row_sizes[dim];
+  }
+  return offset;
+}
+
+void allow_index(const Problem& problem, const RowIndex& index, int64_t row) {
+  if (index.data != nullptr) {
+    simt::allow(at(index.data, index_offset(problem, index, row), index.type), size_bytes(index.type), simt::kMayRead);
+  }
+}
+
+// Exactly what a kernel may touch: the valid elements of its inputs, all elements of its output, its bounds. Padding is
+// out of bounds.
+void allow_problem(const Problem& problem) {
+  RowWalker walker(problem, 0, problem.rows);
+  int64_t row = 0;
+  for (RowRun run; walker.next(run);) {
+    for (int64_t ahead = 0; ahead < run.rows; ++ahead, ++row) {
+      allow_index(problem, problem.lengths, row);
+      allow_index(problem, problem.starts, row);
+      allow_columns(problem.output, run.output_offset(ahead), 0, problem.cols, simt::kMayWrite | simt::kMustBeWritten);
+      if (bounds_are_valid(run.raw_start(ahead), run.raw_length(ahead), problem.cols)) {
+        const RowBounds bounds = run.bounds(ahead);
+        for (int k = 0; k < problem.input_count; ++k) {
+          allow_columns(problem.inputs[k], run.input_offset(k, ahead), bounds.start, bounds.end, simt::kMayRead);
+        }
+      }
+    }
+  }
+}
+
+void set_order(unsigned seed) {
+  constexpr simt::Order kOrders[] = {simt::Order::kRandom, simt::Order::kForwards, simt::Order::kBackwards};
+  simt::set_order(kOrders[seed % 3], seed);
+}
+
+}  // namespace
+
+Emulation emulate(const Problem& problem, cuda::Strategy forced, const cuda::DeviceProperties& device, unsigned seed) {
+  const cuda::LaunchPlan plan = cuda::plan_problem(problem, device, forced);
+  if (plan.strategy == cuda::Strategy::kAutomatic) {
+    return {plan.strategy, "the strategy cannot compute rows like these"};
+  }
+  const auto workspace_bytes = static_cast<size_t>(plan.workspace_bytes);
+  std::vector<std::max_align_t> workspace(workspace_bytes / sizeof(std::max_align_t) + 1);
+  simt::forget_buffers();
+  if (kIsChecked) {
+    allow_problem(problem);
+    simt::allow(workspace.data(), workspace_bytes, simt::kMayRead | simt::kMayWrite | simt::kHoldsNothing);
+  }
+  set_order(seed);
+  const cuda::Status status = cuda::launch_problem(problem, plan, workspace.data(), nullptr);
+  std::string error = simt::error();
+  simt::clear_error();
+  if (error.empty() && status != cuda::kSuccess) {
+    error = "the launch failed: " + std::to_string(status);
+  }
+  if (error.empty() && simt::count_unwritten() > 0) {
+    error = std::to_string(simt::count_unwritten()) + " bytes of the output were not written";
+  }
+  return {plan.strategy, error};
+}
+
+}  // namespace emulator

@@ -1,0 +1,157 @@
+// The plan: every size around its thresholds.
+#include <algorithm>
+#include <set>
+#include <vector>
+
+#include "check.h"
+#include "emulate.h"
+
+namespace {
+
+using namespace masked_softmax::cuda;
+using emulator::kWithClusters;
+using emulator::kWithoutClusters;
+
+constexpr Strategy kBySize[] = {Strategy::kLanes, Strategy::kBlock, Strategy::kCluster, Strategy::kSplit};
+
+std::string text_of(const RowShape& shape) {
+  return std::to_string(shape.rows) + " rows of " + std::to_string(shape.cols) + ", " +
+         std::to_string(shape.elems_per_vector) + " to a vector, " + std::to_string(shape.inputs) + " inputs";
+}
+
+bool same(const SumOrder& a, const SumOrder& b) {
+  return a.threads == b.threads && a.vectors == b.vectors && a.elems == b.elems;
+}
+
+// Every size up to the largest block's, then those around all multiples of what a warp or a block holds.
+std::vector<int64_t> all_cols() {
+  std::set<int64_t> cols;
+  for (int64_t i = 1; i <= 5000; ++i) {
+    cols.insert(i);
+  }
+  for (int64_t unit : {32, 64, 128, 256, 1024, 4096, 16384, 65536}) {
+    for (int64_t multiple = 1; multiple <= 40; ++multiple) {
+      for (int64_t near = -1; near <= 1; ++near) {
+        cols.insert(unit * multiple + near);
+      }
+    }
+  }
+  for (int64_t large : {int64_t{1} << 20, (int64_t{1} << 31) - 1, (int64_t{1} << 31) + 5, int64_t{1} << 36}) {
+    cols.insert(large);
+  }
+  return {cols.begin(), cols.end()};
+}
+
+template <class Visitor>
+void for_each_shape(const Visitor& visit) {
+  for (int64_t cols : all_cols()) {
+    for (int elems : {2, 4, 8}) {
+      for (int inputs : {1, 2, 3}) {
+        RowShape shape;
+        shape.rows = 1000;
+        shape.cols = cols;
+        shape.elems_per_vector = elems;
+        shape.acc_bytes = elems == 2 ? 8 : 4;
+        shape.inputs = inputs;
+        shape.fits_registers = true;
+        for (const DeviceProperties& device : {kWithClusters, kWithoutClusters}) {
+          visit(shape, device);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+TEST("plan: every row has room, and every launch is one that a device takes") {
+  for_each_shape([](const RowShape& shape, const DeviceProperties& device) {
+    const LaunchPlan plan = plan_launch(shape, device);
+    const int64_t pieces = plan.strategy == Strategy::kSplit ? plan.pieces : plan.cluster_size;
+    CHECK(plan.order.piece_elems() * pieces >= shape.cols, text_of(shape));
+    CHECK(plan.blocks >= 1 && plan.threads >= 32 && plan.threads <= 1024 && plan.threads % 32 == 0, text_of(shape));
+    CHECK(plan.cluster_size == 1 || plan.strategy == Strategy::kCluster, text_of(shape));
+    CHECK(plan.cluster_size <= 8 && plan.blocks % plan.cluster_size == 0, text_of(shape));
+    CHECK((plan.workspace_bytes > 0) == (plan.strategy == Strategy::kSplit), text_of(shape));
+  });
+}
+
+TEST("plan: strategies follow one another as rows grow, and clusters are asked for only where there are any") {
+  Strategy last[2][9][4] = {};
+  for_each_shape([&](const RowShape& shape, const DeviceProperties& device) {
+    const Strategy now = plan_launch(shape, device).strategy;
+    Strategy& before = last[device.has_clusters ? 1 : 0][shape.elems_per_vector][shape.inputs];
+    CHECK(now >= before && now <= Strategy::kSplit, text_of(shape) << ": " << strategy_name(now));
+    CHECK(now != Strategy::kCluster || device.has_clusters, text_of(shape));
+    before = now;
+  });
+}
+
+TEST("plan: the thresholds of float32") {
+  struct Step {
+    int64_t cols;
+    Strategy strategy;
+    int threads;
+    int vectors;
+  };
+  constexpr Step kSteps[] = {
+      {32, Strategy::kLanes, 8, 1},       {33, Strategy::kLanes, 8, 2},        {64, Strategy::kLanes, 8, 2},
+      {65, Strategy::kLanes, 32, 1},      {1024, Strategy::kLanes, 32, 8},     {1025, Strategy::kBlock, 96, 4},
+      {16384, Strategy::kBlock, 1024, 4}, {16385, Strategy::kCluster, 544, 4}, {131072, Strategy::kCluster, 1024, 4},
+      {131073, Strategy::kSplit, 512, 4},
+  };
+  for (const Step& step : kSteps) {
+    RowShape shape;
+    shape.rows = 64;
+    shape.cols = step.cols;
+    shape.fits_registers = true;
+    const LaunchPlan plan = plan_launch(shape, kWithClusters);
+    CHECK(plan.strategy == step.strategy && plan.order.threads == step.threads && plan.order.vectors == step.vectors,
+          step.cols << ": " << strategy_name(plan.strategy) << ", " << plan.order.threads << " threads, "
+                    << plan.order.vectors << " vectors");
+  }
+}
+
+TEST("plan: neither the number of rows nor the layout changes how a row is summed") {
+  for_each_shape([](RowShape shape, const DeviceProperties& device) {
+    const LaunchPlan plan = plan_launch(shape, device);
+    for (int64_t rows : {int64_t{1}, int64_t{31}, int64_t{1} << 20}) {
+      shape.rows = rows;
+      const LaunchPlan other = plan_launch(shape, device);
+      CHECK(other.strategy == plan.strategy && same(other.order, plan.order), text_of(shape));
+    }
+    for (bool is_side_by_side : {false, true}) {
+      shape.fits_registers = false;
+      shape.is_side_by_side = is_side_by_side;
+      const LaunchPlan other = plan_launch(shape, device);
+      CHECK(other.strategy == (is_side_by_side ? Strategy::kColumn : Strategy::kStrided), text_of(shape));
+      CHECK(same(other.order, plan.order), text_of(shape));
+    }
+  });
+}
+
+TEST("plan: 64 rows of 131072 columns fill a GPU") {
+  RowShape shape;
+  shape.rows = 64;
+  shape.cols = 131072;
+  shape.fits_registers = true;
+  for (const DeviceProperties& device : {kWithClusters, kWithoutClusters}) {
+    const LaunchPlan plan = plan_launch(shape, device);
+    CHECK(int64_t{plan.blocks} * plan.threads >= 132 * 2048, plan.blocks << " blocks of " << plan.threads);
+  }
+}
+
+TEST("plan: a forced strategy is taken, or refused where it cannot hold the row") {
+  for_each_shape([](RowShape shape, const DeviceProperties& device) {
+    for (Strategy forced : kBySize) {
+      const LaunchPlan plan = plan_launch(shape, device, forced);
+      CHECK(plan.strategy == forced || plan.strategy == Strategy::kAutomatic, text_of(shape));
+      const bool holds_any_row = forced == Strategy::kSplit;
+      CHECK(!holds_any_row || plan.strategy == forced, text_of(shape));
+    }
+    CHECK(plan_launch(shape, device, Strategy::kStrided).strategy == Strategy::kStrided, text_of(shape));
+    CHECK(plan_launch(shape, device, Strategy::kColumn).strategy == Strategy::kAutomatic, text_of(shape));
+    shape.is_side_by_side = true;
+    CHECK(plan_launch(shape, device, Strategy::kColumn).strategy == Strategy::kColumn, text_of(shape));
+  });
+}
