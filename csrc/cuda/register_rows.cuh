@@ -38,12 +38,6 @@ struct RowTypes {
   static constexpr bool kApproximate = sizeof(output_t) == 2 && std::is_same_v<acc_t, float>;
 };
 
-// The number of the k-th vector that this thread holds, of kVectors.
-template <int kVectors, class Group>
-MASKED_SOFTMAX_DEVICE int64_t vector_index(const Group& group, int k) {
-  return (int64_t{group.piece()} * kVectors + k) * group.threads() + group.thread();
-}
-
 // How many of a vector's elements lie within the row's valid columns.
 template <int kElems>
 MASKED_SOFTMAX_DEVICE int elems_present(int64_t length, int64_t vector) {
@@ -111,17 +105,21 @@ class RegisterRow {
         kernel_problem_(kernel_problem),
         scaling_(kernel_problem),
         exists_(index < kernel_problem.problem.rows),
-        row_(exists_ ? find_row<kInputs>(kernel_problem, index) : Row{}) {}
+        row_(exists_ ? find_row<kInputs>(kernel_problem, index) : Row{}),
+        piece_begin_(int64_t{group.piece()} * kVectors * kElems * group.threads()),
+        piece_length_(row_.length - piece_begin_ < piece_elems() ? row_.length - piece_begin_ : piece_elems()) {}
 
-  MASKED_SOFTMAX_DEVICE int64_t vector(int k) const { return vector_index<kVectors>(group_, k); }
-  MASKED_SOFTMAX_DEVICE int present(int k) const { return elems_present<kElems>(row_.length, vector(k)); }
+  MASKED_SOFTMAX_DEVICE int64_t piece_elems() const { return int64_t{kVectors} * kElems * group_.threads(); }
+  // The number, in the piece, of the k-th vector that this thread holds.
+  MASKED_SOFTMAX_DEVICE int64_t vector(int k) const { return int64_t{k} * group_.threads() + group_.thread(); }
+  MASKED_SOFTMAX_DEVICE int present(int k) const { return elems_present<kElems>(piece_length_, vector(k)); }
 
   MASKED_SOFTMAX_DEVICE void load(int input, Values& values) const {
     const Operand& operand = kernel_problem_.problem.inputs[input];
-    const input_t* first = static_cast<const input_t*>(operand.data) + row_.input_offsets[input] + row_.start;
+    const input_t* valid = static_cast<const input_t*>(operand.data) + row_.input_offsets[input] + row_.start;
     MASKED_SOFTMAX_UNROLL
     for (int k = 0; k < kVectors; ++k) {
-      load_vector(first, row_.length, vector(k), values[k]);
+      load_vector(valid + piece_begin_, piece_length_, vector(k), values[k]);
     }
   }
 
@@ -130,7 +128,7 @@ class RegisterRow {
     output_t* const output = static_cast<output_t*>(problem.output.data) + row_.output_offset;
     MASKED_SOFTMAX_UNROLL
     for (int k = 0; k < kVectors; ++k) {
-      store_vector<Group::kRunLanes>(output + row_.start, row_.length, vector(k),
+      store_vector<Group::kRunLanes>(output + row_.start + piece_begin_, piece_length_, vector(k),
                                      kernel_problem_.output_rows_are_aligned, values[k]);
     }
     if (exists_) {
@@ -147,6 +145,10 @@ class RegisterRow {
   const Scaling<acc_t> scaling_;
   const bool exists_;
   const Row row_;
+  // The piece's part of the valid columns; none where its length is negative. Nothing outside of it is touched, not
+  // even as a part of a vector: another block may be writing there, in place.
+  const int64_t piece_begin_;
+  const int64_t piece_length_;
 };
 
 // Step by step: load; the maximum; the exponentials, which take the values' place; the results.

@@ -310,13 +310,12 @@ void add_shared_array(const void* p, size_t size_bytes, unsigned /*block*/) {
   std::memset(const_cast<void*>(p), 0xff, size_bytes);
 }
 
-__attribute__((noinline)) void check_access(const void* p, size_t size_bytes, bool is_store) {
+void check_access(const void* p, size_t size_bytes, bool is_store, const void* return_address) {
   Machine& m = machine();
   if (!m.is_running || !m.error.empty()) {
     return;
   }
   const auto address = reinterpret_cast<uintptr_t>(p);
-  const void* return_address = __builtin_return_address(0);
   if (is_within(address, m.stacks, size_t{kMostBlockThreads} * kMostClusterBlocks * kStackBytes)) {
     if (!is_within(address, m.stacks + m.current * kStackBytes, kStackBytes)) {
       report("another thread's local memory", size_bytes, is_store, "local", return_address);
@@ -342,7 +341,7 @@ __attribute__((noinline)) void check_access(const void* p, size_t size_bytes, bo
   }
 }
 
-void check_load(const void* p, size_t size_bytes) { check_access(p, size_bytes, false); }
-void check_store(const void* p, size_t size_bytes) { check_access(p, size_bytes, true); }
+void check_load(const void* p, size_t size_bytes) { check_access(p, size_bytes, false, __builtin_return_address(0)); }
+void check_store(const void* p, size_t size_bytes) { check_access(p, size_bytes, true, __builtin_return_address(0)); }
 
 }  // namespace simt

@@ -33,6 +33,7 @@ void remember_host_stack();
 void add_shared_array(const void* p, size_t size_bytes, unsigned block);
 void begin_checked_cluster();
 
-void check_access(const void* p, size_t size_bytes, bool is_store);
+// return_address: of the call that announces the access.
+void check_access(const void* p, size_t size_bytes, bool is_store, const void* return_address);
 
 }  // namespace simt
