@@ -80,7 +80,7 @@ inline int64_t load_index(const RowIndex& index, int64_t offset) {
   }
 }
 
-inline bool is_forward(Operation operation) {
+constexpr bool is_forward(Operation operation) {
   return operation == Operation::kSoftmax || operation == Operation::kLogSoftmax;
 }
 

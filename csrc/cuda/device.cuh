@@ -17,7 +17,9 @@
 #include <cuda_runtime.h>
 
 #define MASKED_SOFTMAX_DEVICE __device__ __forceinline__
-#define MASKED_SOFTMAX_KERNEL(most_threads) __global__ void __launch_bounds__(most_threads)
+#define MASKED_SOFTMAX_DEVICE_LAMBDA __attribute__((always_inline))
+// most_threads: of a block; least_blocks: that a multiprocessor holds at once, which bounds the registers.
+#define MASKED_SOFTMAX_KERNEL(most_threads, least_blocks) __global__ void __launch_bounds__(most_threads, least_blocks)
 #define MASKED_SOFTMAX_KERNEL_ARGUMENT const __grid_constant__
 #define MASKED_SOFTMAX_SHARED(T, name, count) __shared__ T name[count]
 #define MASKED_SOFTMAX_UNROLL _Pragma("unroll")
@@ -31,7 +33,8 @@
 #include "simt.h"
 
 #define MASKED_SOFTMAX_DEVICE inline
-#define MASKED_SOFTMAX_KERNEL(most_threads) void
+#define MASKED_SOFTMAX_DEVICE_LAMBDA
+#define MASKED_SOFTMAX_KERNEL(most_threads, least_blocks) void
 #define MASKED_SOFTMAX_KERNEL_ARGUMENT const
 // Every kernel instantiation has its own arrays: the lambda's type tells them apart.
 #define MASKED_SOFTMAX_SHARED(T, name, count) \
@@ -76,6 +79,13 @@ MASKED_SOFTMAX_DEVICE T shuffle_up(T value, unsigned distance, unsigned width) {
   return __shfl_up_sync(kWholeWarp, value, distance, width);
 }
 
+// Tells the compiler, which would otherwise ask at every access whether memory is shared.
+template <class T>
+MASKED_SOFTMAX_DEVICE T* in_device_memory(T* p) {
+  __builtin_assume(__isGlobal(p));
+  return p;
+}
+
 // A plain load, not one through the read-only path: input and output may be the same memory.
 MASKED_SOFTMAX_DEVICE Vector16 load16(const void* p) {
   const uint4 loaded = *static_cast<const uint4*>(p);
@@ -109,8 +119,10 @@ MASKED_SOFTMAX_DEVICE float bits_float(uint32_t a) { return __uint_as_float(a); 
 MASKED_SOFTMAX_DEVICE uint64_t float_bits(double a) { return static_cast<uint64_t>(__double_as_longlong(a)); }
 MASKED_SOFTMAX_DEVICE double bits_float(uint64_t a) { return __longlong_as_double(static_cast<long long>(a)); }
 
-MASKED_SOFTMAX_DEVICE float widen(float value) { return value; }
-MASKED_SOFTMAX_DEVICE double widen(double value) { return value; }
+template <class T>
+MASKED_SOFTMAX_DEVICE T widen(T value) {
+  return value;
+}
 MASKED_SOFTMAX_DEVICE float widen(bfloat16_t value) { return __uint_as_float(uint32_t{value.bits} << 16); }
 MASKED_SOFTMAX_DEVICE float widen(float16_t value) { return __half2float(__ushort_as_half(value.bits)); }
 
@@ -205,6 +217,11 @@ T shuffle_up(T value, unsigned distance, unsigned width, simt::Place place = sim
   return simt::shuffle_up(kWholeWarp, value, distance, width, place);
 }
 
+template <class T>
+T* in_device_memory(T* p) {
+  return p;
+}
+
 inline Vector16 load16(const void* p) {
   simt::check_load(p, 16);
   Vector16 v;
@@ -235,8 +252,10 @@ inline float bits_float(uint32_t a) { return bit_cast<float>(a); }
 inline uint64_t float_bits(double a) { return bit_cast<uint64_t>(a); }
 inline double bits_float(uint64_t a) { return bit_cast<double>(a); }
 
-inline float widen(float value) { return value; }
-inline double widen(double value) { return value; }
+template <class T>
+T widen(T value) {
+  return value;
+}
 inline float widen(bfloat16_t value) { return bfloat16_to_float(value); }
 inline float widen(float16_t value) { return float16_to_float(value); }
 template <class T>

@@ -89,8 +89,8 @@ constexpr LanesStep kLanesSteps[] = {{8, 1}, {8, 2}, {32, 1}, {32, 2}, {32, 4}, 
 // Registers that a thread may spend on a row's values, of the 64 that 1024 threads of a block have each, or of 128.
 constexpr int kMostLanesRegisters = 32;
 
-// 16 values of each operand.
-constexpr int block_vectors(int elems_per_vector) { return elems_per_vector > 4 ? 2 : 4; }
+// 16 values of each operand; of float64, whose values and arithmetic take twice the registers, 4.
+constexpr int block_vectors(int elems_per_vector) { return elems_per_vector == 4 ? 4 : 2; }
 constexpr int kLanesThreads = 128;
 constexpr int kWidestBlock = 1024;
 constexpr int kSplitThreads = 512;

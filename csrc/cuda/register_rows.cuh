@@ -116,7 +116,8 @@ class RegisterRow {
 
   MASKED_SOFTMAX_DEVICE void load(int input, Values& values) const {
     const Operand& operand = kernel_problem_.problem.inputs[input];
-    const input_t* valid = static_cast<const input_t*>(operand.data) + row_.input_offsets[input] + row_.start;
+    const auto* data = in_device_memory(static_cast<const input_t*>(operand.data));
+    const input_t* valid = data + row_.input_offsets[input] + row_.start;
     MASKED_SOFTMAX_UNROLL
     for (int k = 0; k < kVectors; ++k) {
       load_vector(valid + piece_begin_, piece_length_, vector(k), values[k]);
@@ -125,7 +126,7 @@ class RegisterRow {
 
   MASKED_SOFTMAX_DEVICE void store(const Values& values) const {
     const Problem& problem = kernel_problem_.problem;
-    output_t* const output = static_cast<output_t*>(problem.output.data) + row_.output_offset;
+    output_t* const output = in_device_memory(static_cast<output_t*>(problem.output.data)) + row_.output_offset;
     MASKED_SOFTMAX_UNROLL
     for (int k = 0; k < kVectors; ++k) {
       store_vector<Group::kRunLanes>(output + row_.start + piece_begin_, piece_length_, vector(k),
@@ -311,7 +312,7 @@ MASKED_SOFTMAX_DEVICE void register_row(const Group& group, const KernelProblem&
 
 // kThreads lanes of a warp hold a row; a block holds several rows.
 template <bool kForward, class input_t, class output_t, unsigned kThreads, int kVectors>
-MASKED_SOFTMAX_KERNEL(kLanesThreads)
+MASKED_SOFTMAX_KERNEL(kLanesThreads, 4)
 lanes_per_row(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   using acc_t = typename RowTypes<input_t, output_t>::acc_t;
   const LaneGroup<kThreads, acc_t> group;
@@ -325,7 +326,7 @@ lanes_per_row(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
 
 // A block holds a row.
 template <bool kForward, class input_t, class output_t, int kVectors>
-MASKED_SOFTMAX_KERNEL(kWidestBlock)
+MASKED_SOFTMAX_KERNEL(kWidestBlock, 1)
 block_per_row(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   using acc_t = typename RowTypes<input_t, output_t>::acc_t;
   MASKED_SOFTMAX_SHARED(acc_t, maxima, WarpResults<acc_t>::kMostWarps);
@@ -341,7 +342,7 @@ block_per_row(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
 
 // A cluster of blocks holds a row: one cluster for each row.
 template <bool kForward, class input_t, class output_t, int kVectors>
-MASKED_SOFTMAX_KERNEL(kWidestBlock)
+MASKED_SOFTMAX_KERNEL(kWidestBlock, 1)
 cluster_per_row(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
 #if MASKED_SOFTMAX_HAS_CLUSTERS
   using acc_t = typename RowTypes<input_t, output_t>::acc_t;

@@ -25,7 +25,8 @@ template <class acc_t>
 class PieceResults {
  public:
   MASKED_SOFTMAX_DEVICE PieceResults(const KernelProblem& problem, int64_t row)
-      : pieces_(problem.pieces), results_(static_cast<acc_t*>(problem.workspace) + row * kPieceResults * pieces_) {}
+      : pieces_(problem.pieces),
+        results_(in_device_memory(static_cast<acc_t*>(problem.workspace)) + row * kPieceResults * pieces_) {}
 
   MASKED_SOFTMAX_DEVICE acc_t& maximum(int64_t piece) const { return results_[piece]; }
   MASKED_SOFTMAX_DEVICE acc_t& sum_high(int64_t piece) const { return results_[pieces_ + piece]; }
@@ -121,7 +122,7 @@ MASKED_SOFTMAX_DEVICE void for_each_piece(const KernelProblem& problem, const Vi
 }
 
 template <class input_t, class output_t, int kVectors>
-MASKED_SOFTMAX_KERNEL(kSplitThreads)
+MASKED_SOFTMAX_KERNEL(kSplitThreads, 1)
 split_maxima(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   using acc_t = typename RowTypes<input_t, output_t>::acc_t;
   using Group = PieceGroup<acc_t>;
@@ -132,7 +133,7 @@ split_maxima(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
 }
 
 template <bool kForward, class input_t, class output_t, int kVectors>
-MASKED_SOFTMAX_KERNEL(kSplitThreads)
+MASKED_SOFTMAX_KERNEL(kSplitThreads, 1)
 split_sums(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   using acc_t = typename RowTypes<input_t, output_t>::acc_t;
   using Group = PieceGroup<acc_t>;
@@ -156,7 +157,7 @@ split_sums(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
 }
 
 template <bool kForward, class input_t, class output_t, int kVectors>
-MASKED_SOFTMAX_KERNEL(kSplitThreads)
+MASKED_SOFTMAX_KERNEL(kSplitThreads, 1)
 split_results(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   using acc_t = typename RowTypes<input_t, output_t>::acc_t;
   using Group = PieceGroup<acc_t>;

@@ -1,4 +1,4 @@
-// Rows of any layout and any types, for every operation: element by element, each read again for every sweep.
+// Rows of any layout and any types, for every operation: element by element, all read again for every sweep.
 //
 //   column_rows     the rows lie side by side (the softmax dimension is not the last): 32 neighbours to a warp, which
 //                   reads 32 adjacent elements at a time; a block's warps share the columns
@@ -21,39 +21,66 @@
 namespace masked_softmax {
 namespace cuda {
 
+template <class T>
+struct As {
+  using type = T;
+};
+
 MASKED_SOFTMAX_DEVICE bool is_16_bit(ElementType type) {
   return type == ElementType::kBFloat16 || type == ElementType::kFloat16;
 }
 
+constexpr int kMostVectorElems = 8;
+
+// The columns of one of SumOrder's vectors.
 template <class acc_t>
-MASKED_SOFTMAX_DEVICE acc_t load_element(const Operand& operand, int64_t offset) {
+using VectorValues = acc_t[kMostVectorElems];
+
+// `count` elements from `offset` on, zeros behind them. The type is looked at once for all, so that their loads are
+// under way together.
+template <class acc_t>
+MASKED_SOFTMAX_DEVICE void load_elements(const Operand& operand, int64_t offset, int count,
+                                         VectorValues<acc_t>& values) {
+  const auto load_as = [&](auto convert) MASKED_SOFTMAX_DEVICE_LAMBDA {
+    const auto* first = in_device_memory(static_cast<const typename decltype(convert)::type*>(operand.data)) + offset;
+    MASKED_SOFTMAX_UNROLL
+    for (int i = 0; i < kMostVectorElems; ++i) {
+      values[i] = i < count ? static_cast<acc_t>(widen(first[i * operand.col_stride])) : acc_t{0};
+    }
+  };
   switch (operand.type) {
-    case ElementType::kFloat64: return static_cast<acc_t>(static_cast<const double*>(operand.data)[offset]);
-    case ElementType::kBFloat16: return widen(static_cast<const bfloat16_t*>(operand.data)[offset]);
-    case ElementType::kFloat16: return widen(static_cast<const float16_t*>(operand.data)[offset]);
-    case ElementType::kInt8: return static_cast<const int8_t*>(operand.data)[offset];
-    case ElementType::kUInt8: return static_cast<const uint8_t*>(operand.data)[offset];
-    case ElementType::kInt16: return static_cast<const int16_t*>(operand.data)[offset];
-    case ElementType::kInt32: return static_cast<acc_t>(static_cast<const int32_t*>(operand.data)[offset]);
-    case ElementType::kInt64: return static_cast<acc_t>(static_cast<const int64_t*>(operand.data)[offset]);
-    case ElementType::kBool: return static_cast<const uint8_t*>(operand.data)[offset];
-    default: return static_cast<const float*>(operand.data)[offset];
+    case ElementType::kFloat64: load_as(As<double>()); break;
+    case ElementType::kBFloat16: load_as(As<bfloat16_t>()); break;
+    case ElementType::kFloat16: load_as(As<float16_t>()); break;
+    case ElementType::kInt8: load_as(As<int8_t>()); break;
+    case ElementType::kUInt8:
+    case ElementType::kBool: load_as(As<uint8_t>()); break;
+    case ElementType::kInt16: load_as(As<int16_t>()); break;
+    case ElementType::kInt32: load_as(As<int32_t>()); break;
+    case ElementType::kInt64: load_as(As<int64_t>()); break;
+    default: load_as(As<float>()); break;
   }
 }
 
-template <class T, class acc_t>
-MASKED_SOFTMAX_DEVICE void store_narrow(void* data, int64_t offset, acc_t value) {
-  const T narrowed = narrow<T>(value);  // the emulator does not see a store of what a call returns
-  static_cast<T*>(data)[offset] = narrowed;
-}
-
 template <class acc_t>
-MASKED_SOFTMAX_DEVICE void store_element(const Operand& operand, int64_t offset, acc_t value) {
+MASKED_SOFTMAX_DEVICE void store_elements(const Operand& operand, int64_t offset, int count,
+                                          const VectorValues<acc_t>& values) {
+  const auto store_as = [&](auto convert) MASKED_SOFTMAX_DEVICE_LAMBDA {
+    using T = typename decltype(convert)::type;
+    T* const first = in_device_memory(static_cast<T*>(operand.data)) + offset;
+    MASKED_SOFTMAX_UNROLL
+    for (int i = 0; i < kMostVectorElems; ++i) {
+      if (i < count) {
+        const T narrowed = narrow<T>(values[i]);  // the emulator does not see a store of what a call returns
+        first[i * operand.col_stride] = narrowed;
+      }
+    }
+  };
   switch (operand.type) {
-    case ElementType::kFloat64: store_narrow<double>(operand.data, offset, value); break;
-    case ElementType::kBFloat16: store_narrow<bfloat16_t>(operand.data, offset, value); break;
-    case ElementType::kFloat16: store_narrow<float16_t>(operand.data, offset, value); break;
-    default: store_narrow<float>(operand.data, offset, value); break;
+    case ElementType::kFloat64: store_as(As<double>()); break;
+    case ElementType::kBFloat16: store_as(As<bfloat16_t>()); break;
+    case ElementType::kFloat16: store_as(As<float16_t>()); break;
+    default: store_as(As<float>()); break;
   }
 }
 
@@ -71,10 +98,10 @@ class StridedRow {
         row_(exists_ ? find_row<kMaxInputs>(kernel_problem, index) : Row{}) {}
 
   MASKED_SOFTMAX_DEVICE void compute() const {
-    switch (problem_.operation) {
-      case Operation::kSoftmax: softmax(); break;
-      case Operation::kLogSoftmax: log_softmax(); break;
-      default: derivative(); break;
+    if (is_forward(problem_.operation)) {
+      forward();
+    } else {
+      derivative();
     }
     if (exists_) {
       fill_padding();
@@ -82,35 +109,40 @@ class StridedRow {
   }
 
  private:
-  MASKED_SOFTMAX_DEVICE acc_t input(int k, int64_t col) const {
-    const Operand& operand = problem_.inputs[k];
-    return load_element<acc_t>(operand, row_.input_offsets[k] + col * operand.col_stride);
-  }
-  MASKED_SOFTMAX_DEVICE void set_output(int64_t col, acc_t value) const {
-    store_element(problem_.output, row_.output_offset + col * problem_.output.col_stride, value);
-  }
-  MASKED_SOFTMAX_DEVICE acc_t score(int64_t col) const { return input(0, col) * scaling_.factor; }
+  using Values = VectorValues<acc_t>;
+  static constexpr bool kCanApproximate = std::is_same_v<acc_t, float>;
 
-  // Calls visit(column) for this thread's share of the valid columns.
+  // Valid columns [first, first + count).
+  MASKED_SOFTMAX_DEVICE void load(int k, int64_t first, int count, Values& values) const {
+    const Operand& operand = problem_.inputs[k];
+    load_elements(operand, row_.input_offsets[k] + (row_.start + first) * operand.col_stride, count, values);
+  }
+  MASKED_SOFTMAX_DEVICE void store(int64_t first, int count, const Values& values) const {
+    const Operand& operand = problem_.output;
+    store_elements(operand, row_.output_offset + (row_.start + first) * operand.col_stride, count, values);
+  }
+
+  MASKED_SOFTMAX_DEVICE int count_from(int64_t first) const {
+    const int64_t rest = row_.length - first;
+    return rest < order_.elems ? static_cast<int>(rest < 0 ? 0 : rest) : order_.elems;
+  }
+
+  // Calls visit(first, count) for this thread's share of the valid columns, a vector at a time.
   template <class Visitor>
-  MASKED_SOFTMAX_DEVICE void for_each_valid(const Visitor& visit) const {
-    for (int64_t i = group_.thread(); i < row_.length; i += group_.threads()) {
-      visit(row_.start + i);
+  MASKED_SOFTMAX_DEVICE void for_each_vector(const Visitor& visit) const {
+    const int64_t step = int64_t{group_.threads()} * order_.elems;
+    for (int64_t first = int64_t{group_.thread()} * order_.elems; first < row_.length; first += step) {
+      visit(first, count_from(first));
     }
   }
 
-  MASKED_SOFTMAX_DEVICE acc_t row_max() const {
-    acc_t largest = -std::numeric_limits<acc_t>::infinity();
-    for_each_valid([&](int64_t col) { largest = larger(largest, score(col)); });
-    return group_.max(largest);
-  }
-
-  // The sum of term(column) over the valid columns. All threads of a block take as many turns, whatever their rows.
-  template <class Term>
-  MASKED_SOFTMAX_DEVICE acc_t sum(const Term& term) const {
+  // The sum over the valid columns. compute_terms(first, count, terms) replaces the terms, zeros, of those that there
+  // are. All threads of a block take as many turns, whatever their rows.
+  template <class ComputeTerms>
+  MASKED_SOFTMAX_DEVICE acc_t sum(const ComputeTerms& compute_terms) const {
     Sum<acc_t> sum;
     for (int64_t piece = 0; piece < problem_.cols; piece += order_.piece_elems()) {
-      sum.add(group_.sum(part_of_piece(piece, term)));
+      sum.add(group_.sum(part_of_piece(piece, compute_terms)));
       group_.meet();  // before the results' memory is used again
     }
     return sum.total();
@@ -118,8 +150,8 @@ class StridedRow {
 
   // What this thread adds to the piece that begins with valid column `piece`. It has the part of one thread of the
   // order, or those of a few that follow one another.
-  template <class Term>
-  MASKED_SOFTMAX_DEVICE Sum<acc_t> part_of_piece(int64_t piece, const Term& term) const {
+  template <class ComputeTerms>
+  MASKED_SOFTMAX_DEVICE Sum<acc_t> part_of_piece(int64_t piece, const ComputeTerms& compute_terms) const {
     TreeSum<acc_t, Group::kSumLevels> sums;
     const unsigned parts = parts_of_thread();
     for (unsigned i = 0; i < parts; ++i) {
@@ -127,12 +159,8 @@ class StridedRow {
       Sum<acc_t> sum;
       for (int k = 0; thread < static_cast<unsigned>(order_.threads) && k < order_.vectors; ++k) {
         const int64_t first = piece + (int64_t{k} * order_.threads + thread) * order_.elems;
-        constexpr int kMostElems = 8;
-        acc_t terms[kMostElems];
-        MASKED_SOFTMAX_UNROLL
-        for (int e = 0; e < kMostElems; ++e) {
-          terms[e] = e < order_.elems && first + e < row_.length ? term(row_.start + first + e) : acc_t{0};
-        }
+        Values terms = {};
+        compute_terms(first, count_from(first), terms);
         sum.add(terms);
       }
       sums.add(sum);
@@ -155,68 +183,130 @@ class StridedRow {
     return approximate_ ? exponential_of_log<kCanApproximate>(y, scaling_) : exponential_of_log<false>(y, scaling_);
   }
 
-  MASKED_SOFTMAX_DEVICE void softmax() const {
-    const acc_t largest = row_max();
-    const auto e = [&](int64_t col) { return exp_of_distance(score(col) - largest); };
-    const acc_t reciprocal = 1 / sum(e);
-    for_each_valid([&](int64_t col) { set_output(col, e(col) * reciprocal); });
-  }
-
   // See ForwardRow in register_rows.cuh.
-  MASKED_SOFTMAX_DEVICE void log_softmax() const {
-    const acc_t largest = row_max();
-    acc_t maxima = 0;
-    const acc_t rest = sum([&](int64_t col) {
-      const Distance<acc_t> distance(score(col), largest);
-      maxima += distance.t == 0 ? acc_t{1} : acc_t{0};
-      return distance.t == 0 ? acc_t{0} : rest_term(distance, scaling_);
+  MASKED_SOFTMAX_DEVICE void forward() const {
+    const bool is_log = problem_.operation == Operation::kLogSoftmax;
+    acc_t largest = -std::numeric_limits<acc_t>::infinity();
+    for_each_vector([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
+      Values x;
+      load(0, first, count, x);
+      MASKED_SOFTMAX_UNROLL
+      for (int i = 0; i < kMostVectorElems; ++i) {
+        largest = i < count ? larger(largest, x[i] * scaling_.factor) : largest;
+      }
     });
-    const acc_t log_sum = log_of_sum(rest, group_.count(maxima));
-    for_each_valid([&](int64_t col) { set_output(col, (score(col) - largest) * scaling_.scale - log_sum); });
+    const acc_t row_max = group_.max(largest);
+
+    acc_t maxima = 0;
+    const acc_t total = sum([&](int64_t first, int count, Values& terms) MASKED_SOFTMAX_DEVICE_LAMBDA {
+      Values x;
+      load(0, first, count, x);
+      MASKED_SOFTMAX_UNROLL
+      for (int i = 0; i < kMostVectorElems; ++i) {
+        const Distance<acc_t> distance(x[i] * scaling_.factor, row_max);
+        const bool is_maximum = is_log && i < count && distance.t == 0;
+        maxima += is_maximum ? acc_t{1} : acc_t{0};
+        if (i < count && !is_maximum) {
+          terms[i] = is_log ? rest_term(distance, scaling_) : exp_of_distance(distance.t);
+        }
+      }
+    });
+    const acc_t log_sum = is_log ? log_of_sum(total, group_.count(maxima)) : acc_t{0};
+    const acc_t reciprocal = 1 / total;
+    for_each_vector([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
+      Values x;
+      load(0, first, count, x);
+      MASKED_SOFTMAX_UNROLL
+      for (int i = 0; i < kMostVectorElems; ++i) {
+        const acc_t t = x[i] * scaling_.factor - row_max;
+        x[i] = is_log ? t * scaling_.scale - log_sum : exp_of_distance(t) * reciprocal;
+      }
+      store(first, count, x);
+    });
   }
 
-  // What is summed over the row: `first`, and `second` for the one derivative that has two.
-  MASKED_SOFTMAX_DEVICE acc_t first_term(int64_t col) const {
-    switch (problem_.operation) {
-      case Operation::kSoftmaxBackward: return input(0, col) * input(1, col);
-      case Operation::kLogSoftmaxBackward: return input(0, col);
-      case Operation::kLogSoftmaxJvp: return input(0, col) * exp_of(input(1, col));
-      case Operation::kSoftmaxBackwardWrtY: return input(1, col) * input(2, col);
-      default: return input(1, col);  // kLogSoftmaxBackwardWrtY
+  // The inputs of a derivative, in Operation's order; zeros where it has fewer.
+  struct Inputs {
+    Values a;
+    Values b;
+    Values c = {};
+  };
+  MASKED_SOFTMAX_DEVICE void load_inputs(int64_t first, int count, Inputs& in) const {
+    load(0, first, count, in.a);
+    load(1, first, count, in.b);
+    if (problem_.input_count > 2) {
+      load(2, first, count, in.c);
     }
   }
-  MASKED_SOFTMAX_DEVICE acc_t second_term(int64_t col) const { return input(0, col) * input(2, col); }
 
-  MASKED_SOFTMAX_DEVICE acc_t derivative_value(int64_t col, acc_t first, acc_t second) const {
+  // What is summed over the row.
+  MASKED_SOFTMAX_DEVICE acc_t term(const Inputs& in, int i) const {
     switch (problem_.operation) {
-      case Operation::kSoftmaxBackward: return scaling_.scale * input(1, col) * (input(0, col) - first);
-      case Operation::kLogSoftmaxBackward: return scaling_.scale * (input(0, col) - exp_of(input(1, col)) * first);
-      case Operation::kLogSoftmaxJvp: return scaling_.scale * (input(0, col) - first);
-      case Operation::kSoftmaxBackwardWrtY:
-        return scaling_.scale * (input(0, col) * (input(1, col) - first) - input(1, col) * second);
-      default: return -(scaling_.scale * (input(0, col) * exp_of(input(2, col)) * first));
+      case Operation::kSoftmaxBackward: return in.a[i] * in.b[i];
+      case Operation::kLogSoftmaxBackward: return in.a[i];
+      case Operation::kLogSoftmaxJvp: return in.a[i] * exp_of(in.b[i]);
+      case Operation::kSoftmaxBackwardWrtY: return in.b[i] * in.c[i];
+      default: return in.b[i];  // kLogSoftmaxBackwardWrtY
+    }
+  }
+
+  // first: the sum of the terms; second: that of a * c.
+  MASKED_SOFTMAX_DEVICE acc_t result(const Inputs& in, int i, acc_t first, acc_t second) const {
+    const acc_t scale = scaling_.scale;
+    switch (problem_.operation) {
+      case Operation::kSoftmaxBackward: return scale * in.b[i] * (in.a[i] - first);
+      case Operation::kLogSoftmaxBackward: return scale * (in.a[i] - exp_of(in.b[i]) * first);
+      case Operation::kLogSoftmaxJvp: return scale * (in.a[i] - first);
+      case Operation::kSoftmaxBackwardWrtY: return scale * (in.a[i] * (in.b[i] - first) - in.b[i] * second);
+      default: return -(scale * (in.a[i] * exp_of(in.c[i]) * first));
     }
   }
 
   MASKED_SOFTMAX_DEVICE void derivative() const {
-    const acc_t first = sum([&](int64_t col) { return first_term(col); });
-    acc_t second = 0;
-    if (problem_.operation == Operation::kSoftmaxBackwardWrtY) {
-      second = sum([&](int64_t col) { return second_term(col); });
+    const auto sum_of = [&](bool is_second) MASKED_SOFTMAX_DEVICE_LAMBDA {
+      return sum([&](int64_t first, int count, Values& terms) MASKED_SOFTMAX_DEVICE_LAMBDA {
+        Inputs in;
+        load_inputs(first, count, in);
+        MASKED_SOFTMAX_UNROLL
+        for (int i = 0; i < kMostVectorElems; ++i) {
+          if (i < count) {
+            terms[i] = is_second ? in.a[i] * in.c[i] : term(in, i);
+          }
+        }
+      });
+    };
+    // One place in the code for both sums.
+    acc_t sums[2] = {0, 0};
+    const bool has_second = problem_.operation == Operation::kSoftmaxBackwardWrtY;
+    for (int s = 0; s < (has_second ? 2 : 1); ++s) {
+      const acc_t found = sum_of(s == 1);
+      sums[0] = s == 0 ? found : sums[0];
+      sums[1] = found;
     }
-    for_each_valid([&](int64_t col) { set_output(col, derivative_value(col, first, second)); });
+    for_each_vector([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
+      Inputs in;
+      load_inputs(first, count, in);
+      Values results;
+      MASKED_SOFTMAX_UNROLL
+      for (int i = 0; i < kMostVectorElems; ++i) {
+        results[i] = result(in, i, sums[0], sums[1]);
+      }
+      store(first, count, results);
+    });
   }
 
   MASKED_SOFTMAX_DEVICE void fill_padding() const {
-    const acc_t value = padding_value<acc_t>(problem_.operation, row_);
+    Values padding;
+    MASKED_SOFTMAX_UNROLL
+    for (int i = 0; i < kMostVectorElems; ++i) {
+      padding[i] = padding_value<acc_t>(problem_.operation, row_);
+    }
     for (int64_t col = group_.thread(); col < problem_.cols; col += group_.threads()) {
       if (col < row_.start || col >= row_.start + row_.length) {
-        set_output(col, value);
+        store(col - row_.start, 1, padding);
       }
     }
   }
-
-  static constexpr bool kCanApproximate = std::is_same_v<acc_t, float>;
 
   const Group& group_;
   const Problem& problem_;
@@ -228,7 +318,7 @@ class StridedRow {
 };
 
 template <class acc_t, unsigned kThreads>
-MASKED_SOFTMAX_KERNEL(kStridedThreads)
+MASKED_SOFTMAX_KERNEL(kStridedThreads, 2)
 strided_lanes(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   using Group = LaneGroup<kThreads, acc_t>;
   const Group group;
@@ -241,7 +331,7 @@ strided_lanes(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
 }
 
 template <class acc_t>
-MASKED_SOFTMAX_KERNEL(kStridedThreads)
+MASKED_SOFTMAX_KERNEL(kStridedThreads, 2)
 strided_rows(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   MASKED_SOFTMAX_SHARED(acc_t, maxima, WarpResults<acc_t>::kMostWarps);
   MASKED_SOFTMAX_SHARED(acc_t, sum_highs, WarpResults<acc_t>::kMostWarps);
@@ -258,7 +348,7 @@ strided_rows(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
 constexpr unsigned kColumnWarps = kStridedThreads / kWarpThreads;
 
 template <class acc_t>
-MASKED_SOFTMAX_KERNEL(kStridedThreads)
+MASKED_SOFTMAX_KERNEL(kStridedThreads, sizeof(acc_t) == 8 ? 1 : 2)
 column_rows(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   MASKED_SOFTMAX_SHARED(acc_t, maxima, kColumnWarps * kWarpThreads);
   MASKED_SOFTMAX_SHARED(acc_t, sum_highs, kColumnWarps * kWarpThreads);

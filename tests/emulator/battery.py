@@ -15,7 +15,7 @@ import torch
 from emulator import Emulator
 from torch import Tensor
 
-MOST_DOUBLES = {"lanes": 128, "block": 8192}  # columns that fit registers
+MOST_DOUBLES = {"lanes": 128, "block": 4096}  # columns that fit registers
 SHIFT = 200.0  # of some cases' scores: a maximum may be far below 0
 
 
