@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint kernel-test build clean
+.PHONY: demo test lint kernel-test emulator-test build clean
 
 demo: build
 	$(BIN)/python -m masked_softmax_ext
@@ -15,6 +15,11 @@ test: build
 # The kernel layer alone, without torch: natively, under sanitizers, and for aarch64 under qemu where it is installed.
 kernel-test:
 	tests/kernel/run.sh
+
+# The CUDA kernels, run on the CPU: every strategy, the emulator's own tests, and planted faults that must be found.
+emulator-test: build
+	tests/emulator/run.sh checked machine: checker: plan: lengths:
+	$(BIN)/python -m pytest tests/emulator
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

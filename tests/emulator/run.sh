@@ -4,7 +4,7 @@
 #   plain       the kernels as they are: values, bits, unreadable pages
 #   checked     every load and store announced to the checker: bounds, initialisation, races
 #   sanitizers  under AddressSanitizer and UndefinedBehaviorSanitizer: local arrays, shifts, overflow
-# Usage: run.sh MODE [PART OF A PROMISE]; without arguments: all three. CXX names the compiler.
+# Usage: run.sh MODE [PART OF A PROMISE]...; without arguments: all three. CXX names the compiler.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -12,7 +12,8 @@ FLAGS=(-std=c++17 -Wall -Wextra -Werror -Wno-unknown-pragmas -ffp-contract=off -
 KERNEL_TESTS=(main test_values test_rows test_bits test_layouts test_guard)
 
 build_and_run() {
-  local mode=$1 is_checked=$2 kernel_flags=$3 test_flags=$4 filter=${5-}
+  local mode=$1 is_checked=$2 kernel_flags=$3 test_flags=$4
+  shift 4
   local folder=build/emulator/$mode
   mkdir -p "$folder"
   echo "== the CUDA kernels in the emulator: $mode"
@@ -29,7 +30,7 @@ build_and_run() {
   objects=$(ls "$folder"/*.o | grep -v /strategies)
   # shellcheck disable=SC2086 # one word an object, one a flag
   "${CXX:-g++}" $test_flags $objects "$folder/strategies.cpp.o" -ldl -lpthread -o "$folder/emulator_tests"
-  "$folder/emulator_tests" ${filter:+"$filter"}
+  "$folder/emulator_tests" "$@"
 }
 
 plain() { build_and_run plain 0 -O1 -O1 "$@"; }

@@ -1,4 +1,4 @@
-// Runs every test, or those whose promise contains the first argument.
+// Runs every test, or those whose promise contains one of the arguments.
 #include <cstring>
 
 #include "check.h"
@@ -9,7 +9,11 @@ int main(int count, char** arguments) {
   int failed = 0;
   int skipped = 0;
   for (const Test& test : all_tests()) {
-    if (count > 1 && std::strstr(test.promise, arguments[1]) == nullptr) {
+    bool is_asked_for = count == 1;
+    for (int i = 1; i < count; ++i) {
+      is_asked_for = is_asked_for || std::strstr(test.promise, arguments[i]) != nullptr;
+    }
+    if (!is_asked_for) {
       continue;
     }
     outcome() = {};
