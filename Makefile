@@ -1,10 +1,14 @@
 # make demo and make test are all that a newcomer types: they create .venv, install what they need and build.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+CUDA_TORCH ?= torch==2.14.1
 VENV := .venv
 BIN := $(VENV)/bin
+CUDA_VENV := .venv-cuda
+CUDA_BIN := $(CUDA_VENV)/bin
+BUILD_TOOLS := "setuptools>=77" "ninja>=1.11" "pybind11>=2.13" "pytest>=8" "numpy>=1.26"
 
-.PHONY: demo test lint kernel-test emulator-test build clean
+.PHONY: demo test lint kernel-test emulator-test cuda-test build clean
 
 demo: build
 	$(BIN)/python -m masked_softmax_ext
@@ -20,6 +24,16 @@ kernel-test:
 emulator-test: build
 	tests/emulator/run.sh checked machine: checker: plan: lengths:
 	$(BIN)/python -m pytest tests/emulator
+
+# With nvcc and a CUDA build of torch (5 GB), without a GPU: the whole extension is built, linked and imported, and its
+# kernels are disassembled.
+cuda-test:
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(CUDA_BIN)/python -m pip install --quiet "$(CUDA_TORCH)" $(BUILD_TOOLS)
+	MASKED_SOFTMAX_EXT_CUDA=1 $(CUDA_BIN)/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
+	$(CUDA_BIN)/pytest tests/test_cuda_build.py tests/test_article.py
+	$(CUDA_BIN)/python bench/inspect_cuda.py --write build/cuda_kernels.md
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -38,8 +52,7 @@ $(VENV)/build.stamp: $(VENV)/tools.stamp $(SOURCES)
 $(VENV)/tools.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
-	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" "ninja>=1.11" "pybind11>=2.13" \
-		"pytest>=8" "numpy>=1.26" "matplotlib>=3.8"
+	$(BIN)/python -m pip install --quiet "$(TORCH)" $(BUILD_TOOLS) "matplotlib>=3.8"
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/tools.stamp
@@ -47,4 +60,4 @@ $(VENV)/dev.stamp: $(VENV)/tools.stamp
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info masked_softmax_ext/*.so masked_softmax_ext/_built_for.py
+	rm -rf $(VENV) $(CUDA_VENV) build dist *.egg-info masked_softmax_ext/*.so masked_softmax_ext/_built_for.py

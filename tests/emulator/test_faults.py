@@ -102,9 +102,9 @@ FAULTS = [
     Fault("one element too many is stored", "vector_access.cuh", "i < to)", "i <= to)", ""),
     Fault("invalid lengths are believed", "row.cuh", "if (!row.is_valid) {", "if (false) {", ""),
     Fault("an element past the strided row's end", "strided_rows.cuh",
-          "first + e < row_.length", "first + e <= row_.length", "out of bounds"),
+          "i < count ?", "i <= count ?", "out of bounds", after="void load_elements("),
     Fault("the strided row's column stride forgotten", "strided_rows.cuh",
-          "col * operand.col_stride", "col", ""),
+          "first[i * operand.col_stride]", "first[i]", "", after="void load_elements("),
     # Memory that holds nothing, or stays as it was.
     Fault("the row's tail is not written", "vector_access.cuh", "if (is_last_lane) {",
           "if (false) {", "were not written"),
