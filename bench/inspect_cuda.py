@@ -79,7 +79,14 @@ class Kernel:
         is_backward = self.strategy != "split_maxima" and arguments[0] == "false"
         return int(arguments[-1]) * (2 if is_backward else 1)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the architecture lacks what the strategy needs, so that no plan launches it."""
+        return self.strategy == "cluster_per_row" and int(self.architecture[3:]) < 90
+
     def mistakes(self) -> Iterator[str]:
+        if self.is_empty:
+            return
         if self.stack_bytes > 0:
             yield f"{self.stack_bytes} bytes of stack"
         for instruction in ("LDL", "STL"):

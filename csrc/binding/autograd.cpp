@@ -1,5 +1,5 @@
 // Derivatives. Each function saves its output and the lengths (and starts, where given), nothing else. The backward
-// operators are differentiable themselves; their derivatives are not.
+// operators are differentiable themselves; their derivatives are not. Writes are counted below (in_place.cpp).
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -50,8 +50,10 @@ OptionalTensor defined_or_none(const at::Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
+bool has_tangent(const at::Tensor& tensor) { return tensor._fw_grad(0).defined(); }
+
 bool needs_graph(const at::Tensor& tensor) {
-  return (at::GradMode::is_enabled() && tensor.requires_grad()) || tensor._fw_grad(0).defined();
+  return (at::GradMode::is_enabled() && tensor.requires_grad()) || has_tangent(tensor);
 }
 
 // The backward operator as a function: its own derivatives with respect to grad_output and output.
@@ -145,11 +147,11 @@ void forward_out(const at::Tensor& input, const at::Tensor& lengths, int64_t dim
   TORCH_CHECK(!at::GradMode::is_enabled() || !(input.requires_grad() || out.requires_grad()), operators.name,
               "(): functions with out=... arguments don't support automatic differentiation, but one of the arguments "
               "requires grad.");
-  {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    operators.forward_out.call(input, lengths, dim, starts, scale, dtype, validate, out);
-  }
-  torch::autograd::impl::bump_version(out);
+  TORCH_CHECK_NOT_IMPLEMENTED(!has_tangent(input) && !has_tangent(out), operators.name,
+                              "(): functions with out=... arguments don't support forward-mode differentiation, but "
+                              "one of the arguments has a tangent.");
+  at::AutoDispatchBelowAutograd below_autograd;
+  operators.forward_out.call(input, lengths, dim, starts, scale, dtype, validate, out);
 }
 
 struct InPlaceFunction : torch::autograd::Function<InPlaceFunction> {
@@ -172,18 +174,21 @@ struct InPlaceFunction : torch::autograd::Function<InPlaceFunction> {
 void softmax_in_place(at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
                       OptionalScale scale, bool validate) {
   if (needs_graph(input)) {
-    // torch's own check comes after the function has run, when the values are gone.
+    // torch's own checks come after the function has run, when the values are gone.
+    TORCH_CHECK_NOT_IMPLEMENTED(!has_tangent(input),
+                                "masked_softmax_(): forward-mode differentiation in place is not "
+                                "implemented, but input has a tangent.");
+    TORCH_CHECK(!lengths.is_inference() && !(starts.has_value() && starts->is_inference()), "masked_softmax_(): ",
+                "Inference tensors cannot be saved for backward, but lengths or starts are one. Please clone them "
+                "outside of inference mode.");
     const bool is_view = input.is_view();
     TORCH_CHECK(!input.requires_grad() || !(is_view ? input._base() : input).is_leaf(), is_view ? "a view of " : "",
                 "a leaf Variable that requires grad is being used in an in-place operation.");
     InPlaceFunction::apply(input, lengths, dim, starts, scale, validate);
     return;
   }
-  {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    masked_softmax_in_place().call(input, lengths, dim, starts, scale, validate);
-  }
-  torch::autograd::impl::bump_version(input);
+  at::AutoDispatchBelowAutograd below_autograd;
+  masked_softmax_in_place().call(input, lengths, dim, starts, scale, validate);
 }
 
 }  // namespace

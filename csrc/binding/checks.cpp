@@ -103,9 +103,10 @@ ColsAndStride columns(const at::Tensor& tensor, int64_t dim) {
   return tensor.dim() == 0 ? ColsAndStride{1, 1} : ColsAndStride{tensor.size(dim), tensor.stride(dim)};
 }
 
-Operand make_operand(const at::Tensor& tensor, int64_t dim) {
+// An input's memory is asked for as const: a lazy clone (torch._lazy_clone) would else become a real one.
+Operand make_operand(const at::Tensor& tensor, int64_t dim, void* data) {
   Operand operand;
-  operand.data = tensor.data_ptr();
+  operand.data = data;
   operand.type = element_type(tensor.scalar_type());
   operand.col_stride = columns(tensor, dim).stride;
   return operand;
@@ -131,7 +132,7 @@ int64_t row_index_stride(const std::optional<at::Tensor>& index, int64_t row_dim
 // last one without a jump, makes that one longer.
 class RowDimensions {
  public:
-  explicit RowDimensions(Problem& problem) : problem_(problem) {}
+  RowDimensions(Problem& problem, const char* name) : problem_(problem), name_(name) {}
 
   template <class Strides>
   void push(int64_t size, const Strides& strides_of) {
@@ -145,7 +146,7 @@ class RowDimensions {
       continues = continues && operand.row_strides[last] == strides_of(which) * size;
     });
     if (!continues) {
-      TORCH_CHECK_VALUE(problem_.row_ndim < kMaxRowDims, "expected at most ", kMaxRowDims,
+      TORCH_CHECK_VALUE(problem_.row_ndim < kMaxRowDims, name_, "(): expected at most ", kMaxRowDims,
                         " dimensions that cannot be merged, but got more");
       problem_.row_sizes[problem_.row_ndim++] = 1;
     }
@@ -170,7 +171,21 @@ class RowDimensions {
   }
 
   Problem& problem_;
+  const char* name_;
 };
+
+// Whether every element of one lies where the other's does. The stride of a dimension of size 1 leads nowhere.
+bool same_layout(const at::Tensor& a, const at::Tensor& b) {
+  if (a.const_data_ptr() != b.const_data_ptr() || a.scalar_type() != b.scalar_type()) {
+    return false;
+  }
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) {
+      return false;
+    }
+  }
+  return true;
+}
 
 std::string row_name(const at::Tensor& input, int64_t dim, int64_t row) {
   std::vector<int64_t> position;
@@ -227,13 +242,12 @@ void check_output(const at::Tensor& output, const at::Tensor& input, at::ScalarT
   if (output.is_meta() || output.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
     return;  // no memory to overlap
   }
+  output.mutable_data_ptr();  // a lazy clone gets memory of its own now, and shares none from here on
   TORCH_CHECK_VALUE(at::has_internal_overlap(output) != at::MemOverlap::Yes, arguments.name,
                     "(): expected an output whose elements each have memory of their own, but got one of shape ",
                     output.sizes(), " with strides ", output.strides());
   const auto check_apart = [&](const char* what, const at::Tensor& other, bool may_be_same) {
-    const bool is_same = output.const_data_ptr() == other.const_data_ptr() && output.strides() == other.strides() &&
-                         output.scalar_type() == other.scalar_type();
-    TORCH_CHECK_VALUE((may_be_same && is_same) || !shares_elements(output, other), arguments.name,
+    TORCH_CHECK_VALUE((may_be_same && same_layout(output, other)) || !shares_elements(output, other), arguments.name,
                       "(): expected the output's memory apart from that of ", what,
                       may_be_same ? ", or exactly the same" : "", ", but got memory that overlaps it");
   };
@@ -263,15 +277,15 @@ Problem make_problem(Operation operation, const at::Tensor& output, std::initial
   problem.scale = arguments.scale.value_or(1.0);
   problem.rows = 1;
   problem.cols = columns(output, dim).size;
-  problem.output = make_operand(output, dim);
+  problem.output = make_operand(output, dim, output.mutable_data_ptr());
   problem.input_count = 0;
   for (const at::Tensor* input : inputs) {
-    problem.inputs[problem.input_count++] = make_operand(*input, dim);
+    problem.inputs[problem.input_count++] = make_operand(*input, dim, const_cast<void*>(input->const_data_ptr()));
   }
   problem.lengths = make_row_index(arguments.lengths);
   problem.starts = make_row_index(arguments.starts);
 
-  RowDimensions dimensions(problem);
+  RowDimensions dimensions(problem, arguments.name);
   int64_t row_dim = 0;
   for (int64_t d = 0; d < ndim; ++d) {
     if (d == dim) {

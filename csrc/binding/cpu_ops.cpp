@@ -10,6 +10,10 @@
 #include "cpu/huge_pages.h"
 #include "cpu/partition.h"
 
+#if AT_PARALLEL_OPENMP && !defined(_OPENMP)
+#error "at::parallel_for is an inline function: without -fopenmp it runs on one thread, without a word (see setup.py)"
+#endif
+
 namespace masked_softmax {
 namespace {
 

@@ -76,11 +76,14 @@ std::vector<std::string> supported_capability_names() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of masked_softmax_ext; see masked_softmax_ext.functional for its functions.";
-  // torch's own translator lives in torch's copy of pybind11 and is not seen from another version's.
+  // torch's own translator lives in torch's copy of pybind11 and is not seen from another version's. A python_error is
+  // a Python exception on its way through torch: a saved-tensor hook's, a dispatch mode's, checkpoint's early end.
   py::register_local_exception_translator([](std::exception_ptr error) {
     try {
       std::rethrow_exception(error);
     } catch (const c10::Error&) {
+      torch::translate_exception_to_python(error);
+    } catch (const python_error&) {
       torch::translate_exception_to_python(error);
     }
   });

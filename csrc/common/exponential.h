@@ -25,9 +25,6 @@ struct Exp2<float> {
   // 1.5 * 2^23 rounds the sum to integers; the exponent's bias on top makes its low bits the exponent field of 2^n.
   static constexpr float kShift = 0x1.8p23f + 127.0f;
   static constexpr float kSmallestPower = -126.0f;
-  // 2^f = 1 + f * (c0 + c1 * f + c2 * f^2) for |f| <= 1/32
-  static constexpr float kSixteenthShift = 0x1.8p19f;
-  static constexpr float kSixteenthCoefficients[3] = {0x1.62e43p-1f, 0x1.ebff92p-3f, 0x1.c6b29ap-5f};
 };
 
 template <>

@@ -148,4 +148,10 @@ inline void visit_element_type(ElementType type, const Visitor& visit) {
   }
 }
 
+inline int64_t size_bytes(ElementType type) {
+  int64_t size = 0;
+  visit_element_type(type, [&](auto element) { size = sizeof(element); });
+  return size;
+}
+
 }  // namespace masked_softmax

@@ -16,6 +16,9 @@ class RowRun {
   int64_t output_offset(int64_t ahead) const { return output_.at(ahead); }
   int64_t input_offset(int input, int64_t ahead) const { return inputs_[input].at(ahead); }
 
+  int64_t output_step() const { return output_.step; }
+  int64_t input_step(int input) const { return inputs_[input].step; }
+
   // The row's start and length as the caller gave them.
   int64_t raw_start(int64_t ahead) const { return load_index(*starts_index_, starts_.at(ahead)); }
   int64_t raw_length(int64_t ahead) const { return load_index(*lengths_index_, lengths_.at(ahead)); }

@@ -14,78 +14,95 @@
 namespace masked_softmax {
 
 // What the expressions share: the scale, and exp() of a saved log_softmax.
-template <class V>
+template <class acc_t>
 struct DerivativeTerms {
-  using acc_t = typename V::acc_t;
   acc_t scale;
   Exponent<acc_t> log2e{1.0};
 
   explicit DerivativeTerms(double value) : scale(static_cast<acc_t>(value)) {}
 
-  MASKED_SOFTMAX_INLINE V scaled(V value) const { return V::mul(V::broadcast(scale), value); }
-  MASKED_SOFTMAX_INLINE V exp(V y) const {
-    return exp2_product(y, V::broadcast(log2e.high), V::mul(y, V::broadcast(log2e.low)));
+  template <class W>
+  MASKED_SOFTMAX_INLINE W scaled(const W& value) const {
+    return W::mul(W::broadcast(scale), value);
+  }
+  template <class W>
+  MASKED_SOFTMAX_INLINE W exp(const W& y) const {
+    return exp2_product(y, W::broadcast(log2e.high), W::mul(y, W::broadcast(log2e.low)));
   }
 };
 
-// Each derivative: how many inputs, what is summed over the row, and what an element becomes. `in` holds one vector of
-// each input, `sums` the row's sums.
-template <class V, Operation kOperation>
+// Each derivative: how many inputs, what is summed over the row, and what an element becomes. `in` holds a vector (or
+// several) of each input, `sums` the row's sums.
+template <Operation kOperation>
 struct Derivative;
 
-template <class V>
-struct Derivative<V, Operation::kSoftmaxBackward> {  // (g, y)
+template <>
+struct Derivative<Operation::kSoftmaxBackward> {  // (g, y)
   static constexpr int kInputs = 2;
   static constexpr int kSums = 1;
-  static MASKED_SOFTMAX_INLINE LaneSums<V, kSums> terms(const DerivativeTerms<V>&, const V* in) {
-    return {{V::mul(in[0], in[1])}};
+  template <class W, class Terms>
+  static MASKED_SOFTMAX_INLINE LaneSums<W, kSums> terms(const Terms&, const W* in) {
+    return {{W::mul(in[0], in[1])}};
   }
-  static MASKED_SOFTMAX_INLINE V value(const DerivativeTerms<V>& shared, const V* in, const V* sums) {
-    return V::mul(shared.scaled(in[1]), V::sub(in[0], sums[0]));
+  template <class W, class Terms>
+  static MASKED_SOFTMAX_INLINE W value(const Terms& shared, const W* in, const W* sums) {
+    return W::mul(shared.scaled(in[1]), W::sub(in[0], sums[0]));
   }
 };
 
-template <class V>
-struct Derivative<V, Operation::kLogSoftmaxBackward> {  // (g, y)
+template <>
+struct Derivative<Operation::kLogSoftmaxBackward> {  // (g, y)
   static constexpr int kInputs = 2;
   static constexpr int kSums = 1;
-  static MASKED_SOFTMAX_INLINE LaneSums<V, kSums> terms(const DerivativeTerms<V>&, const V* in) { return {{in[0]}}; }
-  static MASKED_SOFTMAX_INLINE V value(const DerivativeTerms<V>& shared, const V* in, const V* sums) {
-    return shared.scaled(V::sub(in[0], V::mul(shared.exp(in[1]), sums[0])));
+  template <class W, class Terms>
+  static MASKED_SOFTMAX_INLINE LaneSums<W, kSums> terms(const Terms&, const W* in) {
+    return {{in[0]}};
+  }
+  template <class W, class Terms>
+  static MASKED_SOFTMAX_INLINE W value(const Terms& shared, const W* in, const W* sums) {
+    return shared.scaled(W::sub(in[0], W::mul(shared.exp(in[1]), sums[0])));
   }
 };
 
-template <class V>
-struct Derivative<V, Operation::kLogSoftmaxJvp> {  // (v, y)
+template <>
+struct Derivative<Operation::kLogSoftmaxJvp> {  // (v, y)
   static constexpr int kInputs = 2;
   static constexpr int kSums = 1;
-  static MASKED_SOFTMAX_INLINE LaneSums<V, kSums> terms(const DerivativeTerms<V>& shared, const V* in) {
-    return {{V::mul(in[0], shared.exp(in[1]))}};
+  template <class W, class Terms>
+  static MASKED_SOFTMAX_INLINE LaneSums<W, kSums> terms(const Terms& shared, const W* in) {
+    return {{W::mul(in[0], shared.exp(in[1]))}};
   }
-  static MASKED_SOFTMAX_INLINE V value(const DerivativeTerms<V>& shared, const V* in, const V* sums) {
-    return shared.scaled(V::sub(in[0], sums[0]));
+  template <class W, class Terms>
+  static MASKED_SOFTMAX_INLINE W value(const Terms& shared, const W* in, const W* sums) {
+    return shared.scaled(W::sub(in[0], sums[0]));
   }
 };
 
-template <class V>
-struct Derivative<V, Operation::kSoftmaxBackwardWrtY> {  // (v, g, y)
+template <>
+struct Derivative<Operation::kSoftmaxBackwardWrtY> {  // (v, g, y)
   static constexpr int kInputs = 3;
   static constexpr int kSums = 2;
-  static MASKED_SOFTMAX_INLINE LaneSums<V, kSums> terms(const DerivativeTerms<V>&, const V* in) {
-    return {{V::mul(in[1], in[2]), V::mul(in[0], in[2])}};
+  template <class W, class Terms>
+  static MASKED_SOFTMAX_INLINE LaneSums<W, kSums> terms(const Terms&, const W* in) {
+    return {{W::mul(in[1], in[2]), W::mul(in[0], in[2])}};
   }
-  static MASKED_SOFTMAX_INLINE V value(const DerivativeTerms<V>& shared, const V* in, const V* sums) {
-    return shared.scaled(V::sub(V::mul(in[0], V::sub(in[1], sums[0])), V::mul(in[1], sums[1])));
+  template <class W, class Terms>
+  static MASKED_SOFTMAX_INLINE W value(const Terms& shared, const W* in, const W* sums) {
+    return shared.scaled(W::sub(W::mul(in[0], W::sub(in[1], sums[0])), W::mul(in[1], sums[1])));
   }
 };
 
-template <class V>
-struct Derivative<V, Operation::kLogSoftmaxBackwardWrtY> {  // (v, g, y)
+template <>
+struct Derivative<Operation::kLogSoftmaxBackwardWrtY> {  // (v, g, y)
   static constexpr int kInputs = 3;
   static constexpr int kSums = 1;
-  static MASKED_SOFTMAX_INLINE LaneSums<V, kSums> terms(const DerivativeTerms<V>&, const V* in) { return {{in[1]}}; }
-  static MASKED_SOFTMAX_INLINE V value(const DerivativeTerms<V>& shared, const V* in, const V* sums) {
-    return V::sub(V::broadcast(0), shared.scaled(V::mul(V::mul(in[0], shared.exp(in[2])), sums[0])));
+  template <class W, class Terms>
+  static MASKED_SOFTMAX_INLINE LaneSums<W, kSums> terms(const Terms&, const W* in) {
+    return {{in[1]}};
+  }
+  template <class W, class Terms>
+  static MASKED_SOFTMAX_INLINE W value(const Terms& shared, const W* in, const W* sums) {
+    return W::sub(W::broadcast(0), shared.scaled(W::mul(W::mul(in[0], shared.exp(in[2])), sums[0])));
   }
 };
 
@@ -102,26 +119,32 @@ struct InputPointers {
   }
 };
 
-// One vector of every input.
-template <class V, int kInputs>
+// A vector (or several) of every input.
+template <class W, int kInputs>
 struct InputVectors {
-  V in[kInputs];
+  W in[kInputs];
 
   template <class T, class Lanes>
   MASKED_SOFTMAX_INLINE InputVectors(const T* const* rows, int64_t i, Lanes lanes) {
     for (int k = 0; k < kInputs; ++k) {
-      in[k] = load<V>(rows[k] + i, lanes, 0);
+      in[k] = load<W>(rows[k] + i, lanes, 0);
     }
   }
 };
 
 template <class V, Operation kOperation, class T, class U>
-MASKED_SOFTMAX_INLINE void derivative_values(const T* const* inputs, int64_t count, const DerivativeTerms<V>& shared,
-                                             const V* sums, U* output) {
-  using D = Derivative<V, kOperation>;
-  for_each_vector<V>(count, [&](int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
-    const InputVectors<V, D::kInputs> vectors(inputs, i, lanes);
-    store(output + i, D::value(shared, vectors.in, sums), lanes);
+MASKED_SOFTMAX_INLINE void derivative_values(const T* const* inputs, int64_t count,
+                                             const DerivativeTerms<typename V::acc_t>& shared,
+                                             const typename V::acc_t* row_sums, U* output, Writing writing) {
+  using D = Derivative<kOperation>;
+  write_row<V>(output, count, writing, [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
+    using W = typename decltype(as)::type;
+    const InputVectors<W, D::kInputs> vectors(inputs, i, lanes);
+    W sums[D::kSums];
+    for (int s = 0; s < D::kSums; ++s) {
+      sums[s] = W::broadcast(row_sums[s]);
+    }
+    return D::value(shared, vectors.in, sums);
   });
 }
 

@@ -15,40 +15,43 @@ MASKED_SOFTMAX_NOINLINE typename V::acc_t tile_max(const T* x, int64_t count) {
 }
 
 template <class V, class T>
-MASKED_SOFTMAX_NOINLINE void tile_exponentials(const T* x, int64_t count, V row_max, V exponent, typename V::acc_t* e,
+MASKED_SOFTMAX_NOINLINE void tile_exponentials(const T* x, int64_t count, typename V::acc_t row_max,
+                                               const Exponent<typename V::acc_t>& exponent, typename V::acc_t* e,
                                                RowSums<V>& sums) {
-  sums.add(count, [&](int64_t i, auto lanes)
-                      MASKED_SOFTMAX_LAMBDA_INLINE { return exponential(x + i, row_max, exponent, e + i, lanes); });
+  sums.add(count, [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
+    using W = typename decltype(as)::type;
+    return exponential<W>(x + i, row_max, exponent, e + i, lanes);
+  });
 }
 
 template <class V, class T>
-MASKED_SOFTMAX_NOINLINE void tile_rests(const T* x, int64_t count, V row_max, V exponent, V exponent_low,
-                                        RowSums<V, 2>& sums) {
-  sums.add(count, [&](int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
-    return rest_and_maxima(x + i, row_max, exponent, exponent_low, lanes);
+MASKED_SOFTMAX_NOINLINE void tile_rests(const T* x, int64_t count, typename V::acc_t row_max,
+                                        const Exponent<typename V::acc_t>& exponent, RowSums<V, 2>& sums) {
+  sums.add(count, [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
+    using W = typename decltype(as)::type;
+    return rest_and_maxima<W>(x + i, row_max, exponent, lanes);
   });
 }
 
 template <class V, Operation kOperation, class Source, class Sink>
 void forward_long_row(Source& x, Sink& y, int64_t length, const RowScale<typename V::acc_t>& scale) {
   using acc_t = typename V::acc_t;
-  acc_t largest = -std::numeric_limits<acc_t>::infinity();
+  acc_t row_max = -std::numeric_limits<acc_t>::infinity();
   for_each_tile<V>(length, [&](int64_t first, int64_t count) {
     const acc_t tile = tile_max<V>(x.tile(first, count), count);
-    largest = tile > largest ? tile : largest;
+    row_max = tile > row_max ? tile : row_max;
   });
-  const V row_max = V::broadcast(largest);
-  const V exponent = V::broadcast(scale.exponent.high);
 
   if constexpr (kOperation == Operation::kLogSoftmax) {
-    const V exponent_low = V::broadcast(scale.exponent.low);
     RowSums<V, 2> sums;
     for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-      tile_rests(x.tile(first, count), count, row_max, exponent, exponent_low, sums);
+      tile_rests(x.tile(first, count), count, row_max, scale.exponent, sums);
     });
     const acc_t log_sum = log_of_sum(sums.total(0), sums.total(1));
     for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-      subtract_log(x.tile(first, count), count, row_max, scale.scale, log_sum, y.tile(first));
+      const LogProbability<acc_t, std::remove_pointer_t<decltype(x.tile(0, 0))>> value{x.tile(first, count), row_max,
+                                                                                       scale.scale, log_sum};
+      write_row<V>(y.tile(first), count, Writing::kToCache, value);
       y.finish_tile(first, count);
     });
   } else {
@@ -64,14 +67,14 @@ void forward_long_row(Source& x, Sink& y, int64_t length, const RowScale<typenam
     };
     RowSums<V> sums;
     for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-      tile_exponentials(x.tile(first, count), count, row_max, exponent, place(first), sums);
+      tile_exponentials(x.tile(first, count), count, row_max, scale.exponent, place(first), sums);
     });
     const acc_t factor = 1 / sums.total(0);
     for_each_tile<V>(length, [&](int64_t first, int64_t count) {
       if constexpr (!kOutputHolds) {
-        tile_exponentials(x.tile(first, count), count, row_max, exponent, tile_scratch, sums);
+        tile_exponentials(x.tile(first, count), count, row_max, scale.exponent, tile_scratch, sums);
       }
-      multiply<V>(place(first), count, factor, y.tile(first));
+      write_row<V>(y.tile(first), count, Writing::kToCache, Probability<acc_t>{place(first), factor});
       y.finish_tile(first, count);
     });
   }
@@ -79,17 +82,19 @@ void forward_long_row(Source& x, Sink& y, int64_t length, const RowScale<typenam
 
 template <class V, Operation kOperation, class T>
 MASKED_SOFTMAX_NOINLINE void tile_derivative_sums(const T* const* inputs, int64_t count,
-                                                  const DerivativeTerms<V>& shared,
-                                                  RowSums<V, Derivative<V, kOperation>::kSums>& sums) {
-  using D = Derivative<V, kOperation>;
-  sums.add(count, [&](int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
-    return D::terms(shared, InputVectors<V, D::kInputs>(inputs, i, lanes).in);
+                                                  const DerivativeTerms<typename V::acc_t>& shared,
+                                                  RowSums<V, Derivative<kOperation>::kSums>& sums) {
+  using D = Derivative<kOperation>;
+  sums.add(count, [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
+    using W = typename decltype(as)::type;
+    return D::terms(shared, InputVectors<W, D::kInputs>(inputs, i, lanes).in);
   });
 }
 
 template <class V, Operation kOperation, class Source, class Sink>
-void derivative_long_row(Source* inputs, Sink& output, int64_t length, const DerivativeTerms<V>& shared) {
-  using D = Derivative<V, kOperation>;
+void derivative_long_row(Source* inputs, Sink& output, int64_t length,
+                         const DerivativeTerms<typename V::acc_t>& shared) {
+  using D = Derivative<kOperation>;
   typename Source::tile_t tiles[D::kInputs];
   const auto bring_tiles = [&](int64_t first, int64_t count) {
     for (int k = 0; k < D::kInputs; ++k) {
@@ -103,13 +108,13 @@ void derivative_long_row(Source* inputs, Sink& output, int64_t length, const Der
     tile_derivative_sums<V, kOperation>(tiles, count, shared, row_sums);
   });
 
-  V sums[D::kSums];
+  typename V::acc_t sums[D::kSums];
   for (int s = 0; s < D::kSums; ++s) {
-    sums[s] = V::broadcast(row_sums.total(s));
+    sums[s] = row_sums.total(s);
   }
   for_each_tile<V>(length, [&](int64_t first, int64_t count) {
     bring_tiles(first, count);
-    derivative_values<V, kOperation>(tiles, count, shared, sums, output.tile(first));
+    derivative_values<V, kOperation>(tiles, count, shared, sums, output.tile(first), Writing::kToCache);
     output.finish_tile(first, count);
   });
 }

@@ -22,6 +22,7 @@
 #include "common/problem.h"
 #include "common/row_walker.h"
 #include "cpu/staging.h"
+#include "cpu/writing.h"
 
 namespace masked_softmax {
 
@@ -46,8 +47,17 @@ inline double compensated_sum(const double* lanes, int count) {
   return sum + lost;
 }
 
+// The value, of which the compiler knows nothing: it makes a call of memset out of a loop that stores a few known
+// zeros.
+template <class T>
+inline T hidden(T value) {
+  asm("" : "+m"(value));
+  return value;
+}
+
 }  // namespace masked_softmax
 
 #define MASKED_SOFTMAX_INLINE inline __attribute__((always_inline))
 #define MASKED_SOFTMAX_NOINLINE __attribute__((noinline))
 #define MASKED_SOFTMAX_LAMBDA_INLINE __attribute__((always_inline))
+#define MASKED_SOFTMAX_UNROLL _Pragma("GCC unroll 16")

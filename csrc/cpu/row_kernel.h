@@ -20,42 +20,51 @@ namespace masked_softmax {
 template <class V, class T>
 MASKED_SOFTMAX_INLINE V find_maxima(const T* x, int64_t count) {
   constexpr auto kNone = -std::numeric_limits<typename V::acc_t>::infinity();
-  V even = V::broadcast(kNone);
-  V odd = V::broadcast(kNone);
-  for_each_in_chains<V>(count, [&](auto chain, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
-    V& maxima = chain % 2 == 0 ? even : odd;
-    maxima = V::max(load<V>(x + i, lanes, kNone), maxima);
-  });
-  return V::max(even, odd);
+  auto maxima = Several<V, kChains>::broadcast(kNone);
+  for_each_in_chains<V, V::kTogether>(
+      count,
+      [&](auto as, int64_t i, auto lanes)
+          MASKED_SOFTMAX_LAMBDA_INLINE { return load<typename decltype(as)::type>(x + i, lanes, kNone); },
+      [&](auto chain, const auto& loaded) MASKED_SOFTMAX_LAMBDA_INLINE {
+        for (int k = 0; k < vectors_in(loaded); ++k) {
+          V& of_chain = maxima.v[chain + k];
+          of_chain = V::max(vector_of(loaded, k), of_chain);
+        }
+      });
+  return V::max(V::max(maxima.v[0], maxima.v[1]), V::max(maxima.v[2], maxima.v[3]));
 }
 
-// x - max for one vector.
-template <class V, class T, class Lanes>
-MASKED_SOFTMAX_INLINE V distance(const T* x, V row_max, Lanes lanes) {
-  return V::sub(load<V>(x, lanes, 0), row_max);
+// x - max
+template <class W, class T, class Lanes>
+MASKED_SOFTMAX_INLINE W distance(const T* x, typename W::acc_t row_max, Lanes lanes) {
+  return W::sub(load<W>(x, lanes, 0), W::broadcast(row_max));
 }
 
-// e = exp(scale * (x - max)) for one vector.
-template <class V, class T, class Lanes>
-MASKED_SOFTMAX_INLINE LaneSums<V> exponential(const T* x, V row_max, V exponent, typename V::acc_t* e, Lanes lanes) {
-  const V value = filled_lanes(exp2_product(distance(x, row_max, lanes), exponent), lanes);
+// e = exp(scale * (x - max))
+template <class W, class T, class Lanes>
+MASKED_SOFTMAX_INLINE LaneSums<W> exponential(const T* x, typename W::acc_t row_max,
+                                              const Exponent<typename W::acc_t>& c, typename W::acc_t* e, Lanes lanes) {
+  const W value = filled_lanes(exp2_product(distance<W>(x, row_max, lanes), W::broadcast(c.high)), lanes);
   store(e, value, lanes);
   return {{value}};
 }
 
-// For one vector: the exponentials of all elements but the maxima, and how many maxima there are.
+// The exponentials of all elements but the maxima, and how many maxima there are.
 //
 // A maximum contributes exactly 1 and is counted apart from the rest: log(sum) is log1p(sum - 1), so a row that one
 // element dominates keeps its relative accuracy. For the same reason the rest carries the rounding error of x - max
 // (TwoSum) and of the exponent along.
-template <class V, class T, class Lanes>
-MASKED_SOFTMAX_INLINE LaneSums<V, 2> rest_and_maxima(const T* x, V row_max, V exponent, V exponent_low, Lanes lanes) {
-  const V a = load<V>(x, lanes, 0);
-  const V t = V::sub(a, row_max);
-  const V part = V::sub(t, a);
-  const V error = V::sub(V::sub(a, V::sub(t, part)), V::add(row_max, part));
-  const V e = exp2_product<V, kRestBias>(t, exponent, V::fma(t, exponent_low, V::mul(error, exponent)));
-  return {{filled_lanes(V::zero_where_zero(t, e), lanes), filled_lanes(V::one_where_zero(t), lanes)}};
+template <class W, class T, class Lanes>
+MASKED_SOFTMAX_INLINE LaneSums<W, 2> rest_and_maxima(const T* x, typename W::acc_t row_max,
+                                                     const Exponent<typename W::acc_t>& c, Lanes lanes) {
+  const W m = W::broadcast(row_max);
+  const W exponent = W::broadcast(c.high);
+  const W a = load<W>(x, lanes, 0);
+  const W t = W::sub(a, m);
+  const W part = W::sub(t, a);
+  const W error = W::sub(W::sub(a, W::sub(t, part)), W::add(m, part));
+  const W e = exp2_product<W, kRestBias>(t, exponent, W::fma(t, W::broadcast(c.low), W::mul(error, exponent)));
+  return {{filled_lanes(W::zero_where_zero(t, e), lanes), filled_lanes(W::one_where_zero(t), lanes)}};
 }
 
 template <class acc_t>
@@ -64,24 +73,32 @@ MASKED_SOFTMAX_INLINE acc_t log_of_sum(acc_t rest, acc_t maxima) {
   return static_cast<acc_t>(std::log1p(others));
 }
 
-// y[i] = e[i] * factor
-template <class V, class U>
-MASKED_SOFTMAX_INLINE void multiply(const typename V::acc_t* e, int64_t count, typename V::acc_t factor, U* y) {
-  const V factors = V::broadcast(factor);
-  for_each_vector<V>(count, [&](int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
-    store(y + i, V::mul(load<V>(e + i, lanes, 0), factors), lanes);
-  });
-}
+// What becomes of an element: y[i] = e[i] * factor.
+template <class acc_t>
+struct Probability {
+  const acc_t* e = nullptr;
+  acc_t factor = 0;
+
+  template <class As, class Lanes>
+  MASKED_SOFTMAX_INLINE auto operator()(As, int64_t i, Lanes lanes) const {
+    using W = typename As::type;
+    return W::mul(load<W>(e + i, lanes, 0), W::broadcast(factor));
+  }
+};
 
 // y[i] = scale * (x[i] - max) - log_sum
-template <class V, class T, class U>
-MASKED_SOFTMAX_INLINE void subtract_log(const T* x, int64_t count, V row_max, typename V::acc_t scale,
-                                        typename V::acc_t log_sum, U* y) {
-  const V scales = V::broadcast(scale);
-  const V log_sums = V::broadcast(log_sum);
-  for_each_vector<V>(count, [&](int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
-    store(y + i, V::sub(V::mul(distance(x + i, row_max, lanes), scales), log_sums), lanes);
-  });
-}
+template <class acc_t, class T>
+struct LogProbability {
+  const T* x = nullptr;
+  acc_t row_max = 0;
+  acc_t scale = 0;
+  acc_t log_sum = 0;
+
+  template <class As, class Lanes>
+  MASKED_SOFTMAX_INLINE auto operator()(As, int64_t i, Lanes lanes) const {
+    using W = typename As::type;
+    return W::sub(W::mul(distance<W>(x + i, row_max, lanes), W::broadcast(scale)), W::broadcast(log_sum));
+  }
+};
 
 }  // namespace masked_softmax

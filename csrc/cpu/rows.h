@@ -1,6 +1,7 @@
 // Runs a problem's rows [begin, end): chooses how the rows' memory is reached, walks them, and fills their padding.
 #pragma once
 
+#include "cpu/held_rows.h"
 #include "cpu/long_row.h"
 #include "cpu/short_rows.h"
 
@@ -36,26 +37,27 @@ struct DirectAccess {
 
   // valid: where the row's valid columns begin, with `before` and `after` columns of padding around them.
   static MASKED_SOFTMAX_INLINE void fill_padding(const Operand& /*output*/, void* valid, int64_t before, int64_t length,
-                                                 int64_t after, acc_t value) {
+                                                 int64_t after, acc_t value, Writing writing) {
     output_t* first = static_cast<output_t*>(valid);
     if (before > 0) {
-      fill(first - before, before, value);
+      fill(first - before, before, value, writing);
     }
     if (after > 0) {
-      fill(first + length, after, value);
+      fill(first + length, after, value, writing);
     }
   }
 
  private:
-  static MASKED_SOFTMAX_INLINE void fill(output_t* to, int64_t count, acc_t value) {
+  static MASKED_SOFTMAX_NOINLINE void fill(output_t* to, int64_t count, acc_t value, Writing writing) {
     constexpr int64_t kMemsetBytes = 512;  // from here on memset's own start costs less than our stores
-    if (value == 0 && count * static_cast<int64_t>(sizeof(output_t)) >= kMemsetBytes) {
+    if (writing == Writing::kToCache && value == 0 && count * static_cast<int64_t>(sizeof(output_t)) >= kMemsetBytes) {
       std::memset(static_cast<void*>(to), 0, static_cast<size_t>(count) * sizeof(output_t));
       return;
     }
-    const V filling = V::broadcast(value);
-    for_each_vector<V>(count,
-                       [&](int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE { store(to + i, filling, lanes); });
+    const acc_t filling = hidden(value);
+    write_row<V>(to, count, writing, [&](auto as, int64_t /*i*/, auto /*lanes*/) MASKED_SOFTMAX_LAMBDA_INLINE {
+      return decltype(as)::type::broadcast(filling);
+    });
   }
 };
 
@@ -112,7 +114,7 @@ struct StagedAccess {
   }
 
   static void fill_padding(const Operand& output, void* valid, int64_t before, int64_t length, int64_t after,
-                           acc_t value) {
+                           acc_t value, Writing /*writing*/) {
     const auto fill = [&](int64_t first, int64_t count) {
       void* to = element_at(valid, output.type, first * output.col_stride);
       scatter_value(value, count, to, output.type, output.col_stride);
@@ -134,26 +136,47 @@ struct Kernel {
   using acc_t = typename V::acc_t;
   using input_t = typename Access::batch_input_t;
   using output_t = typename Access::batch_output_t;
-  using Parameters = std::conditional_t<kForward, RowScale<acc_t>, DerivativeTerms<V>>;
+  using Parameters = std::conditional_t<kForward, RowScale<acc_t>, DerivativeTerms<acc_t>>;
 
   static constexpr int kInputs = [] {
     if constexpr (kForward) {
       return 1;
     } else {
-      return Derivative<V, kOperation>::kInputs;
+      return Derivative<kOperation>::kInputs;
     }
   }();
   static constexpr acc_t kPadding =
       kOperation == Operation::kLogSoftmax ? -std::numeric_limits<acc_t>::infinity() : acc_t{0};
 
-  static MASKED_SOFTMAX_INLINE void run_batch(Batch<V>& batch, const Batch<V>& next, const Parameters& parameters,
-                                              acc_t* scratch) {
+  // Returns the batch whose results are complete then.
+  template <class AllBatches>
+  static MASKED_SOFTMAX_INLINE Batch<V>& run_batch(const AllBatches& batches, const Parameters& parameters) {
     if constexpr (kForward) {
-      forward_batch<V, kOperation, input_t, output_t>(batch, next, parameters, scratch);
+      forward_batch<V, kOperation, input_t, output_t>(batches, parameters);
+      return batches.writes_later ? batches.before() : batches.now();
     } else {
-      derivative_batch<V, kOperation, input_t, output_t>(batch, parameters);
+      derivative_batch<V, kOperation, input_t, output_t>(batches, parameters);
+      return batches.now();
     }
   }
+
+  // The shortest rows of the common types go by themselves.
+  static constexpr bool kHoldsRows =
+      kOperation == Operation::kSoftmax && V::kReducesFourRows && !Access::kStaged && std::is_same_v<input_t, output_t>;
+  struct NoHeldRows {
+    explicit NoHeldRows(const Parameters&) {}
+    static bool holds(int64_t /*length*/) { return false; }
+    void take(const Problem&, const RowRun&, int64_t, int64_t, const RowBounds*) {}
+    void finish() {}
+  };
+  static auto held_rows_type() {
+    if constexpr (kHoldsRows) {
+      return As<HeldRowsByLength<V, input_t, output_t>>();
+    } else {
+      return As<NoHeldRows>();
+    }
+  }
+  using HeldRows = typename decltype(held_rows_type())::type;
 
   // offsets: of the first valid element in the output and the inputs.
   static MASKED_SOFTMAX_NOINLINE void run_long_row(const Problem& problem, int64_t output_offset,
@@ -168,7 +191,7 @@ struct Kernel {
     if constexpr (kForward) {
       auto x = source(0);
       forward_long_row<V, kOperation>(x, sink, length, parameters);
-    } else if constexpr (Derivative<V, kOperation>::kInputs == 2) {
+    } else if constexpr (Derivative<kOperation>::kInputs == 2) {
       decltype(source(0)) sources[] = {source(0), source(1)};
       derivative_long_row<V, kOperation>(sources, sink, length, parameters);
     } else {
@@ -181,34 +204,24 @@ struct Kernel {
 template <class V, class Access, Operation kOperation>
 void run_rows(const Problem& problem, int64_t begin, int64_t end) {
   using K = Kernel<V, Access, kOperation>;
-  using acc_t = typename V::acc_t;
-  constexpr int64_t kScratchElems = kOperation == Operation::kSoftmax ? Access::kLongestShortRow : 1;
-  alignas(64) acc_t scratch[kScratchElems];
   const typename K::Parameters parameters(problem.scale / staging_factor(problem));
   const Operand& output = problem.output;
   Access access(problem);
 
-  // One batch is computed while the next, already filled, is on its way from memory.
-  Batch<V> batches[2];
-  Batch<V>* filling = &batches[0];
-  Batch<V>* filled = &batches[1];
-  int rows = 0;       // in *filling
-  int64_t elems = 0;  // that they take of the scratch
-  bool has_padding = false;
-  const auto compute_filled = [&]() MASKED_SOFTMAX_LAMBDA_INLINE {
-    filling->rows = rows;
-    filling->has_padding = has_padding;
-    access.bring(problem, *filled);
-    K::run_batch(*filled, Access::kStaged ? *filled : *filling, parameters, scratch);
-    access.finish(problem, *filled);
-    for (int r = 0; r < (filled->has_padding ? filled->rows : 0); ++r) {
-      Access::fill_padding(output, filled->outputs[r], filled->before[r], filled->lengths[r], filled->after[r],
-                           K::kPadding);
+  typename K::HeldRows held_rows(parameters);
+
+  const Writing writing = Access::kStaged ? Writing::kToCache : writing_of(problem);
+  constexpr int64_t kScratchElems = kOperation == Operation::kSoftmax ? Access::kLongestShortRow : 1;
+  Batches<V, kScratchElems, Access::kStaged> batches(writing);
+  const auto compute_batch = [&]() MASKED_SOFTMAX_NOINLINE {
+    access.bring(problem, batches.now());
+    Batch<V>& done = K::run_batch(batches, parameters);
+    access.finish(problem, done);
+    for (int r = 0; r < (done.has_padding ? done.rows : 0); ++r) {
+      Access::fill_padding(output, done.outputs[r], done.before[r], done.lengths[r], done.after[r], K::kPadding,
+                           writing);
     }
-    std::swap(filling, filled);
-    rows = 0;
-    elems = 0;
-    has_padding = false;
+    batches.advance();
   };
 
   const auto take_row = [&](const RowRun& run, int64_t ahead, RowBounds bounds) MASKED_SOFTMAX_LAMBDA_INLINE {
@@ -217,7 +230,7 @@ void run_rows(const Problem& problem, int64_t begin, int64_t end) {
     const int64_t output_offset = run.output_offset(ahead) + bounds.start * Access::col_stride(output);
     void* const valid = Access::output_at(output, output_offset);
     if (length == 0) {
-      Access::fill_padding(output, valid, bounds.start, length, after, K::kPadding);
+      Access::fill_padding(output, valid, bounds.start, length, after, K::kPadding, writing);
       return;
     }
     int64_t input_offsets[K::kInputs];
@@ -226,23 +239,25 @@ void run_rows(const Problem& problem, int64_t begin, int64_t end) {
     }
     if (length > Access::kLongestShortRow) {
       K::run_long_row(problem, output_offset, input_offsets, length, parameters);
-      Access::fill_padding(output, valid, bounds.start, length, after, K::kPadding);
+      Access::fill_padding(output, valid, bounds.start, length, after, K::kPadding, writing);
       return;
     }
     const int64_t row_elems = Batch<V>::scratch_elems(length);
-    if (rows == kBatchRows || (elems + row_elems > kBatchElems && rows > 0)) {
-      compute_filled();
+    if (batches.filling().rows == kBatchRows ||
+        (batches.filling().elems + row_elems > kBatchElems && batches.filling().rows > 0)) {
+      compute_batch();
     }
-    const int row = rows++;
-    elems += row_elems;
+    Batch<V>& batch = batches.filling();
+    const int row = batch.rows++;
+    batch.elems += row_elems;
     for (int k = 0; k < K::kInputs; ++k) {
-      filling->inputs[k][row] = Access::input_at(problem.inputs[k], input_offsets[k]);
+      batch.inputs[k][row] = Access::input_at(problem.inputs[k], input_offsets[k]);
     }
-    filling->outputs[row] = valid;
-    filling->lengths[row] = length;
-    filling->before[row] = bounds.start;
-    filling->after[row] = after;
-    has_padding |= length < problem.cols;
+    batch.outputs[row] = valid;
+    batch.lengths[row] = length;
+    batch.before[row] = bounds.start;
+    batch.after[row] = after;
+    batch.has_padding |= length < problem.cols;
   };
 
   RowWalker walker(problem, begin, end);
@@ -251,13 +266,21 @@ void run_rows(const Problem& problem, int64_t begin, int64_t end) {
       RowBounds bounds[kBatchRows];
       const int64_t count = run.rows - first < kBatchRows ? run.rows - first : kBatchRows;
       run.read_bounds(first, count, bounds);
+      held_rows.take(problem, run, first, count, bounds);
       for (int64_t i = 0; i < count; ++i) {
-        take_row(run, first + i, bounds[i]);
+        if (!K::HeldRows::holds(bounds[i].length())) {
+          take_row(run, first + i, bounds[i]);
+        }
       }
     }
   }
-  compute_filled();
-  compute_filled();
+  held_rows.finish();
+  for (int i = 0; i < batches.kDepth; ++i) {
+    compute_batch();
+  }
+  if (writing == Writing::kPastCaches) {
+    V::finish_stores();
+  }
 }
 
 template <class Isa, Operation kOperation>
@@ -291,13 +314,18 @@ MASKED_SOFTMAX_INLINE bool visit_direct_types(ElementType input, ElementType out
       return true;
     }
     if constexpr (Isa::kLoads16Bit) {
-      if (output == ElementType::kBFloat16) {
-        visit(Type<DirectAccess<Float, input_t, bfloat16_t>>{}, Type<Float>{});
-        return true;
+      // From one 16-bit type to the other nobody converts.
+      if constexpr (!std::is_same_v<input_t, float16_t>) {
+        if (output == ElementType::kBFloat16) {
+          visit(Type<DirectAccess<Float, input_t, bfloat16_t>>{}, Type<Float>{});
+          return true;
+        }
       }
-      if (output == ElementType::kFloat16) {
-        visit(Type<DirectAccess<Float, input_t, float16_t>>{}, Type<Float>{});
-        return true;
+      if constexpr (!std::is_same_v<input_t, bfloat16_t>) {
+        if (output == ElementType::kFloat16) {
+          visit(Type<DirectAccess<Float, input_t, float16_t>>{}, Type<Float>{});
+          return true;
+        }
       }
     }
     return false;

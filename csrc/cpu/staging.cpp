@@ -43,12 +43,6 @@ void scatter_any(const acc_t* buffer, int64_t count, void* row, ElementType type
   });
 }
 
-int64_t size_bytes(ElementType type) {
-  int64_t size = 0;
-  visit_element_type(type, [&](auto element) { size = sizeof(element); });
-  return size;
-}
-
 }  // namespace
 
 void gather(const void* row, ElementType type, int64_t stride, int64_t count, float* buffer) {

@@ -56,44 +56,212 @@ MASKED_SOFTMAX_INLINE void store(T* p, V value, Partial lanes) {
   value.store_partial(p, lanes.count);
 }
 
-template <int kIndex>
-using Chain = std::integral_constant<int, kIndex>;
+// Vectors that go through the same operations side by side, as if they were one: while one of them waits for a result,
+// the next is under way, and the processor need not look far ahead to find it.
+template <class V, int kCount>
+struct Several {
+  using acc_t = typename V::acc_t;
+  static constexpr int kLanes = kCount * V::kLanes;
+  static constexpr int kPowerSteps = V::kPowerSteps;
+  V v[kCount];
 
-// Calls body(i, lanes) for every vector of `count` elements.
-template <class V, class Body>
+  template <class F>
+  static MASKED_SOFTMAX_INLINE Several each(const F& vector) {
+    Several result;
+    for (int i = 0; i < kCount; ++i) {
+      result.v[i] = vector(i);
+    }
+    return result;
+  }
+
+  static MASKED_SOFTMAX_INLINE Several broadcast(acc_t value) {
+    return each([&](int) MASKED_SOFTMAX_LAMBDA_INLINE { return V::broadcast(value); });
+  }
+  template <class T>
+  static MASKED_SOFTMAX_INLINE Several load(const T* p) {
+    return each([&](int i) MASKED_SOFTMAX_LAMBDA_INLINE { return V::load(p + i * V::kLanes); });
+  }
+  template <class T>
+  MASKED_SOFTMAX_INLINE void store(T* p) const {
+    for (int i = 0; i < kCount; ++i) {
+      v[i].store(p + i * V::kLanes);
+    }
+  }
+
+  template <class T>
+  MASKED_SOFTMAX_INLINE void store_past_caches(T* p) const {
+    for (int i = 0; i < kCount; ++i) {
+      v[i].store_past_caches(p + i * V::kLanes);
+    }
+  }
+
+#define MASKED_SOFTMAX_EACH_OF_ONE(name)                                              \
+  static MASKED_SOFTMAX_INLINE Several name(const Several& a) {                       \
+    return each([&](int i) MASKED_SOFTMAX_LAMBDA_INLINE { return V::name(a.v[i]); }); \
+  }
+#define MASKED_SOFTMAX_EACH_OF_TWO(name)                                                      \
+  static MASKED_SOFTMAX_INLINE Several name(const Several& a, const Several& b) {             \
+    return each([&](int i) MASKED_SOFTMAX_LAMBDA_INLINE { return V::name(a.v[i], b.v[i]); }); \
+  }
+#define MASKED_SOFTMAX_EACH_OF_THREE(name)                                                            \
+  static MASKED_SOFTMAX_INLINE Several name(const Several& a, const Several& b, const Several& c) {   \
+    return each([&](int i) MASKED_SOFTMAX_LAMBDA_INLINE { return V::name(a.v[i], b.v[i], c.v[i]); }); \
+  }
+  MASKED_SOFTMAX_EACH_OF_ONE(power)
+  MASKED_SOFTMAX_EACH_OF_ONE(one_where_zero)
+  MASKED_SOFTMAX_EACH_OF_TWO(add)
+  MASKED_SOFTMAX_EACH_OF_TWO(sub)
+  MASKED_SOFTMAX_EACH_OF_TWO(mul)
+  MASKED_SOFTMAX_EACH_OF_TWO(max)
+  MASKED_SOFTMAX_EACH_OF_TWO(zero_where_zero)
+  MASKED_SOFTMAX_EACH_OF_THREE(fma)
+  MASKED_SOFTMAX_EACH_OF_THREE(fms)
+  MASKED_SOFTMAX_EACH_OF_THREE(zero_where_less)
+#undef MASKED_SOFTMAX_EACH_OF_ONE
+#undef MASKED_SOFTMAX_EACH_OF_TWO
+#undef MASKED_SOFTMAX_EACH_OF_THREE
+};
+
+template <class V>
+MASKED_SOFTMAX_INLINE V vector_of(V vector, int /*index*/) {
+  return vector;
+}
+template <class V, int kCount>
+MASKED_SOFTMAX_INLINE V vector_of(const Several<V, kCount>& vectors, int index) {
+  return vectors.v[index];
+}
+
+template <class V>
+constexpr int vectors_in(const V& /*vector*/) {
+  return 1;
+}
+template <class V, int kCount>
+constexpr int vectors_in(const Several<V, kCount>& /*vectors*/) {
+  return kCount;
+}
+
+// What a loop's body works on: a vector, or several.
+template <class W>
+struct As {
+  using type = W;
+};
+
+// Calls body(as, i, lanes) for all vectors of `count` elements, kTogether at a time where there are as many.
+template <class V, int kTogether, class Body>
 MASKED_SOFTMAX_INLINE void for_each_vector(int64_t count, const Body& body) {
+  using W = Several<V, kTogether>;
   int64_t i = 0;
+  for (; i + W::kLanes <= count; i += W::kLanes) {
+    body(As<W>{}, i, Whole{});
+  }
   for (; i + V::kLanes <= count; i += V::kLanes) {
-    body(i, Whole{});
+    body(As<V>{}, i, Whole{});
   }
   if (i < count) {
-    body(i, Partial{static_cast<int>(count - i)});
+    body(As<V>{}, i, Partial{static_cast<int>(count - i)});
   }
 }
 
-// The same for what accumulates: calls body(chain, i, lanes), four vectors to a round, one to a chain.
-template <class V, class Body>
-MASKED_SOFTMAX_INLINE void for_each_in_chains(int64_t count, const Body& body) {
+// Writes y[i] = value(as, i, lanes) for all vectors of `count` elements: step by step, beside something else, or all.
+template <class V, class U, class Value>
+class RowWriter {
+ public:
+  MASKED_SOFTMAX_INLINE RowWriter(U* y, int64_t count, Writing writing, const Value& value)
+      : y_(y), count_(count), past_caches_(V::kStoresPastCaches && writing == Writing::kPastCaches), value_(value) {
+    if (past_caches_ && count > 0) {  // whole lines only
+      constexpr uintptr_t kLineBytes = 64;
+      const auto ahead = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(y) % kLineBytes / sizeof(U));
+      write_vectors(ahead < count ? ahead : count);
+    }
+  }
+
+  // A few vectors, where there are as many left.
+  MASKED_SOFTMAX_INLINE void step() {
+    if (written_ + W::kLanes <= count_) {
+      const W values = value_(As<W>{}, written_, Whole{});
+      if constexpr (V::kStoresPastCaches) {
+        if (past_caches_) {
+          values.store_past_caches(y_ + written_);
+        } else {
+          values.store(y_ + written_);
+        }
+      } else {
+        values.store(y_ + written_);
+      }
+      written_ += W::kLanes;
+    }
+  }
+
+  // What is left.
+  MASKED_SOFTMAX_INLINE void finish() {
+    while (written_ + W::kLanes <= count_) {
+      step();
+    }
+    write_vectors(count_ - written_);
+  }
+
+ private:
+  using W = Several<V, V::kTogether>;
+
+  MASKED_SOFTMAX_INLINE void write_vectors(int64_t count) {
+    const int64_t first = written_;
+    for_each_vector<V, 1>(count, [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
+      store(y_ + first + i, value_(as, first + i, lanes), lanes);
+    });
+    written_ += count;
+  }
+
+  U* y_;
+  int64_t count_;
+  int64_t written_ = 0;
+  bool past_caches_;
+  const Value& value_;
+};
+
+template <class V, class U, class Value>
+MASKED_SOFTMAX_INLINE void write_row(U* y, int64_t count, Writing writing, const Value& value) {
+  RowWriter<V, U, Value>(y, count, writing, value).finish();
+}
+
+template <int kIndex>
+using Chain = std::integral_constant<int, kIndex>;
+
+// For what accumulates: calls add(chain, term(as, i, lanes)) for all vectors of `count` elements, four to a round, one
+// to a chain; kTogether of them at a time where there are as many, and `chain` is then that of the first.
+template <class V, int kTogether, class Term, class Add>
+MASKED_SOFTMAX_INLINE void for_each_in_chains(int64_t count, const Term& term, const Add& add) {
   constexpr int64_t kLanes = V::kLanes;
+  using W = std::conditional_t<kTogether == 1, V, Several<V, kTogether>>;
+  static_assert(kTogether == 1 || kTogether == 2 || kTogether == kChains, "a round is four, two or one steps");
   int64_t i = 0;
   for (; i + kChains * kLanes <= count; i += kChains * kLanes) {
-    body(Chain<0>{}, i, Whole{});
-    body(Chain<1>{}, i + kLanes, Whole{});
-    body(Chain<2>{}, i + 2 * kLanes, Whole{});
-    body(Chain<3>{}, i + 3 * kLanes, Whole{});
+    add(Chain<0>{}, term(As<W>{}, i, Whole{}));
+    if constexpr (kTogether == 1) {
+      add(Chain<1>{}, term(As<W>{}, i + kLanes, Whole{}));
+    }
+    if constexpr (kTogether <= 2) {
+      add(Chain<2>{}, term(As<W>{}, i + 2 * kLanes, Whole{}));
+    }
+    if constexpr (kTogether == 1) {
+      add(Chain<3>{}, term(As<W>{}, i + 3 * kLanes, Whole{}));
+    }
   }
-  const auto last_round = [&](auto chain) MASKED_SOFTMAX_LAMBDA_INLINE {
-    if (i + kLanes <= count) {
-      body(chain, i, Whole{});
-      i += kLanes;
-      return true;
+  // The code of a term is long: it stands once for the whole vectors of the last round, and once for its last one.
+  int chain = 0;
+  const auto add_to_chain = [&](const auto& value) MASKED_SOFTMAX_LAMBDA_INLINE {
+    switch (chain++) {
+      case 0: return add(Chain<0>{}, value);
+      case 1: return add(Chain<1>{}, value);
+      case 2: return add(Chain<2>{}, value);
+      default: return add(Chain<3>{}, value);
     }
-    if (i < count) {
-      body(chain, i, Partial{static_cast<int>(count - i)});
-    }
-    return false;
   };
-  (void)(last_round(Chain<0>{}) && last_round(Chain<1>{}) && last_round(Chain<2>{}) && last_round(Chain<3>{}));
+  for (; i + kLanes <= count; i += kLanes) {
+    add_to_chain(term(As<V>{}, i, Whole{}));
+  }
+  if (i < count) {
+    add_to_chain(term(As<V>{}, i, Partial{static_cast<int>(count - i)}));
+  }
 }
 
 // Calls body(first, count) for every tile of `count` elements.
@@ -123,8 +291,8 @@ class RowSums {
     }
   }
 
-  // Adds the terms of `count` elements; all calls for a row but the last bring a multiple of kFoldElems. term(i, lanes)
-  // returns, for one vector of elements, the LaneSums to add.
+  // Adds the terms of `count` elements; all calls for a row but the last bring a multiple of kFoldElems.
+  // term(as, i, lanes) returns, for a vector of elements or several, the LaneSums to add.
   template <class Term>
   MASKED_SOFTMAX_INLINE void add(int64_t count, const Term& term) {
     for (int64_t first = 0; first < count; first += kFoldElems<V>) {
@@ -149,12 +317,18 @@ class RowSums {
         chain = V::broadcast(0);
       }
     }
-    for_each_in_chains<V>(count, [&](auto chain, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
-      const LaneSums<V, kSums> terms = term(first + i, lanes);
-      for (int s = 0; s < kSums; ++s) {
-        chains[s][chain] = V::add(chains[s][chain], terms.sums[s]);
-      }
-    });
+    // Two sums take twice the registers.
+    constexpr int kTogether = V::kTogether > kSums ? V::kTogether / kSums : 1;
+    for_each_in_chains<V, kTogether>(
+        count, [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE { return term(as, first + i, lanes); },
+        [&](auto chain, const auto& terms) MASKED_SOFTMAX_LAMBDA_INLINE {
+          for (int s = 0; s < kSums; ++s) {
+            for (int k = 0; k < vectors_in(terms.sums[s]); ++k) {
+              V& of_chain = chains[s][chain + k];
+              of_chain = V::add(of_chain, vector_of(terms.sums[s], k));
+            }
+          }
+        });
     for (int s = 0; s < kSums; ++s) {
       const V fold = V::add(V::add(chains[s][0], chains[s][1]), V::add(chains[s][2], chains[s][3]));
       if (count_ == 0 && first == 0) {
@@ -180,7 +354,11 @@ MASKED_SOFTMAX_INLINE void reduce_add_rows(const typename V::acc_t* lanes, int r
   int r = 0;
   if constexpr (V::kReducesFourRows) {
     for (; r + 4 <= rows; r += 4) {
-      V::reduce_add_four(lanes + r * V::kLanes, sums + r);
+      V four[4];
+      for (int i = 0; i < 4; ++i) {
+        four[i] = V::load(lanes + (r + i) * V::kLanes);
+      }
+      V::reduce_add_four(four, sums + r);
     }
   }
   for (; r < rows; ++r) {
@@ -193,7 +371,11 @@ MASKED_SOFTMAX_INLINE void reduce_max_rows(const typename V::acc_t* lanes, int r
   int r = 0;
   if constexpr (V::kReducesFourRows) {
     for (; r + 4 <= rows; r += 4) {
-      V::reduce_max_four(lanes + r * V::kLanes, maxima + r);
+      V four[4];
+      for (int i = 0; i < 4; ++i) {
+        four[i] = V::load(lanes + (r + i) * V::kLanes);
+      }
+      V::reduce_max_four(four, maxima + r);
     }
   }
   for (; r < rows; ++r) {
@@ -203,14 +385,17 @@ MASKED_SOFTMAX_INLINE void reduce_max_rows(const typename V::acc_t* lanes, int r
 
 template <class V, class T, class U>
 MASKED_SOFTMAX_NOINLINE void copy_converted(const T* from, int64_t count, U* to) {
-  for_each_vector<V>(count, [&](int64_t i, auto lanes)
-                                MASKED_SOFTMAX_LAMBDA_INLINE { store(to + i, load<V>(from + i, lanes, 0), lanes); });
+  for_each_vector<V, V::kTogether>(count, [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
+    using W = typename decltype(as)::type;
+    store(to + i, load<W>(from + i, lanes, 0), lanes);
+  });
 }
 
 template <class V>
 MASKED_SOFTMAX_NOINLINE void multiply_all(typename V::acc_t* elements, int64_t count, typename V::acc_t factor) {
-  for_each_vector<V>(count, [&](int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
-    store(elements + i, V::mul(load<V>(elements + i, lanes, 0), V::broadcast(factor)), lanes);
+  for_each_vector<V, V::kTogether>(count, [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
+    using W = typename decltype(as)::type;
+    store(elements + i, W::mul(load<W>(elements + i, lanes, 0), W::broadcast(factor)), lanes);
   });
 }
 

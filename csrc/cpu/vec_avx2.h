@@ -10,7 +10,11 @@ namespace masked_softmax {
 struct Avx2Float {
   using acc_t = float;
   static constexpr int kLanes = 8;
-  static constexpr bool kHasSixteenthPowers = false;
+  static constexpr int kPowerSteps = 8;
+  static constexpr int kTogether = 2;
+  static constexpr bool kStoresPastCaches = true;
+  static void finish_stores() { _mm_sfence(); }  // store_past_caches is not ordered by itself
+  static constexpr int kMostHeldVectors = 8;
   static constexpr bool kReducesFourRows = true;
   __m256 v;
 
@@ -34,6 +38,10 @@ struct Avx2Float {
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(bfloat16_t* p) const { _mm_storeu_si128(as_vector(p), to_bfloat16()); }
   void store(float16_t* p) const { _mm_storeu_si128(as_vector(p), to_float16()); }
+
+  void store_past_caches(float* p) const { _mm256_stream_ps(p, v); }
+  void store_past_caches(bfloat16_t* p) const { _mm_stream_si128(as_vector(p), to_bfloat16()); }
+  void store_past_caches(float16_t* p) const { _mm_stream_si128(as_vector(p), to_float16()); }
 
   void store_partial(float* p, int count) const {
     __m128 rest = _mm256_castps256_ps128(v);
@@ -62,10 +70,18 @@ struct Avx2Float {
   static Avx2Float max(Avx2Float a, Avx2Float b) { return {_mm256_max_ps(a.v, b.v)}; }
   static Avx2Float min(Avx2Float a, Avx2Float b) { return {_mm256_min_ps(a.v, b.v)}; }
 
-  static Avx2Float scale_by_power(Avx2Float p, Avx2Float n, Avx2Float shifted, float smallest) {
-    const __m256 power = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23));
-    const __m256 normal = _mm256_cmp_ps(n.v, _mm256_set1_ps(smallest), _CMP_NLT_UQ);
-    return {_mm256_and_ps(normal, _mm256_mul_ps(p.v, power))};
+  // 2^z, z being what the sum `shifted` was rounded to: its low three bits look up 2^(k/8), and the bits above them are
+  // added to the exponent. The shift brings k along, which the table's entries are therefore less by.
+  static Avx2Float power(Avx2Float shifted) {
+    const __m256i table = _mm256_setr_epi32(0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a,
+                                            0x3f7744fd, 0x3f7ac0c7);
+    const __m256i bits = _mm256_castps_si256(shifted.v);
+    return {
+        _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(bits, 20), _mm256_permutevar8x32_epi32(table, bits)))};
+  }
+  // value, or 0 where n < smallest; a NaN is not less.
+  static Avx2Float zero_where_less(Avx2Float n, Avx2Float smallest, Avx2Float value) {
+    return {_mm256_and_ps(_mm256_cmp_ps(n.v, smallest.v, _CMP_NLT_UQ), value.v)};
   }
   static Avx2Float zero_where_zero(Avx2Float t, Avx2Float value) {
     return {_mm256_and_ps(_mm256_cmp_ps(t.v, _mm256_setzero_ps(), _CMP_NEQ_UQ), value.v)};
@@ -79,10 +95,10 @@ struct Avx2Float {
   float reduce_add() const {
     return Four::add_one(Four::add_as_doubles(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)));
   }
-  static void reduce_add_four(const float* lanes, float* sums) {
+  static void reduce_add_four(const Avx2Float* lanes, float* sums) {
     __m256d rows[4];
     for (int r = 0; r < 4; ++r) {
-      rows[r] = Four::add_as_doubles(_mm_loadu_ps(lanes + r * kLanes), _mm_loadu_ps(lanes + r * kLanes + 4));
+      rows[r] = Four::add_as_doubles(_mm256_castps256_ps128(lanes[r].v), _mm256_extractf128_ps(lanes[r].v, 1));
     }
     _mm_storeu_ps(sums, Four::add(rows));
   }
@@ -91,10 +107,10 @@ struct Avx2Float {
     const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
   }
-  static void reduce_max_four(const float* lanes, float* maxima) {
+  static void reduce_max_four(const Avx2Float* lanes, float* maxima) {
     __m128 rows[4];
     for (int r = 0; r < 4; ++r) {
-      rows[r] = _mm_max_ps(_mm_loadu_ps(lanes + r * kLanes), _mm_loadu_ps(lanes + r * kLanes + 4));
+      rows[r] = _mm_max_ps(_mm256_castps256_ps128(lanes[r].v), _mm256_extractf128_ps(lanes[r].v, 1));
     }
     _mm_storeu_ps(maxima, Four::max(rows));
   }
@@ -112,9 +128,12 @@ struct Avx2Float {
     return {_mm256_blendv_ps(_mm256_set1_ps(fill), loaded.v, _mm256_castsi256_ps(first(count)))};
   }
 
-  // The first `count` (0 to 7) 16-bit elements, zeros behind them, put together in registers.
+  // The first `count` (0 to 8) 16-bit elements, zeros behind them, put together in registers.
   static __m128i load_16bit(const void* from, int count) {
     const char* p = static_cast<const char*>(from);
+    if (count == kLanes) {
+      return _mm_loadu_si128(as_vector(p));
+    }
     uint64_t low = 0;
     if (count & 4) {
       std::memcpy(&low, p, 8);
@@ -173,7 +192,10 @@ struct Avx2Float {
 struct Avx2Double {
   using acc_t = double;
   static constexpr int kLanes = 4;
-  static constexpr bool kHasSixteenthPowers = false;
+  static constexpr int kPowerSteps = 1;
+  static constexpr int kTogether = 2;
+  static constexpr bool kStoresPastCaches = true;
+  static void finish_stores() { _mm_sfence(); }  // store_past_caches is not ordered by itself
   static constexpr bool kReducesFourRows = false;
   __m256d v;
 
@@ -185,6 +207,7 @@ struct Avx2Double {
     return {_mm256_blendv_pd(_mm256_set1_pd(fill), _mm256_maskload_pd(p, mask), _mm256_castsi256_pd(mask))};
   }
   void store(double* p) const { _mm256_storeu_pd(p, v); }
+  void store_past_caches(double* p) const { _mm256_stream_pd(p, v); }
   void store_partial(double* p, int count) const {
     __m128d rest = _mm256_castpd256_pd128(v);
     if (count & 2) {
@@ -205,10 +228,11 @@ struct Avx2Double {
   static Avx2Double max(Avx2Double a, Avx2Double b) { return {_mm256_max_pd(a.v, b.v)}; }
   static Avx2Double min(Avx2Double a, Avx2Double b) { return {_mm256_min_pd(a.v, b.v)}; }
 
-  static Avx2Double scale_by_power(Avx2Double p, Avx2Double n, Avx2Double shifted, double smallest) {
-    const __m256d power = _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(shifted.v), 52));
-    const __m256d normal = _mm256_cmp_pd(n.v, _mm256_set1_pd(smallest), _CMP_NLT_UQ);
-    return {_mm256_and_pd(normal, _mm256_mul_pd(p.v, power))};
+  static Avx2Double power(Avx2Double shifted) {
+    return {_mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(shifted.v), 52))};
+  }
+  static Avx2Double zero_where_less(Avx2Double n, Avx2Double smallest, Avx2Double value) {
+    return {_mm256_and_pd(_mm256_cmp_pd(n.v, smallest.v, _CMP_NLT_UQ), value.v)};
   }
   static Avx2Double zero_where_zero(Avx2Double t, Avx2Double value) {
     return {_mm256_and_pd(_mm256_cmp_pd(t.v, _mm256_setzero_pd(), _CMP_NEQ_UQ), value.v)};

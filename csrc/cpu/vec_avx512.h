@@ -9,7 +9,11 @@ namespace masked_softmax {
 struct Avx512Float {
   using acc_t = float;
   static constexpr int kLanes = 16;
-  static constexpr bool kHasSixteenthPowers = true;
+  static constexpr int kPowerSteps = 16;
+  static constexpr int kTogether = 4;
+  static constexpr bool kStoresPastCaches = true;
+  static void finish_stores() { _mm_sfence(); }  // store_past_caches is not ordered by itself
+  static constexpr int kMostHeldVectors = 4;
   static constexpr bool kReducesFourRows = true;
   __m512 v;
 
@@ -35,6 +39,10 @@ struct Avx512Float {
   void store(bfloat16_t* p) const { _mm256_storeu_si256(as_vector(p), to_bfloat16()); }
   void store(float16_t* p) const { _mm256_storeu_si256(as_vector(p), to_float16()); }
 
+  void store_past_caches(float* p) const { _mm512_stream_ps(p, v); }
+  void store_past_caches(bfloat16_t* p) const { _mm256_stream_si256(as_vector(p), to_bfloat16()); }
+  void store_past_caches(float16_t* p) const { _mm256_stream_si256(as_vector(p), to_float16()); }
+
   void store_partial(float* p, int count) const { _mm512_mask_storeu_ps(p, first(count), v); }
   void store_partial(bfloat16_t* p, int count) const { _mm256_mask_storeu_epi16(p, first(count), to_bfloat16()); }
   void store_partial(float16_t* p, int count) const { _mm256_mask_storeu_epi16(p, first(count), to_float16()); }
@@ -47,9 +55,18 @@ struct Avx512Float {
   static Avx512Float max(Avx512Float a, Avx512Float b) { return {_mm512_max_ps(a.v, b.v)}; }
   static Avx512Float min(Avx512Float a, Avx512Float b) { return {_mm512_min_ps(a.v, b.v)}; }
 
-  static Avx512Float scale_by_power(Avx512Float p, Avx512Float n, Avx512Float /*shifted*/, float smallest) {
-    const __mmask16 normal = _mm512_cmp_ps_mask(n.v, _mm512_set1_ps(smallest), _CMP_NLT_UQ);
-    return {_mm512_maskz_scalef_ps(normal, p.v, n.v)};
+  // 2^z, z being what the sum `shifted` was rounded to: its low four bits look up 2^(k/16), and the bits above them are
+  // added to the exponent. The shift brings k along, which the table's entries are therefore less by.
+  static Avx512Float power(Avx512Float shifted) {
+    const __m512i table = _mm512_setr_epi32(0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532,
+                                            0x3f75fed7, 0x3f75583f, 0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c,
+                                            0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d);
+    const __m512i bits = _mm512_castps_si512(shifted.v);
+    return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(bits, 19), _mm512_permutexvar_epi32(bits, table)))};
+  }
+  // value, or 0 where n < smallest; a NaN is not less.
+  static Avx512Float zero_where_less(Avx512Float n, Avx512Float smallest, Avx512Float value) {
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(n.v, smallest.v, _CMP_NLT_UQ), value.v)};
   }
   static Avx512Float zero_where_zero(Avx512Float t, Avx512Float value) {
     return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(t.v, _mm512_setzero_ps(), _CMP_NEQ_UQ), value.v)};
@@ -59,35 +76,20 @@ struct Avx512Float {
     return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(t.v, _mm512_setzero_ps(), _CMP_EQ_OQ), _mm512_set1_ps(1.0f))};
   }
 
-  // 2^(k/16) for k in the low four bits of each lane.
-  static Avx512Float sixteenth_powers(Avx512Float k) {
-    const __m512 powers =
-        _mm512_setr_ps(0x1.0p+0f, 0x1.0b5586p+0f, 0x1.172b84p+0f, 0x1.2387a6p+0f, 0x1.306fep+0f, 0x1.3dea64p+0f,
-                       0x1.4bfdaep+0f, 0x1.5ab07ep+0f, 0x1.6a09e6p+0f, 0x1.7a1148p+0f, 0x1.8ace54p+0f, 0x1.9c4918p+0f,
-                       0x1.ae89fap+0f, 0x1.c199bep+0f, 0x1.d5818ep+0f, 0x1.ea4afap+0f);
-    return {_mm512_permutexvar_ps(_mm512_castps_si512(k.v), powers)};
-  }
-
   // In double, rounded once.
-  float reduce_add() const {
-    const __m256 low = _mm512_castps512_ps256(v);
-    const __m256 high = _mm512_extractf32x8_ps(v, 1);
-    return Four::add_one(add_quarters(_mm256_castps256_ps128(low), _mm256_extractf128_ps(low, 1),
-                                      _mm256_castps256_ps128(high), _mm256_extractf128_ps(high, 1)));
-  }
-  static void reduce_add_four(const float* lanes, float* sums) {
+  float reduce_add() const { return Four::add_one(add_quarters()); }
+  static void reduce_add_four(const Avx512Float* lanes, float* sums) {
     __m256d rows[4];
     for (int r = 0; r < 4; ++r) {
-      const float* row = lanes + r * kLanes;
-      rows[r] = add_quarters(_mm_loadu_ps(row), _mm_loadu_ps(row + 4), _mm_loadu_ps(row + 8), _mm_loadu_ps(row + 12));
+      rows[r] = lanes[r].add_quarters();
     }
     _mm_storeu_ps(sums, Four::add(rows));
   }
   float reduce_max() const { return _mm512_reduce_max_ps(v); }
-  static void reduce_max_four(const float* lanes, float* maxima) {
+  static void reduce_max_four(const Avx512Float* lanes, float* maxima) {
     __m128 rows[4];
     for (int r = 0; r < 4; ++r) {
-      const __m256 half = _mm256_max_ps(_mm256_loadu_ps(lanes + r * kLanes), _mm256_loadu_ps(lanes + r * kLanes + 8));
+      const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(lanes[r].v), _mm512_extractf32x8_ps(lanes[r].v, 1));
       rows[r] = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     }
     _mm_storeu_ps(maxima, Four::max(rows));
@@ -96,8 +98,11 @@ struct Avx512Float {
  private:
   using Four = FourRows<Avx512Float>;
 
-  static __m256d add_quarters(__m128 a, __m128 b, __m128 c, __m128 d) {
-    return _mm256_add_pd(Four::add_as_doubles(a, b), Four::add_as_doubles(c, d));
+  __m256d add_quarters() const {
+    const __m256 low = _mm512_castps512_ps256(v);
+    const __m256 high = _mm512_extractf32x8_ps(v, 1);
+    return _mm256_add_pd(Four::add_as_doubles(_mm256_castps256_ps128(low), _mm256_extractf128_ps(low, 1)),
+                         Four::add_as_doubles(_mm256_castps256_ps128(high), _mm256_extractf128_ps(high, 1)));
   }
   static __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
   static const __m256i* as_vector(const void* p) { return static_cast<const __m256i*>(p); }
@@ -127,7 +132,10 @@ struct Avx512Float {
 struct Avx512Double {
   using acc_t = double;
   static constexpr int kLanes = 8;
-  static constexpr bool kHasSixteenthPowers = false;
+  static constexpr int kPowerSteps = 1;
+  static constexpr int kTogether = 4;
+  static constexpr bool kStoresPastCaches = true;
+  static void finish_stores() { _mm_sfence(); }  // store_past_caches is not ordered by itself
   static constexpr bool kReducesFourRows = false;
   __m512d v;
 
@@ -138,6 +146,7 @@ struct Avx512Double {
     return {_mm512_mask_loadu_pd(_mm512_set1_pd(fill), first(count), p)};
   }
   void store(double* p) const { _mm512_storeu_pd(p, v); }
+  void store_past_caches(double* p) const { _mm512_stream_pd(p, v); }
   void store_partial(double* p, int count) const { _mm512_mask_storeu_pd(p, first(count), v); }
 
   static Avx512Double add(Avx512Double a, Avx512Double b) { return {_mm512_add_pd(a.v, b.v)}; }
@@ -148,9 +157,11 @@ struct Avx512Double {
   static Avx512Double max(Avx512Double a, Avx512Double b) { return {_mm512_max_pd(a.v, b.v)}; }
   static Avx512Double min(Avx512Double a, Avx512Double b) { return {_mm512_min_pd(a.v, b.v)}; }
 
-  static Avx512Double scale_by_power(Avx512Double p, Avx512Double n, Avx512Double /*shifted*/, double smallest) {
-    const __mmask8 normal = _mm512_cmp_pd_mask(n.v, _mm512_set1_pd(smallest), _CMP_NLT_UQ);
-    return {_mm512_maskz_scalef_pd(normal, p.v, n.v)};
+  static Avx512Double power(Avx512Double shifted) {
+    return {_mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(shifted.v), 52))};
+  }
+  static Avx512Double zero_where_less(Avx512Double n, Avx512Double smallest, Avx512Double value) {
+    return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(n.v, smallest.v, _CMP_NLT_UQ), value.v)};
   }
   static Avx512Double zero_where_zero(Avx512Double t, Avx512Double value) {
     return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(t.v, _mm512_setzero_pd(), _CMP_NEQ_UQ), value.v)};

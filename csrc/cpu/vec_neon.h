@@ -10,7 +10,10 @@ namespace masked_softmax {
 struct NeonFloat {
   using acc_t = float;
   static constexpr int kLanes = 4;
-  static constexpr bool kHasSixteenthPowers = false;
+  static constexpr int kPowerSteps = 1;
+  static constexpr int kTogether = 4;
+  static constexpr bool kStoresPastCaches = false;
+  static void finish_stores() {}
   static constexpr bool kReducesFourRows = false;
   float32x4_t v;
 
@@ -60,10 +63,11 @@ struct NeonFloat {
   static NeonFloat max(NeonFloat a, NeonFloat b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
   static NeonFloat min(NeonFloat a, NeonFloat b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
 
-  static NeonFloat scale_by_power(NeonFloat p, NeonFloat n, NeonFloat shifted, float smallest) {
-    const float32x4_t power = vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(shifted.v), 23));
-    const uint32x4_t flushed = vcltq_f32(n.v, vdupq_n_f32(smallest));
-    return {vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(vmulq_f32(p.v, power)), flushed))};
+  static NeonFloat power(NeonFloat shifted) {
+    return {vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(shifted.v), 23))};
+  }
+  static NeonFloat zero_where_less(NeonFloat n, NeonFloat smallest, NeonFloat value) {
+    return {vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(value.v), vcltq_f32(n.v, smallest.v)))};
   }
   static NeonFloat zero_where_zero(NeonFloat t, NeonFloat value) {
     return {vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(value.v), vceqzq_f32(t.v)))};
@@ -88,7 +92,10 @@ struct NeonFloat {
 struct NeonDouble {
   using acc_t = double;
   static constexpr int kLanes = 2;
-  static constexpr bool kHasSixteenthPowers = false;
+  static constexpr int kPowerSteps = 1;
+  static constexpr int kTogether = 4;
+  static constexpr bool kStoresPastCaches = false;
+  static void finish_stores() {}
   static constexpr bool kReducesFourRows = false;
   float64x2_t v;
 
@@ -114,10 +121,11 @@ struct NeonDouble {
   static NeonDouble max(NeonDouble a, NeonDouble b) { return {vbslq_f64(vcgtq_f64(a.v, b.v), a.v, b.v)}; }
   static NeonDouble min(NeonDouble a, NeonDouble b) { return {vbslq_f64(vcltq_f64(a.v, b.v), a.v, b.v)}; }
 
-  static NeonDouble scale_by_power(NeonDouble p, NeonDouble n, NeonDouble shifted, double smallest) {
-    const float64x2_t power = vreinterpretq_f64_u64(vshlq_n_u64(vreinterpretq_u64_f64(shifted.v), 52));
-    const uint64x2_t flushed = vcltq_f64(n.v, vdupq_n_f64(smallest));
-    return {vreinterpretq_f64_u64(vbicq_u64(vreinterpretq_u64_f64(vmulq_f64(p.v, power)), flushed))};
+  static NeonDouble power(NeonDouble shifted) {
+    return {vreinterpretq_f64_u64(vshlq_n_u64(vreinterpretq_u64_f64(shifted.v), 52))};
+  }
+  static NeonDouble zero_where_less(NeonDouble n, NeonDouble smallest, NeonDouble value) {
+    return {vreinterpretq_f64_u64(vbicq_u64(vreinterpretq_u64_f64(value.v), vcltq_f64(n.v, smallest.v)))};
   }
   static NeonDouble zero_where_zero(NeonDouble t, NeonDouble value) {
     return {vreinterpretq_f64_u64(vbicq_u64(vreinterpretq_u64_f64(value.v), vceqzq_f64(t.v)))};

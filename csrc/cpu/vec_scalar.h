@@ -17,7 +17,10 @@ struct ScalarVec {
   using acc_t = T;
   using bits_t = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
   static constexpr int kLanes = kCount;
-  static constexpr bool kHasSixteenthPowers = false;
+  static constexpr int kPowerSteps = 1;
+  static constexpr int kTogether = 1;
+  static constexpr bool kStoresPastCaches = false;
+  static void finish_stores() {}
   static constexpr bool kReducesFourRows = false;
   static constexpr int kMantissaBits = sizeof(T) == 4 ? 23 : 52;
   T v[kCount];
@@ -76,11 +79,12 @@ struct ScalarVec {
     return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
   }
 
-  static ScalarVec scale_by_power(ScalarVec p, ScalarVec n, ScalarVec shifted, T smallest) {
-    return each([&](int i) {
-      const T power = bit_cast<T>(static_cast<bits_t>(bit_cast<bits_t>(shifted.v[i]) << kMantissaBits));
-      return n.v[i] < smallest ? T{0} : p.v[i] * power;
-    });
+  static ScalarVec power(ScalarVec shifted) {
+    return each(
+        [&](int i) { return bit_cast<T>(static_cast<bits_t>(bit_cast<bits_t>(shifted.v[i]) << kMantissaBits)); });
+  }
+  static ScalarVec zero_where_less(ScalarVec n, ScalarVec smallest, ScalarVec value) {
+    return each([&](int i) { return n.v[i] < smallest.v[i] ? T{0} : value.v[i]; });
   }
   static ScalarVec zero_where_zero(ScalarVec t, ScalarVec value) {
     return each([&](int i) { return t.v[i] == T{0} ? T{0} : value.v[i]; });

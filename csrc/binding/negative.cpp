@@ -1,0 +1,45 @@
+// Writing to a view whose elements count as negated (the imaginary part of a conjugate): computed apart, then copied.
+// torch's fallback for such views does the same, but only for operators that return what they write to.
+#include <ATen/core/Tensor.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/library.h>
+
+#include "binding/operators.h"
+
+namespace masked_softmax {
+namespace {
+
+template <class Compute>
+void write_to(at::Tensor& written, const Compute& compute) {
+  const c10::impl::ExcludeDispatchKeyGuard below(c10::DispatchKeySet{c10::DispatchKey::Negative});
+  at::Tensor plain = written.resolve_neg();
+  compute(plain);
+  if (written.is_neg()) {
+    written.copy_(plain);
+  }
+}
+
+template <const Operators& (*operators_of)()>
+void forward_out(const at::Tensor& input, const at::Tensor& lengths, int64_t dim,
+                 const std::optional<at::Tensor>& starts, std::optional<double> scale,
+                 std::optional<at::ScalarType> dtype, bool validate, at::Tensor& out) {
+  write_to(out, [&](at::Tensor& plain) {
+    operators_of().forward_out.call(input.resolve_neg(), lengths, dim, starts, scale, dtype, validate, plain);
+  });
+}
+
+void softmax_in_place(at::Tensor& input, const at::Tensor& lengths, int64_t dim,
+                      const std::optional<at::Tensor>& starts, std::optional<double> scale, bool validate) {
+  write_to(input,
+           [&](at::Tensor& plain) { masked_softmax_in_place().call(plain, lengths, dim, starts, scale, validate); });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(masked_softmax_ext, Negative, m) {
+  m.impl("masked_softmax.out", forward_out<softmax_operators>);
+  m.impl("masked_softmax_", softmax_in_place);
+  m.impl("masked_log_softmax.out", forward_out<log_softmax_operators>);
+}
+
+}  // namespace masked_softmax
