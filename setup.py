@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
-import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
@@ -55,11 +55,57 @@ def find_torch():
     return torch
 
 
-def stop_without_torch(self) -> None:
-    stop(
-        "found no torch to build against; install torch, then type: "
-        "pip install --no-build-isolation ."
-    )
+def find_pybind11() -> str | None:
+    """The folder of its headers, or None. Without build isolation, nobody installs it for us."""
+    try:
+        import pybind11
+    except ModuleNotFoundError:
+        return None
+    return pybind11.get_include()
+
+
+def what_is_missing(torch) -> str | None:
+    """The sentence for it, said by commands that build: a source distribution needs nothing."""
+    if torch is None:
+        return (
+            "found no torch to build against; install torch, then type: "
+            "pip install --no-build-isolation ."
+        )
+    if find_pybind11() is None:
+        return (
+            "found no pybind11, whose headers the build includes; type: pip install pybind11 ninja "
+            "&& pip install --no-build-isolation ."
+        )
+    return None
+
+
+def stopping(command: type, sentence: str) -> type:
+    return type("Stopping", (command,), {"run": lambda self: stop(sentence)})
+
+
+def openmp_args(torch) -> list[str]:
+    """What makes at::parallel_for, an inline function, use torch's threads: nothing else would.
+
+    For the compiler alone: the linker would take it for a wish to load the system's OpenMP
+    library beside the one that torch brings, whose symbols are there already.
+    """
+    if "parallel backend: OpenMP" not in torch.__config__.parallel_info():
+        return []
+    compiler = os.environ.get("CXX", "c++")
+    try:
+        macros = subprocess.run(
+            [*shlex.split(compiler), "-dM", "-E", "-x", "c++", os.devnull],
+            capture_output=True,
+            text=True,
+        ).stdout
+    except OSError:
+        macros = ""  # no such compiler: the build will say so
+    if "__clang__" in macros:
+        stop(
+            f"the C++ compiler '{compiler}' is clang, whose OpenMP threads are not those that "
+            "torch has; install g++, then type: CXX=g++ pip install --no-build-isolation ."
+        )
+    return ["-fopenmp"]
 
 
 def find_nvcc() -> str | None:
@@ -148,7 +194,7 @@ def torch_extension(torch) -> Extension:
     return (CUDAExtension if with_cuda else CppExtension)(
         f"{PACKAGE}._C",
         sources,
-        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
+        include_dirs=[str(ROOT / "csrc"), find_pybind11()],
         depends=csrc_files("*.h", "*.inc", "*.cuh"),
         extra_compile_args=compile_args,
     )
@@ -162,6 +208,11 @@ def build_command(torch):
             super().run()
             self.record_torch_version()
 
+        def build_extensions(self) -> None:
+            for extension in self.extensions:
+                extension.extra_compile_args["cxx"] += openmp_args(torch)
+            super().build_extensions()
+
         def record_torch_version(self) -> None:
             """What is compared before _C is loaded: a mismatch can crash where it does not fail."""
             folder = ROOT if self.inplace else Path(self.build_lib)
@@ -172,10 +223,11 @@ def build_command(torch):
 
 
 torch = find_torch()
-if torch is None:
+missing = what_is_missing(torch)
+if missing is not None:
     commands = {
-        "build_ext": type("NoTorch", (build_ext,), {"run": stop_without_torch}),
-        "dist_info": type("NoTorch", (dist_info,), {"run": stop_without_torch}),
+        "build_ext": stopping(build_ext, missing),
+        "dist_info": stopping(dist_info, missing),
     }
     extensions = [Extension(f"{PACKAGE}._C", [])]
 else:

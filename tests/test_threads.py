@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 
 import child
+import pytest
 import torch
 from calls import forward, forward_backward
 from cases import LENGTH_KINDS, assert_same_bits, generator, random_input
@@ -122,6 +124,40 @@ def test_errors_from_several_threads_at_once() -> None:
         assert f"row {row} " in message
 
 
+def child_share(kind: str, log: bool) -> None:
+    """Prints the other thread's share of the time that both spend on processors."""
+    torch.set_num_threads(2)
+    rows, cols = 2048, 1024
+    lengths = {
+        "full": torch.full((rows,), cols),
+        "ascending": torch.arange(rows).sub(rows // 2).clamp(min=0).mul(2).clamp(max=cols),
+    }
+    lengths["descending"] = lengths["ascending"].flip(0)
+    x = random_input((rows, cols), torch.float32, seed=9)
+    out = torch.empty_like(x)
+    forward(x, lengths[kind], log=log, out=out)
+    both, own = time.process_time(), time.thread_time()
+    for _ in range(30):
+        forward(x, lengths[kind], log=log, out=out)
+    both, own = time.process_time() - both, time.thread_time() - own
+    print(f"share {(both - own) / both:.3f}")
+
+
+@pytest.mark.parametrize("kind", ["full", "ascending", "descending"])
+def test_two_threads_share_the_work(kind: str, log: bool) -> None:
+    """Half each, by the elements that rows hold and not by their count: with half the rows empty,
+    half the rows would be next to nothing.
+
+    Processor time, so one core is enough. A waiting thread must not count as a working one:
+    OpenMP's would otherwise spin.
+    """
+    printed = child.call(
+        "test_threads", "child_share", kind, log, env={"OMP_WAIT_POLICY": "PASSIVE"}
+    )
+    share = float(printed.split("share ")[1].split()[0])
+    assert 0.3 < share < 0.7
+
+
 class Sentences(Dataset[Tensor]):
     def __len__(self) -> int:
         return 8
@@ -143,12 +179,16 @@ def child_data_loader() -> None:
 
 
 def child_fork() -> None:
-    """A plain fork, with a call too small to need threads in the new process, and autograd."""
+    """A plain fork of a process whose threads have been at work; the new one has none of them.
+
+    It must say so: torch's functions, and ours beside them, would wait for them forever.
+    """
+    torch.set_num_threads(2)
     x, g = (
-        random_input((20, 30), torch.float32, seed=7),
-        random_input((20, 30), torch.float32, seed=8),
+        random_input((2000, 300), torch.float32, seed=7),
+        random_input((2000, 300), torch.float32, seed=8),
     )
-    lengths = torch.arange(20)
+    lengths = torch.arange(2000) % 301
     y, gradient = forward_backward(x, g, lengths)
     pid = os.fork()
     if pid == 0:
