@@ -292,53 +292,39 @@ void run_staged(const Problem& problem, int64_t begin, int64_t end) {
   }
 }
 
-template <class T>
-struct Type {
-  using type = T;
-};
+template <class V, class input_t, class output_t, Operation kOperation>
+bool run_if(const Problem& problem, ElementType input, ElementType output, int64_t begin, int64_t end) {
+  if (problem.inputs[0].type != input || problem.output.type != output) {
+    return false;
+  }
+  run_rows<V, DirectAccess<V, input_t, output_t>, kOperation>(problem, begin, end);
+  return true;
+}
 
-// The type pairs that are read and written directly: float64, float32, and with it the 16-bit types that the
-// instruction set loads. Calls visit(access, vector) for one of them.
-template <class Isa, class Visitor>
-MASKED_SOFTMAX_INLINE bool visit_direct_types(ElementType input, ElementType output, const Visitor& visit) {
+// The types that are read and written directly: one type throughout, and what autocast makes of the 16-bit types, which
+// goes from them in a forward pass and back to them in a gradient. False where the problem has others.
+template <class Isa, Operation kOperation>
+bool run_direct(const Problem& problem, int64_t begin, int64_t end) {
   using Float = typename Isa::Float;
-  using Double = typename Isa::Double;
-  if (input == ElementType::kFloat64 && output == ElementType::kFloat64) {
-    visit(Type<DirectAccess<Double, double, double>>{}, Type<Double>{});
+  constexpr auto kFloat = ElementType::kFloat32;
+  constexpr auto kDouble = ElementType::kFloat64;
+  constexpr auto kBfloat = ElementType::kBFloat16;
+  constexpr auto kHalf = ElementType::kFloat16;
+  if (run_if<Float, float, float, kOperation>(problem, kFloat, kFloat, begin, end) ||
+      run_if<typename Isa::Double, double, double, kOperation>(problem, kDouble, kDouble, begin, end)) {
     return true;
   }
-  const auto with_input = [&](auto input_element) MASKED_SOFTMAX_LAMBDA_INLINE {
-    using input_t = decltype(input_element);
-    if (output == ElementType::kFloat32) {
-      visit(Type<DirectAccess<Float, input_t, float>>{}, Type<Float>{});
+  if constexpr (Isa::kLoads16Bit) {
+    if (run_if<Float, bfloat16_t, bfloat16_t, kOperation>(problem, kBfloat, kBfloat, begin, end) ||
+        run_if<Float, float16_t, float16_t, kOperation>(problem, kHalf, kHalf, begin, end)) {
       return true;
     }
-    if constexpr (Isa::kLoads16Bit) {
-      // From one 16-bit type to the other nobody converts.
-      if constexpr (!std::is_same_v<input_t, float16_t>) {
-        if (output == ElementType::kBFloat16) {
-          visit(Type<DirectAccess<Float, input_t, bfloat16_t>>{}, Type<Float>{});
-          return true;
-        }
-      }
-      if constexpr (!std::is_same_v<input_t, bfloat16_t>) {
-        if (output == ElementType::kFloat16) {
-          visit(Type<DirectAccess<Float, input_t, float16_t>>{}, Type<Float>{});
-          return true;
-        }
-      }
-    }
-    return false;
-  };
-  if (input == ElementType::kFloat32) {
-    return with_input(float{});
-  }
-  if constexpr (Isa::kLoads16Bit) {
-    if (input == ElementType::kBFloat16) {
-      return with_input(bfloat16_t{});
-    }
-    if (input == ElementType::kFloat16) {
-      return with_input(float16_t{});
+    if constexpr (is_forward(kOperation)) {
+      return run_if<Float, bfloat16_t, float, kOperation>(problem, kBfloat, kFloat, begin, end) ||
+             run_if<Float, float16_t, float, kOperation>(problem, kHalf, kFloat, begin, end);
+    } else {
+      return run_if<Float, float, bfloat16_t, kOperation>(problem, kFloat, kBfloat, begin, end) ||
+             run_if<Float, float, float16_t, kOperation>(problem, kFloat, kHalf, begin, end);
     }
   }
   return false;
@@ -346,14 +332,9 @@ MASKED_SOFTMAX_INLINE bool visit_direct_types(ElementType input, ElementType out
 
 template <class Isa, Operation kOperation>
 void run_operation(const Problem& problem, int64_t begin, int64_t end) {
-  const bool direct =
-      columns_are_adjacent(problem) && input_types_agree(problem) && !is_scale_extreme(problem) &&
-      staging_factor(problem) == 1 &&
-      visit_direct_types<Isa>(
-          problem.inputs[0].type, problem.output.type, [&](auto access, auto vec) MASKED_SOFTMAX_LAMBDA_INLINE {
-            run_rows<typename decltype(vec)::type, typename decltype(access)::type, kOperation>(problem, begin, end);
-          });
-  if (!direct) {
+  const bool may_be_direct = columns_are_adjacent(problem) && input_types_agree(problem) &&
+                             !is_scale_extreme(problem) && staging_factor(problem) == 1;
+  if (!(may_be_direct && run_direct<Isa, kOperation>(problem, begin, end))) {
     run_staged<Isa, kOperation>(problem, begin, end);
   }
 }

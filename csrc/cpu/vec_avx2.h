@@ -68,7 +68,6 @@ struct Avx2Float {
   static Avx2Float fma(Avx2Float a, Avx2Float b, Avx2Float c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static Avx2Float fms(Avx2Float a, Avx2Float b, Avx2Float c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }
   static Avx2Float max(Avx2Float a, Avx2Float b) { return {_mm256_max_ps(a.v, b.v)}; }
-  static Avx2Float min(Avx2Float a, Avx2Float b) { return {_mm256_min_ps(a.v, b.v)}; }
 
   // 2^z, z being what the sum `shifted` was rounded to: its low three bits look up 2^(k/8), and the bits above them are
   // added to the exponent. The shift brings k along, which the table's entries are therefore less by.
@@ -226,7 +225,6 @@ struct Avx2Double {
   static Avx2Double fma(Avx2Double a, Avx2Double b, Avx2Double c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
   static Avx2Double fms(Avx2Double a, Avx2Double b, Avx2Double c) { return {_mm256_fmsub_pd(a.v, b.v, c.v)}; }
   static Avx2Double max(Avx2Double a, Avx2Double b) { return {_mm256_max_pd(a.v, b.v)}; }
-  static Avx2Double min(Avx2Double a, Avx2Double b) { return {_mm256_min_pd(a.v, b.v)}; }
 
   static Avx2Double power(Avx2Double shifted) {
     return {_mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(shifted.v), 52))};

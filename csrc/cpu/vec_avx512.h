@@ -53,7 +53,6 @@ struct Avx512Float {
   static Avx512Float fma(Avx512Float a, Avx512Float b, Avx512Float c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static Avx512Float fms(Avx512Float a, Avx512Float b, Avx512Float c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
   static Avx512Float max(Avx512Float a, Avx512Float b) { return {_mm512_max_ps(a.v, b.v)}; }
-  static Avx512Float min(Avx512Float a, Avx512Float b) { return {_mm512_min_ps(a.v, b.v)}; }
 
   // 2^z, z being what the sum `shifted` was rounded to: its low four bits look up 2^(k/16), and the bits above them are
   // added to the exponent. The shift brings k along, which the table's entries are therefore less by.
@@ -155,7 +154,6 @@ struct Avx512Double {
   static Avx512Double fma(Avx512Double a, Avx512Double b, Avx512Double c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
   static Avx512Double fms(Avx512Double a, Avx512Double b, Avx512Double c) { return {_mm512_fmsub_pd(a.v, b.v, c.v)}; }
   static Avx512Double max(Avx512Double a, Avx512Double b) { return {_mm512_max_pd(a.v, b.v)}; }
-  static Avx512Double min(Avx512Double a, Avx512Double b) { return {_mm512_min_pd(a.v, b.v)}; }
 
   static Avx512Double power(Avx512Double shifted) {
     return {_mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(shifted.v), 52))};

@@ -61,7 +61,6 @@ struct NeonFloat {
   static NeonFloat fms(NeonFloat a, NeonFloat b, NeonFloat c) { return {vfmaq_f32(vnegq_f32(c.v), a.v, b.v)}; }
   // vmaxnmq would return the number of a pair; vmaxq would return NaN: compare and choose, as the interface says.
   static NeonFloat max(NeonFloat a, NeonFloat b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
-  static NeonFloat min(NeonFloat a, NeonFloat b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
 
   static NeonFloat power(NeonFloat shifted) {
     return {vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(shifted.v), 23))};
@@ -119,7 +118,6 @@ struct NeonDouble {
   static NeonDouble fma(NeonDouble a, NeonDouble b, NeonDouble c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
   static NeonDouble fms(NeonDouble a, NeonDouble b, NeonDouble c) { return {vfmaq_f64(vnegq_f64(c.v), a.v, b.v)}; }
   static NeonDouble max(NeonDouble a, NeonDouble b) { return {vbslq_f64(vcgtq_f64(a.v, b.v), a.v, b.v)}; }
-  static NeonDouble min(NeonDouble a, NeonDouble b) { return {vbslq_f64(vcltq_f64(a.v, b.v), a.v, b.v)}; }
 
   static NeonDouble power(NeonDouble shifted) {
     return {vreinterpretq_f64_u64(vshlq_n_u64(vreinterpretq_u64_f64(shifted.v), 52))};

@@ -1,5 +1,6 @@
 #include "cpu/writing.h"
 
+#include <atomic>
 #include <fstream>
 
 namespace masked_softmax {
@@ -17,9 +18,20 @@ int64_t find_last_cache_bytes() {
   return unit == 'M' ? size << 20 : unit == 'K' ? size << 10 : kUsual;
 }
 
+constexpr int kOwnChoice = -1;
+std::atomic<int> forced{kOwnChoice};
+
 }  // namespace
 
+void force_writing(std::optional<Writing> writing) {
+  forced.store(writing.has_value() ? static_cast<int>(*writing) : kOwnChoice, std::memory_order_relaxed);
+}
+
 Writing writing_of(const Problem& problem) {
+  const int answer = forced.load(std::memory_order_relaxed);
+  if (answer != kOwnChoice) {
+    return static_cast<Writing>(answer);
+  }
   static const int64_t last_cache_bytes = find_last_cache_bytes();
   const int64_t output_bytes = problem.rows * problem.cols * size_bytes(problem.output.type);
   const bool is_in_place = problem.output.data == problem.inputs[0].data;

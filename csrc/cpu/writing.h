@@ -1,6 +1,8 @@
 // How results are written.
 #pragma once
 
+#include <optional>
+
 #include "common/problem.h"
 
 namespace masked_softmax {
@@ -12,5 +14,8 @@ enum class Writing { kToCache, kPastCaches };
 // Past the caches where the output is about as large as the last of them; but not where the input's lines, which were
 // just read, are the output's own.
 Writing writing_of(const Problem& problem);
+
+// For tests: the answer from now on, whatever the problem; without one, writing_of()'s own.
+void force_writing(std::optional<Writing> writing);
 
 }  // namespace masked_softmax

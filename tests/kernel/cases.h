@@ -11,6 +11,7 @@
 #include "common/numeric.h"
 #include "common/problem.h"
 #include "cpu/dispatch.h"
+#include "cpu/writing.h"
 
 namespace kernel_tests {
 
@@ -218,6 +219,17 @@ void for_each_capability(const Visitor& visit) {
     visit(capability);
   }
   set_cpu_capability(supported_cpu_capabilities().back().name);
+}
+
+// Calls visit() with results written to the caches, and past them.
+template <class Visitor>
+void for_each_writing(const Visitor& visit) {
+  for (Writing writing : {Writing::kToCache, Writing::kPastCaches}) {
+    force_writing(writing);
+    CHECK(writing_of(Problem()) == writing, "results are written as they should be");
+    visit();
+  }
+  force_writing({});
 }
 
 }  // namespace kernel_tests

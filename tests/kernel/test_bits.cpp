@@ -94,6 +94,23 @@ TEST("bits: the same however the rows are split between threads") {
   }
 }
 
+TEST("bits: the same past the caches") {
+  for (const Surroundings& around : {Surroundings{9, 2, 37, 5}, Surroundings{0, 0, 40, 3}}) {
+    for_each_capability([&](const CpuCapability& capability) {
+      for (Operation operation : kOperations) {
+        for (ElementType type : kFloatingTypes) {
+          for (int64_t length : kLengths) {
+            std::vector<std::string> bits;
+            for_each_writing([&] { bits.push_back(run_among(operation, type, capability, length, around)); });
+            CHECK(bits[0] == bits[1],
+                  capability.name << ' ' << name_of(operation) << ' ' << name_of(type) << ", row of " << length);
+          }
+        }
+      }
+    });
+  }
+}
+
 TEST("bits: in place, over the input") {
   for_each_capability([&](const CpuCapability& capability) {
     for (Operation operation : {Operation::kSoftmax, Operation::kLogSoftmax}) {

@@ -167,79 +167,87 @@ const std::vector<int64_t> kLongestLengths = {8191, 0, 8192, 8193};
 }  // namespace
 
 TEST("guard pages: batches of rows, every one between unreadable pages, every pair of types") {
-  for_each_capability([&](const CpuCapability& capability) {
-    for (Operation operation : kOperations) {
-      for (ElementType input_type : kFloatingTypes) {
-        for (ElementType output_type : kFloatingTypes) {
-          for (bool padding_behind : {true, false}) {
-            const Types types{input_type, input_type, output_type};
-            check_batch(capability, operation, types, short_lengths(), 1, padding_behind);
+  for_each_writing([&] {
+    for_each_capability([&](const CpuCapability& capability) {
+      for (Operation operation : kOperations) {
+        for (ElementType input_type : kFloatingTypes) {
+          for (ElementType output_type : kFloatingTypes) {
+            for (bool padding_behind : {true, false}) {
+              const Types types{input_type, input_type, output_type};
+              check_batch(capability, operation, types, short_lengths(), 1, padding_behind);
+            }
           }
         }
       }
-    }
+    });
   });
 }
 
 TEST("guard pages: long rows, and rows with strided or reversed columns") {
-  for_each_capability([&](const CpuCapability& capability) {
-    for (Operation operation : kOperations) {
-      for (ElementType type : kFloatingTypes) {
-        for (bool padding_behind : {true, false}) {
-          const Types types{type, type, type};
-          check_batch(capability, operation, types, kLongLengths, 1, padding_behind);
-          if (type == ElementType::kFloat32 || operation == Operation::kSoftmax) {
-            check_batch(capability, operation, types, kLongestLengths, 1, padding_behind);
-          }
-          for (int64_t col_stride : {3, -1, -2}) {
-            check_batch(capability, operation, types, short_lengths(), col_stride, padding_behind);
+  for_each_writing([&] {
+    for_each_capability([&](const CpuCapability& capability) {
+      for (Operation operation : kOperations) {
+        for (ElementType type : kFloatingTypes) {
+          for (bool padding_behind : {true, false}) {
+            const Types types{type, type, type};
+            check_batch(capability, operation, types, kLongLengths, 1, padding_behind);
+            if (type == ElementType::kFloat32 || operation == Operation::kSoftmax) {
+              check_batch(capability, operation, types, kLongestLengths, 1, padding_behind);
+            }
+            for (int64_t col_stride : {3, -1, -2}) {
+              check_batch(capability, operation, types, short_lengths(), col_stride, padding_behind);
+            }
           }
         }
       }
-    }
+    });
   });
 }
 
 TEST("guard pages: derivatives whose inputs differ in type") {
-  for_each_capability([&](const CpuCapability& capability) {
-    for (Operation operation : kOperations) {
-      for (ElementType type : kFloatingTypes) {
-        if (!is_forward(operation) && type != ElementType::kFloat32) {
-          check_batch(capability, operation, {ElementType::kFloat32, type, ElementType::kFloat32}, short_lengths(), 1,
-                      true);
-          check_batch(capability, operation, {type, ElementType::kFloat32, type}, short_lengths(), 1, false);
+  for_each_writing([&] {
+    for_each_capability([&](const CpuCapability& capability) {
+      for (Operation operation : kOperations) {
+        for (ElementType type : kFloatingTypes) {
+          if (!is_forward(operation) && type != ElementType::kFloat32) {
+            check_batch(capability, operation, {ElementType::kFloat32, type, ElementType::kFloat32}, short_lengths(), 1,
+                        true);
+            check_batch(capability, operation, {type, ElementType::kFloat32, type}, short_lengths(), 1, false);
+          }
         }
       }
-    }
+    });
   });
 }
 
 TEST("guard pages: neither results nor padding are written beside the output") {
   const int64_t page = sysconf(_SC_PAGESIZE);
-  for_each_capability([&](const CpuCapability& capability) {
-    for (Operation operation : kOperations) {
-      for (ElementType type : kFloatingTypes) {
-        // One row that fills its pages: its first and its last column border unreadable ones.
-        const int64_t cols = page / size_of(type);
-        GuardedBuffer memory(page, true);
-        for (int64_t length = 0; length <= 70; ++length) {
-          for (int64_t start : {int64_t{0}, int64_t{1}, length % 19, cols - length - 1, cols - length}) {
-            const Bounds bounds{{start}, {length}};
-            const FaultReport report(std::string(capability.name) + ' ' + name_of(operation) + " of " + name_of(type) +
-                                     ", " + std::to_string(length) + " from " + std::to_string(start) + " of " +
-                                     std::to_string(cols));
-            std::vector<Matrix> inputs;
-            for (int k = 0; k < input_count(operation); ++k) {
-              inputs.emplace_back(type, 1, cols);
+  for_each_writing([&] {
+    for_each_capability([&](const CpuCapability& capability) {
+      for (Operation operation : kOperations) {
+        for (ElementType type : kFloatingTypes) {
+          // One row that fills its pages: its first and its last column border unreadable ones.
+          const int64_t cols = page / size_of(type);
+          GuardedBuffer memory(page, true);
+          for (int64_t length = 0; length <= 70; ++length) {
+            for (int64_t start : {int64_t{0}, int64_t{1}, length % 19, cols - length - 1, cols - length}) {
+              const Bounds bounds{{start}, {length}};
+              const FaultReport report(std::string(capability.name) + ' ' + name_of(operation) + " of " +
+                                       name_of(type) + ", " + std::to_string(length) + " from " +
+                                       std::to_string(start) + " of " + std::to_string(cols));
+              std::vector<Matrix> inputs;
+              for (int k = 0; k < input_count(operation); ++k) {
+                inputs.emplace_back(type, 1, cols);
+              }
+              Matrix output(type, 1, cols);
+              Problem problem = make_problem(operation, output, inputs, bounds);
+              problem.output.data = memory.data();
+              capability.run_rows(problem, 0, 1);
             }
-            Matrix output(type, 1, cols);
-            Problem problem = make_problem(operation, output, inputs, bounds);
-            problem.output.data = memory.data();
-            capability.run_rows(problem, 0, 1);
           }
         }
       }
-    }
+    });
   });
 }
 
