@@ -154,6 +154,17 @@ def test_float64_to_float32_rounds_once(capability: str, log: bool) -> None:
     assert_same_bits(forward(x, lengths, log=log, dtype=torch.float32), wide.to(torch.float32))
 
 
+def test_float64_to_16_bits_rounds_once(capability: str, log: bool) -> None:
+    """Not by way of float32: the second rounding would move what the first put on a tie."""
+    x = torch.randn(1024, 1024, dtype=torch.float64, generator=generator(1))
+    exact = forward(x, 1024, log=log)
+    for dtype, bits, smallest in ((torch.bfloat16, 8, -126), (torch.float16, 11, -14)):
+        exponent = (torch.frexp(exact).exponent - 1).clamp(min=smallest)
+        unit = torch.ldexp(torch.ones_like(exact), exponent - (bits - 1))
+        once = (exact / unit).round() * unit
+        assert_same_bits(forward(x, 1024, dtype=dtype, log=log).double(), once, f"{dtype}")
+
+
 def test_scale(capability: str, compared_dtype: torch.dtype, log: bool) -> None:
     """None, one, fractions, zero, negative, tiny and huge."""
     cols = 150
