@@ -8,12 +8,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+from torch.overrides import has_torch_function_unary
 
 from masked_softmax_ext import _C
 
 Index: TypeAlias = int | Tensor
 
 _ops = torch.ops.masked_softmax_ext
+
+_MAX_DIMS = 64  # of any tensor of torch's; a dim beyond is out of range, and may not fit 64 bits
 
 
 def masked_softmax(
@@ -79,10 +82,14 @@ def masked_softmax(
         type(input) is Tensor
         and type(lengths) is Tensor
         and type(dim) is int
+        and -_MAX_DIMS <= dim < _MAX_DIMS
         and (starts is None or type(starts) is Tensor)
         and (scale is None or type(scale) is float)
+        and (dtype is None or type(dtype) is torch.dtype)
+        and type(validate) is bool
         and (out is None or type(out) is Tensor)
         and not is_dynamo_compiling()
+        and not has_torch_function_unary(input)  # a TorchFunctionMode is to see the call
     ):
         return _C.masked_softmax(input, lengths, dim, starts, scale, dtype, validate, out)
     return _call("masked_softmax", input, lengths, dim, starts, scale, dtype, validate, out)
@@ -132,10 +139,14 @@ def masked_log_softmax(
         type(input) is Tensor
         and type(lengths) is Tensor
         and type(dim) is int
+        and -_MAX_DIMS <= dim < _MAX_DIMS
         and (starts is None or type(starts) is Tensor)
         and (scale is None or type(scale) is float)
+        and (dtype is None or type(dtype) is torch.dtype)
+        and type(validate) is bool
         and (out is None or type(out) is Tensor)
         and not is_dynamo_compiling()
+        and not has_torch_function_unary(input)  # a TorchFunctionMode is to see the call
     ):
         return _C.masked_log_softmax(input, lengths, dim, starts, scale, dtype, validate, out)
     return _call("masked_log_softmax", input, lengths, dim, starts, scale, dtype, validate, out)
@@ -175,11 +186,20 @@ def masked_softmax_(
         tensor([[0.5000, 0.5000, 0.0000, 0.0000]])
     """
     name = "masked_softmax_"
-    lengths, dim, starts, scale = _convert(name, input, lengths, dim, starts, scale, None)
+    lengths, dim, starts, scale, _ = _convert(
+        name, input, lengths, dim, starts, scale, None, validate
+    )
     if torch.compiler.is_compiling():  # functionalisation knows copy_
-        result = _ops.masked_softmax(input, lengths, dim, starts=starts, scale=scale)
+        result = _ops.masked_softmax(
+            input, lengths, dim, starts=starts, scale=scale, validate=validate
+        )
         return input.copy_(result)
-    if type(input) is Tensor and type(lengths) is Tensor:
+    if (
+        type(input) is Tensor
+        and type(lengths) is Tensor
+        and (starts is None or type(starts) is Tensor)
+        and not has_torch_function_unary(input)
+    ):
         return _C.masked_softmax_(input, lengths, dim, starts, scale, validate)
     _ops.masked_softmax_(input, lengths, dim, starts=starts, scale=scale, validate=validate)
     return input
@@ -224,17 +244,47 @@ def _call(
     out: Tensor | None,
 ) -> Tensor:
     """The functions' general way: converts the arguments and calls the operator of that name."""
-    lengths, dim, starts, scale = _convert(name, input, lengths, dim, starts, scale, dtype)
+    lengths, dim, starts, scale, dtype = _convert(
+        name, input, lengths, dim, starts, scale, dtype, validate
+    )
     operator = getattr(_ops, name)
     options = {"starts": starts, "scale": scale, "dtype": dtype, "validate": validate}
     if out is None:
         return operator.default(input, lengths, dim, **options)  # type: ignore[no-any-return]
     if not isinstance(out, Tensor):
         raise TypeError(f"{name}(): expected out to be a Tensor, but got {type(out).__name__}")
-    if torch.compiler.is_compiling():  # functionalisation knows copy_
-        return out.copy_(operator.default(input, lengths, dim, **options))
+    if torch.compiler.is_compiling():  # functionalisation knows copy_, which would take any out
+        result = operator.default(input, lengths, dim, **options)
+        _check_out(name, input, result, out)
+        return out.copy_(result)
     operator.out(input, lengths, dim, **options, out=out)
     return out
+
+
+def _check_out(name: str, input: Tensor, result: Tensor, out: Tensor) -> None:
+    """What the operator would check of out, for when a compiler stands in its place."""
+    if out.dtype != result.dtype:
+        raise TypeError(f"{name}(): expected out of {result.dtype}, but got {out.dtype}")
+    if out.device != result.device:
+        raise ValueError(
+            f"{name}(): expected out on the device of input, {result.device}, but got out on "
+            f"{out.device}"
+        )
+    if out.shape != result.shape:
+        raise ValueError(
+            f"{name}(): expected out of input's shape, {list(result.shape)}, but got out of shape "
+            f"{list(out.shape)}"
+        )
+    if any(size > 1 and step == 0 for size, step in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(
+            f"{name}(): expected an output whose elements each have memory of their own, but got "
+            f"out of shape {list(out.shape)} with strides {out.stride()}"
+        )
+    if torch.is_grad_enabled() and (input.requires_grad or out.requires_grad):
+        raise RuntimeError(
+            f"{name}(): functions with out=... arguments don't support automatic differentiation, "
+            "but one of the arguments requires grad."
+        )
 
 
 def _convert(
@@ -244,35 +294,56 @@ def _convert(
     dim: int,
     starts: Index | None,
     scale: float | None,
-    dtype: torch.dtype | None,
-) -> tuple[Tensor, int, Tensor | None, float | None]:
-    """lengths, dim, starts and scale as the operators take them."""
+    dtype: torch.dtype | type[float] | None,
+    validate: bool,
+) -> tuple[Tensor, int, Tensor | None, float | None, torch.dtype | None]:
+    """lengths, dim, starts, scale and dtype as the operators take them."""
     if not isinstance(input, Tensor):
         raise TypeError(f"{name}(): expected input to be a Tensor, but got {type(input).__name__}")
     if isinstance(dim, bool) or not isinstance(dim, numbers.Integral):
         raise TypeError(f"{name}(): expected dim to be an int, but got {type(dim).__name__}")
+    ndim = max(input.dim(), 1)
+    if not -ndim <= dim < ndim:  # in torch's words; the operator knows 64 bits only
+        raise IndexError(
+            f"Dimension out of range (expected to be in range of [{-ndim}, {ndim - 1}], "
+            f"but got {dim})"
+        )
+    if not isinstance(validate, bool):
+        raise TypeError(
+            f"{name}(): expected validate to be a bool, but got {type(validate).__name__}"
+        )
+    if dtype is float:
+        dtype = torch.float64  # as in torch.softmax
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(
             f"{name}(): expected dtype to be a torch.dtype, but got {type(dtype).__name__}"
         )
     if scale is not None and not isinstance(scale, float):
         # A tensor is refused, not converted: its gradient would be lost without a word.
-        if not isinstance(scale, numbers.Real):
+        if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
             raise TypeError(
                 f"{name}(): expected scale to be a number, but got {type(scale).__name__} "
                 "(multiply input by it instead)"
             )
         scale = float(scale)
-    starts = None if starts is None else _as_index(name, "starts", starts, input)
-    return _as_index(name, "lengths", lengths, input), int(dim), starts, scale
+    dim = int(dim)
+    starts = None if starts is None else _as_index(name, "starts", starts, input, dim)
+    return _as_index(name, "lengths", lengths, input, dim), dim, starts, scale, dtype
 
 
-def _as_index(name: str, what: str, index: Index, input: Tensor) -> Tensor:
+def _as_index(name: str, what: str, index: Index, input: Tensor, dim: int) -> Tensor:
     if isinstance(index, Tensor):
         return index
     if isinstance(index, bool) or not isinstance(index, int | torch.SymInt | numbers.Integral):
         raise TypeError(
             f"{name}(): expected {what} to be an int or a tensor of an integer type, "
             f"but got {type(index).__name__}"
+        )
+    is_symbol = isinstance(index, torch.SymInt) or is_dynamo_compiling()
+    if not is_symbol and not -(2**63) <= index < 2**63:
+        cols = input.size(dim) if input.dim() > 0 else 1
+        raise ValueError(
+            f"{name}(): expected {what} from 0 to {cols} (input's size in dimension {dim}), "
+            f"but got {index}"
         )
     return torch.full((), index, dtype=torch.int64, device=input.device)

@@ -157,6 +157,62 @@ def test_out() -> None:
     assert_same_bits(compiled(function)(x, lengths), function(x, lengths))
 
 
+def test_out_is_checked_as_without_compilation(log: bool) -> None:
+    """In words, and nothing is written or converted in silence."""
+
+    def function(x: Tensor, lengths: Tensor, out: Tensor) -> Tensor:
+        return forward(x, lengths, log=log, out=out)
+
+    x, lengths = random_input((4, 9), torch.float32, seed=10), lengths_for(4, 9)
+    for given, out in (
+        (x, torch.full((4, 9), 7.0, dtype=torch.float64)),
+        (x, torch.full((4, 9), 7.0, dtype=torch.bfloat16)),
+        (x, torch.full((2, 4, 9), 7.0)),
+        (x[:, :1], torch.full((4, 9), 7.0)),
+        (x.clone().requires_grad_(), torch.full((4, 9), 7.0)),
+        (x, torch.full((4, 9), 7.0, requires_grad=True)),
+        (x, torch.full((1, 9), 7.0).expand(4, 9)),
+    ):
+        arguments = (given, lengths.clamp(max=given.size(1)), out)
+        with pytest.raises((TypeError, ValueError, RuntimeError)) as expected:
+            function(*arguments)
+        with pytest.raises(RuntimeError, match=r"softmax\(\): .*out") as caught:
+            compiled(function)(*arguments)
+        assert f"raised exception {type(expected.value).__name__}" in str(caught.value)
+        torch._dynamo.reset()
+        with pytest.raises(type(expected.value), match=r"softmax\(\): .*out"):
+            torch.compile(function, backend="aot_eager")(*arguments)  # may leave it to the function
+        torch._dynamo.reset()
+        assert bool((out == 7).all())
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_out_reaches_the_argument(backend: str, log: bool) -> None:
+    def function(x: Tensor, lengths: Tensor, out: Tensor) -> Tensor:
+        return forward(x, lengths, log=log, out=out)
+
+    x, lengths = random_input((4, 9), torch.float32, seed=10), lengths_for(4, 9)
+    for strided in (False, True):
+        out = torch.full((9, 4), 7.0).t() if strided else torch.full((4, 9), 7.0)
+        result = compiled(function, backend=backend)(x, lengths, out)
+        assert_same_bits(out, forward(x, lengths, log=log), "the argument")
+        assert_same_bits(result, out, "the result")
+    in_place = x.clone()
+    compiled(function, backend=backend)(in_place, lengths, in_place)
+    assert_same_bits(in_place, forward(x, lengths, log=log), "the input as out")
+
+
+def test_out_without_grad_of_an_input_that_requires_it(log: bool) -> None:
+    def function(x: Tensor, lengths: Tensor, out: Tensor) -> Tensor:
+        with torch.no_grad():
+            forward(x, lengths, log=log, out=out)
+        return out * 2
+
+    x, lengths = random_input((4, 9), torch.float32, seed=10), lengths_for(4, 9)
+    got = compiled(function)(x.clone().requires_grad_(), lengths, torch.empty(4, 9))
+    assert_same_bits(got, forward(x, lengths, log=log) * 2)
+
+
 def test_module() -> None:
     module = MaskedSoftmax(scale=0.3)
     x, lengths = random_input((4, 9), torch.float32, seed=11), lengths_for(4, 9)

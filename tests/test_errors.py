@@ -126,6 +126,13 @@ def test_int_lengths_out_of_bounds(call: Call) -> None:
     assert_raises(ValueError, (3, 4, 5), call, scores(), 3, starts=4)
 
 
+@every(FUNCTIONS)
+@pytest.mark.parametrize("huge", [2**63, 2**70, -(2**63) - 1, -(2**70)])
+def test_ints_beyond_64_bits(call: Call, huge: int) -> None:
+    assert_raises(ValueError, ("lengths", huge, 5), call, scores(), huge)
+    assert_raises(ValueError, ("starts", huge, 4), call, scores(), 1, 0, starts=huge)
+
+
 @pytest.mark.parametrize("index", INTEGER, ids=short_name)
 def test_every_integer_type_is_checked(index: torch.dtype) -> None:
     top = min(torch.iinfo(index).max, 2**40)
@@ -209,6 +216,13 @@ def test_dim_out_of_range_is_torchs_error(call: Call, dim: int) -> None:
 
 
 @every(FUNCTIONS)
+@pytest.mark.parametrize("dim", [2**31, 2**63, -(2**63) - 1, 2**70, -(2**70)])
+@pytest.mark.parametrize("lengths", [1, torch.tensor([1])], ids=["int", "tensor"])
+def test_huge_dim(call: Call, dim: int, lengths: int | Tensor) -> None:
+    assert_raises(IndexError, (dim, "[-2, 1]"), call, scores(), lengths, dim)
+
+
+@every(FUNCTIONS)
 @pytest.mark.parametrize("dim", ["1", None, 1.0, (0, 1)], ids=repr)
 def test_dim_of_another_type(call: Call, dim: Any) -> None:
     assert_raises(
@@ -256,10 +270,40 @@ def test_dtype_that_is_not_floating(call: Call) -> None:
 
 
 def test_dtype_that_is_no_dtype() -> None:
-    with pytest.raises(TypeError, match="dtype"):
-        forward(scores(), 1, dtype="float32")
-    with pytest.raises(TypeError, match="dtype"):
-        forward(scores(), torch.tensor([1]), dtype="float32")
+    """In the same words whatever the lengths are."""
+    for lengths in (1, torch.tensor([1])):
+        for wrong in ("float32", int, 6):
+            message = assert_raises(
+                TypeError,
+                ("dtype", "torch.dtype", type(wrong).__name__),
+                forward,
+                scores(),
+                lengths,
+                dtype=wrong,
+            )
+            assert "incompatible" not in message
+
+
+def test_dtype_may_be_pythons_float(log: bool) -> None:
+    """As in torch.softmax, where it is float64."""
+    assert torch.softmax(scores(), -1, dtype=float).dtype == torch.float64
+    for lengths in (1, torch.tensor([1])):
+        got = forward(scores(), lengths, log=log, dtype=float)
+        assert_same_bits(got, forward(scores(), lengths, log=log, dtype=torch.float64))
+
+
+@every(FUNCTIONS)
+@pytest.mark.parametrize("wrong", [None, 0, 1, "yes"], ids=repr)
+@pytest.mark.parametrize("lengths", [1, torch.tensor([1])], ids=["int", "tensor"])
+def test_validate_that_is_no_bool(call: Call, wrong: Any, lengths: int | Tensor) -> None:
+    assert_raises(
+        TypeError,
+        ("validate", "bool", type(wrong).__name__),
+        call,
+        scores(),
+        lengths,
+        validate=wrong,
+    )
 
 
 @every(CALLS)
@@ -349,7 +393,7 @@ def test_lengths_on_another_device(call: Call, what: str) -> None:
 
 @every(FUNCTIONS)
 @pytest.mark.parametrize(
-    "wrong", [torch.tensor(2.0), "2", [2.0], 1j], ids=lambda wrong: type(wrong).__name__
+    "wrong", [torch.tensor(2.0), "2", [2.0], 1j, True], ids=lambda wrong: type(wrong).__name__
 )
 def test_scale_that_is_no_number(call: Call, wrong: Any) -> None:
     assert_raises(
@@ -459,6 +503,24 @@ def test_out_beside_the_input_is_fine(log: bool) -> None:
     x, out = buffer[:20].view(4, 5), buffer[20:].view(4, 5)
     expected = forward(x.clone(), 3, log=log)
     assert_same_bits(forward(x, 3, log=log, out=out), expected)
+
+
+def test_out_that_is_the_input_but_for_strides_that_lead_nowhere(log: bool) -> None:
+    """A dimension of size 1 may have any stride: it is the same memory."""
+    for shape, strides in (((4, 1, 5), (5, 999, 1)), ((1, 5), (1, 1)), ((5, 1), (1, 7))):
+        x = random_input(shape, torch.float32, seed=9)
+        expected = forward(x, 1, log=log)
+        out = x.as_strided(shape, strides)
+        assert_same_bits(forward(x, 1, log=log, out=out), expected)
+        assert_same_bits(x, expected)
+
+
+def test_too_many_dimensions(log: bool) -> None:
+    """More than the kernels walk: with an element in each, such a tensor has 2^41 or more."""
+    x = torch.empty(*[2, 1] * 21, 0).expand(*[2] * 42, 0)
+    name = "masked_log_softmax" if log else "masked_softmax"
+    with pytest.raises(ValueError, match=rf"^{name}\(\): .*40 dimensions"):
+        forward(x, 0, log=log)
 
 
 @pytest.mark.parametrize("name", ["masked_softmax_", "ops.masked_softmax_"])
