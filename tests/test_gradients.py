@@ -349,6 +349,16 @@ def test_in_place_on_a_view_of_a_leaf_is_an_error() -> None:
     assert_same_bits(x, before, "the leaf")
 
 
+def test_in_place_on_one_of_several_views_is_an_error() -> None:
+    """Autograd has no derivative for it; nothing is written, as with torch's functions."""
+    base = leaf() * 1
+    before = base.detach().clone()
+    for view in (base.split(2)[0], base.unbind(1)[0]):
+        with pytest.raises(RuntimeError, match="multiple views"):
+            masked_softmax_(view, 1)
+    assert_same_bits(base.detach(), before)
+
+
 def test_in_place_returns_its_input_and_counts_a_version() -> None:
     x = random_input((4, 5), torch.float32, seed=15)
     version = x._version

@@ -2,6 +2,7 @@
 // operators are differentiable themselves; their derivatives are not. Writes are counted below (in_place.cpp).
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -181,9 +182,7 @@ void softmax_in_place(at::Tensor& input, const at::Tensor& lengths, int64_t dim,
     TORCH_CHECK(!lengths.is_inference() && !(starts.has_value() && starts->is_inference()), "masked_softmax_(): ",
                 "Inference tensors cannot be saved for backward, but lengths or starts are one. Please clone them "
                 "outside of inference mode.");
-    const bool is_view = input.is_view();
-    TORCH_CHECK(!input.requires_grad() || !(is_view ? input._base() : input).is_leaf(), is_view ? "a view of " : "",
-                "a leaf Variable that requires grad is being used in an in-place operation.");
+    torch::autograd::check_inplace(input, /*requires_grad=*/true);
     InPlaceFunction::apply(input, lengths, dim, starts, scale, validate);
     return;
   }
