@@ -132,20 +132,41 @@ struct InputVectors {
   }
 };
 
-template <class V, Operation kOperation, class T, class U>
-MASKED_SOFTMAX_INLINE void derivative_values(const T* const* inputs, int64_t count,
-                                             const DerivativeTerms<typename V::acc_t>& shared,
-                                             const typename V::acc_t* row_sums, U* output, Writing writing) {
+// What becomes of an element. All by value: what is written might otherwise be what is read next.
+template <Operation kOperation, class acc_t, class T>
+struct DerivativeValue {
   using D = Derivative<kOperation>;
-  write_row<V>(output, count, writing, [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
-    using W = typename decltype(as)::type;
+  DerivativeTerms<acc_t> shared;
+  const T* inputs[D::kInputs];
+  acc_t row_sums[D::kSums];
+
+  DerivativeValue(const T* const* rows, const DerivativeTerms<acc_t>& terms, const acc_t* sums) : shared(terms) {
+    for (int k = 0; k < D::kInputs; ++k) {
+      inputs[k] = rows[k];
+    }
+    for (int s = 0; s < D::kSums; ++s) {
+      row_sums[s] = sums[s];
+    }
+  }
+
+  template <class As, class Lanes>
+  MASKED_SOFTMAX_INLINE auto operator()(As, int64_t i, Lanes lanes) const {
+    using W = typename As::type;
     const InputVectors<W, D::kInputs> vectors(inputs, i, lanes);
     W sums[D::kSums];
     for (int s = 0; s < D::kSums; ++s) {
       sums[s] = W::broadcast(row_sums[s]);
     }
     return D::value(shared, vectors.in, sums);
-  });
+  }
+};
+
+template <class V, Operation kOperation, class T, class U>
+MASKED_SOFTMAX_INLINE void derivative_values(const T* const* inputs, int64_t count,
+                                             const DerivativeTerms<typename V::acc_t>& shared,
+                                             const typename V::acc_t* row_sums, U* output, Writing writing) {
+  const DerivativeValue<kOperation, typename V::acc_t, T> value(inputs, shared, row_sums);
+  write_row<V>(output, count, writing, value);
 }
 
 }  // namespace masked_softmax

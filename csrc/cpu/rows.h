@@ -155,7 +155,7 @@ struct Kernel {
       forward_batch<V, kOperation, input_t, output_t>(batches, parameters);
       return batches.writes_later ? batches.before() : batches.now();
     } else {
-      derivative_batch<V, kOperation, input_t, output_t>(batches, parameters);
+      derivative_batch<V, kOperation, input_t, output_t>(batches.now(), parameters, batches.writing);
       return batches.now();
     }
   }
@@ -212,7 +212,7 @@ void run_rows(const Problem& problem, int64_t begin, int64_t end) {
 
   const Writing writing = Access::kStaged ? Writing::kToCache : writing_of(problem);
   constexpr int64_t kScratchElems = kOperation == Operation::kSoftmax ? Access::kLongestShortRow : 1;
-  Batches<V, kScratchElems, Access::kStaged> batches(writing);
+  Batches<V, kScratchElems, K::kForward && !Access::kStaged> batches(writing);
   const auto compute_batch = [&]() MASKED_SOFTMAX_NOINLINE {
     access.bring(problem, batches.now());
     Batch<V>& done = K::run_batch(batches, parameters);

@@ -56,11 +56,11 @@ struct Batch {
 // The batch that is computed, and two behind it, for whose rows there is something to do meanwhile. Where results go
 // past the caches there is one before it, too: its results are written meanwhile. Where rows are staged there is only
 // the first: they are brought into their buffers one batch at a time.
-template <class V, int64_t kScratchElems, bool kStaged>
+template <class V, int64_t kScratchElems, bool kLooksAhead>
 class Batches {
  public:
-  static constexpr bool kIsStaged = kStaged;
-  static constexpr bool kMayWriteLater = V::kStoresPastCaches && !kStaged && kScratchElems > 1;
+  static constexpr bool kAhead = kLooksAhead;
+  static constexpr bool kMayWriteLater = V::kStoresPastCaches && kLooksAhead && kScratchElems > 1;
   const Writing writing;
   const bool writes_later;
 
@@ -72,13 +72,13 @@ class Batches {
   MASKED_SOFTMAX_INLINE Batch<V>& now() const { return *batches_[0]; }
   MASKED_SOFTMAX_INLINE Batch<V>& next() const { return *batches_[1]; }
   MASKED_SOFTMAX_INLINE Batch<V>& after_next() const { return *batches_[2]; }
-  MASKED_SOFTMAX_INLINE Batch<V>& filling() const { return *batches_[kStaged ? 0 : 2]; }
+  MASKED_SOFTMAX_INLINE Batch<V>& filling() const { return *batches_[kLooksAhead ? 2 : 0]; }
 
   void advance() {
     if (!writes_later) {
       now().clear();
     }
-    if (kStaged) {
+    if (!kLooksAhead) {
       return;
     }
     Batch<V>* const done = batches_[3];
@@ -101,15 +101,17 @@ class Batches {
 
 // What memory is asked for while row `row` of a batch is computed: the same row of the batch after the next one, and
 // this row's output.
-template <class V, class T, class U, int kInputs>
+template <class V, class T, class U>
 class MemoryAhead {
  public:
-  MASKED_SOFTMAX_INLINE MemoryAhead(const Batch<V>& now, const Batch<V>& after_next, Writing writing, int row) {
+  MASKED_SOFTMAX_INLINE MemoryAhead(const Batch<V>& now, const Batch<V>& after_next, Writing writing, int row)
+      : asks_(now.lengths[row] >= kFewElems) {
+    if (!asks_) {
+      return;
+    }
     const bool has_row = row < after_next.rows;
     const Batch<V>& asked = has_row ? after_next : now;
-    for (int k = 0; k < kInputs; ++k) {
-      inputs_[k] = static_cast<const T*>(asked.inputs[k][row]);
-    }
+    input_ = static_cast<const T*>(asked.inputs[0][row]);
     last_ = has_row ? asked.lengths[row] - 1 : 0;
     asks_for_output_ = writing == Writing::kToCache;
     output_ = static_cast<const U*>(now.outputs[row]);
@@ -118,12 +120,13 @@ class MemoryAhead {
     }
   }
 
-  // The `count` elements from i on of each.
+  // The `count` elements from i on of both.
   MASKED_SOFTMAX_INLINE void ask_for(int64_t i, int64_t count) const {
+    if (!asks_) {
+      return;
+    }
     for (int64_t k = i; k < i + count; k += kLineBytes / sizeof(T)) {
-      for (const T* input : inputs_) {
-        __builtin_prefetch(input + (k < last_ ? k : last_), 0, kIntoSecondLevel);
-      }
+      __builtin_prefetch(input_ + (k < last_ ? k : last_), 0, kIntoSecondLevel);
     }
     if (asks_for_output_) {
       for (int64_t k = i; k < i + count; k += kLineBytes / sizeof(U)) {
@@ -135,6 +138,8 @@ class MemoryAhead {
  private:
   static constexpr int kIntoSecondLevel = 2;
   static constexpr int64_t kLineBytes = 64;
+  // Shorter rows follow one another closely enough for the hardware, and asking would cost more than they take.
+  static constexpr int64_t kFewElems = 128;
   // Beyond this the stores of the padding are a stream of their own, which the hardware sees coming.
   static constexpr int64_t kMostPaddingBytes = 4096;
 
@@ -146,7 +151,8 @@ class MemoryAhead {
     }
   }
 
-  const T* inputs_[kInputs];
+  const bool asks_;
+  const T* input_;
   int64_t last_;
   const U* output_;
   bool asks_for_output_;
@@ -235,7 +241,7 @@ MASKED_SOFTMAX_NOINLINE void sweep_exponentials(const AllBatches& batches, const
   for (int r = 0; r < batch.rows; ++r) {
     const T* x = static_cast<const T*>(batch.inputs[0][r]);
     const acc_t row_max = batch.maxima[r];
-    const MemoryAhead<V, T, U, 1> memory(batch, batches.after_next(), batches.writing, r);
+    const MemoryAhead<V, T, U> memory(batch, batches.after_next(), batches.writing, r);
     MaximaAhead<V, T> next(batches.next(), r);
     const auto values = row_values<V, kOperation, T>(before, r, scale, scratch_before);
     const int64_t length_before = r < before.rows ? before.lengths[r] : 0;
@@ -288,7 +294,7 @@ MASKED_SOFTMAX_NOINLINE void sweep_results(const Batch<V>& batch, int first, con
 
 template <class V, Operation kOperation, class T, class U, class AllBatches>
 MASKED_SOFTMAX_INLINE void forward_batch(const AllBatches& batches, const RowScale<typename V::acc_t>& scale) {
-  if (AllBatches::kIsStaged) {
+  if (!AllBatches::kAhead) {
     finish_maxima<V, T>(batches.now(), 0);
   }
   if constexpr (AllBatches::kMayWriteLater) {
@@ -300,24 +306,20 @@ MASKED_SOFTMAX_INLINE void forward_batch(const AllBatches& batches, const RowSca
     }
   }
   sweep_exponentials<V, kOperation, T, U, false>(batches, scale);
-  if (!AllBatches::kIsStaged) {
+  if (AllBatches::kAhead) {
     finish_maxima<V, T>(batches.next(), batches.now().rows);
   }
   sweep_results<V, kOperation, T, U>(batches.now(), 0, scale, batches.writing);
 }
 
-template <class V, Operation kOperation, class T, class U, class AllBatches>
-MASKED_SOFTMAX_NOINLINE void sweep_derivative_sums(const AllBatches& batches,
-                                                   const DerivativeTerms<typename V::acc_t>& shared) {
+template <class V, Operation kOperation, class T>
+MASKED_SOFTMAX_NOINLINE void sweep_derivative_sums(Batch<V>& batch, const DerivativeTerms<typename V::acc_t>& shared) {
   using D = Derivative<kOperation>;
-  Batch<V>& batch = batches.now();
   for (int r = 0; r < batch.rows; ++r) {
     const InputPointers<T, D::kInputs> inputs(batch.inputs, r);
-    const MemoryAhead<V, T, U, D::kInputs> memory(batch, batches.after_next(), batches.writing, r);
     RowSums<V, D::kSums> sums;
     sums.add(batch.lengths[r], [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
       using W = typename decltype(as)::type;
-      memory.ask_for(i, W::kLanes);
       return D::terms(shared, InputVectors<W, D::kInputs>(inputs.rows, i, lanes).in);
     });
     for (int s = 0; s < D::kSums; ++s) {
@@ -344,11 +346,11 @@ MASKED_SOFTMAX_NOINLINE void sweep_derivatives(const Batch<V>& batch, const Deri
   }
 }
 
-template <class V, Operation kOperation, class T, class U, class AllBatches>
-MASKED_SOFTMAX_INLINE void derivative_batch(const AllBatches& batches,
-                                            const DerivativeTerms<typename V::acc_t>& shared) {
-  sweep_derivative_sums<V, kOperation, T, U>(batches, shared);
-  sweep_derivatives<V, kOperation, T, U>(batches.now(), shared, batches.writing);
+template <class V, Operation kOperation, class T, class U>
+MASKED_SOFTMAX_INLINE void derivative_batch(Batch<V>& batch, const DerivativeTerms<typename V::acc_t>& shared,
+                                            Writing writing) {
+  sweep_derivative_sums<V, kOperation, T>(batch, shared);
+  sweep_derivatives<V, kOperation, T, U>(batch, shared, writing);
 }
 
 }  // namespace masked_softmax

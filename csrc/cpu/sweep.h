@@ -215,7 +215,7 @@ class RowWriter {
   int64_t count_;
   int64_t written_ = 0;
   bool past_caches_;
-  const Value& value_;
+  const Value value_;
 };
 
 template <class V, class U, class Value>
