@@ -1,4 +1,4 @@
-# make demo and make test are all that a newcomer types: they create .venv, install what they need and build.
+# make demo, make test and make bench are all that a newcomer types: they create .venv, install what they need and build.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CUDA_TORCH ?= torch==2.14.1
@@ -6,15 +6,30 @@ VENV := .venv
 BIN := $(VENV)/bin
 CUDA_VENV := .venv-cuda
 CUDA_BIN := $(CUDA_VENV)/bin
+# FBGEMM is built for one release of torch; empty leaves it out.
+FBGEMM ?= fbgemm-gpu-cpu==1.8.0
+MXNET_VENV := build/mxnet-venv
 BUILD_TOOLS := "setuptools>=77" "ninja>=1.11" "pybind11>=2.13" "pytest>=8" "numpy>=1.26"
 
-.PHONY: demo test lint kernel-test emulator-test cuda-test build clean
+.PHONY: demo test bench bench-quick bench-mxnet lint kernel-test emulator-test cuda-test build clean
 
 demo: build
 	$(BIN)/python -m masked_softmax_ext
 
 test: build
 	$(BIN)/python -m pytest
+
+# This package beside what users would otherwise call: bench/README.md.
+bench: build $(VENV)/bench.stamp
+	$(BIN)/python bench/run.py $(BENCH)
+
+bench-quick: build $(VENV)/bench.stamp
+	$(BIN)/python bench/run.py --quick $(BENCH)
+
+# One more peer for make bench. It needs numpy 1.23, so an environment of its own; Python 3.8 to 3.11.
+bench-mxnet:
+	$(PYTHON) -m venv $(MXNET_VENV)
+	$(MXNET_VENV)/bin/python -m pip install --quiet "mxnet==1.9.1" "numpy<1.24"
 
 # The kernel layer alone, without torch: natively, under sanitizers, and for aarch64 under qemu where it is installed.
 kernel-test:
@@ -53,6 +68,12 @@ $(VENV)/tools.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	$(BIN)/python -m pip install --quiet "$(TORCH)" $(BUILD_TOOLS) "matplotlib>=3.8"
+	touch $@
+
+# The package is there already, so pip installs the extra's packages alone; torch is named so that it stays as it is.
+$(VENV)/bench.stamp: $(VENV)/build.stamp
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "masked_softmax_ext[bench]"
+	$(if $(FBGEMM),$(BIN)/python -m pip install --quiet --no-deps "$(FBGEMM)")
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/tools.stamp

@@ -14,15 +14,20 @@ import argparse
 import json
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+# `python bench/gpu_bench.py` puts bench/ there, and not the folder that has it.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
 import torch
 from torch import Tensor
 
+from bench.peers import formulation, old_masked_softmax
 from masked_softmax_ext import _C, build_info, masked_softmax
 
 ROTATING_BYTES = 512 << 20
@@ -84,18 +89,6 @@ def make_lengths(case: Case, device: str) -> Tensor:
         return torch.full(count, cols, device=device)
     most = cols if case.lengths == "uniform" else cols // 5
     return torch.randint(0, most + 1, count, device=device)
-
-
-def formulation(x: Tensor, lengths: Tensor) -> Tensor:
-    cols = torch.arange(x.shape[-1], device=x.device)
-    mask = cols < lengths.view(-1, *[1] * (x.dim() - 1))
-    return torch.softmax(x.masked_fill(~mask, float("-inf")), -1)
-
-
-def old_masked_softmax(x: Tensor, lengths: Tensor) -> Tensor:
-    cols = torch.arange(x.shape[-1], device=x.device)
-    mask = cols >= lengths.view(-1, *[1] * (x.dim() - 1))
-    return torch._masked_softmax(x, mask.expand(x.shape).contiguous(), x.dim() - 1, 2)
 
 
 def candidates(case: Case) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:

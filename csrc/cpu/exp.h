@@ -1,9 +1,9 @@
 // The exponential over a vector, as a power of two: see common/exponential.h. What remains of rounding is that of c
 // and, where no correction is given, of t: at most |t*c| * eps together.
 //
-// Where a register holds a table of 2^(k/steps) (eight or sixteen floats), 2^z = 2^(n + k/steps) * 2^f instead, z
-// rounded to multiples of 1/steps: the smaller f asks for degree 3, and that is fewer of the multiply-adds that bound
-// the loop. (Zen 4: a row of 512 in cache takes 14 percent less time with sixteen, 25 percent less with eight.)
+// Where a register or two hold a table of 2^(k/steps) (8 floats, or 32), 2^z = 2^(n + k/steps) * 2^f instead, z rounded
+// to multiples of 1/steps: the smaller f asks for degree 3, or 2, and that is fewer of the multiply-adds that bound the
+// loop. (Zen 4, a row of 512 in cache: 25 percent less time with 8, 20 percent less with 32.)
 //
 // Results below the smallest normal number are flushed to 0: they are less than one part in 2^126 of the row's
 // sum, and arithmetic on subnormals costs some processors over a hundred cycles. NaN gives NaN, -inf gives 0.
@@ -23,19 +23,20 @@ MASKED_SOFTMAX_INLINE V exp2_polynomial(V f) {
   return p;
 }
 
-// 2^f = 1 + f * (c0 + c1 * f + c2 * f^2) for |f| <= 1 / (2 * kSteps). The error is least at its largest where
-// |f^4 - a * f^2| is, whence the nodes of the interpolation: 0 and 0.910 times either end.
+// 2^f = 1 + f * (c0 + c1 * f + ...) for |f| <= 1 / (2 * kSteps), so that the largest error is least.
 template <int kSteps>
 struct FractionCoefficients;
 
 template <>
 struct FractionCoefficients<8> {  // 2.6185e-8, 0.22 eps
-  static constexpr float kValues[3] = {0x1.62e43p-1f, 0x1.ec0c32p-3f, 0x1.c6b99ap-5f};
+  static constexpr int kCount = 3;
+  static constexpr float kValues[kCount] = {0x1.62e43p-1f, 0x1.ec0c32p-3f, 0x1.c6b99ap-5f};
 };
 
 template <>
-struct FractionCoefficients<16> {  // 1.6648e-9, 0.014 eps
-  static constexpr float kValues[3] = {0x1.62e43p-1f, 0x1.ebfff4p-3f, 0x1.c6b2dp-5f};
+struct FractionCoefficients<32> {  // 5.3748e-8, 0.45 eps
+  static constexpr int kCount = 2;
+  static constexpr float kValues[kCount] = {0x1.62e586p-1f, 0x1.ebfea8p-3f};
 };
 
 // What rounds a sum to multiples of 1/kPowerSteps: its last bit counts them.
@@ -59,9 +60,11 @@ MASKED_SOFTMAX_INLINE V exp2_corrected(V t, V c, const Correct& correct) {
   const V power = V::power(shifted);
   const V smallest = V::broadcast(E::kSmallestPower - kBias);
   if constexpr (V::kPowerSteps > 1) {
-    constexpr const float* kC = FractionCoefficients<V::kPowerSteps>::kValues;
-    V q = V::fma(V::broadcast(kC[2]), f, V::broadcast(kC[1]));
-    q = V::fma(q, f, V::broadcast(kC[0]));
+    using C = FractionCoefficients<V::kPowerSteps>;
+    V q = V::broadcast(C::kValues[C::kCount - 1]);
+    for (int i = C::kCount - 2; i >= 0; --i) {
+      q = V::fma(q, f, V::broadcast(C::kValues[i]));
+    }
     return V::zero_where_less(n, smallest, V::fma(V::mul(power, f), q, power));
   } else {
     return V::zero_where_less(n, smallest, V::mul(exp2_polynomial(f), power));

@@ -3,8 +3,8 @@
 // All that the sweeps of short_rows.h cost a row beside its arithmetic (a pass through the scratch, loops whose ends no
 // processor foresees) is more than the arithmetic itself where a row is four vectors long. So rows are collected by
 // how many vectors they have, and four of the same number are computed by code that is unrolled for it: nothing in it
-// depends on the rows but the masks of their last vectors. (Zen 4, 4096 x 64 floats, AVX-512: 23 ns a row became FULL,
-// and with uniform lengths 28 became UNIFORM.)
+// depends on the rows but the masks of their last vectors. (Zen 4, 4096 x 64 floats, November 2026. AVX-512: 25 ns
+// a row became 22, and 27 became 19 with uniform lengths; AVX2: 33 became 27, and 59 became 23.)
 //
 // The order of additions is the sweeps' (see sweep.h), so the bits are too.
 #pragma once
@@ -42,24 +42,43 @@ MASKED_SOFTMAX_INLINE V load_held(const T* x, int length, int k) {
   return k < kVectors - 1 ? V::load(x + first) : V::load_partial(x + first, length - first, kNone);
 }
 
+// Four rows' elements, loaded when they are asked for; or kept, where there are registers enough and a load converts.
 template <class V, int kVectors, class T, class U>
-MASKED_SOFTMAX_INLINE void find_held_maxima(const HeldRows<V, T, U>& held, int first, typename V::acc_t* maxima) {
-  V lanes[kTogetherRows];
-  MASKED_SOFTMAX_UNROLL
-  for (int r = 0; r < kTogetherRows; ++r) {
-    lanes[r] = load_held<V, kVectors>(held.inputs[first + r], held.lengths[first + r], kVectors - 1);
-    MASKED_SOFTMAX_UNROLL
-    for (int k = 0; k < kVectors - 1; ++k) {
-      lanes[r] = V::max(V::load(held.inputs[first + r] + k * V::kLanes), lanes[r]);
+struct HeldInputs {
+  static constexpr bool kKeeps = sizeof(T) == 2 && V::kRegisters >= 32;
+  const HeldRows<V, T, U>& held;
+  int first;
+  V kept[kKeeps ? kTogetherRows : 1][kVectors];
+
+  MASKED_SOFTMAX_INLINE V vector(int r, int k) const {
+    if constexpr (kKeeps) {
+      return kept[r][k];
+    } else {
+      return load_held<V, kVectors>(held.inputs[first + r], held.lengths[first + r], k);
     }
   }
-  V::reduce_max_four(lanes, maxima);
-}
 
-// Returns their sum, spread over the lanes.
-template <class V, int kVectors, class T>
-MASKED_SOFTMAX_INLINE V held_exponentials(const T* x, int length, typename V::acc_t row_max, typename V::acc_t exponent,
-                                          V* e) {
+  MASKED_SOFTMAX_INLINE void find_maxima(typename V::acc_t* maxima) {
+    V lanes[kTogetherRows];
+    MASKED_SOFTMAX_UNROLL
+    for (int r = 0; r < kTogetherRows; ++r) {
+      MASKED_SOFTMAX_UNROLL
+      for (int k = kVectors - 1; k >= 0; --k) {
+        const V loaded = load_held<V, kVectors>(held.inputs[first + r], held.lengths[first + r], k);
+        if constexpr (kKeeps) {
+          kept[r][k] = loaded;
+        }
+        lanes[r] = k == kVectors - 1 ? loaded : V::max(loaded, lanes[r]);
+      }
+    }
+    V::reduce_max_four(lanes, maxima);
+  }
+};
+
+// Returns the sum of row r's exponentials, spread over the lanes.
+template <class V, int kVectors, class Inputs>
+MASKED_SOFTMAX_INLINE V held_exponentials(const Inputs& inputs, int r, typename V::acc_t row_max,
+                                          typename V::acc_t exponent, V* e) {
   constexpr int kStep = kVectors < V::kTogether ? kVectors : V::kTogether;
   using W = Several<V, kStep>;
   V chains[kChains];
@@ -69,7 +88,7 @@ MASKED_SOFTMAX_INLINE V held_exponentials(const T* x, int length, typename V::ac
   MASKED_SOFTMAX_UNROLL
   for (int first = 0; first < kVectors; first += kStep) {
     const W loaded = W::each([&](int i) MASKED_SOFTMAX_LAMBDA_INLINE {
-      return load_held<V, kVectors>(x, length, first + i < kVectors ? first + i : kVectors - 1);
+      return inputs.vector(r, first + i < kVectors ? first + i : kVectors - 1);
     });
     const W values = exp2_product(W::sub(loaded, W::broadcast(row_max)), W::broadcast(exponent));
     for (int i = 0; i < kStep; ++i) {
@@ -106,8 +125,8 @@ MASKED_SOFTMAX_INLINE void store_held(const V* e, V factor, int length, U* y, in
   });
 }
 
-// Four rows at a time. The maxima of the next four are found before the exponentials of these begin: the processor has
-// something to do while they wait for a reduction.
+// Four rows at a time. Unless elements are kept, the maxima of the next four are found before the exponentials of these
+// begin: the processor has something to do while they wait for a reduction.
 template <class V, int kVectors, class T, class U>
 MASKED_SOFTMAX_NOINLINE void compute_held_rows(HeldRows<V, T, U>& held, const RowScale<typename V::acc_t>& scale) {
   using acc_t = typename V::acc_t;
@@ -117,19 +136,24 @@ MASKED_SOFTMAX_NOINLINE void compute_held_rows(HeldRows<V, T, U>& held, const Ro
     held.push(held.inputs[last], held.outputs[last], held.lengths[last], held.after[last]);
   }
   const V zero = V::broadcast(hidden(acc_t{0}));
+  using Inputs = HeldInputs<V, kVectors, T, U>;
   acc_t maxima[kWaitingRows];
-  find_held_maxima<V, kVectors>(held, 0, maxima);
+  if (!Inputs::kKeeps) {
+    Inputs{held, 0, {}}.find_maxima(maxima);
+  }
   for (int first = 0; first < held.rows; first += kTogetherRows) {
+    Inputs inputs{held, first, {}};
     const int next = first + kTogetherRows;
-    if (next < held.rows) {
-      find_held_maxima<V, kVectors>(held, next, maxima + next);
+    if (Inputs::kKeeps) {
+      inputs.find_maxima(maxima + first);
+    } else if (next < held.rows) {
+      Inputs{held, next, {}}.find_maxima(maxima + next);
     }
     V e[kTogetherRows][kVectors];
     V lanes[kTogetherRows];
     MASKED_SOFTMAX_UNROLL
     for (int r = 0; r < kTogetherRows; ++r) {
-      lanes[r] = held_exponentials<V, kVectors>(held.inputs[first + r], held.lengths[first + r], maxima[first + r],
-                                                scale.exponent.high, e[r]);
+      lanes[r] = held_exponentials<V, kVectors>(inputs, r, maxima[first + r], scale.exponent.high, e[r]);
     }
     acc_t factors[kTogetherRows];
     V::reduce_add_four(lanes, factors);
@@ -156,14 +180,16 @@ class HeldRowsByLength {
     return static_cast<uint64_t>(length) - 1 < kLongest;
   }
 
-  // Those of the rows [first, first + count) that it holds.
-  MASKED_SOFTMAX_INLINE void take(const Problem& problem, const RowRun& run, int64_t first, int64_t count,
-                                  const RowBounds* bounds) {
+  // Takes those of the rows [first, first + count) that it holds, and returns how many they were.
+  MASKED_SOFTMAX_INLINE int64_t take(const Problem& problem, const RowRun& run, int64_t first, int64_t count,
+                                     const RowBounds* bounds) {
     const T* const x = static_cast<const T*>(problem.inputs[0].data) + run.input_offset(0, first);
     U* const y = static_cast<U*>(problem.output.data) + run.output_offset(first);
+    int64_t taken = 0;
     for (int64_t i = 0; i < count; ++i) {
       const RowBounds row = bounds[i];
       if (holds(row.length())) {
+        ++taken;
         U* const output = y + i * run.output_step();
         wait(x + i * run.input_step(0) + row.start, output + row.start, row.length(), problem.cols - row.end);
         for_each_vector<V, 1>(row.start, [&](auto as, int64_t k, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
@@ -171,6 +197,7 @@ class HeldRowsByLength {
         });
       }
     }
+    return taken;
   }
 
   void finish() {

@@ -148,15 +148,12 @@ struct Kernel {
   static constexpr acc_t kPadding =
       kOperation == Operation::kLogSoftmax ? -std::numeric_limits<acc_t>::infinity() : acc_t{0};
 
-  // Returns the batch whose results are complete then.
-  template <class AllBatches>
-  static MASKED_SOFTMAX_INLINE Batch<V>& run_batch(const AllBatches& batches, const Parameters& parameters) {
+  static MASKED_SOFTMAX_INLINE void run_batch(Batch<V>& batch, const Batch<V>& next, const Parameters& parameters,
+                                              acc_t* scratch, Writing writing) {
     if constexpr (kForward) {
-      forward_batch<V, kOperation, input_t, output_t>(batches, parameters);
-      return batches.writes_later ? batches.before() : batches.now();
+      forward_batch<V, kOperation, input_t, output_t>(batch, next, parameters, scratch, writing);
     } else {
-      derivative_batch<V, kOperation, input_t, output_t>(batches.now(), parameters, batches.writing);
-      return batches.now();
+      derivative_batch<V, kOperation, input_t, output_t>(batch, parameters, writing);
     }
   }
 
@@ -166,7 +163,7 @@ struct Kernel {
   struct NoHeldRows {
     explicit NoHeldRows(const Parameters&) {}
     static bool holds(int64_t /*length*/) { return false; }
-    void take(const Problem&, const RowRun&, int64_t, int64_t, const RowBounds*) {}
+    int64_t take(const Problem&, const RowRun&, int64_t, int64_t, const RowBounds*) { return 0; }
     void finish() {}
   };
   static auto held_rows_type() {
@@ -212,16 +209,22 @@ void run_rows(const Problem& problem, int64_t begin, int64_t end) {
 
   const Writing writing = Access::kStaged ? Writing::kToCache : writing_of(problem);
   constexpr int64_t kScratchElems = kOperation == Operation::kSoftmax ? Access::kLongestShortRow : 1;
-  Batches<V, kScratchElems, K::kForward && !Access::kStaged> batches(writing);
-  const auto compute_batch = [&]() MASKED_SOFTMAX_NOINLINE {
-    access.bring(problem, batches.now());
-    Batch<V>& done = K::run_batch(batches, parameters);
-    access.finish(problem, done);
-    for (int r = 0; r < (done.has_padding ? done.rows : 0); ++r) {
-      Access::fill_padding(output, done.outputs[r], done.before[r], done.lengths[r], done.after[r], K::kPadding,
-                           writing);
+  alignas(64) typename V::acc_t scratch[kScratchElems];
+
+  // One batch is computed while the next, already filled, is on its way from memory.
+  Batch<V> batches[2];
+  Batch<V>* filling = &batches[0];
+  Batch<V>* filled = &batches[1];
+  const auto compute_filled = [&]() MASKED_SOFTMAX_NOINLINE {
+    access.bring(problem, *filled);
+    K::run_batch(*filled, Access::kStaged ? *filled : *filling, parameters, scratch, writing);
+    access.finish(problem, *filled);
+    for (int r = 0; r < (filled->has_padding ? filled->rows : 0); ++r) {
+      Access::fill_padding(output, filled->outputs[r], filled->before[r], filled->lengths[r], filled->after[r],
+                           K::kPadding, writing);
     }
-    batches.advance();
+    filled->clear();
+    std::swap(filling, filled);
   };
 
   const auto take_row = [&](const RowRun& run, int64_t ahead, RowBounds bounds) MASKED_SOFTMAX_LAMBDA_INLINE {
@@ -243,11 +246,10 @@ void run_rows(const Problem& problem, int64_t begin, int64_t end) {
       return;
     }
     const int64_t row_elems = Batch<V>::scratch_elems(length);
-    if (batches.filling().rows == kBatchRows ||
-        (batches.filling().elems + row_elems > kBatchElems && batches.filling().rows > 0)) {
-      compute_batch();
+    if (filling->rows == kBatchRows || (filling->elems + row_elems > kBatchElems && filling->rows > 0)) {
+      compute_filled();
     }
-    Batch<V>& batch = batches.filling();
+    Batch<V>& batch = *filling;
     const int row = batch.rows++;
     batch.elems += row_elems;
     for (int k = 0; k < K::kInputs; ++k) {
@@ -266,8 +268,8 @@ void run_rows(const Problem& problem, int64_t begin, int64_t end) {
       RowBounds bounds[kBatchRows];
       const int64_t count = run.rows - first < kBatchRows ? run.rows - first : kBatchRows;
       run.read_bounds(first, count, bounds);
-      held_rows.take(problem, run, first, count, bounds);
-      for (int64_t i = 0; i < count; ++i) {
+      const bool all_are_held = held_rows.take(problem, run, first, count, bounds) == count;
+      for (int64_t i = 0; i < count && !all_are_held; ++i) {
         if (!K::HeldRows::holds(bounds[i].length())) {
           take_row(run, first + i, bounds[i]);
         }
@@ -275,9 +277,8 @@ void run_rows(const Problem& problem, int64_t begin, int64_t end) {
     }
   }
   held_rows.finish();
-  for (int i = 0; i < batches.kDepth; ++i) {
-    compute_batch();
-  }
+  compute_filled();
+  compute_filled();
   if (writing == Writing::kPastCaches) {
     V::finish_stores();
   }

@@ -15,6 +15,7 @@ struct Avx2Float {
   static constexpr bool kStoresPastCaches = true;
   static void finish_stores() { _mm_sfence(); }  // store_past_caches is not ordered by itself
   static constexpr int kMostHeldVectors = 8;
+  static constexpr int kRegisters = 16;
   static constexpr bool kReducesFourRows = true;
   __m256 v;
 

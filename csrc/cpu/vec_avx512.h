@@ -9,11 +9,12 @@ namespace masked_softmax {
 struct Avx512Float {
   using acc_t = float;
   static constexpr int kLanes = 16;
-  static constexpr int kPowerSteps = 16;
+  static constexpr int kPowerSteps = 32;
   static constexpr int kTogether = 4;
   static constexpr bool kStoresPastCaches = true;
   static void finish_stores() { _mm_sfence(); }  // store_past_caches is not ordered by itself
   static constexpr int kMostHeldVectors = 4;
+  static constexpr int kRegisters = 32;
   static constexpr bool kReducesFourRows = true;
   __m512 v;
 
@@ -54,14 +55,18 @@ struct Avx512Float {
   static Avx512Float fms(Avx512Float a, Avx512Float b, Avx512Float c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
   static Avx512Float max(Avx512Float a, Avx512Float b) { return {_mm512_max_ps(a.v, b.v)}; }
 
-  // 2^z, z being what the sum `shifted` was rounded to: its low four bits look up 2^(k/16), and the bits above them are
+  // 2^z, z being what the sum `shifted` was rounded to: its low five bits look up 2^(k/32), and the bits above them are
   // added to the exponent. The shift brings k along, which the table's entries are therefore less by.
   static Avx512Float power(Avx512Float shifted) {
-    const __m512i table = _mm512_setr_epi32(0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532,
-                                            0x3f75fed7, 0x3f75583f, 0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c,
-                                            0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d);
+    const __m512i low = _mm512_setr_epi32(0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a,
+                                          0x3f79c3d3, 0x3f78f4f0, 0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043,
+                                          0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6);
+    const __m512i high = _mm512_setr_epi32(0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be,
+                                           0x3f76248c, 0x3f76a81e, 0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907,
+                                           0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3);
     const __m512i bits = _mm512_castps_si512(shifted.v);
-    return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(bits, 19), _mm512_permutexvar_epi32(bits, table)))};
+    const __m512i fraction = _mm512_permutex2var_epi32(low, bits, high);
+    return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(bits, 18), fraction))};
   }
   // value, or 0 where n < smallest; a NaN is not less.
   static Avx512Float zero_where_less(Avx512Float n, Avx512Float smallest, Avx512Float value) {

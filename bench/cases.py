@@ -1,0 +1,272 @@
+"""What is measured: shapes, lengths, types, directions; and the tensors that a case stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from masked_softmax_ext.demo.text import LONGEST_SENTENCE, read_sentences
+
+SEED = 20
+DTYPES = ("float32", "bfloat16", "float16")
+LENGTHS = ("full", "uniform", "10%", "zipf", "sorted", "sentences")
+Direction = Literal["forward", "backward", "forward+backward"]
+Output = Literal["fresh", "out="]
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward", "forward+backward")
+OUTPUTS: tuple[Output, ...] = ("fresh", "out=")
+SHAPES = ((4096, 64), (4096, 512), (4096, 2048), (8192, 4096))
+SWEPT_COLS = (64, 128, 256, 512, 1024, 2048, 4096)
+SWEPT_SHARES = ("full", "90%", "75%", "50%", "25%", "10%", "5%")
+SCORES = (16, 8, 256, 256)
+SOFTMAX_ALONG_1 = (64, 512, 256)
+SMALL = (4, 16)
+
+FORMULATIONS = ("formulation", "torch.softmax")
+DENSE = ("torch.softmax", "MLAS")
+FAST = (*DENSE, "CTranslate2")
+EVERY = (
+    *FORMULATIONS,
+    "compiled formulation",
+    "torch._masked_softmax",
+    "torch.masked.softmax",
+    "nested tensor",
+    "MLAS",
+    "CTranslate2",
+    "JAX",
+    "FBGEMM",
+    "MXNet",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure.
+
+    shape, dim, dtype: of the input. lengths: one of LENGTHS, or a mean share of valid columns like
+    "25%"; one length for each element of the first dimension.
+    grad: whether a forward pass records for a backward pass (the others always do).
+    cache: "in" keeps one buffer however large it is; "auto" rotates large ones.
+    peers: the names of those measured beside it.
+    """
+
+    shape: tuple[int, ...]
+    lengths: str = "uniform"
+    dtype: str = "float32"
+    direction: Direction = "forward"
+    output: Output = "fresh"
+    threads: int = 1
+    dim: int = -1
+    grad: bool = False
+    cache: Literal["auto", "in"] = "auto"
+    peers: tuple[str, ...] = FORMULATIONS
+
+    def __post_init__(self) -> None:
+        if self.output == "out=" and self.direction != "forward":
+            raise ValueError("out= has no gradient")
+
+    @property
+    def cols(self) -> int:
+        return self.shape[self.dim]
+
+    @property
+    def elems(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
+    def tensor_bytes(self) -> int:
+        return self.elems * self.torch_dtype.itemsize
+
+    @property
+    def label(self) -> str:
+        """Says all but the peers; no two cases of a run share it."""
+        parts = ["x".join(map(str, self.shape))]
+        if self.dim != -1:
+            parts.append(f"dim={self.dim}")
+        parts += [self.lengths, self.dtype, self.direction]
+        if self.grad:
+            parts.append("with grad")
+        if self.direction == "forward":
+            parts.append(self.output)
+        if self.cache == "in":
+            parts.append("in cache")
+        parts.append(f"{self.threads} thread{'s' * (self.threads > 1)}")
+        return " ".join(parts)
+
+
+def make_lengths(kind: str, count: int, cols: int, seed: int = SEED) -> Tensor:
+    """``count`` lengths in 0..cols, int64."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "full":
+        return torch.full((count,), cols)
+    if kind == "uniform":
+        return torch.randint(0, cols + 1, (count,), generator=generator)
+    if kind == "sorted":
+        return make_lengths("uniform", count, cols, seed).sort().values
+    if kind == "zipf":
+        # A length k is as frequent as 1/k: many short rows, few long ones.
+        weights = 1.0 / torch.arange(1, cols + 1, dtype=torch.float64)
+        return torch.multinomial(weights, count, replacement=True, generator=generator) + 1
+    if kind == "sentences":
+        # In proportion to the longest: as they are where there are 64 columns.
+        words = torch.tensor(sentence_lengths())
+        chosen = words[torch.randint(0, len(words), (count,), generator=generator)]
+        return (chosen * cols / LONGEST_SENTENCE).round().long().clamp(1, cols)
+    if kind.endswith("%"):
+        # Uniform around the mean, as far as 0 or the last column.
+        mean = float(kind[:-1]) / 100
+        spread = min(mean, 1 - mean)
+        low, high = round((mean - spread) * cols), round((mean + spread) * cols)
+        return torch.randint(low, high + 1, (count,), generator=generator)
+    raise ValueError(f"lengths of no known kind: {kind!r}")
+
+
+@cache
+def sentence_lengths() -> list[int]:
+    """In words: the sentences of Python's own documentation."""
+    return [len(sentence) for sentence in read_sentences()]
+
+
+@dataclass
+class Data:
+    """A case's tensors; several of each where they rotate, so that none is found in the cache."""
+
+    case: Case
+    lengths: Tensor
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    gradient: Tensor | None
+
+    @property
+    def valid_elems(self) -> int:
+        rows_a_length = self.case.elems // self.case.cols // self.case.shape[0]
+        return int(self.lengths.sum()) * rows_a_length
+
+    @property
+    def bytes_that_must_move(self) -> int:
+        """Valid elements read, all elements written."""
+        reads, writes = {
+            "forward": (1, 1),
+            "backward": (2, 1),  # the result and its gradient
+            "forward+backward": (3, 2),
+        }[self.case.direction]
+        elems = self.valid_elems * reads + self.case.elems * writes
+        return elems * self.case.torch_dtype.itemsize
+
+
+# A tensor rotates once it fills half of the last-level cache: with the output it then leaves
+# nothing of itself there. The buffers together hold this many times the cache.
+ROTATING_CACHES = 4
+MOST_BUFFERS = 8
+
+
+def buffers_of(case: Case, last_level_bytes: int) -> int:
+    if case.cache == "in" or case.tensor_bytes < last_level_bytes // 2:
+        return 1
+    enough = -(-ROTATING_CACHES * last_level_bytes // case.tensor_bytes)
+    return max(2, min(MOST_BUFFERS, enough))
+
+
+def make_data(case: Case, last_level_bytes: int, seed: int = SEED) -> Data:
+    generator = torch.Generator().manual_seed(seed)
+    buffers = buffers_of(case, last_level_bytes)
+
+    def values() -> Tensor:
+        return torch.randn(case.shape, generator=generator).to(case.torch_dtype)
+
+    return Data(
+        case=case,
+        lengths=make_lengths(case.lengths, case.shape[0], case.cols, seed),
+        inputs=[values() for _ in range(buffers)],
+        outputs=[torch.zeros(case.shape, dtype=case.torch_dtype) for _ in range(buffers)],
+        gradient=None if case.direction == "forward" else values(),
+    )
+
+
+def default_cases() -> Iterator[Case]:
+    """What `make bench` measures besides the table of targets: within 10 minutes."""
+    yield Case((4096, 512), peers=EVERY)
+    yield Case((4096, 512), output="out=", peers=EVERY)
+    yield Case((4096, 2048), peers=EVERY)
+    yield from column_sweep()
+    yield from padding_sweep()
+    for kind in ("10%", "zipf", "sorted", "sentences"):
+        yield Case((4096, 64) if kind == "sentences" else (4096, 512), kind)
+    for dtype in ("bfloat16", "float16"):
+        yield Case((4096, 512), dtype=dtype)
+        yield Case((4096, 512), dtype=dtype, direction="backward")
+    for shape in SHAPES:
+        yield Case(shape, direction="forward+backward")
+    for direction in ("forward", "backward"):
+        yield Case((4096, 512), direction=direction, threads=2)
+
+
+def column_sweep() -> Iterator[Case]:
+    """For the plot of elements a second over columns."""
+    panels: tuple[tuple[str, Output], ...]
+    panels = (("full", "out="), ("uniform", "out="), ("uniform", "fresh"))
+    for kind, output in panels:
+        peers = FAST if output == "out=" else FORMULATIONS
+        for cols in SWEPT_COLS:
+            yield Case((4096, cols), kind, output=output, peers=peers)
+
+
+def padding_sweep() -> Iterator[Case]:
+    """For the plot of speed-up over the share of padding."""
+    for share in SWEPT_SHARES:
+        yield Case((4096, 512), share, peers=FORMULATIONS)
+
+
+def quick_cases() -> Iterator[Case]:
+    """Within 2 minutes: the usual shapes, and both plots with fewer points."""
+    for shape in ((4096, 64), (4096, 512), (4096, 2048)):
+        yield Case(shape, "full", output="out=", peers=FAST)
+        yield Case(shape, output="out=", peers=FAST)
+        yield Case(shape)
+    for share in ("full", "75%", "25%", "10%"):
+        yield Case((4096, 512), share)
+    for kind in ("zipf", "sorted"):
+        yield Case((4096, 512), kind)
+    yield Case((4096, 64), "sentences")
+    for dtype in ("bfloat16", "float16"):
+        yield Case((4096, 512), "full", dtype, output="out=", peers=DENSE)
+    yield Case((4096, 512), direction="backward")
+    yield Case((4096, 512), direction="forward+backward")
+    yield Case((4096, 512), threads=2)
+    yield Case(SMALL)
+    yield Case(SMALL, grad=True)
+
+
+def all_cases() -> Iterator[Case]:
+    """The full cross product: hours."""
+    shapes = (*SHAPES, SCORES)
+    for shape, kind, dtype, direction in product(shapes, LENGTHS, DTYPES, DIRECTIONS):
+        for output, threads in product(OUTPUTS, (1, 2)):
+            if output == "out=" and direction != "forward":
+                continue
+            yield Case(shape, kind, dtype, direction, output, threads, peers=EVERY)
+    yield Case(SOFTMAX_ALONG_1, dim=1)
+    yield Case(SMALL)
+    yield Case(SMALL, grad=True)
+
+
+def without_repeats(cases: Iterator[Case]) -> list[Case]:
+    """Cases that differ in their peers alone become one, with the peers of all."""
+    by_label: dict[str, Case] = {}
+    for case in cases:
+        known = by_label.get(case.label)
+        if known is not None:
+            peers = tuple(dict.fromkeys((*known.peers, *case.peers)))
+            case = Case(**{**vars(known), "peers": peers})
+        by_label[case.label] = case
+    return list(by_label.values())
