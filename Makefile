@@ -38,6 +38,7 @@ kernel-test:
 # The CUDA kernels, run on the CPU: every strategy, the emulator's own tests, and planted faults that must be found.
 emulator-test: build
 	tests/emulator/run.sh checked machine: checker: plan: lengths:
+	tests/emulator/run.sh sanitizers lengths: "rows at the sizes"
 	$(BIN)/python -m pytest tests/emulator
 
 # With nvcc and a CUDA build of torch (5 GB), without a GPU: the whole extension is built, linked and imported, and its

@@ -115,6 +115,12 @@ def find_nvcc() -> str | None:
     nvcc = Path(CUDA_HOME or "", "bin", "nvcc")
     if CUDA_HOME is None or not nvcc.exists():
         return None
+    if not Path(CUDA_HOME, "include", "cuda_runtime.h").exists():
+        # An nvcc on the PATH may be a link or a script: torch takes its folder for the toolkit's.
+        stop(
+            f"found {nvcc}, but no cuda_runtime.h in {CUDA_HOME}/include; set CUDA_HOME to the "
+            f"CUDA toolkit's folder, or {CUDA_SWITCH}=0 for a build without CUDA"
+        )
     printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"release (\d+\.\d+)", printed)
     return found[1] if found else None
@@ -126,18 +132,20 @@ def builds_with_cuda(torch) -> bool:
         stop(f"expected {CUDA_SWITCH} to be 0, 1 or unset, but got '{switch}'")
     if switch == "0":
         return False
+    if torch.version.cuda is None:
+        if switch == "1":
+            stop(
+                f"{CUDA_SWITCH}=1 asks for CUDA, but torch {torch.__version__} was built without "
+                "it; install a CUDA build of torch"
+            )
+        return False
     nvcc = find_nvcc()
-    if switch == "1" and torch.version.cuda is None:
-        stop(
-            f"{CUDA_SWITCH}=1 asks for CUDA, but torch {torch.__version__} was built without it; "
-            "install a CUDA build of torch"
-        )
-    if switch == "1" and nvcc is None:
-        stop(
-            f"{CUDA_SWITCH}=1 asks for CUDA, but no nvcc was found; "
-            f"install the CUDA {torch.version.cuda} toolkit and set CUDA_HOME to its folder"
-        )
-    if torch.version.cuda is None or nvcc is None:
+    if nvcc is None:
+        if switch == "1":
+            stop(
+                f"{CUDA_SWITCH}=1 asks for CUDA, but no nvcc was found; install the CUDA "
+                f"{torch.version.cuda} toolkit and set CUDA_HOME to its folder"
+            )
         return False
     if nvcc.split(".")[0] != torch.version.cuda.split(".")[0]:
         stop(

@@ -235,3 +235,17 @@ def test_an_int_and_a_tensor(capability: str, dtype: torch.dtype, log: bool) -> 
     x, _, _ = rows_of(61, 6, dtype)
     expected = forward(x, torch.full((6,), 40), starts=torch.full((6,), 7), log=log)
     assert_same_bits(forward(x, 40, starts=7, log=log), expected)
+
+
+def test_rows_that_are_nan(capability: str, log: bool) -> None:
+    """In bfloat16, which the kernels convert to themselves: every NaN is the same one."""
+    dtype = torch.bfloat16
+    for cols in (5, 100, 300):
+        x = random_input((3, cols), dtype, seed=4)
+        x[0, 1] = float("inf")
+        x[1, :] = -float("inf")
+        x[2, 3] = float("nan")
+        expected = forward(x, cols, log=log)
+        assert expected[:2].isnan().all()
+        for name, view in layouts(x):
+            assert_same_bits(forward(view, cols, log=log), expected, name)

@@ -11,7 +11,7 @@ from cases import assert_same_bits, random_input, row_shape
 from tolerances import assert_forward, assert_gradient
 from torch import Tensor
 
-from masked_softmax_ext import masked_softmax_
+from masked_softmax_ext import masked_softmax, masked_softmax_
 
 
 def lengths_for(shape: tuple[int, ...], dim: int) -> Tensor:
@@ -161,3 +161,14 @@ def test_many_strided_dimensions(capability: str) -> None:
     for dim in (0, 5, 13):
         lengths = lengths_for(shape, dim) % 3
         assert_same_bits(forward(x, lengths, dim), forward(x.contiguous(), lengths, dim))
+
+
+def test_large_memory_that_is_not_aligned_to_its_elements(capability: str) -> None:
+    """Stores past the caches ask for aligned memory; results as large as this one take them."""
+    rows, cols = 7 << 10, 1024
+    memory = bytearray(rows * cols * 4 + 2)
+    out = torch.frombuffer(memory, dtype=torch.float32, offset=2, count=rows * cols)
+    x = random_input((rows, cols), torch.float32, seed=8)
+    expected = forward(x, 1000)
+    masked_softmax(x, 1000, out=out.view(rows, cols))
+    assert torch.equal(out.view(rows, cols), expected)

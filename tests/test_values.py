@@ -5,6 +5,8 @@ Each test goes over many rows at once; tolerances.py says what is compared and h
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from calls import forward, forward_backward
@@ -335,3 +337,21 @@ def test_every_bfloat16_value(capability: str) -> None:
     x = torch.stack([values, torch.zeros_like(values)], dim=1)
     for log in (False, True):
         assert_forward(forward(x, 2, log=log), x, 2, log=log)
+
+
+@pytest.mark.parametrize("cols", [64, 100, 4096, 65536])
+def test_many_equal_elements_beside_a_maximum(capability: str, cols: int, log: bool) -> None:
+    """Half of the sum at one distance: its error must not grow with that distance."""
+    random = generator(cols)
+    distances = torch.rand(16, generator=random) * 0.5 + 0.75
+    x = torch.rand(16, 1, generator=random).expand(16, cols).contiguous()
+    for scale in (None, 0.3, 1.7):
+        x[:, cols // 3] = x[:, 0] + distances * math.log(cols) / (scale or 1.0)
+        assert_forward(forward(x, cols, scale=scale, log=log), x, cols, scale=scale, log=log)
+
+
+def test_a_maximum_of_any_size(capability: str, log: bool) -> None:
+    """Where the maximum is so large that a row is taken relative to it, and where it is not."""
+    x = random_input((7, 100), torch.float32, seed=9)
+    for size in (0.0, 1e3, -1e4, 4.5e4, -4.6e4, 3e5, 1e7, -1e20):
+        assert_forward(forward(x + size, 100, log=log), x + size, 100, log=log)

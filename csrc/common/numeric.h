@@ -43,11 +43,11 @@ inline To bit_cast(const From& from) {
 
 inline float bfloat16_to_float(bfloat16_t value) { return bit_cast<float>(uint32_t{value.bits} << 16); }
 
-// To nearest, ties to even. A NaN stays a NaN: its payload is cut, so the quiet bit is set.
+// To nearest, ties to even. Every NaN becomes the same one, as it does where vectors convert.
 inline bfloat16_t float_to_bfloat16(float value) {
   const uint32_t bits = bit_cast<uint32_t>(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) {
-    return {static_cast<uint16_t>((bits >> 16) | 0x0040u)};
+    return {0x7fc0};
   }
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }

@@ -50,6 +50,8 @@ struct HeldInputs {
   int first;
   V kept[kKeeps ? kTogetherRows : 1][kVectors];
 
+  MASKED_SOFTMAX_INLINE int length(int r) const { return held.lengths[first + r]; }
+
   MASKED_SOFTMAX_INLINE V vector(int r, int k) const {
     if constexpr (kKeeps) {
       return kept[r][k];
@@ -73,12 +75,27 @@ struct HeldInputs {
     }
     V::reduce_max_four(lanes, maxima);
   }
+
+  // From what is kept; few rows have one.
+  MASKED_SOFTMAX_INLINE void take_offsets(const RowExponent<typename V::acc_t>* exponents) {
+    bool has_one = false;
+    for (int r = 0; r < kTogetherRows; ++r) {
+      has_one |= exponents[r].offset != 0;
+    }
+    if (has_one) {
+      for (int r = 0; r < kTogetherRows; ++r) {
+        for (V& x : kept[r]) {
+          x = V::sub(x, V::broadcast(exponents[r].offset));
+        }
+      }
+    }
+  }
 };
 
 // Returns the sum of row r's exponentials, spread over the lanes.
 template <class V, int kVectors, class Inputs>
-MASKED_SOFTMAX_INLINE V held_exponentials(const Inputs& inputs, int r, typename V::acc_t row_max,
-                                          typename V::acc_t exponent, V* e) {
+MASKED_SOFTMAX_INLINE V held_exponentials(const Inputs& inputs, int r, const RowExponent<typename V::acc_t>& exponent,
+                                          V* e) {
   constexpr int kStep = kVectors < V::kTogether ? kVectors : V::kTogether;
   using W = Several<V, kStep>;
   V chains[kChains];
@@ -90,7 +107,10 @@ MASKED_SOFTMAX_INLINE V held_exponentials(const Inputs& inputs, int r, typename 
     const W loaded = W::each([&](int i) MASKED_SOFTMAX_LAMBDA_INLINE {
       return inputs.vector(r, first + i < kVectors ? first + i : kVectors - 1);
     });
-    const W values = exp2_product(W::sub(loaded, W::broadcast(row_max)), W::broadcast(exponent));
+    W values = exponential_of<Inputs::kKeeps>(loaded, exponent);
+    if constexpr (kVectors == 1) {  // of one element, c is 0: the -inf behind it make NaNs then
+      values.v[0] = values.v[0].first_lanes(inputs.length(r));
+    }
     for (int i = 0; i < kStep; ++i) {
       const int k = first + i;
       if (k < kVectors) {
@@ -149,11 +169,18 @@ MASKED_SOFTMAX_NOINLINE void compute_held_rows(HeldRows<V, T, U>& held, const Ro
     } else if (next < held.rows) {
       Inputs{held, next, {}}.find_maxima(maxima + next);
     }
+    RowExponent<acc_t> exponents[kTogetherRows];
+    const auto is_single = [&](int r)
+                               MASKED_SOFTMAX_LAMBDA_INLINE { return kVectors == 1 && held.lengths[first + r] == 1; };
+    find_exponents<V, kTogetherRows>(maxima + first, scale.exponent, is_single, exponents);
+    if constexpr (Inputs::kKeeps) {
+      inputs.take_offsets(exponents);
+    }
     V e[kTogetherRows][kVectors];
     V lanes[kTogetherRows];
     MASKED_SOFTMAX_UNROLL
     for (int r = 0; r < kTogetherRows; ++r) {
-      lanes[r] = held_exponentials<V, kVectors>(inputs, r, maxima[first + r], scale.exponent.high, e[r]);
+      lanes[r] = held_exponentials<V, kVectors>(inputs, r, exponents[r], e[r]);
     }
     acc_t factors[kTogetherRows];
     V::reduce_add_four(lanes, factors);

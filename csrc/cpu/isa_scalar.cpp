@@ -7,8 +7,8 @@ namespace masked_softmax {
 
 struct Scalar {
   static constexpr bool kLoads16Bit = false;  // they would convert element by element: staging does that in one place
-  using Float = ScalarVec<float>;
-  using Double = ScalarVec<double>;
+  using Float = ScalarVec<float, 4>;
+  using Double = ScalarVec<double, 2>;
 };
 
 void run_Scalar(const Problem& problem, int64_t begin, int64_t end) { run<Scalar>(problem, begin, end); }

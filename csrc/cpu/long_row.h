@@ -15,12 +15,12 @@ MASKED_SOFTMAX_NOINLINE typename V::acc_t tile_max(const T* x, int64_t count) {
 }
 
 template <class V, class T>
-MASKED_SOFTMAX_NOINLINE void tile_exponentials(const T* x, int64_t count, typename V::acc_t row_max,
-                                               const Exponent<typename V::acc_t>& exponent, typename V::acc_t* e,
+MASKED_SOFTMAX_NOINLINE void tile_exponentials(const T* x, int64_t count,
+                                               const RowExponent<typename V::acc_t>& exponent, typename V::acc_t* e,
                                                RowSums<V>& sums) {
   sums.add(count, [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
     using W = typename decltype(as)::type;
-    return exponential<W>(x + i, row_max, exponent, e + i, lanes);
+    return exponential<W>(x + i, exponent, e + i, lanes);
   });
 }
 
@@ -65,14 +65,15 @@ void forward_long_row(Source& x, Sink& y, int64_t length, const RowScale<typenam
         return tile_scratch;
       }
     };
+    const RowExponent<acc_t> exponent = row_exponent<V>(row_max, length, scale.exponent);
     RowSums<V> sums;
     for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-      tile_exponentials(x.tile(first, count), count, row_max, scale.exponent, place(first), sums);
+      tile_exponentials(x.tile(first, count), count, exponent, place(first), sums);
     });
     const acc_t factor = 1 / sums.total(0);
     for_each_tile<V>(length, [&](int64_t first, int64_t count) {
       if constexpr (!kOutputHolds) {
-        tile_exponentials(x.tile(first, count), count, row_max, scale.exponent, tile_scratch, sums);
+        tile_exponentials(x.tile(first, count), count, exponent, tile_scratch, sums);
       }
       write_row<V>(y.tile(first), count, Writing::kToCache, Probability<acc_t>{place(first), factor});
       y.finish_tile(first, count);

@@ -40,11 +40,11 @@ MASKED_SOFTMAX_INLINE W distance(const T* x, typename W::acc_t row_max, Lanes la
   return W::sub(load<W>(x, lanes, 0), W::broadcast(row_max));
 }
 
-// e = exp(scale * (x - max))
+// e = exp(scale * (x - max)), but for a factor that all of the row have in common.
 template <class W, class T, class Lanes>
-MASKED_SOFTMAX_INLINE LaneSums<W> exponential(const T* x, typename W::acc_t row_max,
-                                              const Exponent<typename W::acc_t>& c, typename W::acc_t* e, Lanes lanes) {
-  const W value = filled_lanes(exp2_product(distance<W>(x, row_max, lanes), W::broadcast(c.high)), lanes);
+MASKED_SOFTMAX_INLINE LaneSums<W> exponential(const T* x, const RowExponent<typename W::acc_t>& exponent,
+                                              typename W::acc_t* e, Lanes lanes) {
+  const W value = filled_lanes(exponential_of<false>(load<W>(x, lanes, 0), exponent), lanes);
   store(e, value, lanes);
   return {{value}};
 }

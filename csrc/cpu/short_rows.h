@@ -118,6 +118,7 @@ MASKED_SOFTMAX_NOINLINE void sweep_exponentials(Batch<V>& batch, const Batch<V>&
   for (int r = 0; r < batch.rows; ++r) {
     const T* x = static_cast<const T*>(batch.inputs[0][r]);
     const acc_t row_max = batch.maxima[r];
+    const RowExponent<acc_t> exponent = row_exponent<V>(row_max, batch.lengths[r], scale.exponent);
     const Ahead<V, T, U> ahead(batch, next, writing, r);
     RowSums<V, kSums> sums;
     sums.add(batch.lengths[r], [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
@@ -126,13 +127,15 @@ MASKED_SOFTMAX_NOINLINE void sweep_exponentials(Batch<V>& batch, const Batch<V>&
       if constexpr (kOperation == Operation::kLogSoftmax) {
         return rest_and_maxima<W>(x + i, row_max, scale.exponent, lanes);
       } else {
-        return exponential<W>(x + i, row_max, scale.exponent, scratch + i, lanes);
+        return exponential<W>(x + i, exponent, scratch + i, lanes);
       }
     });
     for (int s = 0; s < kSums; ++s) {
       sums.lanes(s).store(batch.lanes[s] + r * V::kLanes);
     }
-    scratch += batch.scratch_elems(batch.lengths[r]);
+    if constexpr (kOperation == Operation::kSoftmax) {
+      scratch += batch.scratch_elems(batch.lengths[r]);
+    }
   }
   for (int s = 0; s < kSums; ++s) {
     reduce_add_rows<V>(batch.lanes[s], batch.rows, batch.sums[s]);

@@ -162,65 +162,31 @@ MASKED_SOFTMAX_INLINE void for_each_vector(int64_t count, const Body& body) {
   }
 }
 
-// Writes y[i] = value(as, i, lanes) for all vectors of `count` elements: step by step, beside something else, or all.
+// Writes y[i] = value(as, i, lanes) for all vectors of `count` elements.
 template <class V, class U, class Value>
-class RowWriter {
- public:
-  MASKED_SOFTMAX_INLINE RowWriter(U* y, int64_t count, Writing writing, const Value& value)
-      : y_(y), count_(count), past_caches_(V::kStoresPastCaches && writing == Writing::kPastCaches), value_(value) {
-    if (past_caches_ && count > 0) {  // whole lines only
+MASKED_SOFTMAX_INLINE void write_row(U* y, int64_t count, Writing writing, const Value value) {
+  const auto write_vectors = [&](int64_t first, int64_t vectors_end) MASKED_SOFTMAX_LAMBDA_INLINE {
+    for_each_vector<V, V::kTogether>(vectors_end - first,
+                                     [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
+                                       store(y + first + i, value(as, first + i, lanes), lanes);
+                                     });
+  };
+  int64_t written = 0;
+  if constexpr (V::kStoresPastCaches) {
+    // Whole lines only, and only where elements are aligned to their size: lines begin with an element then.
+    const auto address = reinterpret_cast<uintptr_t>(y);
+    if (writing == Writing::kPastCaches && address % sizeof(U) == 0) {
       constexpr uintptr_t kLineBytes = 64;
-      const auto ahead = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(y) % kLineBytes / sizeof(U));
-      write_vectors(ahead < count ? ahead : count);
-    }
-  }
-
-  // A few vectors, where there are as many left.
-  MASKED_SOFTMAX_INLINE void step() {
-    if (written_ + W::kLanes <= count_) {
-      const W values = value_(As<W>{}, written_, Whole{});
-      if constexpr (V::kStoresPastCaches) {
-        if (past_caches_) {
-          values.store_past_caches(y_ + written_);
-        } else {
-          values.store(y_ + written_);
-        }
-      } else {
-        values.store(y_ + written_);
+      using W = Several<V, V::kTogether>;
+      const auto ahead = static_cast<int64_t>(-address % kLineBytes / sizeof(U));
+      written = ahead < count ? ahead : count;
+      write_vectors(0, written);
+      for (; written + W::kLanes <= count; written += W::kLanes) {
+        value(As<W>{}, written, Whole{}).store_past_caches(y + written);
       }
-      written_ += W::kLanes;
     }
   }
-
-  // What is left.
-  MASKED_SOFTMAX_INLINE void finish() {
-    while (written_ + W::kLanes <= count_) {
-      step();
-    }
-    write_vectors(count_ - written_);
-  }
-
- private:
-  using W = Several<V, V::kTogether>;
-
-  MASKED_SOFTMAX_INLINE void write_vectors(int64_t count) {
-    const int64_t first = written_;
-    for_each_vector<V, 1>(count, [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
-      store(y_ + first + i, value_(as, first + i, lanes), lanes);
-    });
-    written_ += count;
-  }
-
-  U* y_;
-  int64_t count_;
-  int64_t written_ = 0;
-  bool past_caches_;
-  const Value value_;
-};
-
-template <class V, class U, class Value>
-MASKED_SOFTMAX_INLINE void write_row(U* y, int64_t count, Writing writing, const Value& value) {
-  RowWriter<V, U, Value>(y, count, writing, value).finish();
+  write_vectors(written, count);
 }
 
 template <int kIndex>

@@ -1,5 +1,4 @@
-// No instruction set beyond the compiler's baseline: one element at a time. What runs where nothing better does, and
-// what shows plainly what a vector has to offer.
+// No instruction set beyond the compiler's baseline: small arrays, whose loops the compiler may vectorise.
 #pragma once
 
 #include "cpu/prelude.h"
@@ -13,62 +12,95 @@ inline float fused_multiply_add(float a, float b, float c) {
 }
 inline double fused_multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
 
-template <class T>
+template <class T, int kCount>
 struct ScalarVec {
   using acc_t = T;
   using bits_t = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-  static constexpr int kLanes = 1;
+  static constexpr int kLanes = kCount;
   static constexpr int kPowerSteps = 1;
   static constexpr int kTogether = 1;
   static constexpr bool kStoresPastCaches = false;
   static void finish_stores() {}
   static constexpr bool kReducesFourRows = false;
   static constexpr int kMantissaBits = sizeof(T) == 4 ? 23 : 52;
-  T v;
+  T v[kCount];
 
-  static ScalarVec broadcast(T value) { return {value}; }
+  template <class F>
+  static ScalarVec each(const F& lane) {
+    ScalarVec result;
+    for (int i = 0; i < kCount; ++i) {
+      result.v[i] = lane(i);
+    }
+    return result;
+  }
+
+  static ScalarVec broadcast(T value) {
+    return each([&](int) { return value; });
+  }
 
   template <class E>
   static ScalarVec load(const E* p) {
-    return {to_acc<T>(*p)};
+    return each([&](int i) { return to_acc<T>(p[i]); });
   }
   template <class E>
   static ScalarVec load_partial(const E* p, int count, T fill) {
-    return {count > 0 ? to_acc<T>(*p) : fill};
+    return each([&](int i) { return i < count ? to_acc<T>(p[i]) : fill; });
   }
   template <class E>
   void store(E* p) const {
-    *p = from_acc<E>(v);
+    store_partial(p, kCount);
   }
   template <class E>
   void store_partial(E* p, int count) const {
-    if (count > 0) {
-      store(p);
+    for (int i = 0; i < count; ++i) {
+      p[i] = from_acc<E>(v[i]);
     }
   }
 
-  static ScalarVec add(ScalarVec a, ScalarVec b) { return {a.v + b.v}; }
-  static ScalarVec sub(ScalarVec a, ScalarVec b) { return {a.v - b.v}; }
-  static ScalarVec mul(ScalarVec a, ScalarVec b) { return {a.v * b.v}; }
-  static ScalarVec fma(ScalarVec a, ScalarVec b, ScalarVec c) { return {fused_multiply_add(a.v, b.v, c.v)}; }
-  static ScalarVec fms(ScalarVec a, ScalarVec b, ScalarVec c) { return {fused_multiply_add(a.v, b.v, -c.v)}; }
-  // b where either is NaN.
-  static ScalarVec max(ScalarVec a, ScalarVec b) { return a.v > b.v ? a : b; }
+  static ScalarVec add(ScalarVec a, ScalarVec b) {
+    return each([&](int i) { return a.v[i] + b.v[i]; });
+  }
+  static ScalarVec sub(ScalarVec a, ScalarVec b) {
+    return each([&](int i) { return a.v[i] - b.v[i]; });
+  }
+  static ScalarVec mul(ScalarVec a, ScalarVec b) {
+    return each([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  static ScalarVec fma(ScalarVec a, ScalarVec b, ScalarVec c) {
+    return each([&](int i) { return fused_multiply_add(a.v[i], b.v[i], c.v[i]); });
+  }
+  static ScalarVec fms(ScalarVec a, ScalarVec b, ScalarVec c) {
+    return each([&](int i) { return fused_multiply_add(a.v[i], b.v[i], -c.v[i]); });
+  }
+  static ScalarVec max(ScalarVec a, ScalarVec b) {
+    return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+  }
 
-  // 2^n, n being what the sum `shifted` was rounded to.
   static ScalarVec power(ScalarVec shifted) {
-    return {bit_cast<T>(static_cast<bits_t>(bit_cast<bits_t>(shifted.v) << kMantissaBits))};
+    return each(
+        [&](int i) { return bit_cast<T>(static_cast<bits_t>(bit_cast<bits_t>(shifted.v[i]) << kMantissaBits)); });
   }
-  // value, or 0 where n < smallest; a NaN is not less.
   static ScalarVec zero_where_less(ScalarVec n, ScalarVec smallest, ScalarVec value) {
-    return {n.v < smallest.v ? T{0} : value.v};
+    return each([&](int i) { return n.v[i] < smallest.v[i] ? T{0} : value.v[i]; });
   }
-  static ScalarVec zero_where_zero(ScalarVec t, ScalarVec value) { return {t.v == T{0} ? T{0} : value.v}; }
-  static ScalarVec one_where_zero(ScalarVec t) { return {t.v == T{0} ? T{1} : T{0}}; }
-  ScalarVec first_lanes(int count) const { return {count > 0 ? v : T{0}}; }
+  static ScalarVec zero_where_zero(ScalarVec t, ScalarVec value) {
+    return each([&](int i) { return t.v[i] == T{0} ? T{0} : value.v[i]; });
+  }
+  ScalarVec first_lanes(int count) const {
+    return each([&](int i) { return i < count ? v[i] : T{0}; });
+  }
+  static ScalarVec one_where_zero(ScalarVec t) {
+    return each([&](int i) { return t.v[i] == T{0} ? T{1} : T{0}; });
+  }
 
-  T reduce_add() const { return v; }
-  T reduce_max() const { return v; }
+  T reduce_add() const { return compensated_sum(v, kCount); }
+  T reduce_max() const {
+    T result = v[0];
+    for (int i = 1; i < kCount; ++i) {
+      result = v[i] > result ? v[i] : result;
+    }
+    return result;
+  }
 };
 
 }  // namespace masked_softmax

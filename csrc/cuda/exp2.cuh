@@ -57,16 +57,6 @@ struct Scaling {
   }
 };
 
-// exp(scale * t) for t <= 0.
-template <bool kApproximate, class acc_t>
-MASKED_SOFTMAX_DEVICE acc_t exponential(acc_t t, const Scaling<acc_t>& scaling) {
-  if constexpr (kApproximate) {
-    return exp2_approximate(t * scaling.exponent);
-  } else {
-    return exp2_product(t, scaling.exponent);
-  }
-}
-
 // x - max, and its rounding error (TwoDiff: Knuth, as Sum in groups.cuh).
 template <class acc_t>
 struct Distance {
@@ -79,11 +69,27 @@ struct Distance {
   }
 };
 
-// exp(scale * (x - max)) times 2^kRestBias, its error no larger for a larger distance.
+// What the rounding of x - max and of the exponent leaves out: many equal terms would put their sum off by half an eps
+// for each unit of their distance.
+template <class acc_t>
+MASKED_SOFTMAX_DEVICE acc_t exponent_correction(const Distance<acc_t>& distance, const Scaling<acc_t>& scaling) {
+  return fused_multiply_add(distance.t, scaling.exponent_low, distance.error * scaling.exponent);
+}
+
+// exp(scale * (x - max))
+template <bool kApproximate, class acc_t>
+MASKED_SOFTMAX_DEVICE acc_t exponential(const Distance<acc_t>& distance, const Scaling<acc_t>& scaling) {
+  if constexpr (kApproximate) {
+    return exp2_approximate(distance.t * scaling.exponent);
+  } else {
+    return exp2_product(distance.t, scaling.exponent, exponent_correction(distance, scaling));
+  }
+}
+
+// The same times 2^kRestBias.
 template <class acc_t>
 MASKED_SOFTMAX_DEVICE acc_t rest_term(const Distance<acc_t>& distance, const Scaling<acc_t>& scaling) {
-  const acc_t correction = fused_multiply_add(distance.t, scaling.exponent_low, distance.error * scaling.exponent);
-  return exp2_product<kRestBias>(distance.t, scaling.exponent, correction);
+  return exp2_product<kRestBias>(distance.t, scaling.exponent, exponent_correction(distance, scaling));
 }
 
 // exp(y) for a saved log_softmax y, whose error does not grow with |y|.
