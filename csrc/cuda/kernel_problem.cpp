@@ -6,12 +6,6 @@ namespace {
 
 constexpr int64_t kAlignmentBytes = 16;
 
-int64_t size_bytes(ElementType type) {
-  int64_t size = 0;
-  visit_element_type(type, [&](auto element) { size = sizeof(element); });
-  return size;
-}
-
 bool output_rows_are_aligned(const Problem& problem) {
   const Operand& output = problem.output;
   const int64_t elem_bytes = size_bytes(output.type);
