@@ -91,12 +91,11 @@ MASKED_SOFTMAX_DEVICE Vector16 load16(const void* p) {
   const uint4 loaded = *static_cast<const uint4*>(p);
   return {{loaded.x, loaded.y, loaded.z, loaded.w}};
 }
-// Said to the assembler: where another branch stores some of the same elements, the compiler would make one sequence of
-// predicated 4-byte stores of both.
+// To an address of which the compiler knows nothing: where another branch stores some of the same elements, it would
+// make one sequence of predicated 4-byte stores of both.
 MASKED_SOFTMAX_DEVICE void store16(void* p, const Vector16& v) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.words[0]),
-               "r"(v.words[1]), "r"(v.words[2]), "r"(v.words[3])
-               : "memory");
+  asm("" : "+l"(p));
+  *static_cast<uint4*>(in_device_memory(p)) = make_uint4(v.words[0], v.words[1], v.words[2], v.words[3]);
 }
 
 // The 64 bits high:low shifted right by `bits` (0 to 31); the lower 32 of the result.

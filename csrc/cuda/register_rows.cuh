@@ -48,9 +48,9 @@ struct RowTypes {
 
 // How many of a vector's elements lie within the row's valid columns.
 template <int kElems>
-MASKED_SOFTMAX_DEVICE int elems_present(int64_t length, int64_t vector) {
-  const int64_t rest = length - vector * kElems;
-  return rest < kElems ? static_cast<int>(rest < 0 ? 0 : rest) : kElems;
+MASKED_SOFTMAX_DEVICE int elems_present(int length, int vector) {
+  const int rest = length - vector * kElems;
+  return rest < kElems ? (rest < 0 ? 0 : rest) : kElems;
 }
 
 // Vector number `index` of the `count` elements from `first` on, in the computing type; zeros from `count` on.
@@ -115,11 +115,17 @@ class RegisterRow {
         exists_(index < kernel_problem.problem.rows),
         row_(exists_ ? find_row<kInputs>(kernel_problem, index) : Row{}),
         piece_begin_(int64_t{group.piece()} * kVectors * kElems * group.threads()),
-        piece_length_(row_.length - piece_begin_ < piece_elems() ? row_.length - piece_begin_ : piece_elems()) {}
+        piece_length_(elems_from(row_.length - piece_begin_)) {}
 
-  MASKED_SOFTMAX_DEVICE int64_t piece_elems() const { return int64_t{kVectors} * kElems * group_.threads(); }
+  // How many of the piece's elements there are, if the row has `rest` from its beginning on.
+  MASKED_SOFTMAX_DEVICE int elems_from(int64_t rest) const {
+    const int most = kVectors * kElems * static_cast<int>(group_.threads());
+    return rest < 0 ? 0 : rest < most ? static_cast<int>(rest) : most;
+  }
   // The number, in the piece, of the k-th vector that this thread holds.
-  MASKED_SOFTMAX_DEVICE int64_t vector(int k) const { return int64_t{k} * group_.threads() + group_.thread(); }
+  MASKED_SOFTMAX_DEVICE int vector(int k) const {
+    return k * static_cast<int>(group_.threads()) + static_cast<int>(group_.thread());
+  }
   MASKED_SOFTMAX_DEVICE int present(int k) const { return elems_present<kElems>(piece_length_, vector(k)); }
 
   MASKED_SOFTMAX_DEVICE void load(int input, Values& values) const {
@@ -154,10 +160,10 @@ class RegisterRow {
   const Scaling<acc_t> scaling_;
   const bool exists_;
   const Row row_;
-  // The piece's part of the valid columns; none where its length is negative. Nothing outside of it is touched, not
+  // The piece's part of the valid columns; none where its length is 0. Nothing outside of it is touched, not
   // even as a part of a vector: another block may be writing there, in place.
   const int64_t piece_begin_;
-  const int64_t piece_length_;
+  const int piece_length_;
 };
 
 // Step by step: load; the maximum; the exponentials, which take the values' place; the results.

@@ -15,12 +15,6 @@ using namespace masked_softmax;
 // Whether the kernels were compiled to announce their accesses: run.sh says so.
 constexpr bool kIsChecked = MASKED_SOFTMAX_EMULATOR_IS_CHECKED != 0;
 
-size_t size_bytes(ElementType type) {
-  size_t size = 0;
-  visit_element_type(type, [&](auto element) { size = sizeof(element); });
-  return size;
-}
-
 const char* at(const void* data, int64_t offset, ElementType type) {
   return static_cast<const char*>(data) + offset * static_cast<int64_t>(size_bytes(type));
 }
