@@ -41,6 +41,12 @@ Divisor make_divisor(int64_t divisor) {
 KernelProblem make_kernel_problem(const Problem& problem, const LaunchPlan& plan, void* workspace) {
   KernelProblem result;
   result.problem = problem;
+  for (int input = problem.input_count; input < kMaxInputs; ++input) {  // the strided kernels walk all of them
+    result.problem.inputs[input] = Operand{};
+    for (int64_t& stride : result.problem.inputs[input].row_strides) {
+      stride = 0;
+    }
+  }
   result.order = plan.order;
   result.pieces = plan.pieces;
   result.workspace = workspace;
