@@ -4,7 +4,7 @@
 // processor foresees) is more than the arithmetic itself where a row is four vectors long. So rows are collected by
 // how many vectors they have, and four of the same number are computed by code that is unrolled for it: nothing in it
 // depends on the rows but the masks of their last vectors. (Zen 4, 4096 x 64 floats, November 2026. AVX-512: 25 ns
-// a row became 22, and 27 became 19 with uniform lengths; AVX2: 33 became 27, and 59 became 23.)
+// a row became 24, and 27 became 21 with uniform lengths; AVX2: 33 became 27, and 59 became 23.)
 //
 // The order of additions is the sweeps' (see sweep.h), so the bits are too.
 #pragma once
