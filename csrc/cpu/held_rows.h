@@ -122,6 +122,13 @@ MASKED_SOFTMAX_INLINE V held_exponentials(const Inputs& inputs, int r, const Row
   return V::add(V::add(chains[0], chains[1]), V::add(chains[2], chains[3]));
 }
 
+// zero: a vector of them, hidden from the compiler, which would call memset for a few.
+template <class V, class U>
+MASKED_SOFTMAX_INLINE void write_zeros(U* to, int64_t count, V zero) {
+  for_each_vector<V, 1>(count,
+                        [&](auto, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE { store(to + i, zero, lanes); });
+}
+
 // Writes y = e * factor, and zeros behind it.
 template <class V, int kVectors, class U>
 MASKED_SOFTMAX_INLINE void store_held(const V* e, V factor, int length, U* y, int64_t after, V zero) {
@@ -138,11 +145,7 @@ MASKED_SOFTMAX_INLINE void store_held(const V* e, V factor, int length, U* y, in
     return;
   }
   end.store(y + kWhole);
-  U* const rest = y + kVectors * V::kLanes;
-  for_each_vector<V, 1>(after - filled, [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
-    store(rest + i, vector_of(zero, 0), lanes);
-    (void)as;
-  });
+  write_zeros(y + kVectors * V::kLanes, after - filled, zero);
 }
 
 // Four rows at a time. Unless elements are kept, the maxima of the next four are found before the exponentials of these
@@ -212,6 +215,7 @@ class HeldRowsByLength {
                                      const RowBounds* bounds) {
     const T* const x = static_cast<const T*>(problem.inputs[0].data) + run.input_offset(0, first);
     U* const y = static_cast<U*>(problem.output.data) + run.output_offset(first);
+    const V zero = V::broadcast(hidden(typename V::acc_t{0}));
     int64_t taken = 0;
     for (int64_t i = 0; i < count; ++i) {
       const RowBounds row = bounds[i];
@@ -219,9 +223,7 @@ class HeldRowsByLength {
         ++taken;
         U* const output = y + i * run.output_step();
         wait(x + i * run.input_step(0) + row.start, output + row.start, row.length(), problem.cols - row.end);
-        for_each_vector<V, 1>(row.start, [&](auto as, int64_t k, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
-          store(output + k, decltype(as)::type::broadcast(0), lanes);
-        });
+        write_zeros(output, row.start, zero);
       }
     }
     return taken;

@@ -132,7 +132,7 @@ struct StagedAccess {
 // What an operation does to a batch and to a long row.
 template <class V, class Access, Operation kOperation>
 struct Kernel {
-  static constexpr bool kForward = kOperation == Operation::kSoftmax || kOperation == Operation::kLogSoftmax;
+  static constexpr bool kForward = is_forward(kOperation);
   using acc_t = typename V::acc_t;
   using input_t = typename Access::batch_input_t;
   using output_t = typename Access::batch_output_t;
@@ -211,7 +211,7 @@ void run_rows(const Problem& problem, int64_t begin, int64_t end) {
   constexpr int64_t kScratchElems = kOperation == Operation::kSoftmax ? Access::kLongestShortRow : 1;
   alignas(64) typename V::acc_t scratch[kScratchElems];
 
-  // One batch is computed while the next, already filled, is on its way from memory.
+  // One batch is computed while the next, already filled, is on its way from memory: a direct forward pass asks for it.
   Batch<V> batches[2];
   Batch<V>* filling = &batches[0];
   Batch<V>* filled = &batches[1];

@@ -149,10 +149,12 @@ struct As {
 // Calls body(as, i, lanes) for all vectors of `count` elements, kTogether at a time where there are as many.
 template <class V, int kTogether, class Body>
 MASKED_SOFTMAX_INLINE void for_each_vector(int64_t count, const Body& body) {
-  using W = Several<V, kTogether>;
   int64_t i = 0;
-  for (; i + W::kLanes <= count; i += W::kLanes) {
-    body(As<W>{}, i, Whole{});
+  if constexpr (kTogether > 1) {
+    using W = Several<V, kTogether>;
+    for (; i + W::kLanes <= count; i += W::kLanes) {
+      body(As<W>{}, i, Whole{});
+    }
   }
   for (; i + V::kLanes <= count; i += V::kLanes) {
     body(As<V>{}, i, Whole{});
