@@ -162,11 +162,11 @@ struct DerivativeValue {
 };
 
 template <class V, Operation kOperation, class T, class U>
-MASKED_SOFTMAX_INLINE void derivative_values(const T* const* inputs, int64_t count,
-                                             const DerivativeTerms<typename V::acc_t>& shared,
-                                             const typename V::acc_t* row_sums, U* output, Writing writing) {
+MASKED_SOFTMAX_INLINE int64_t derivative_values(const T* const* inputs, int64_t count, int64_t room,
+                                                const DerivativeTerms<typename V::acc_t>& shared,
+                                                const typename V::acc_t* row_sums, U* output, Writing writing) {
   const DerivativeValue<kOperation, typename V::acc_t, T> value(inputs, shared, row_sums);
-  write_row<V>(output, count, writing, value);
+  return write_row<V>(output, count, room, writing, value);
 }
 
 }  // namespace masked_softmax

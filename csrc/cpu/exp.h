@@ -49,81 +49,132 @@ constexpr typename V::acc_t rounding_shift() {
   }
 }
 
+// power * 2^f, |f| <= 1 / (2 * kPowerSteps).
+template <class V>
+MASKED_SOFTMAX_INLINE V times_fraction(V power, V f) {
+  using C = FractionCoefficients<V::kPowerSteps>;
+  V q = V::broadcast(C::kValues[C::kCount - 1]);
+  for (int i = C::kCount - 2; i >= 0; --i) {
+    q = V::fma(q, f, V::broadcast(C::kValues[i]));
+  }
+  return V::fma(V::mul(power, f), q, power);
+}
+
 // 2^(n + f), n being what the sum `shifted` was rounded to.
 template <class V>
 MASKED_SOFTMAX_INLINE V power_of_two(V shifted, V f) {
-  const V power = V::power(shifted);
   if constexpr (V::kPowerSteps > 1) {
-    using C = FractionCoefficients<V::kPowerSteps>;
-    V q = V::broadcast(C::kValues[C::kCount - 1]);
-    for (int i = C::kCount - 2; i >= 0; --i) {
-      q = V::fma(q, f, V::broadcast(C::kValues[i]));
-    }
-    return V::fma(V::mul(power, f), q, power);
+    return times_fraction(V::power(shifted), f);
   } else {
-    return V::mul(exp2_polynomial(f), power);
+    return V::mul(exp2_polynomial(f), V::power(shifted));
   }
 }
 
 // How a row's exponentials exp(scale * (x - max)) are taken: as 2^((x - offset) * c - grid).
 //
-// `grid` is max * c rounded to what powers are looked up for, so that no difference is ever rounded: the nearest
+// `grid` is reference * c rounded to what powers are looked up for, so that no difference is ever rounded: the nearest
 // power's exponent comes out of (x * c - grid), and what is left of it for the polynomial is one fused multiply-add,
 // exact but for its own last bit. All terms are off by the same factor, 2^(grid - max * c), which their sum takes away
 // again. Were x - max rounded instead, many equal terms would put their sum off by half an eps for each unit of their
-// distance. Where max * c is too large for the grid, x - max is exact for every x that matters (Sterbenz): then it is
-// the offset.
+// distance.
+//
+// The factor being of no consequence, the reference need not be the maximum: any element will do that is so near to it
+// that the sum does not overflow, and then the row is read once, not twice. So the larger of its ends is tried first
+// (row_reference), and a row whose sum is too large (is_sum_too_large) is computed again from its maximum, with
+// kOffset: where max * c is too large for the grid, x - max is exact for every x that matters (Sterbenz), and then it
+// is the offset.
 template <class acc_t>
 struct RowExponent {
   acc_t offset;
-  acc_t shift;     // rounds to the grid, and takes `grid` away
-  acc_t smallest;  // that a rounded (x - offset) * c may be
-  acc_t high;      // c in two parts
+  acc_t shift;  // rounds to the grid, and takes `grid` away
+  acc_t least;  // that a rounded (x - offset) * c may be; where the vectors scale by powers: that x - offset may be
+  acc_t high;   // c in two parts
   acc_t low;
 };
 
-// For a few rows of these maxima; is_single(row) says which have one element.
-template <class V, int kRows, class IsSingle>
-MASKED_SOFTMAX_INLINE void find_exponents(const typename V::acc_t* maxima, const Exponent<typename V::acc_t>& c,
-                                          const IsSingle& is_single, RowExponent<typename V::acc_t>* exponents) {
-  using acc_t = typename V::acc_t;
-  constexpr acc_t kMost = sizeof(acc_t) == 4 ? 0x1p16 : 0x1p40;
-  constexpr acc_t kShift = rounding_shift<V>();
-  acc_t offsets[kRows];
-  acc_t grids[kRows];
-  for (int r = 0; r < kRows; ++r) {  // a loop that the compiler makes vectors of
-    const acc_t product = maxima[r] * c.high;
-    const bool is_near = (product > -kMost) & (product < kMost);
-    const acc_t rounded = (product + kShift) - kShift;
-    offsets[r] = is_near ? acc_t{0} : maxima[r];
-    grids[r] = is_near ? rounded : acc_t{0};
-  }
-  for (int r = 0; r < kRows; ++r) {
-    exponents[r] = {offsets[r], kShift - grids[r], grids[r] + Exp2<acc_t>::kSmallestPower, c.high, c.low};
-    if (is_single(r)) {  // exactly 1, or NaN
-      exponents[r] = {0, kShift, Exp2<acc_t>::kSmallestPower, 0, 0};
-    }
-  }
+// Both ends: scores that somebody has masked by -inf or a large negative number are masked at one of them, or in
+// between.
+template <class acc_t>
+MASKED_SOFTMAX_INLINE acc_t row_reference(acc_t first, acc_t last) {
+  return first > last ? first : last;
 }
 
+// Whether the reference was no good: too small for the sum, or for the grid, or not finite. The sum of a good one is at
+// least its own exponential. A NaN is too large.
+template <class acc_t>
+MASKED_SOFTMAX_INLINE bool is_sum_too_large(acc_t sum) {
+  constexpr acc_t kMost = sizeof(acc_t) == 4 ? static_cast<acc_t>(0x1p126) : static_cast<acc_t>(0x1p1022);
+  return !(sum <= kMost);
+}
+
+// Whose product with c is no less does not fit the grid; and what makes infinity of such a product.
+template <class acc_t>
+constexpr acc_t kFarFromGrid = sizeof(acc_t) == 4 ? static_cast<acc_t>(0x1p16) : static_cast<acc_t>(0x1p40);
+template <class acc_t>
+constexpr acc_t kFarToInfinity = sizeof(acc_t) == 4 ? static_cast<acc_t>(0x1p112) : static_cast<acc_t>(0x1p984);
+
 template <class V>
-MASKED_SOFTMAX_INLINE RowExponent<typename V::acc_t> row_exponent(typename V::acc_t row_max, int64_t length,
-                                                                  const Exponent<typename V::acc_t>& c) {
-  RowExponent<typename V::acc_t> exponent;
-  find_exponents<V, 1>(&row_max, c, [&](int) MASKED_SOFTMAX_LAMBDA_INLINE { return length == 1; }, &exponent);
+MASKED_SOFTMAX_INLINE RowExponent<typename V::acc_t> exponent_on_grid(typename V::acc_t grid,
+                                                                      const Exponent<typename V::acc_t>& c) {
+  using acc_t = typename V::acc_t;
+  constexpr acc_t kUnderflows = -200;  // 2^-200 is 0, whatever it is multiplied with here
+  const acc_t least = V::kScalesByPowers ? (grid + kUnderflows) * (1 / c.high) : grid + Exp2<acc_t>::kSmallestPower;
+  return {0, rounding_shift<V>() - grid, least, c.high, c.low};
+}
+
+// A reference too large for the grid, or not finite, makes NaNs of the row's exponentials. No branch depends on it.
+template <class V>
+MASKED_SOFTMAX_INLINE RowExponent<typename V::acc_t> exponent_from_reference(typename V::acc_t reference,
+                                                                             const Exponent<typename V::acc_t>& c) {
+  using acc_t = typename V::acc_t;
+  const acc_t product = reference * c.high;
+  const acc_t far = product * kFarToInfinity<acc_t>;
+  auto exponent = exponent_on_grid<V>((product + rounding_shift<V>()) - rounding_shift<V>(), c);
+  exponent.shift += far - far;
   return exponent;
 }
 
-// kIsTaken: the offset is taken away already.
-template <bool kIsTaken, class V>
+template <class V>
+MASKED_SOFTMAX_INLINE RowExponent<typename V::acc_t> exponent_from_maximum(typename V::acc_t row_max,
+                                                                           const Exponent<typename V::acc_t>& c) {
+  using acc_t = typename V::acc_t;
+  const acc_t product = row_max * c.high;
+  if (product > -kFarFromGrid<acc_t> && product < kFarFromGrid<acc_t>) {
+    return exponent_on_grid<V>((product + rounding_shift<V>()) - rounding_shift<V>(), c);
+  }
+  auto exponent = exponent_on_grid<V>(0, c);
+  exponent.offset = row_max;
+  return exponent;
+}
+
+// A row of one element: exactly 1, or NaN.
+template <class V>
+MASKED_SOFTMAX_INLINE RowExponent<typename V::acc_t> exponent_of_single() {
+  return {0, rounding_shift<V>(), -std::numeric_limits<typename V::acc_t>::infinity(), 0, 0};
+}
+
+template <bool kOffset, class V>
 MASKED_SOFTMAX_INLINE V exponential_of(V x, const RowExponent<typename V::acc_t>& exponent) {
-  const V a = kIsTaken ? x : V::sub(x, V::broadcast(exponent.offset));
+  using acc_t = typename V::acc_t;
+  V a = kOffset ? V::sub(x, V::broadcast(exponent.offset)) : x;
+  const V least = V::broadcast(exponent.least);
   const V high = V::broadcast(exponent.high);
   const V shift = V::broadcast(exponent.shift);
-  const V shifted = V::fma(a, high, shift);
+  constexpr acc_t kShift = rounding_shift<V>();
+  if constexpr (V::kScalesByPowers) {
+    a = V::max(least, a);  // -inf would make a NaN of f
+  }
+  V shifted = V::fma(a, high, shift);
+  if constexpr (!V::kScalesByPowers) {
+    shifted = V::min(V::broadcast(kShift - Exp2<acc_t>::kSmallestPower + 1), shifted);  // the largest power there is
+  }
   const V rounded = V::sub(shifted, shift);  // a * c, as a multiple of the grid
   const V f = V::fma(a, V::broadcast(exponent.low), V::fms(a, high, rounded));
-  return V::zero_where_less(rounded, V::broadcast(exponent.smallest), power_of_two(shifted, f));
+  if constexpr (V::kScalesByPowers) {
+    return V::scale_by_power(times_fraction(V::fraction_power(shifted), f), V::sub(shifted, V::broadcast(kShift)));
+  } else {
+    return V::zero_where_less(rounded, least, power_of_two(shifted, f));
+  }
 }
 
 // 2^(t * c + correction + kBias) for t * c <= 0 and a correction much smaller than 1.

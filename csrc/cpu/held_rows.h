@@ -1,265 +1,293 @@
-// Rows of a few vectors, four at a time, held in registers: softmax forward.
+// Rows of a few vectors, sixteen at a time: all of softmax forward, softmax backward.
 //
-// All that the sweeps of short_rows.h cost a row beside its arithmetic (a pass through the scratch, loops whose ends no
-// processor foresees) is more than the arithmetic itself where a row is four vectors long. So rows are collected by
-// how many vectors they have, and four of the same number are computed by code that is unrolled for it: nothing in it
-// depends on the rows but the masks of their last vectors. (Zen 4, 4096 x 64 floats, November 2026. AVX-512: 25 ns
-// a row became 24, and 27 became 21 with uniform lengths; AVX2: 33 became 27, and 59 became 23.)
+// All that the sweeps of short_rows.h cost a row beside its arithmetic, above all loops whose ends no processor
+// foresees, is more than the arithmetic itself where a row is four vectors long. So rows are collected by how many
+// vectors they have, and sixteen of the same number are computed by code that is unrolled for it: nothing in it depends
+// on the rows but the masks of their last vectors. Between the sweeps the exponentials wait in a scratch of 4 KiB, so
+// that no row's results wait for its sum.
 //
-// The order of additions is the sweeps' (see sweep.h), so the bits are too.
+// Zen 4, November 2026, 4096 x 64 floats, a row: AVX-512 22 ns, 20 with uniform lengths; AVX2 25 ns and 22. Of the 20,
+// 5 go to collecting, 2 to the references, 2 to the sums of lanes, 7 to the exponentials, 3 to the results.
+//
+// The order of additions is that of the other sweeps (see sweep.h), so the bits are too.
 #pragma once
 
+#include "cpu/derivative_kernel.h"
 #include "cpu/row_kernel.h"
 
 namespace masked_softmax {
 
-constexpr int kTogetherRows = 4;
-constexpr int kWaitingRows = 16;
+constexpr int kHeldRows = 16;
 
-// Rows that are all of the same number of vectors. Behind a row's valid columns are `after` columns of padding.
-template <class V, class T, class U>
+// Rows of the same number of vectors, from their first valid column on. Behind that an output has `room` columns.
+template <class T, class U, int kInputs>
 struct HeldRows {
   int rows = 0;
-  const T* inputs[kWaitingRows];
-  U* outputs[kWaitingRows];
-  int lengths[kWaitingRows];
-  int64_t after[kWaitingRows];
-
-  MASKED_SOFTMAX_INLINE void push(const T* input, U* output, int length, int64_t padding) {
-    inputs[rows] = input;
-    outputs[rows] = output;
-    lengths[rows] = length;
-    after[rows] = padding;
-    ++rows;
-  }
+  const T* inputs[kInputs][kHeldRows];
+  U* outputs[kHeldRows];
+  int lengths[kHeldRows];
+  int64_t rooms[kHeldRows];
+  int64_t indices[kHeldRows];  // among the problem's rows
 };
 
-// Vector k of a row of kVectors; -inf behind the last one's elements, which makes zeros of their exponentials.
+// Vector k of a row of kVectors; zeros behind the last one's elements.
 template <class V, int kVectors, class T>
-MASKED_SOFTMAX_INLINE V load_held(const T* x, int length, int k) {
-  constexpr auto kNone = -std::numeric_limits<typename V::acc_t>::infinity();
+MASKED_SOFTMAX_INLINE V load_held(const T* row, int length, int k) {
   const int first = k * V::kLanes;
-  return k < kVectors - 1 ? V::load(x + first) : V::load_partial(x + first, length - first, kNone);
+  return k < kVectors - 1 ? V::load(row + first) : V::load_partial(row + first, length - first, 0);
+}
+template <class V, int kVectors>
+MASKED_SOFTMAX_INLINE V mask_held(V value, int length, int k) {
+  return k < kVectors - 1 ? value : value.first_lanes(length - k * V::kLanes);
 }
 
-// Four rows' elements, loaded when they are asked for; or kept, where there are registers enough and a load converts.
-template <class V, int kVectors, class T, class U>
-struct HeldInputs {
-  static constexpr bool kKeeps = sizeof(T) == 2 && V::kRegisters >= 32;
-  const HeldRows<V, T, U>& held;
-  int first;
-  V kept[kKeeps ? kTogetherRows : 1][kVectors];
-
-  MASKED_SOFTMAX_INLINE int length(int r) const { return held.lengths[first + r]; }
-
-  MASKED_SOFTMAX_INLINE V vector(int r, int k) const {
-    if constexpr (kKeeps) {
-      return kept[r][k];
-    } else {
-      return load_held<V, kVectors>(held.inputs[first + r], held.lengths[first + r], k);
-    }
-  }
-
-  MASKED_SOFTMAX_INLINE void find_maxima(typename V::acc_t* maxima) {
-    V lanes[kTogetherRows];
-    MASKED_SOFTMAX_UNROLL
-    for (int r = 0; r < kTogetherRows; ++r) {
-      MASKED_SOFTMAX_UNROLL
-      for (int k = kVectors - 1; k >= 0; --k) {
-        const V loaded = load_held<V, kVectors>(held.inputs[first + r], held.lengths[first + r], k);
-        if constexpr (kKeeps) {
-          kept[r][k] = loaded;
-        }
-        lanes[r] = k == kVectors - 1 ? loaded : V::max(loaded, lanes[r]);
-      }
-    }
-    V::reduce_max_four(lanes, maxima);
-  }
-
-  // From what is kept; few rows have one.
-  MASKED_SOFTMAX_INLINE void take_offsets(const RowExponent<typename V::acc_t>* exponents) {
-    bool has_one = false;
-    for (int r = 0; r < kTogetherRows; ++r) {
-      has_one |= exponents[r].offset != 0;
-    }
-    if (has_one) {
-      for (int r = 0; r < kTogetherRows; ++r) {
-        for (V& x : kept[r]) {
-          x = V::sub(x, V::broadcast(exponents[r].offset));
-        }
-      }
-    }
-  }
-};
-
-// Returns the sum of row r's exponentials, spread over the lanes.
-template <class V, int kVectors, class Inputs>
-MASKED_SOFTMAX_INLINE V held_exponentials(const Inputs& inputs, int r, const RowExponent<typename V::acc_t>& exponent,
-                                          V* e) {
-  constexpr int kStep = kVectors < V::kTogether ? kVectors : V::kTogether;
-  using W = Several<V, kStep>;
+// The sum of a row's vectors, spread over the lanes.
+template <class V, int kVectors>
+MASKED_SOFTMAX_INLINE V held_sum(const V* vectors) {
   V chains[kChains];
-  for (V& chain : chains) {
-    chain = V::broadcast(0);
+  for (int c = 0; c < kChains; ++c) {
+    chains[c] = c < kVectors ? vectors[c] : V::broadcast(0);
   }
   MASKED_SOFTMAX_UNROLL
-  for (int first = 0; first < kVectors; first += kStep) {
-    const W loaded = W::each([&](int i) MASKED_SOFTMAX_LAMBDA_INLINE {
-      return inputs.vector(r, first + i < kVectors ? first + i : kVectors - 1);
-    });
-    W values = exponential_of<Inputs::kKeeps>(loaded, exponent);
-    if constexpr (kVectors == 1) {  // of one element, c is 0: the -inf behind it make NaNs then
-      values.v[0] = values.v[0].first_lanes(inputs.length(r));
-    }
-    for (int i = 0; i < kStep; ++i) {
-      const int k = first + i;
-      if (k < kVectors) {
-        e[k] = values.v[i];
-        chains[k % kChains] = k < kChains ? e[k] : V::add(chains[k % kChains], e[k]);
-      }
-    }
+  for (int k = kChains; k < kVectors; ++k) {
+    chains[k % kChains] = V::add(chains[k % kChains], vectors[k]);
   }
   return V::add(V::add(chains[0], chains[1]), V::add(chains[2], chains[3]));
 }
 
-// zero: a vector of them, hidden from the compiler, which would call memset for a few.
+// body(as, k) for all vectors k of a row, several at a time.
+template <class V, int kVectors, class Body>
+MASKED_SOFTMAX_INLINE void for_each_held(const Body& body) {
+  constexpr int kStep = V::kTogether;
+  MASKED_SOFTMAX_UNROLL
+  for (int k = 0; k + kStep <= kVectors; k += kStep) {
+    body(As<Several<V, kStep>>{}, k);
+  }
+  if constexpr (kVectors % kStep != 0) {
+    body(As<Several<V, kVectors % kStep>>{}, kVectors - kVectors % kStep);
+  }
+}
+
 template <class V, class U>
 MASKED_SOFTMAX_INLINE void write_zeros(U* to, int64_t count, V zero) {
   for_each_vector<V, 1>(count,
                         [&](auto, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE { store(to + i, zero, lanes); });
 }
 
-// Writes y = e * factor, and zeros behind it.
-template <class V, int kVectors, class U>
-MASKED_SOFTMAX_INLINE void store_held(const V* e, V factor, int length, U* y, int64_t after, V zero) {
-  constexpr int kWhole = (kVectors - 1) * V::kLanes;
+// Writes value(k), a vector, for all vectors k of a row, and zeros behind them: `zero`, hidden from the compiler, which
+// would call memset for a few.
+template <class V, int kVectors, class U, class Value>
+MASKED_SOFTMAX_INLINE void store_held(U* y, int64_t room, V zero, const Value& value) {
+  constexpr int kLast = (kVectors - 1) * V::kLanes;
   MASKED_SOFTMAX_UNROLL
   for (int k = 0; k < kVectors - 1; ++k) {
-    V::mul(e[k], factor).store(y + k * V::kLanes);
+    value(k).store(y + k * V::kLanes);
   }
-  const int count = length - kWhole;
-  const V end = V::mul(e[kVectors - 1], factor).first_lanes(count);
-  const int64_t filled = V::kLanes - count;
-  if (after < filled) {
-    end.store_partial(y + kWhole, count + static_cast<int>(after));
+  if (room < kVectors * V::kLanes) {
+    value(kVectors - 1).store_partial(y + kLast, static_cast<int>(room) - kLast);
     return;
   }
-  end.store(y + kWhole);
-  write_zeros(y + kVectors * V::kLanes, after - filled, zero);
+  value(kVectors - 1).store(y + kLast);
+  write_zeros(y + kVectors * V::kLanes, room - kVectors * V::kLanes, zero);
 }
 
-// Four rows at a time. Unless elements are kept, the maxima of the next four are found before the exponentials of these
-// begin: the processor has something to do while they wait for a reduction.
-template <class V, int kVectors, class T, class U>
-MASKED_SOFTMAX_NOINLINE void compute_held_rows(HeldRows<V, T, U>& held, const RowScale<typename V::acc_t>& scale) {
+template <class V>
+struct HeldSoftmax {
+  static constexpr int kInputs = 1;
   using acc_t = typename V::acc_t;
-  // Where there are fewer than four, the last one is computed again: every load comes before the first store.
-  while (held.rows % kTogetherRows != 0) {
-    const int last = held.rows - 1;
-    held.push(held.inputs[last], held.outputs[last], held.lengths[last], held.after[last]);
-  }
-  const V zero = V::broadcast(hidden(acc_t{0}));
-  using Inputs = HeldInputs<V, kVectors, T, U>;
-  acc_t maxima[kWaitingRows];
-  if (!Inputs::kKeeps) {
-    Inputs{held, 0, {}}.find_maxima(maxima);
-  }
-  for (int first = 0; first < held.rows; first += kTogetherRows) {
-    Inputs inputs{held, first, {}};
-    const int next = first + kTogetherRows;
-    if (Inputs::kKeeps) {
-      inputs.find_maxima(maxima + first);
-    } else if (next < held.rows) {
-      Inputs{held, next, {}}.find_maxima(maxima + next);
-    }
-    RowExponent<acc_t> exponents[kTogetherRows];
-    const auto is_single = [&](int r)
-                               MASKED_SOFTMAX_LAMBDA_INLINE { return kVectors == 1 && held.lengths[first + r] == 1; };
-    find_exponents<V, kTogetherRows>(maxima + first, scale.exponent, is_single, exponents);
-    if constexpr (Inputs::kKeeps) {
-      inputs.take_offsets(exponents);
-    }
-    V e[kTogetherRows][kVectors];
-    V lanes[kTogetherRows];
-    MASKED_SOFTMAX_UNROLL
-    for (int r = 0; r < kTogetherRows; ++r) {
-      lanes[r] = held_exponentials<V, kVectors>(inputs, r, exponents[r], e[r]);
-    }
-    acc_t factors[kTogetherRows];
-    V::reduce_add_four(lanes, factors);
-    for (acc_t& factor : factors) {
-      factor = 1 / factor;
-    }
-    MASKED_SOFTMAX_UNROLL
-    for (int r = 0; r < kTogetherRows; ++r) {
-      store_held<V, kVectors>(e[r], V::broadcast(factors[r]), held.lengths[first + r], held.outputs[first + r],
-                              held.after[first + r], zero);
-    }
-  }
-  held.rows = 0;
-}
+  using Parameters = RowScale<acc_t>;
 
-// The rows that wait for others like them.
-template <class V, class T, class U>
-class HeldRowsByLength {
- public:
-  explicit HeldRowsByLength(const RowScale<typename V::acc_t>& scale) : scale_(scale) {}
+  // Returns which rows have to be computed otherwise: a bit each. Nothing is written of those.
+  template <int kVectors, class T, class U>
+  static MASKED_SOFTMAX_NOINLINE unsigned run(const HeldRows<T, U, kInputs>& held, const Parameters& scale) {
+    acc_t references[kHeldRows] = {};
+    for (int r = 0; r < held.rows; ++r) {
+      const T* const x = held.inputs[0][r];
+      references[r] = row_reference(V::element(x), V::element(x + held.lengths[r] - 1));
+    }
+    acc_t shifts[kHeldRows];
+    acc_t leasts[kHeldRows];
+    for (int r = 0; r < kHeldRows; ++r) {  // a loop that the compiler makes vectors of
+      const RowExponent<acc_t> exponent = exponent_from_reference<V>(references[r], scale.exponent);
+      shifts[r] = exponent.shift;
+      leasts[r] = exponent.least;
+    }
 
-  static MASKED_SOFTMAX_INLINE bool holds(int64_t length) {
-    constexpr uint64_t kLongest = V::kMostHeldVectors * V::kLanes;
-    return static_cast<uint64_t>(length) - 1 < kLongest;
-  }
+    alignas(64) acc_t e[kHeldRows][kVectors * V::kLanes];
+    alignas(64) acc_t lanes[kHeldRows * V::kLanes];
+    for (int r = 0; r < held.rows; ++r) {
+      const RowExponent<acc_t> exponent{0, shifts[r], leasts[r], scale.exponent.high, scale.exponent.low};
+      V values[kVectors];
+      for_each_held<V, kVectors>([&](auto as, int first) MASKED_SOFTMAX_LAMBDA_INLINE {
+        using W = typename decltype(as)::type;
+        const W several =
+            exponential_of<false>(W::each([&](int i) MASKED_SOFTMAX_LAMBDA_INLINE {
+                                    return load_held<V, kVectors>(held.inputs[0][r], held.lengths[r], first + i);
+                                  }),
+                                  exponent);
+        for (int i = 0; i < W::kLanes / V::kLanes; ++i) {
+          values[first + i] = mask_held<V, kVectors>(several.v[i], held.lengths[r], first + i);
+          values[first + i].store(e[r] + (first + i) * V::kLanes);
+        }
+      });
+      held_sum<V, kVectors>(values).store(lanes + r * V::kLanes);
+    }
 
-  // Takes those of the rows [first, first + count) that it holds, and returns how many they were.
-  MASKED_SOFTMAX_INLINE int64_t take(const Problem& problem, const RowRun& run, int64_t first, int64_t count,
-                                     const RowBounds* bounds) {
-    const T* const x = static_cast<const T*>(problem.inputs[0].data) + run.input_offset(0, first);
-    U* const y = static_cast<U*>(problem.output.data) + run.output_offset(first);
-    const V zero = V::broadcast(hidden(typename V::acc_t{0}));
-    int64_t taken = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const RowBounds row = bounds[i];
-      if (holds(row.length())) {
-        ++taken;
-        U* const output = y + i * run.output_step();
-        wait(x + i * run.input_step(0) + row.start, output + row.start, row.length(), problem.cols - row.end);
-        write_zeros(output, row.start, zero);
+    acc_t sums[kHeldRows];
+    reduce_add_rows<V>(lanes, held.rows, sums);
+    unsigned left = 0;
+    acc_t factors[kHeldRows];
+    for (int r = 0; r < held.rows; ++r) {
+      factors[r] = 1 / sums[r];
+      left |= static_cast<unsigned>(is_sum_too_large(sums[r])) << r;
+      if (kVectors == 1 && held.lengths[r] == 1) {  // exactly 1
+        e[r][0] = 1;
+        factors[r] = 1;
       }
     }
-    return taken;
+    const V zero = V::broadcast(hidden(acc_t{0}));
+    for (int r = 0; r < held.rows; ++r) {
+      if ((left >> r & 1) == 0) {
+        store_held<V, kVectors>(held.outputs[r], held.rooms[r], zero, [&](int k) MASKED_SOFTMAX_LAMBDA_INLINE {
+          return V::mul(V::load(e[r] + k * V::kLanes), V::broadcast(factors[r]));
+        });
+      }
+    }
+    return left;
+  }
+};
+
+template <class V, Operation kOperation>
+struct HeldDerivative {
+  using D = Derivative<kOperation>;
+  static constexpr int kInputs = D::kInputs;
+  using acc_t = typename V::acc_t;
+  using Parameters = DerivativeTerms<acc_t>;
+
+  template <int kVectors, class T, class U>
+  static MASKED_SOFTMAX_NOINLINE unsigned run(const HeldRows<T, U, kInputs>& held, const Parameters& shared) {
+    static_assert(D::kSums == 1);
+    const auto inputs_of = [&](int r, int k) MASKED_SOFTMAX_LAMBDA_INLINE {
+      std::array<V, kInputs> in;
+      for (int i = 0; i < kInputs; ++i) {
+        in[i] = load_held<V, kVectors>(held.inputs[i][r], held.lengths[r], k);
+      }
+      return in;
+    };
+    alignas(64) acc_t lanes[kHeldRows * V::kLanes];
+    for (int r = 0; r < held.rows; ++r) {
+      V terms[kVectors];
+      MASKED_SOFTMAX_UNROLL
+      for (int k = 0; k < kVectors; ++k) {
+        terms[k] = D::terms(shared, inputs_of(r, k).data()).sums[0];
+      }
+      held_sum<V, kVectors>(terms).store(lanes + r * V::kLanes);
+    }
+    acc_t sums[kHeldRows];
+    reduce_add_rows<V>(lanes, held.rows, sums);
+    const V zero = V::broadcast(hidden(acc_t{0}));
+    for (int r = 0; r < held.rows; ++r) {
+      const V sum = V::broadcast(sums[r] + acc_t{0});  // that of the other sweeps is never -0
+      store_held<V, kVectors>(held.outputs[r], held.rooms[r], zero, [&](int k) MASKED_SOFTMAX_LAMBDA_INLINE {
+        return mask_held<V, kVectors>(D::value(shared, inputs_of(r, k).data(), &sum), held.lengths[r], k);
+      });
+    }
+    return 0;
+  }
+};
+
+template <class V, Operation kOperation>
+using HeldKernel = std::conditional_t<kOperation == Operation::kSoftmax, HeldSoftmax<V>, HeldDerivative<V, kOperation>>;
+
+// The rows that wait for others like them. compute_otherwise(index): of a row that could not be computed here.
+template <class V, class Kernel, class T, class U, class ComputeOtherwise>
+class HeldRowsByLength {
+ public:
+  static constexpr int kMostVectors = V::kMostHeldVectors;
+  static constexpr int64_t kLongest = kMostVectors * V::kLanes;
+
+  HeldRowsByLength(const typename Kernel::Parameters& parameters, const ComputeOtherwise& compute_otherwise)
+      : parameters_(parameters), compute_otherwise_(compute_otherwise) {}
+
+  // offset(k): of the row's first valid element in input k.
+  template <class Offset>
+  MASKED_SOFTMAX_INLINE void push(const Problem& problem, const Offset& offset, U* output, int64_t length, int64_t room,
+                                  int64_t index) {
+    const int vectors = static_cast<int>((length + V::kLanes - 1) / V::kLanes);
+    HeldRows<T, U, Kernel::kInputs>& held = waiting_[vectors - 1];
+    const int row = held.rows++;
+    for (int k = 0; k < Kernel::kInputs; ++k) {
+      held.inputs[k][row] = static_cast<const T*>(problem.inputs[k].data) + offset(k);
+    }
+    held.outputs[row] = output;
+    held.lengths[row] = static_cast<int>(length);
+    held.rooms[row] = room;
+    held.indices[row] = index;
+    if (held.rows == kHeldRows) {
+      run<kMostVectors>(vectors);
+    }
   }
 
   void finish() {
-    for (int vectors = 1; vectors <= V::kMostHeldVectors; ++vectors) {
+    for (int vectors = 1; vectors <= kMostVectors; ++vectors) {
       if (waiting_[vectors - 1].rows > 0) {
-        compute<V::kMostHeldVectors>(vectors);
+        run<kMostVectors>(vectors);
       }
     }
   }
 
  private:
-  MASKED_SOFTMAX_INLINE void wait(const T* input, U* output, int64_t length, int64_t after) {
-    const int vectors = static_cast<int>((length + V::kLanes - 1) / V::kLanes);
-    HeldRows<V, T, U>& held = waiting_[vectors - 1];
-    held.push(input, output, static_cast<int>(length), after);
-    if (held.rows == kWaitingRows) {
-      compute<V::kMostHeldVectors>(vectors);
+  template <int kVectors>
+  MASKED_SOFTMAX_INLINE void run(int vectors) {
+    if constexpr (kVectors > 0) {
+      if (vectors != kVectors) {
+        return run<kVectors - 1>(vectors);
+      }
+      auto& held = waiting_[kVectors - 1];
+      const unsigned left = Kernel::template run<kVectors>(held, parameters_);
+      for (int r = 0; left >> r != 0; ++r) {
+        if ((left >> r & 1) != 0) {
+          compute_otherwise_(held.indices[r]);
+        }
+      }
+      held.rows = 0;
     }
   }
 
-  template <int kVectors>
-  MASKED_SOFTMAX_INLINE void compute(int vectors) {
-    if constexpr (kVectors > 0) {
-      if (vectors == kVectors) {
-        compute_held_rows<V, kVectors>(waiting_[kVectors - 1], scale_);
-      } else {
-        compute<kVectors - 1>(vectors);
+  const typename Kernel::Parameters& parameters_;
+  const ComputeOtherwise& compute_otherwise_;
+  HeldRows<T, U, Kernel::kInputs> waiting_[kMostVectors];
+};
+
+// Runs the rows [begin, end) of a problem whose rows are all short enough.
+template <class V, class Kernel, class T, class U, class ComputeOtherwise>
+MASKED_SOFTMAX_NOINLINE void run_held_rows(const Problem& problem, int64_t begin, int64_t end,
+                                           const typename Kernel::Parameters& parameters,
+                                           const ComputeOtherwise& compute_otherwise) {
+  HeldRowsByLength<V, Kernel, T, U, ComputeOtherwise> held(parameters, compute_otherwise);
+  const V zero = V::broadcast(hidden(typename V::acc_t{0}));
+  RowWalker walker(problem, begin, end);
+  for (RowRun run; walker.next(run); begin += run.rows) {
+    for (int64_t first = 0; first < run.rows; first += kHeldRows) {
+      const int64_t count = run.rows - first < kHeldRows ? run.rows - first : kHeldRows;
+      RowBounds bounds[kHeldRows];
+      run.read_bounds(first, count, bounds);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t ahead = first + i;
+        const auto [start, row_end] = bounds[i];
+        U* const output = static_cast<U*>(problem.output.data) + run.output_offset(ahead);
+        if (start == row_end) {
+          write_zeros(output, problem.cols, zero);
+          continue;
+        }
+        write_zeros(output, start, zero);
+        const auto offset = [&, first_col = start](int k)
+                                MASKED_SOFTMAX_LAMBDA_INLINE { return run.input_offset(k, ahead) + first_col; };
+        held.push(problem, offset, output + start, row_end - start, problem.cols - start, begin + ahead);
       }
     }
   }
-
-  const RowScale<typename V::acc_t>& scale_;
-  HeldRows<V, T, U> waiting_[V::kMostHeldVectors];
-};
+  held.finish();
+}
 
 }  // namespace masked_softmax

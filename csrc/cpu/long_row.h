@@ -1,7 +1,8 @@
 // One row that does not fit the scratch buffer, tile by tile.
 //
-// The exponentials wait for their sum in the output itself where it is contiguous and of the computing type. Elsewhere
-// they are evaluated twice: same values, same bits, and still no memory beyond the output.
+// The exponentials wait for their sum in the output itself where it is contiguous, of the computing type, and not the
+// input, of which they may not be enough (see exp.h). Elsewhere they are evaluated twice: same values, same bits, and
+// still no memory beyond the output.
 #pragma once
 
 #include "cpu/derivative_kernel.h"
@@ -14,13 +15,13 @@ MASKED_SOFTMAX_NOINLINE typename V::acc_t tile_max(const T* x, int64_t count) {
   return find_maxima<V>(x, count).reduce_max();
 }
 
-template <class V, class T>
+template <class V, bool kOffset, class T>
 MASKED_SOFTMAX_NOINLINE void tile_exponentials(const T* x, int64_t count,
                                                const RowExponent<typename V::acc_t>& exponent, typename V::acc_t* e,
                                                RowSums<V>& sums) {
   sums.add(count, [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
     using W = typename decltype(as)::type;
-    return exponential<W>(x + i, exponent, e + i, lanes);
+    return exponential<W, kOffset, false>(x + i, exponent, e + i, lanes);
   });
 }
 
@@ -36,13 +37,17 @@ MASKED_SOFTMAX_NOINLINE void tile_rests(const T* x, int64_t count, typename V::a
 template <class V, Operation kOperation, class Source, class Sink>
 void forward_long_row(Source& x, Sink& y, int64_t length, const RowScale<typename V::acc_t>& scale) {
   using acc_t = typename V::acc_t;
-  acc_t row_max = -std::numeric_limits<acc_t>::infinity();
-  for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-    const acc_t tile = tile_max<V>(x.tile(first, count), count);
-    row_max = tile > row_max ? tile : row_max;
-  });
+  const auto find_maximum = [&] {
+    acc_t row_max = -std::numeric_limits<acc_t>::infinity();
+    for_each_tile<V>(length, [&](int64_t first, int64_t count) {
+      const acc_t tile = tile_max<V>(x.tile(first, count), count);
+      row_max = tile > row_max ? tile : row_max;
+    });
+    return row_max;
+  };
 
   if constexpr (kOperation == Operation::kLogSoftmax) {
+    const acc_t row_max = find_maximum();
     RowSums<V, 2> sums;
     for_each_tile<V>(length, [&](int64_t first, int64_t count) {
       tile_rests(x.tile(first, count), count, row_max, scale.exponent, sums);
@@ -51,31 +56,42 @@ void forward_long_row(Source& x, Sink& y, int64_t length, const RowScale<typenam
     for_each_tile<V>(length, [&](int64_t first, int64_t count) {
       const LogProbability<acc_t, std::remove_pointer_t<decltype(x.tile(0, 0))>> value{x.tile(first, count), row_max,
                                                                                        scale.scale, log_sum};
-      write_row<V>(y.tile(first), count, Writing::kToCache, value);
+      write_row<V>(y.tile(first), count, count, Writing::kToCache, value);
       y.finish_tile(first, count);
     });
   } else {
-    constexpr bool kOutputHolds = !Sink::kStaged && std::is_same_v<typename Sink::element_t, acc_t>;
-    alignas(64) acc_t tile_scratch[kOutputHolds ? 1 : kTileElems<V>];
-    const auto place = [&](int64_t first) {
-      if constexpr (kOutputHolds) {
-        return y.tile(first);
+    alignas(64) acc_t tile_scratch[kTileElems<V>];
+    const auto place = [&](int64_t first) -> acc_t* {
+      if constexpr (!Sink::kStaged && std::is_same_v<typename Sink::element_t, acc_t>) {
+        return x.tile(0, 0) == y.tile(0) ? tile_scratch : y.tile(first);
       } else {
         (void)first;
         return tile_scratch;
       }
     };
-    const RowExponent<acc_t> exponent = row_exponent<V>(row_max, length, scale.exponent);
-    RowSums<V> sums;
+    const bool are_held = place(0) != tile_scratch;
+    const auto add_exponentials = [&](auto has_offset, const RowExponent<acc_t>& exponent) {
+      RowSums<V> sum;
+      for_each_tile<V>(length, [&](int64_t first, int64_t count) {
+        tile_exponentials<V, has_offset.value>(x.tile(first, count), count, exponent, place(first), sum);
+      });
+      return sum.total(0);
+    };
+    const acc_t first = V::element(x.tile(0, 1));
+    const acc_t last = V::element(x.tile(length - 1, 1));
+    RowExponent<acc_t> exponent = exponent_from_reference<V>(row_reference(first, last), scale.exponent);
+    acc_t row_sum = add_exponentials(std::false_type(), exponent);
+    if (is_sum_too_large(row_sum)) {
+      exponent = exponent_from_maximum<V>(find_maximum(), scale.exponent);
+      row_sum = add_exponentials(std::true_type(), exponent);
+    }
+    const acc_t factor = 1 / row_sum;
+    RowSums<V> unused;
     for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-      tile_exponentials(x.tile(first, count), count, exponent, place(first), sums);
-    });
-    const acc_t factor = 1 / sums.total(0);
-    for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-      if constexpr (!kOutputHolds) {
-        tile_exponentials(x.tile(first, count), count, exponent, tile_scratch, sums);
+      if (!are_held) {
+        tile_exponentials<V, true>(x.tile(first, count), count, exponent, tile_scratch, unused);
       }
-      write_row<V>(y.tile(first), count, Writing::kToCache, Probability<acc_t>{place(first), factor});
+      write_row<V>(y.tile(first), count, count, Writing::kToCache, Probability<acc_t>{place(first), factor});
       y.finish_tile(first, count);
     });
   }
@@ -115,7 +131,7 @@ void derivative_long_row(Source* inputs, Sink& output, int64_t length,
   }
   for_each_tile<V>(length, [&](int64_t first, int64_t count) {
     bring_tiles(first, count);
-    derivative_values<V, kOperation>(tiles, count, shared, sums, output.tile(first), Writing::kToCache);
+    derivative_values<V, kOperation>(tiles, count, count, shared, sums, output.tile(first), Writing::kToCache);
     output.finish_tile(first, count);
   });
 }

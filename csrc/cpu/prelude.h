@@ -6,6 +6,7 @@
 // comes after it is a template over a vector type (or a member of one), whose name no other file shares.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -3,8 +3,9 @@
 //   softmax      y = e / sum(e),              e = 2^((x - max) * scale * log2(e))
 //   log_softmax  y = scale * (x - max) - log(sum(e))
 //
-// Three sweeps: the largest x; the exponentials and their sum; the results. This file holds the sweeps over elements
-// that lie together in memory; short_rows.h and long_row.h say over what they run.
+// Sweeps: for a log_softmax, and for the few softmax rows that need it (see exp.h), the largest x; the exponentials and
+// their sum; the results. This file holds the sweeps over elements that lie together in memory; held_rows.h,
+// short_rows.h and long_row.h say over what they run.
 //
 // Scale is neither negative nor extreme here: see staging_factor() in common/problem.h for where a caller's is.
 //
@@ -40,12 +41,16 @@ MASKED_SOFTMAX_INLINE W distance(const T* x, typename W::acc_t row_max, Lanes la
   return W::sub(load<W>(x, lanes, 0), W::broadcast(row_max));
 }
 
-// e = exp(scale * (x - max)), but for a factor that all of the row have in common.
-template <class W, class T, class Lanes>
+// e = exp(scale * (x - max)), but for a factor that all of the row have in common. kRoom: e has room for whole vectors.
+template <class W, bool kOffset, bool kRoom, class T, class Lanes>
 MASKED_SOFTMAX_INLINE LaneSums<W> exponential(const T* x, const RowExponent<typename W::acc_t>& exponent,
                                               typename W::acc_t* e, Lanes lanes) {
-  const W value = filled_lanes(exponential_of<false>(load<W>(x, lanes, 0), exponent), lanes);
-  store(e, value, lanes);
+  const W value = filled_lanes(exponential_of<kOffset>(load<W>(x, lanes, 0), exponent), lanes);
+  if constexpr (kRoom) {
+    value.store(e);
+  } else {
+    store(e, value, lanes);
+  }
   return {{value}};
 }
 

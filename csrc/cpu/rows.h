@@ -55,7 +55,7 @@ struct DirectAccess {
       return;
     }
     const acc_t filling = hidden(value);
-    write_row<V>(to, count, writing, [&](auto as, int64_t /*i*/, auto /*lanes*/) MASKED_SOFTMAX_LAMBDA_INLINE {
+    write_row<V>(to, count, count, writing, [&](auto as, int64_t /*i*/, auto /*lanes*/) MASKED_SOFTMAX_LAMBDA_INLINE {
       return decltype(as)::type::broadcast(filling);
     });
   }
@@ -157,24 +157,6 @@ struct Kernel {
     }
   }
 
-  // The shortest rows of the common types go by themselves.
-  static constexpr bool kHoldsRows =
-      kOperation == Operation::kSoftmax && V::kReducesFourRows && !Access::kStaged && std::is_same_v<input_t, output_t>;
-  struct NoHeldRows {
-    explicit NoHeldRows(const Parameters&) {}
-    static bool holds(int64_t /*length*/) { return false; }
-    int64_t take(const Problem&, const RowRun&, int64_t, int64_t, const RowBounds*) { return 0; }
-    void finish() {}
-  };
-  static auto held_rows_type() {
-    if constexpr (kHoldsRows) {
-      return As<HeldRowsByLength<V, input_t, output_t>>();
-    } else {
-      return As<NoHeldRows>();
-    }
-  }
-  using HeldRows = typename decltype(held_rows_type())::type;
-
   // offsets: of the first valid element in the output and the inputs.
   static MASKED_SOFTMAX_NOINLINE void run_long_row(const Problem& problem, int64_t output_offset,
                                                    const int64_t* input_offsets, int64_t length,
@@ -199,13 +181,11 @@ struct Kernel {
 };
 
 template <class V, class Access, Operation kOperation>
-void run_rows(const Problem& problem, int64_t begin, int64_t end) {
+MASKED_SOFTMAX_NOINLINE void run_swept_rows(const Problem& problem, int64_t begin, int64_t end) {
   using K = Kernel<V, Access, kOperation>;
   const typename K::Parameters parameters(problem.scale / staging_factor(problem));
   const Operand& output = problem.output;
   Access access(problem);
-
-  typename K::HeldRows held_rows(parameters);
 
   const Writing writing = Access::kStaged ? Writing::kToCache : writing_of(problem);
   constexpr int64_t kScratchElems = kOperation == Operation::kSoftmax ? Access::kLongestShortRow : 1;
@@ -220,8 +200,9 @@ void run_rows(const Problem& problem, int64_t begin, int64_t end) {
     K::run_batch(*filled, Access::kStaged ? *filled : *filling, parameters, scratch, writing);
     access.finish(problem, *filled);
     for (int r = 0; r < (filled->has_padding ? filled->rows : 0); ++r) {
-      Access::fill_padding(output, filled->outputs[r], filled->before[r], filled->lengths[r], filled->after[r],
-                           K::kPadding, writing);
+      const int64_t written = Access::kStaged ? filled->lengths[r] : filled->written[r];
+      Access::fill_padding(output, filled->outputs[r], filled->before[r], written,
+                           filled->lengths[r] + filled->after[r] - written, K::kPadding, writing);
     }
     filled->clear();
     std::swap(filling, filled);
@@ -268,20 +249,31 @@ void run_rows(const Problem& problem, int64_t begin, int64_t end) {
       RowBounds bounds[kBatchRows];
       const int64_t count = run.rows - first < kBatchRows ? run.rows - first : kBatchRows;
       run.read_bounds(first, count, bounds);
-      const bool all_are_held = held_rows.take(problem, run, first, count, bounds) == count;
-      for (int64_t i = 0; i < count && !all_are_held; ++i) {
-        if (!K::HeldRows::holds(bounds[i].length())) {
-          take_row(run, first + i, bounds[i]);
-        }
+      for (int64_t i = 0; i < count; ++i) {
+        take_row(run, first + i, bounds[i]);
       }
     }
   }
-  held_rows.finish();
   compute_filled();
   compute_filled();
   if (writing == Writing::kPastCaches) {
     V::finish_stores();
   }
+}
+
+template <class V, class Access, Operation kOperation>
+void run_rows(const Problem& problem, int64_t begin, int64_t end) {
+  constexpr bool kHolds = kOperation == Operation::kSoftmax || kOperation == Operation::kSoftmaxBackward;
+  if constexpr (kHolds && V::kMostHeldVectors > 0 && !Access::kStaged) {
+    if (problem.cols <= V::kMostHeldVectors * V::kLanes) {
+      using K = Kernel<V, Access, kOperation>;
+      const typename K::Parameters parameters(problem.scale);
+      const auto sweep = [&](int64_t row) { run_swept_rows<V, Access, kOperation>(problem, row, row + 1); };
+      return run_held_rows<V, HeldKernel<V, kOperation>, typename K::input_t, typename K::output_t>(problem, begin, end,
+                                                                                                    parameters, sweep);
+    }
+  }
+  run_swept_rows<V, Access, kOperation>(problem, begin, end);
 }
 
 template <class Isa, Operation kOperation>

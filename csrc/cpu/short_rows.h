@@ -38,6 +38,7 @@ struct Batch {
   int64_t lengths[kBatchRows];
   int64_t before[kBatchRows];  // columns of padding
   int64_t after[kBatchRows];
+  int64_t written[kBatchRows];  // of the valid columns and those behind them
   acc_t maxima[kBatchRows];
   acc_t sums[kMostSums][kBatchRows];
   alignas(64) acc_t lanes[kMostSums][kBatchRows * V::kLanes];
@@ -48,8 +49,8 @@ struct Batch {
     has_padding = false;
   }
 
-  // In the scratch every row begins at a multiple of kLanes.
-  static int64_t scratch_elems(int64_t length) { return (length + V::kLanes - 1) & -int64_t{V::kLanes}; }
+  // In the scratch every row has whole rounds.
+  static int64_t scratch_elems(int64_t length) { return (length + kRoundElems<V> - 1) & -kRoundElems<V>; }
 };
 
 // What memory is asked for while row `row` of a batch is computed: the valid columns of the same row of the next batch,
@@ -108,53 +109,86 @@ MASKED_SOFTMAX_NOINLINE void sweep_maxima(Batch<V>& batch) {
   reduce_max_rows<V>(batch.lanes[0], batch.rows, batch.maxima);
 }
 
+// The exponentials relative to the row's maximum, to the scratch, and their sum: for the row that they are not what
+// they should be without it.
+template <class V, class T>
+MASKED_SOFTMAX_NOINLINE typename V::acc_t exponentials_from_maximum(const T* x, int64_t length,
+                                                                    const Exponent<typename V::acc_t>& scale,
+                                                                    typename V::acc_t* scratch) {
+  const auto exponent = exponent_from_maximum<V>(find_maxima<V>(x, length).reduce_max(), scale);
+  RowSums<V> sum;
+  sum.add(length, [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
+    return exponential<typename decltype(as)::type, true, true>(x + i, exponent, scratch + i, lanes);
+  });
+  return sum.total(0);
+}
+
 // The sweep that computes most: the exponentials and their sums.
 template <class V, Operation kOperation, class T, class U>
 MASKED_SOFTMAX_NOINLINE void sweep_exponentials(Batch<V>& batch, const Batch<V>& next,
                                                 const RowScale<typename V::acc_t>& scale, typename V::acc_t* scratch,
                                                 Writing writing) {
   using acc_t = typename V::acc_t;
-  constexpr int kSums = kOperation == Operation::kLogSoftmax ? 2 : 1;
+  constexpr bool kLog = kOperation == Operation::kLogSoftmax;
+  constexpr int kSums = kLog ? 2 : 1;
+  acc_t* e = scratch;
   for (int r = 0; r < batch.rows; ++r) {
-    const T* x = static_cast<const T*>(batch.inputs[0][r]);
-    const acc_t row_max = batch.maxima[r];
-    const RowExponent<acc_t> exponent = row_exponent<V>(row_max, batch.lengths[r], scale.exponent);
+    const T* const x = static_cast<const T*>(batch.inputs[0][r]);
+    const int64_t length = batch.lengths[r];
     const Ahead<V, T, U> ahead(batch, next, writing, r);
     RowSums<V, kSums> sums;
-    sums.add(batch.lengths[r], [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
-      using W = typename decltype(as)::type;
-      ahead.ask_for(i, W::kLanes);
-      if constexpr (kOperation == Operation::kLogSoftmax) {
+    if constexpr (kLog) {
+      const acc_t row_max = batch.maxima[r];
+      sums.add(length, [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
+        using W = typename decltype(as)::type;
+        ahead.ask_for(i, W::kLanes);
         return rest_and_maxima<W>(x + i, row_max, scale.exponent, lanes);
-      } else {
-        return exponential<W>(x + i, exponent, scratch + i, lanes);
-      }
-    });
+      });
+    } else {
+      const acc_t reference = row_reference(V::element(x), V::element(x + length - 1));
+      const auto exponent =
+          length == 1 ? exponent_of_single<V>() : exponent_from_reference<V>(reference, scale.exponent);
+      sums.add(length, [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
+        using W = typename decltype(as)::type;
+        ahead.ask_for(i, W::kLanes);
+        return exponential<W, false, true>(x + i, exponent, e + i, lanes);
+      });
+      e += batch.scratch_elems(length);
+    }
     for (int s = 0; s < kSums; ++s) {
       sums.lanes(s).store(batch.lanes[s] + r * V::kLanes);
-    }
-    if constexpr (kOperation == Operation::kSoftmax) {
-      scratch += batch.scratch_elems(batch.lengths[r]);
     }
   }
   for (int s = 0; s < kSums; ++s) {
     reduce_add_rows<V>(batch.lanes[s], batch.rows, batch.sums[s]);
   }
+  if constexpr (!kLog) {
+    e = scratch;
+    for (int r = 0; r < batch.rows; ++r) {
+      if (is_sum_too_large(batch.sums[0][r]) && batch.lengths[r] > 1) {
+        batch.sums[0][r] = exponentials_from_maximum<V>(static_cast<const T*>(batch.inputs[0][r]), batch.lengths[r],
+                                                        scale.exponent, e);
+      }
+      e += batch.scratch_elems(batch.lengths[r]);
+    }
+  }
 }
 
 template <class V, Operation kOperation, class T, class U>
-MASKED_SOFTMAX_NOINLINE void sweep_results(const Batch<V>& batch, const RowScale<typename V::acc_t>& scale,
+MASKED_SOFTMAX_NOINLINE void sweep_results(Batch<V>& batch, const RowScale<typename V::acc_t>& scale,
                                            const typename V::acc_t* scratch, Writing writing) {
   using acc_t = typename V::acc_t;
   for (int r = 0; r < batch.rows; ++r) {
     U* const y = static_cast<U*>(batch.outputs[r]);
+    const int64_t length = batch.lengths[r];
     if constexpr (kOperation == Operation::kLogSoftmax) {
       const LogProbability<acc_t, T> value{static_cast<const T*>(batch.inputs[0][r]), batch.maxima[r], scale.scale,
                                            log_of_sum(batch.sums[0][r], batch.sums[1][r])};
-      write_row<V>(y, batch.lengths[r], writing, value);
+      batch.written[r] = write_row<V>(y, length, length, writing, value);
     } else {
-      write_row<V>(y, batch.lengths[r], writing, Probability<acc_t>{scratch, 1 / batch.sums[0][r]});
-      scratch += batch.scratch_elems(batch.lengths[r]);
+      const Probability<acc_t> value{scratch, 1 / batch.sums[0][r]};
+      batch.written[r] = write_row<V>(y, length, length + batch.after[r], writing, value);
+      scratch += batch.scratch_elems(length);
     }
   }
 }
@@ -163,7 +197,9 @@ template <class V, Operation kOperation, class T, class U>
 MASKED_SOFTMAX_INLINE void forward_batch(Batch<V>& batch, const Batch<V>& next,
                                          const RowScale<typename V::acc_t>& scale, typename V::acc_t* scratch,
                                          Writing writing) {
-  sweep_maxima<V, T>(batch);
+  if constexpr (kOperation == Operation::kLogSoftmax) {
+    sweep_maxima<V, T>(batch);
+  }
   sweep_exponentials<V, kOperation, T, U>(batch, next, scale, scratch, writing);
   sweep_results<V, kOperation, T, U>(batch, scale, scratch, writing);
 }
@@ -188,7 +224,7 @@ MASKED_SOFTMAX_NOINLINE void sweep_derivative_sums(Batch<V>& batch, const Deriva
 }
 
 template <class V, Operation kOperation, class T, class U>
-MASKED_SOFTMAX_NOINLINE void sweep_derivatives(const Batch<V>& batch, const DerivativeTerms<typename V::acc_t>& shared,
+MASKED_SOFTMAX_NOINLINE void sweep_derivatives(Batch<V>& batch, const DerivativeTerms<typename V::acc_t>& shared,
                                                Writing writing) {
   using D = Derivative<kOperation>;
   for (int r = 0; r < batch.rows; ++r) {
@@ -197,8 +233,9 @@ MASKED_SOFTMAX_NOINLINE void sweep_derivatives(const Batch<V>& batch, const Deri
     for (int s = 0; s < D::kSums; ++s) {
       sums[s] = batch.sums[s][r];
     }
-    derivative_values<V, kOperation>(inputs.rows, batch.lengths[r], shared, sums, static_cast<U*>(batch.outputs[r]),
-                                     writing);
+    batch.written[r] =
+        derivative_values<V, kOperation>(inputs.rows, batch.lengths[r], batch.lengths[r] + batch.after[r], shared, sums,
+                                         static_cast<U*>(batch.outputs[r]), writing);
   }
 }
 

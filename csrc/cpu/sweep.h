@@ -18,13 +18,17 @@ constexpr int kChains = 4;
 constexpr int kChainLength = 4;
 
 template <class V>
-constexpr int64_t kFoldElems = int64_t{V::kLanes} * kChains * kChainLength;
+constexpr int64_t kRoundElems = int64_t{V::kLanes} * kChains;
+
+template <class V>
+constexpr int64_t kFoldElems = kRoundElems<V> * kChainLength;
 
 // What long rows are cut into, and staged in.
 template <class V>
 constexpr int64_t kTileElems = 8 * kFoldElems<V>;
 
-// How many lanes of a vector hold elements: all of them, known at compile time, or the first few.
+// How many lanes of a vector, or of several, hold elements: all of them, known at compile time, or the first `count`,
+// which may be none (0 or less) or more than there are lanes.
 struct Whole {};
 struct Partial {
   int count;
@@ -63,6 +67,7 @@ struct Several {
   using acc_t = typename V::acc_t;
   static constexpr int kLanes = kCount * V::kLanes;
   static constexpr int kPowerSteps = V::kPowerSteps;
+  static constexpr bool kScalesByPowers = V::kScalesByPowers;
   V v[kCount];
 
   template <class F>
@@ -89,6 +94,26 @@ struct Several {
   }
 
   template <class T>
+  static MASKED_SOFTMAX_INLINE Several load_partial(const T* p, int count, acc_t fill) {
+    return each([&](int i) MASKED_SOFTMAX_LAMBDA_INLINE {
+      return V::load_partial(p + i * V::kLanes, count - i * V::kLanes, fill);
+    });
+  }
+  template <class T>
+  MASKED_SOFTMAX_INLINE void store_partial(T* p, int count) const {
+    for (int i = 0; i < kCount && count > 0; ++i, count -= V::kLanes) {
+      if (count >= V::kLanes) {
+        v[i].store(p + i * V::kLanes);
+      } else {
+        v[i].store_partial(p + i * V::kLanes, count);
+      }
+    }
+  }
+  MASKED_SOFTMAX_INLINE Several first_lanes(int count) const {
+    return each([&](int i) MASKED_SOFTMAX_LAMBDA_INLINE { return v[i].first_lanes(count - i * V::kLanes); });
+  }
+
+  template <class T>
   MASKED_SOFTMAX_INLINE void store_past_caches(T* p) const {
     for (int i = 0; i < kCount; ++i) {
       v[i].store_past_caches(p + i * V::kLanes);
@@ -108,11 +133,14 @@ struct Several {
     return each([&](int i) MASKED_SOFTMAX_LAMBDA_INLINE { return V::name(a.v[i], b.v[i], c.v[i]); }); \
   }
   MASKED_SOFTMAX_EACH_OF_ONE(power)
+  MASKED_SOFTMAX_EACH_OF_ONE(fraction_power)
   MASKED_SOFTMAX_EACH_OF_ONE(one_where_zero)
   MASKED_SOFTMAX_EACH_OF_TWO(add)
   MASKED_SOFTMAX_EACH_OF_TWO(sub)
   MASKED_SOFTMAX_EACH_OF_TWO(mul)
   MASKED_SOFTMAX_EACH_OF_TWO(max)
+  MASKED_SOFTMAX_EACH_OF_TWO(min)
+  MASKED_SOFTMAX_EACH_OF_TWO(scale_by_power)
   MASKED_SOFTMAX_EACH_OF_TWO(zero_where_zero)
   MASKED_SOFTMAX_EACH_OF_THREE(fma)
   MASKED_SOFTMAX_EACH_OF_THREE(fms)
@@ -164,31 +192,48 @@ MASKED_SOFTMAX_INLINE void for_each_vector(int64_t count, const Body& body) {
   }
 }
 
-// Writes y[i] = value(as, i, lanes) for all vectors of `count` elements.
+// Writes y[i] = value(as, i, lanes) for `count` elements, and as many zeros behind them as complete the last vectors,
+// if there is room for those: `room` elements altogether. Where rows have padding to spare, no branch then depends on
+// what is left of a row. Returns how many were written.
 template <class V, class U, class Value>
-MASKED_SOFTMAX_INLINE void write_row(U* y, int64_t count, Writing writing, const Value value) {
-  const auto write_vectors = [&](int64_t first, int64_t vectors_end) MASKED_SOFTMAX_LAMBDA_INLINE {
-    for_each_vector<V, V::kTogether>(vectors_end - first,
-                                     [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
-                                       store(y + first + i, value(as, first + i, lanes), lanes);
-                                     });
+MASKED_SOFTMAX_INLINE int64_t write_row(U* y, int64_t count, int64_t room, Writing writing, const Value value) {
+  using W = Several<V, V::kTogether>;
+  const auto write_vectors = [&](int64_t first, int64_t end) MASKED_SOFTMAX_LAMBDA_INLINE {
+    for_each_vector<V, 1>(end - first, [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
+      store(y + first + i, value(as, first + i, lanes), lanes);
+    });
   };
-  int64_t written = 0;
+  const auto last_vectors = [&](int64_t first) MASKED_SOFTMAX_LAMBDA_INLINE {
+    const Partial lanes{static_cast<int>(count - first)};
+    return filled_lanes(value(As<W>{}, first, lanes), lanes);
+  };
+  int64_t i = 0;
   if constexpr (V::kStoresPastCaches) {
     // Whole lines only, and only where elements are aligned to their size: lines begin with an element then.
     const auto address = reinterpret_cast<uintptr_t>(y);
     if (writing == Writing::kPastCaches && address % sizeof(U) == 0) {
       constexpr uintptr_t kLineBytes = 64;
-      using W = Several<V, V::kTogether>;
       const auto ahead = static_cast<int64_t>(-address % kLineBytes / sizeof(U));
-      written = ahead < count ? ahead : count;
-      write_vectors(0, written);
-      for (; written + W::kLanes <= count; written += W::kLanes) {
-        value(As<W>{}, written, Whole{}).store_past_caches(y + written);
+      i = ahead < count ? ahead : count;
+      write_vectors(0, i);
+      for (; i + W::kLanes <= count; i += W::kLanes) {
+        value(As<W>{}, i, Whole{}).store_past_caches(y + i);
+      }
+      if (V::kMasksCheaply && i < count && i + W::kLanes <= room) {
+        last_vectors(i).store_past_caches(y + i);
+        return i + W::kLanes;
       }
     }
   }
-  write_vectors(written, count);
+  for (; i + W::kLanes <= count; i += W::kLanes) {
+    value(As<W>{}, i, Whole{}).store(y + i);
+  }
+  if (V::kMasksCheaply && i < count && i + W::kLanes <= room) {
+    last_vectors(i).store(y + i);
+    return i + W::kLanes;
+  }
+  write_vectors(i, count);
+  return count;
 }
 
 template <int kIndex>
@@ -213,6 +258,26 @@ MASKED_SOFTMAX_INLINE void for_each_in_chains(int64_t count, const Term& term, c
     if constexpr (kTogether == 1) {
       add(Chain<3>{}, term(As<W>{}, i + 3 * kLanes, Whole{}));
     }
+  }
+  if constexpr (V::kMasksCheaply) {
+    // One more round, however few of its vectors have elements: how many is what no processor foresees, and to guess
+    // wrong costs more than three vectors.
+    if (i < count) {
+      const auto rest = [&](int64_t first) MASKED_SOFTMAX_LAMBDA_INLINE {
+        return term(As<W>{}, first, Partial{static_cast<int>(count - first)});
+      };
+      add(Chain<0>{}, rest(i));
+      if constexpr (kTogether == 1) {
+        add(Chain<1>{}, rest(i + kLanes));
+      }
+      if constexpr (kTogether <= 2) {
+        add(Chain<2>{}, rest(i + 2 * kLanes));
+      }
+      if constexpr (kTogether == 1) {
+        add(Chain<3>{}, rest(i + 3 * kLanes));
+      }
+    }
+    return;
   }
   // The code of a term is long: it stands once for the whole vectors of the last round, and once for its last one.
   int chain = 0;

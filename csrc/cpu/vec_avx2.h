@@ -11,15 +11,20 @@ struct Avx2Float {
   using acc_t = float;
   static constexpr int kLanes = 8;
   static constexpr int kPowerSteps = 8;
+  static constexpr bool kScalesByPowers = false;
   static constexpr int kTogether = 2;
+  static constexpr bool kMasksCheaply = true;
   static constexpr bool kStoresPastCaches = true;
   static void finish_stores() { _mm_sfence(); }  // store_past_caches is not ordered by itself
   static constexpr int kMostHeldVectors = 8;
-  static constexpr int kRegisters = 16;
   static constexpr bool kReducesFourRows = true;
   __m256 v;
 
   static Avx2Float broadcast(float value) { return {_mm256_set1_ps(value)}; }
+
+  static float element(const float* p) { return *p; }
+  static float element(const bfloat16_t* p) { return to_acc<float>(*p); }
+  static float element(const float16_t* p) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(p->bits))); }
 
   static Avx2Float load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static Avx2Float load(const bfloat16_t* p) { return from_bfloat16(_mm_loadu_si128(as_vector(p))); }
@@ -30,10 +35,10 @@ struct Avx2Float {
     return {_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, mask), _mm256_castsi256_ps(mask))};
   }
   static Avx2Float load_partial(const bfloat16_t* p, int count, float fill) {
-    return filled(from_bfloat16(load_16bit(p, count)), count, fill);
+    return filled(load_within(p, 0, extent(p, count)), count, fill);
   }
   static Avx2Float load_partial(const float16_t* p, int count, float fill) {
-    return filled({_mm256_cvtph_ps(load_16bit(p, count))}, count, fill);
+    return filled(load_within(p, 0, extent(p, count)), count, fill);
   }
 
   void store(float* p) const { _mm256_storeu_ps(p, v); }
@@ -69,6 +74,53 @@ struct Avx2Float {
   static Avx2Float fma(Avx2Float a, Avx2Float b, Avx2Float c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static Avx2Float fms(Avx2Float a, Avx2Float b, Avx2Float c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }
   static Avx2Float max(Avx2Float a, Avx2Float b) { return {_mm256_max_ps(a.v, b.v)}; }
+  static Avx2Float min(Avx2Float a, Avx2Float b) { return {_mm256_min_ps(a.v, b.v)}; }
+
+  // Which columns hold a row's elements; and of 16 bits the last of them, which no load of pairs brings.
+  template <class T>
+  struct Extent {
+    __m256i length;
+    __m128i last_column;
+    __m128i last_element;
+    __m256i mask(int first) const {
+      return _mm256_cmpgt_epi32(length, _mm256_setr_epi32(first, first + 1, first + 2, first + 3, first + 4, first + 5,
+                                                          first + 6, first + 7));
+    }
+    __m128i pairs(int first) const {
+      return _mm_cmpgt_epi32(_mm256_castsi256_si128(length),
+                             _mm_setr_epi32(first + 1, first + 3, first + 5, first + 7));
+    }
+    __m128i is_last(int first) const {
+      const auto column = [&](int i) { return static_cast<int16_t>(first + i); };
+      return _mm_cmpeq_epi16(last_column, _mm_setr_epi16(column(0), column(1), column(2), column(3), column(4),
+                                                         column(5), column(6), column(7)));
+    }
+  };
+  template <class T>
+  static Extent<T> extent(const T* row, int length) {
+    Extent<T> result{_mm256_set1_epi32(length), {}, {}};
+    if constexpr (sizeof(T) == 2) {
+      constexpr T kNone{};
+      const T* const last = length > 0 ? row + (length - 1) : &kNone;
+      result.last_column = _mm_set1_epi16(static_cast<int16_t>(length - 1));
+      result.last_element = _mm_set1_epi16(static_cast<int16_t>(last->bits));
+    }
+    return result;
+  }
+  // The elements row[first..first + kLanes) within the extent, zeros elsewhere.
+  static Avx2Float load_within(const float* row, int first, const Extent<float>& extent) {
+    return {_mm256_maskload_ps(row + first, extent.mask(first))};
+  }
+  static Avx2Float load_within(const bfloat16_t* row, int first, const Extent<bfloat16_t>& extent) {
+    return from_bfloat16(load_16bit_within(row, first, extent));
+  }
+  static Avx2Float load_within(const float16_t* row, int first, const Extent<float16_t>& extent) {
+    return {_mm256_cvtph_ps(load_16bit_within(row, first, extent))};
+  }
+  template <class T>
+  Avx2Float within(int first, const Extent<T>& extent) const {
+    return {_mm256_and_ps(v, _mm256_castsi256_ps(extent.mask(first)))};
+  }
 
   // 2^z, z being what the sum `shifted` was rounded to: its low three bits look up 2^(k/8), and the bits above them are
   // added to the exponent. The shift brings k along, which the table's entries are therefore less by.
@@ -128,31 +180,11 @@ struct Avx2Float {
     return {_mm256_blendv_ps(_mm256_set1_ps(fill), loaded.v, _mm256_castsi256_ps(first(count)))};
   }
 
-  // The first `count` (0 to 8) 16-bit elements, zeros behind them, put together in registers.
-  static __m128i load_16bit(const void* from, int count) {
-    const char* p = static_cast<const char*>(from);
-    if (count == kLanes) {
-      return _mm_loadu_si128(as_vector(p));
-    }
-    uint64_t low = 0;
-    if (count & 4) {
-      std::memcpy(&low, p, 8);
-      p += 8;
-    }
-    uint64_t rest = 0;
-    if (count & 2) {
-      uint32_t pair;
-      std::memcpy(&pair, p, 4);
-      rest = pair;
-      p += 4;
-    }
-    if (count & 1) {
-      uint16_t single;
-      std::memcpy(&single, p, 2);
-      rest |= uint64_t{single} << (count & 2 ? 32 : 0);
-    }
-    return count & 4 ? _mm_set_epi64x(static_cast<int64_t>(rest), static_cast<int64_t>(low))
-                     : _mm_set_epi64x(0, static_cast<int64_t>(rest));
+  // In pairs, and the last by itself.
+  template <class T>
+  static __m128i load_16bit_within(const T* row, int first, const Extent<T>& extent) {
+    const __m128i pairs = _mm_maskload_epi32(reinterpret_cast<const int*>(row + first), extent.pairs(first));
+    return _mm_blendv_epi8(pairs, extent.last_element, extent.is_last(first));
   }
   static void store_16bit(void* to, int count, __m128i bits) {
     char* p = static_cast<char*>(to);
@@ -193,13 +225,18 @@ struct Avx2Double {
   using acc_t = double;
   static constexpr int kLanes = 4;
   static constexpr int kPowerSteps = 1;
+  static constexpr bool kScalesByPowers = false;
   static constexpr int kTogether = 2;
+  static constexpr bool kMasksCheaply = true;
   static constexpr bool kStoresPastCaches = true;
   static void finish_stores() { _mm_sfence(); }  // store_past_caches is not ordered by itself
   static constexpr bool kReducesFourRows = false;
+  static constexpr int kMostHeldVectors = 0;
   __m256d v;
 
   static Avx2Double broadcast(double value) { return {_mm256_set1_pd(value)}; }
+
+  static double element(const double* p) { return *p; }
 
   static Avx2Double load(const double* p) { return {_mm256_loadu_pd(p)}; }
   static Avx2Double load_partial(const double* p, int count, double fill) {
@@ -226,6 +263,7 @@ struct Avx2Double {
   static Avx2Double fma(Avx2Double a, Avx2Double b, Avx2Double c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
   static Avx2Double fms(Avx2Double a, Avx2Double b, Avx2Double c) { return {_mm256_fmsub_pd(a.v, b.v, c.v)}; }
   static Avx2Double max(Avx2Double a, Avx2Double b) { return {_mm256_max_pd(a.v, b.v)}; }
+  static Avx2Double min(Avx2Double a, Avx2Double b) { return {_mm256_min_pd(a.v, b.v)}; }
 
   static Avx2Double power(Avx2Double shifted) {
     return {_mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(shifted.v), 52))};

@@ -10,15 +10,20 @@ struct Avx512Float {
   using acc_t = float;
   static constexpr int kLanes = 16;
   static constexpr int kPowerSteps = 32;
+  static constexpr bool kScalesByPowers = true;
   static constexpr int kTogether = 4;
+  static constexpr bool kMasksCheaply = true;
   static constexpr bool kStoresPastCaches = true;
   static void finish_stores() { _mm_sfence(); }  // store_past_caches is not ordered by itself
   static constexpr int kMostHeldVectors = 4;
-  static constexpr int kRegisters = 32;
   static constexpr bool kReducesFourRows = true;
   __m512 v;
 
   static Avx512Float broadcast(float value) { return {_mm512_set1_ps(value)}; }
+
+  static float element(const float* p) { return *p; }
+  static float element(const bfloat16_t* p) { return to_acc<float>(*p); }
+  static float element(const float16_t* p) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(p->bits))); }
 
   static Avx512Float load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static Avx512Float load(const bfloat16_t* p) { return from_bfloat16(_mm256_loadu_si256(as_vector(p))); }
@@ -54,19 +59,48 @@ struct Avx512Float {
   static Avx512Float fma(Avx512Float a, Avx512Float b, Avx512Float c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static Avx512Float fms(Avx512Float a, Avx512Float b, Avx512Float c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
   static Avx512Float max(Avx512Float a, Avx512Float b) { return {_mm512_max_ps(a.v, b.v)}; }
+  static Avx512Float min(Avx512Float a, Avx512Float b) { return {_mm512_min_ps(a.v, b.v)}; }
 
-  // 2^z, z being what the sum `shifted` was rounded to: its low five bits look up 2^(k/32), and the bits above them are
-  // added to the exponent. The shift brings k along, which the table's entries are therefore less by.
+  // The lanes of up to four vectors that hold a row's elements.
+  struct Extent {
+    uint64_t lanes;
+    __mmask16 of(int first) const { return static_cast<__mmask16>(lanes >> first); }
+  };
+  template <class T>
+  static Extent extent(const T* /*row*/, int length) {
+    return {length >= 64 ? ~uint64_t{0} : (uint64_t{1} << length) - 1};
+  }
+  // The elements row[first..first + kLanes) within the extent, zeros elsewhere.
+  static Avx512Float load_within(const float* row, int first, Extent extent) {
+    return {_mm512_maskz_loadu_ps(extent.of(first), row + first)};
+  }
+  static Avx512Float load_within(const bfloat16_t* row, int first, Extent extent) {
+    return from_bfloat16(_mm256_maskz_loadu_epi16(extent.of(first), row + first));
+  }
+  static Avx512Float load_within(const float16_t* row, int first, Extent extent) {
+    return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(extent.of(first), row + first))};
+  }
+  Avx512Float within(int first, Extent extent) const { return {_mm512_maskz_mov_ps(extent.of(first), v)}; }
+
+  // 2^(k/32), k being the low five bits of the sum `shifted`.
+  static Avx512Float fraction_power(Avx512Float shifted) {
+    const __m512 low = _mm512_setr_ps(0x1p0f, 0x1.059b0ep0f, 0x1.0b5586p0f, 0x1.11301ep0f, 0x1.172b84p0f, 0x1.1d4874p0f,
+                                      0x1.2387a6p0f, 0x1.29e9ep0f, 0x1.306fep0f, 0x1.371a74p0f, 0x1.3dea64p0f,
+                                      0x1.44e086p0f, 0x1.4bfdaep0f, 0x1.5342b6p0f, 0x1.5ab07ep0f, 0x1.6247ecp0f);
+    const __m512 high =
+        _mm512_setr_ps(0x1.6a09e6p0f, 0x1.71f75ep0f, 0x1.7a1148p0f, 0x1.82589ap0f, 0x1.8ace54p0f, 0x1.93737cp0f,
+                       0x1.9c4918p0f, 0x1.a5503cp0f, 0x1.ae89fap0f, 0x1.b7f77p0f, 0x1.c199bep0f, 0x1.cb720ep0f,
+                       0x1.d5818ep0f, 0x1.dfc974p0f, 0x1.ea4afap0f, 0x1.f50766p0f);
+    return {_mm512_permutex2var_ps(low, _mm512_castps_si512(shifted.v), high)};
+  }
+  // value * 2^floor(n); where that is too small, 0 or nearly.
+  static Avx512Float scale_by_power(Avx512Float value, Avx512Float n) { return {_mm512_scalef_ps(value.v, n.v)}; }
+  // 2^z, z being what the sum `shifted` was rounded to: the bits above the low five are added to the exponent, and the
+  // low five, which come along, are taken away.
   static Avx512Float power(Avx512Float shifted) {
-    const __m512i low = _mm512_setr_epi32(0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a,
-                                          0x3f79c3d3, 0x3f78f4f0, 0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043,
-                                          0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6);
-    const __m512i high = _mm512_setr_epi32(0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be,
-                                           0x3f76248c, 0x3f76a81e, 0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907,
-                                           0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3);
     const __m512i bits = _mm512_castps_si512(shifted.v);
-    const __m512i fraction = _mm512_permutex2var_epi32(low, bits, high);
-    return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(bits, 18), fraction))};
+    const __m512i whole = _mm512_slli_epi32(_mm512_srli_epi32(bits, 5), 23);
+    return {_mm512_castsi512_ps(_mm512_add_epi32(whole, _mm512_castps_si512(fraction_power(shifted).v)))};
   }
   // value, or 0 where n < smallest; a NaN is not less.
   static Avx512Float zero_where_less(Avx512Float n, Avx512Float smallest, Avx512Float value) {
@@ -107,7 +141,9 @@ struct Avx512Float {
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
     return Four::add_as_doubles(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
   }
-  static __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
+  static __mmask16 first(int count) {
+    return count >= kLanes ? 0xffff : static_cast<__mmask16>((1u << (count > 0 ? count : 0)) - 1u);
+  }
   static const __m256i* as_vector(const void* p) { return static_cast<const __m256i*>(p); }
   static __m256i* as_vector(void* p) { return static_cast<__m256i*>(p); }
   // A bfloat16 is the upper half of a float: word i of sixteen becomes, or comes from, word 2 i + 1 of thirty-two.
@@ -136,13 +172,18 @@ struct Avx512Double {
   using acc_t = double;
   static constexpr int kLanes = 8;
   static constexpr int kPowerSteps = 1;
+  static constexpr bool kScalesByPowers = false;
   static constexpr int kTogether = 4;
+  static constexpr bool kMasksCheaply = true;
   static constexpr bool kStoresPastCaches = true;
   static void finish_stores() { _mm_sfence(); }  // store_past_caches is not ordered by itself
   static constexpr bool kReducesFourRows = false;
+  static constexpr int kMostHeldVectors = 0;
   __m512d v;
 
   static Avx512Double broadcast(double value) { return {_mm512_set1_pd(value)}; }
+
+  static double element(const double* p) { return *p; }
 
   static Avx512Double load(const double* p) { return {_mm512_loadu_pd(p)}; }
   static Avx512Double load_partial(const double* p, int count, double fill) {
@@ -158,6 +199,7 @@ struct Avx512Double {
   static Avx512Double fma(Avx512Double a, Avx512Double b, Avx512Double c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
   static Avx512Double fms(Avx512Double a, Avx512Double b, Avx512Double c) { return {_mm512_fmsub_pd(a.v, b.v, c.v)}; }
   static Avx512Double max(Avx512Double a, Avx512Double b) { return {_mm512_max_pd(a.v, b.v)}; }
+  static Avx512Double min(Avx512Double a, Avx512Double b) { return {_mm512_min_pd(a.v, b.v)}; }
 
   static Avx512Double power(Avx512Double shifted) {
     return {_mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(shifted.v), 52))};
@@ -181,7 +223,9 @@ struct Avx512Double {
   double reduce_max() const { return _mm512_reduce_max_pd(v); }
 
  private:
-  static __mmask8 first(int count) { return static_cast<__mmask8>((1u << count) - 1u); }
+  static __mmask8 first(int count) {
+    return count >= kLanes ? 0xff : static_cast<__mmask8>((1u << (count > 0 ? count : 0)) - 1u);
+  }
 };
 
 }  // namespace masked_softmax

@@ -11,13 +11,21 @@ struct NeonFloat {
   using acc_t = float;
   static constexpr int kLanes = 4;
   static constexpr int kPowerSteps = 1;
+  static constexpr bool kScalesByPowers = false;
   static constexpr int kTogether = 4;
+  static constexpr bool kMasksCheaply = false;
   static constexpr bool kStoresPastCaches = false;
   static void finish_stores() {}
   static constexpr bool kReducesFourRows = false;
+  static constexpr int kMostHeldVectors = 0;
   float32x4_t v;
 
   static NeonFloat broadcast(float value) { return {vdupq_n_f32(value)}; }
+
+  template <class T>
+  static float element(const T* p) {
+    return to_acc<float>(*p);
+  }
 
   static NeonFloat load(const float* p) { return {vld1q_f32(p)}; }
   static NeonFloat load(const bfloat16_t* p) {
@@ -61,6 +69,7 @@ struct NeonFloat {
   static NeonFloat fms(NeonFloat a, NeonFloat b, NeonFloat c) { return {vfmaq_f32(vnegq_f32(c.v), a.v, b.v)}; }
   // vmaxnmq would return the number of a pair; vmaxq would return NaN: compare and choose, as the interface says.
   static NeonFloat max(NeonFloat a, NeonFloat b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
+  static NeonFloat min(NeonFloat a, NeonFloat b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
 
   static NeonFloat power(NeonFloat shifted) {
     return {vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(shifted.v), 23))};
@@ -92,13 +101,18 @@ struct NeonDouble {
   using acc_t = double;
   static constexpr int kLanes = 2;
   static constexpr int kPowerSteps = 1;
+  static constexpr bool kScalesByPowers = false;
   static constexpr int kTogether = 4;
+  static constexpr bool kMasksCheaply = false;
   static constexpr bool kStoresPastCaches = false;
   static void finish_stores() {}
   static constexpr bool kReducesFourRows = false;
+  static constexpr int kMostHeldVectors = 0;
   float64x2_t v;
 
   static NeonDouble broadcast(double value) { return {vdupq_n_f64(value)}; }
+
+  static double element(const double* p) { return *p; }
 
   static NeonDouble load(const double* p) { return {vld1q_f64(p)}; }
   static NeonDouble load_partial(const double* p, int count, double fill) {
@@ -118,6 +132,7 @@ struct NeonDouble {
   static NeonDouble fma(NeonDouble a, NeonDouble b, NeonDouble c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
   static NeonDouble fms(NeonDouble a, NeonDouble b, NeonDouble c) { return {vfmaq_f64(vnegq_f64(c.v), a.v, b.v)}; }
   static NeonDouble max(NeonDouble a, NeonDouble b) { return {vbslq_f64(vcgtq_f64(a.v, b.v), a.v, b.v)}; }
+  static NeonDouble min(NeonDouble a, NeonDouble b) { return {vbslq_f64(vcltq_f64(a.v, b.v), a.v, b.v)}; }
 
   static NeonDouble power(NeonDouble shifted) {
     return {vreinterpretq_f64_u64(vshlq_n_u64(vreinterpretq_u64_f64(shifted.v), 52))};

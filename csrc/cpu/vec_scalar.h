@@ -18,10 +18,13 @@ struct ScalarVec {
   using bits_t = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
   static constexpr int kLanes = kCount;
   static constexpr int kPowerSteps = 1;
+  static constexpr bool kScalesByPowers = false;
   static constexpr int kTogether = 1;
+  static constexpr bool kMasksCheaply = false;
   static constexpr bool kStoresPastCaches = false;
   static void finish_stores() {}
   static constexpr bool kReducesFourRows = false;
+  static constexpr int kMostHeldVectors = 0;
   static constexpr int kMantissaBits = sizeof(T) == 4 ? 23 : 52;
   T v[kCount];
 
@@ -36,6 +39,11 @@ struct ScalarVec {
 
   static ScalarVec broadcast(T value) {
     return each([&](int) { return value; });
+  }
+
+  template <class E>
+  static T element(const E* p) {
+    return to_acc<T>(*p);
   }
 
   template <class E>
@@ -74,6 +82,9 @@ struct ScalarVec {
   }
   static ScalarVec max(ScalarVec a, ScalarVec b) {
     return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  static ScalarVec min(ScalarVec a, ScalarVec b) {
+    return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
   }
 
   static ScalarVec power(ScalarVec shifted) {
