@@ -49,6 +49,24 @@ class RowRun {
     });
   }
 
+  // The same of rows that begin at column 0 and are short.
+  void read_lengths(int64_t ahead, int64_t count, int32_t* to) const {
+    if (lengths_index_->data == nullptr) {
+      std::fill(to, to + count, static_cast<int32_t>(cut(0, lengths_index_->value).end));
+      return;
+    }
+    visit_element_type(lengths_index_->type, [&](auto element) {
+      using T = decltype(element);
+      if constexpr (std::is_integral_v<T>) {
+        const T* lengths = static_cast<const T*>(lengths_index_->data) + lengths_.at(ahead);
+        const int64_t step = lengths_.step;
+        for (int64_t i = 0; i < count; ++i) {
+          to[i] = static_cast<int32_t>(std::clamp<int64_t>(static_cast<int64_t>(lengths[i * step]), 0, cols_));
+        }
+      }
+    });
+  }
+
  private:
   friend class RowWalker;
 

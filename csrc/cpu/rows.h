@@ -1,8 +1,8 @@
 // Runs a problem's rows [begin, end): chooses how the rows' memory is reached, walks them, and fills their padding.
 #pragma once
 
-#include "cpu/held_rows.h"
 #include "cpu/long_row.h"
+#include "cpu/narrow_rows.h"
 #include "cpu/short_rows.h"
 
 namespace masked_softmax {
@@ -263,14 +263,12 @@ MASKED_SOFTMAX_NOINLINE void run_swept_rows(const Problem& problem, int64_t begi
 
 template <class V, class Access, Operation kOperation>
 void run_rows(const Problem& problem, int64_t begin, int64_t end) {
-  constexpr bool kHolds = kOperation == Operation::kSoftmax || kOperation == Operation::kSoftmaxBackward;
-  if constexpr (kHolds && V::kMostHeldVectors > 0 && !Access::kStaged) {
-    if (problem.cols <= V::kMostHeldVectors * V::kLanes) {
+  if constexpr (is_ever_narrow(kOperation) && V::kNarrowVectors > 0 && !Access::kStaged) {
+    if (is_narrow<V>(problem)) {
       using K = Kernel<V, Access, kOperation>;
-      const typename K::Parameters parameters(problem.scale);
       const auto sweep = [&](int64_t row) { run_swept_rows<V, Access, kOperation>(problem, row, row + 1); };
-      return run_held_rows<V, HeldKernel<V, kOperation>, typename K::input_t, typename K::output_t>(problem, begin, end,
-                                                                                                    parameters, sweep);
+      return run_narrow_rows<V, typename K::input_t, typename K::output_t, kOperation, V::kNarrowVectors>(
+          problem, begin, end, sweep);
     }
   }
   run_swept_rows<V, Access, kOperation>(problem, begin, end);

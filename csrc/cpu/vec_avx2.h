@@ -16,7 +16,7 @@ struct Avx2Float {
   static constexpr bool kMasksCheaply = true;
   static constexpr bool kStoresPastCaches = true;
   static void finish_stores() { _mm_sfence(); }  // store_past_caches is not ordered by itself
-  static constexpr int kMostHeldVectors = 8;
+  static constexpr int kNarrowVectors = 8;
   static constexpr bool kReducesFourRows = true;
   __m256 v;
 
@@ -107,6 +107,7 @@ struct Avx2Float {
     }
     return result;
   }
+  static Extent<float> lanes_below(int count) { return extent<float>(nullptr, count); }
   // The elements row[first..first + kLanes) within the extent, zeros elsewhere.
   static Avx2Float load_within(const float* row, int first, const Extent<float>& extent) {
     return {_mm256_maskload_ps(row + first, extent.mask(first))};
@@ -231,7 +232,7 @@ struct Avx2Double {
   static constexpr bool kStoresPastCaches = true;
   static void finish_stores() { _mm_sfence(); }  // store_past_caches is not ordered by itself
   static constexpr bool kReducesFourRows = false;
-  static constexpr int kMostHeldVectors = 0;
+  static constexpr int kNarrowVectors = 0;
   __m256d v;
 
   static Avx2Double broadcast(double value) { return {_mm256_set1_pd(value)}; }

@@ -15,7 +15,7 @@ struct Avx512Float {
   static constexpr bool kMasksCheaply = true;
   static constexpr bool kStoresPastCaches = true;
   static void finish_stores() { _mm_sfence(); }  // store_past_caches is not ordered by itself
-  static constexpr int kMostHeldVectors = 4;
+  static constexpr int kNarrowVectors = 4;
   static constexpr bool kReducesFourRows = true;
   __m512 v;
 
@@ -70,6 +70,7 @@ struct Avx512Float {
   static Extent extent(const T* /*row*/, int length) {
     return {length >= 64 ? ~uint64_t{0} : (uint64_t{1} << length) - 1};
   }
+  static Extent lanes_below(int count) { return extent<float>(nullptr, count); }
   // The elements row[first..first + kLanes) within the extent, zeros elsewhere.
   static Avx512Float load_within(const float* row, int first, Extent extent) {
     return {_mm512_maskz_loadu_ps(extent.of(first), row + first)};
@@ -178,7 +179,7 @@ struct Avx512Double {
   static constexpr bool kStoresPastCaches = true;
   static void finish_stores() { _mm_sfence(); }  // store_past_caches is not ordered by itself
   static constexpr bool kReducesFourRows = false;
-  static constexpr int kMostHeldVectors = 0;
+  static constexpr int kNarrowVectors = 0;
   __m512d v;
 
   static Avx512Double broadcast(double value) { return {_mm512_set1_pd(value)}; }

@@ -17,7 +17,7 @@ struct NeonFloat {
   static constexpr bool kStoresPastCaches = false;
   static void finish_stores() {}
   static constexpr bool kReducesFourRows = false;
-  static constexpr int kMostHeldVectors = 0;
+  static constexpr int kNarrowVectors = 0;
   float32x4_t v;
 
   static NeonFloat broadcast(float value) { return {vdupq_n_f32(value)}; }
@@ -107,7 +107,7 @@ struct NeonDouble {
   static constexpr bool kStoresPastCaches = false;
   static void finish_stores() {}
   static constexpr bool kReducesFourRows = false;
-  static constexpr int kMostHeldVectors = 0;
+  static constexpr int kNarrowVectors = 0;
   float64x2_t v;
 
   static NeonDouble broadcast(double value) { return {vdupq_n_f64(value)}; }

@@ -24,7 +24,7 @@ struct ScalarVec {
   static constexpr bool kStoresPastCaches = false;
   static void finish_stores() {}
   static constexpr bool kReducesFourRows = false;
-  static constexpr int kMostHeldVectors = 0;
+  static constexpr int kNarrowVectors = 0;
   static constexpr int kMantissaBits = sizeof(T) == 4 ? 23 : 52;
   T v[kCount];
 
