@@ -1,6 +1,7 @@
 // Runs a problem's rows [begin, end): chooses how the rows' memory is reached, walks them, and fills their padding.
 #pragma once
 
+#include "cpu/column_strips.h"
 #include "cpu/long_row.h"
 #include "cpu/narrow_rows.h"
 #include "cpu/short_rows.h"
@@ -274,12 +275,39 @@ void run_rows(const Problem& problem, int64_t begin, int64_t end) {
   run_swept_rows<V, Access, kOperation>(problem, begin, end);
 }
 
-template <class Isa, Operation kOperation>
+// The others are asked for by second derivatives and forward-mode differentiation only: one way for every type is
+// enough.
+constexpr bool has_direct_kernel(Operation operation) {
+  return is_forward(operation) || operation == Operation::kSoftmaxBackward ||
+         operation == Operation::kLogSoftmaxBackward;
+}
+
+// Rows that are not contiguous, or not of types that are read and written directly: side by side in strips, or one by
+// one through buffers.
+template <class V, Operation kOperation>
 void run_staged(const Problem& problem, int64_t begin, int64_t end) {
+  using Staged = StagedAccess<V>;
+  using K = Kernel<V, Staged, kOperation>;
+  using Strips = ColumnStrips<V, K::kInputs>;
+  if (columns_are_adjacent(problem) || !Strips::has_strips(problem)) {
+    return run_rows<V, Staged, kOperation>(problem, begin, end);
+  }
+  Strips(problem).run(begin, end, K::kPadding, [](const Problem& strip) {
+    if constexpr (has_direct_kernel(kOperation)) {
+      if (staging_factor(strip) == 1 && !is_scale_extreme(strip)) {
+        return run_rows<V, DirectAccess<V, typename V::acc_t, typename V::acc_t>, kOperation>(strip, 0, strip.rows);
+      }
+    }
+    run_rows<V, Staged, kOperation>(strip, 0, strip.rows);
+  });
+}
+
+template <class Isa, Operation kOperation>
+void run_indirect(const Problem& problem, int64_t begin, int64_t end) {
   if (computes_in_double(problem)) {
-    run_rows<typename Isa::Double, StagedAccess<typename Isa::Double>, kOperation>(problem, begin, end);
+    run_staged<typename Isa::Double, kOperation>(problem, begin, end);
   } else {
-    run_rows<typename Isa::Float, StagedAccess<typename Isa::Float>, kOperation>(problem, begin, end);
+    run_staged<typename Isa::Float, kOperation>(problem, begin, end);
   }
 }
 
@@ -323,11 +351,14 @@ bool run_direct(const Problem& problem, int64_t begin, int64_t end) {
 
 template <class Isa, Operation kOperation>
 void run_operation(const Problem& problem, int64_t begin, int64_t end) {
-  const bool may_be_direct = columns_are_adjacent(problem) && input_types_agree(problem) &&
-                             !is_scale_extreme(problem) && staging_factor(problem) == 1;
-  if (!(may_be_direct && run_direct<Isa, kOperation>(problem, begin, end))) {
-    run_staged<Isa, kOperation>(problem, begin, end);
+  if constexpr (has_direct_kernel(kOperation)) {
+    const bool may_be_direct = columns_are_adjacent(problem) && input_types_agree(problem) &&
+                               !is_scale_extreme(problem) && staging_factor(problem) == 1;
+    if (may_be_direct && run_direct<Isa, kOperation>(problem, begin, end)) {
+      return;
+    }
   }
+  run_indirect<Isa, kOperation>(problem, begin, end);
 }
 
 template <class Isa>
@@ -337,11 +368,11 @@ void run(const Problem& problem, int64_t begin, int64_t end) {
     case Operation::kLogSoftmax: return run_operation<Isa, Operation::kLogSoftmax>(problem, begin, end);
     case Operation::kSoftmaxBackward: return run_operation<Isa, Operation::kSoftmaxBackward>(problem, begin, end);
     case Operation::kLogSoftmaxBackward: return run_operation<Isa, Operation::kLogSoftmaxBackward>(problem, begin, end);
-    // Asked for by second derivatives and forward-mode differentiation only: one way for every type is enough.
-    case Operation::kLogSoftmaxJvp: return run_staged<Isa, Operation::kLogSoftmaxJvp>(problem, begin, end);
-    case Operation::kSoftmaxBackwardWrtY: return run_staged<Isa, Operation::kSoftmaxBackwardWrtY>(problem, begin, end);
+    case Operation::kLogSoftmaxJvp: return run_operation<Isa, Operation::kLogSoftmaxJvp>(problem, begin, end);
+    case Operation::kSoftmaxBackwardWrtY:
+      return run_operation<Isa, Operation::kSoftmaxBackwardWrtY>(problem, begin, end);
     case Operation::kLogSoftmaxBackwardWrtY:
-      return run_staged<Isa, Operation::kLogSoftmaxBackwardWrtY>(problem, begin, end);
+      return run_operation<Isa, Operation::kLogSoftmaxBackwardWrtY>(problem, begin, end);
   }
 }
 

@@ -14,6 +14,7 @@ struct Avx2Float {
   static constexpr bool kScalesByPowers = false;
   static constexpr int kTogether = 2;
   static constexpr bool kMasksCheaply = true;
+  static constexpr bool kTransposes = true;
   static constexpr bool kStoresPastCaches = true;
   static void finish_stores() { _mm_sfence(); }  // store_past_caches is not ordered by itself
   static constexpr int kNarrowVectors = 8;
@@ -144,6 +145,27 @@ struct Avx2Float {
     return {_mm256_and_ps(_mm256_cmp_ps(t.v, _mm256_setzero_ps(), _CMP_EQ_OQ), _mm256_set1_ps(1.0f))};
   }
 
+  static void transpose(Avx2Float* vectors) {
+    __m256 pairs[8];
+    for (int i = 0; i < 8; i += 2) {
+      pairs[i] = _mm256_unpacklo_ps(vectors[i].v, vectors[i + 1].v);
+      pairs[i + 1] = _mm256_unpackhi_ps(vectors[i].v, vectors[i + 1].v);
+    }
+    __m256 fours[8];
+    for (int i = 0; i < 8; i += 4) {
+      for (int k = 0; k < 2; ++k) {
+        const __m256d a = _mm256_castps_pd(pairs[i + k]);
+        const __m256d b = _mm256_castps_pd(pairs[i + k + 2]);
+        fours[i + 2 * k] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+        fours[i + 2 * k + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+      }
+    }
+    for (int i = 0; i < 4; ++i) {
+      vectors[i].v = _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x20);
+      vectors[4 + i].v = _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x31);
+    }
+  }
+
   // In double, rounded once.
   float reduce_add() const {
     return Four::add_one(Four::add_as_doubles(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)));
@@ -229,6 +251,7 @@ struct Avx2Double {
   static constexpr bool kScalesByPowers = false;
   static constexpr int kTogether = 2;
   static constexpr bool kMasksCheaply = true;
+  static constexpr bool kTransposes = true;
   static constexpr bool kStoresPastCaches = true;
   static void finish_stores() { _mm_sfence(); }  // store_past_caches is not ordered by itself
   static constexpr bool kReducesFourRows = false;
@@ -278,6 +301,18 @@ struct Avx2Double {
   Avx2Double first_lanes(int count) const { return {_mm256_and_pd(v, _mm256_castsi256_pd(first(count)))}; }
   static Avx2Double one_where_zero(Avx2Double t) {
     return {_mm256_and_pd(_mm256_cmp_pd(t.v, _mm256_setzero_pd(), _CMP_EQ_OQ), _mm256_set1_pd(1.0))};
+  }
+
+  static void transpose(Avx2Double* vectors) {
+    __m256d pairs[4];
+    for (int i = 0; i < 4; i += 2) {
+      pairs[i] = _mm256_unpacklo_pd(vectors[i].v, vectors[i + 1].v);
+      pairs[i + 1] = _mm256_unpackhi_pd(vectors[i].v, vectors[i + 1].v);
+    }
+    for (int i = 0; i < 2; ++i) {
+      vectors[i].v = _mm256_permute2f128_pd(pairs[i], pairs[2 + i], 0x20);
+      vectors[2 + i].v = _mm256_permute2f128_pd(pairs[i], pairs[2 + i], 0x31);
+    }
   }
 
   double reduce_add() const {

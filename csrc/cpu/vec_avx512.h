@@ -13,6 +13,7 @@ struct Avx512Float {
   static constexpr bool kScalesByPowers = true;
   static constexpr int kTogether = 4;
   static constexpr bool kMasksCheaply = true;
+  static constexpr bool kTransposes = true;
   static constexpr bool kStoresPastCaches = true;
   static void finish_stores() { _mm_sfence(); }  // store_past_caches is not ordered by itself
   static constexpr int kNarrowVectors = 4;
@@ -115,6 +116,33 @@ struct Avx512Float {
     return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(t.v, _mm512_setzero_ps(), _CMP_EQ_OQ), _mm512_set1_ps(1.0f))};
   }
 
+  static void transpose(Avx512Float* vectors) {
+    __m512 pairs[16];
+    for (int i = 0; i < 16; i += 2) {
+      pairs[i] = _mm512_unpacklo_ps(vectors[i].v, vectors[i + 1].v);
+      pairs[i + 1] = _mm512_unpackhi_ps(vectors[i].v, vectors[i + 1].v);
+    }
+    __m512 fours[16];
+    for (int i = 0; i < 16; i += 4) {
+      for (int k = 0; k < 2; ++k) {
+        const __m512d a = _mm512_castps_pd(pairs[i + k]);
+        const __m512d b = _mm512_castps_pd(pairs[i + k + 2]);
+        fours[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+        fours[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+      }
+    }
+    for (int i = 0; i < 4; ++i) {
+      const __m512 even_low = _mm512_shuffle_f32x4(fours[i], fours[4 + i], 0x88);
+      const __m512 odd_low = _mm512_shuffle_f32x4(fours[i], fours[4 + i], 0xdd);
+      const __m512 even_high = _mm512_shuffle_f32x4(fours[8 + i], fours[12 + i], 0x88);
+      const __m512 odd_high = _mm512_shuffle_f32x4(fours[8 + i], fours[12 + i], 0xdd);
+      vectors[i].v = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+      vectors[4 + i].v = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+      vectors[8 + i].v = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+      vectors[12 + i].v = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+    }
+  }
+
   // In double, rounded once.
   float reduce_add() const { return Four::add_one(add_quarters()); }
   static void reduce_add_four(const Avx512Float* lanes, float* sums) {
@@ -176,6 +204,7 @@ struct Avx512Double {
   static constexpr bool kScalesByPowers = false;
   static constexpr int kTogether = 4;
   static constexpr bool kMasksCheaply = true;
+  static constexpr bool kTransposes = true;
   static constexpr bool kStoresPastCaches = true;
   static void finish_stores() { _mm_sfence(); }  // store_past_caches is not ordered by itself
   static constexpr bool kReducesFourRows = false;
@@ -214,6 +243,24 @@ struct Avx512Double {
   Avx512Double first_lanes(int count) const { return {_mm512_maskz_mov_pd(first(count), v)}; }
   static Avx512Double one_where_zero(Avx512Double t) {
     return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(t.v, _mm512_setzero_pd(), _CMP_EQ_OQ), _mm512_set1_pd(1.0))};
+  }
+
+  static void transpose(Avx512Double* vectors) {
+    __m512d pairs[8];
+    for (int i = 0; i < 8; i += 2) {
+      pairs[i] = _mm512_unpacklo_pd(vectors[i].v, vectors[i + 1].v);
+      pairs[i + 1] = _mm512_unpackhi_pd(vectors[i].v, vectors[i + 1].v);
+    }
+    for (int i = 0; i < 2; ++i) {
+      const __m512d even_low = _mm512_shuffle_f64x2(pairs[i], pairs[2 + i], 0x88);
+      const __m512d odd_low = _mm512_shuffle_f64x2(pairs[i], pairs[2 + i], 0xdd);
+      const __m512d even_high = _mm512_shuffle_f64x2(pairs[4 + i], pairs[6 + i], 0x88);
+      const __m512d odd_high = _mm512_shuffle_f64x2(pairs[4 + i], pairs[6 + i], 0xdd);
+      vectors[i].v = _mm512_shuffle_f64x2(even_low, even_high, 0x88);
+      vectors[2 + i].v = _mm512_shuffle_f64x2(odd_low, odd_high, 0x88);
+      vectors[4 + i].v = _mm512_shuffle_f64x2(even_low, even_high, 0xdd);
+      vectors[6 + i].v = _mm512_shuffle_f64x2(odd_low, odd_high, 0xdd);
+    }
   }
 
   double reduce_add() const {

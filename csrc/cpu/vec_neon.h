@@ -14,6 +14,7 @@ struct NeonFloat {
   static constexpr bool kScalesByPowers = false;
   static constexpr int kTogether = 4;
   static constexpr bool kMasksCheaply = false;
+  static constexpr bool kTransposes = false;
   static constexpr bool kStoresPastCaches = false;
   static void finish_stores() {}
   static constexpr bool kReducesFourRows = false;
@@ -104,6 +105,7 @@ struct NeonDouble {
   static constexpr bool kScalesByPowers = false;
   static constexpr int kTogether = 4;
   static constexpr bool kMasksCheaply = false;
+  static constexpr bool kTransposes = false;
   static constexpr bool kStoresPastCaches = false;
   static void finish_stores() {}
   static constexpr bool kReducesFourRows = false;

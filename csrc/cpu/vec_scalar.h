@@ -21,6 +21,7 @@ struct ScalarVec {
   static constexpr bool kScalesByPowers = false;
   static constexpr int kTogether = 1;
   static constexpr bool kMasksCheaply = false;
+  static constexpr bool kTransposes = false;
   static constexpr bool kStoresPastCaches = false;
   static void finish_stores() {}
   static constexpr bool kReducesFourRows = false;
