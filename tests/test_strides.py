@@ -172,3 +172,26 @@ def test_large_memory_that_is_not_aligned_to_its_elements(capability: str) -> No
     expected = forward(x, 1000)
     masked_softmax(x, 1000, out=out.view(rows, cols))
     assert torch.equal(out.view(rows, cols), expected)
+
+
+@pytest.mark.parametrize("rows", [3, 4, 17, 64, 130])
+@pytest.mark.parametrize("cols", [5, 61, 520, 2100])
+def test_rows_side_by_side(
+    capability: str, dtype: torch.dtype, rows: int, cols: int, log: bool
+) -> None:
+    """A softmax dimension before the last, bounds shared and not: the contiguous copy's bits."""
+    shape = (2, cols, rows)
+    x, g = random_input(shape, dtype, seed=3), random_input(shape, dtype, seed=4)
+    shared = torch.tensor([cols - 2, cols // 2])
+    own = torch.arange(2 * rows).view(2, rows) * 7 % (cols + 1)
+    for lengths, starts in ((shared, None), (shared, torch.tensor([2, 1])), (own, None)):
+        moved = forward_backward(
+            x.movedim(1, 2).contiguous(),
+            g.movedim(1, 2).contiguous(),
+            lengths,
+            log=log,
+            starts=starts,
+        )
+        got = forward_backward(x, g, lengths, 1, log=log, starts=starts)
+        for result, expected in zip(got, moved, strict=True):
+            assert_same_bits(result.movedim(1, 2), expected, f"starts {starts}")

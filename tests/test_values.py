@@ -25,6 +25,8 @@ from cases import (
 from tolerances import assert_forward, assert_gradient, assert_rows_sum_to_one
 from torch import Tensor
 
+from masked_softmax_ext import masked_softmax_
+
 SCALES = (None, 1.0, 0.5, 2.0, 0.0, -1.0, -0.37, 0.1, 1e-6, 1e-30, 1e4, -1e4)
 
 
@@ -355,3 +357,26 @@ def test_a_maximum_of_any_size(capability: str, log: bool) -> None:
     x = random_input((7, 100), torch.float32, seed=9)
     for size in (0.0, 1e3, -1e4, 4.5e4, -4.6e4, 3e5, 1e7, -1e20):
         assert_forward(forward(x + size, 100, log=log), x + size, 100, log=log)
+
+
+@pytest.mark.parametrize("cols", [40, 300, 3000, 20000])
+@pytest.mark.parametrize("ends", [-math.inf, -1e30, -3e4, -120.0])
+def test_rows_whose_ends_are_far_below_their_maximum(
+    capability: str, compared_dtype: torch.dtype, cols: int, ends: float
+) -> None:
+    """A row is taken relative to one of its ends first; where that is no good, to its maximum."""
+    x = random_input((6, cols), compared_dtype, seed=13)
+    lengths = torch.tensor([cols, cols // 2, 3, cols - 1, 2, cols])
+    for row, length in enumerate(lengths.tolist()):
+        x[row, 0] = ends
+        x[row, length - 1] = ends if length > 2 else 1.0
+    x[5, cols // 3] = 150.0  # overflows by itself
+    if ends < torch.finfo(compared_dtype).min:
+        x = torch.where(x == ends, torch.tensor(-math.inf, dtype=x.dtype), x)
+    expected = forward(x, lengths)
+    assert_forward(expected, x, lengths, what=f"ends of {ends}")
+    assert_rows_sum_to_one(expected, lengths)
+    in_place = x.clone()
+    assert_same_bits(masked_softmax_(in_place, lengths), expected, "in place")
+    side_by_side = x.t().contiguous().t()
+    assert_same_bits(forward(side_by_side, lengths), expected, "columns first")

@@ -154,7 +154,7 @@ struct Kernel {
     if constexpr (kForward) {
       forward_batch<V, kOperation, input_t, output_t>(batch, next, parameters, scratch, writing);
     } else {
-      derivative_batch<V, kOperation, input_t, output_t>(batch, parameters, writing);
+      derivative_batch<V, kOperation, input_t, output_t>(batch, next, parameters, writing);
     }
   }
 

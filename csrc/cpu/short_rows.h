@@ -55,13 +55,15 @@ struct Batch {
 
 // What memory is asked for while row `row` of a batch is computed: the valid columns of the same row of the next batch,
 // and this row's output, where it goes to the caches.
-template <class V, class T, class U>
+template <class V, class T, class U, int kInputs>
 class Ahead {
  public:
   MASKED_SOFTMAX_INLINE Ahead(const Batch<V>& batch, const Batch<V>& next, Writing writing, int row)
       : output_(static_cast<const U*>(batch.outputs[row])), asks_for_output_(writing == Writing::kToCache) {
     const bool has_next = row < next.rows;
-    next_ = static_cast<const T*>((has_next ? next : batch).inputs[0][row]);
+    for (int k = 0; k < kInputs; ++k) {
+      next_[k] = static_cast<const T*>((has_next ? next : batch).inputs[k][row]);
+    }
     last_ = has_next ? next.lengths[row] - 1 : 0;
     if (asks_for_output_ && batch.after[row] > 0) {
       ask_for_padding(output_ + batch.lengths[row], batch.after[row]);
@@ -71,7 +73,9 @@ class Ahead {
   // The `count` elements from i on of both.
   MASKED_SOFTMAX_INLINE void ask_for(int64_t i, int64_t count) const {
     for (int64_t k = i; k < i + count; k += kLineBytes / sizeof(T)) {
-      __builtin_prefetch(next_ + (k < last_ ? k : last_), 0, kIntoSecondLevel);
+      for (int input = 0; input < kInputs; ++input) {
+        __builtin_prefetch(next_[input] + (k < last_ ? k : last_), 0, kIntoSecondLevel);
+      }
     }
     if (asks_for_output_) {
       for (int64_t k = i; k < i + count; k += kLineBytes / sizeof(U)) {
@@ -97,7 +101,7 @@ class Ahead {
 
   const U* output_;
   const bool asks_for_output_;
-  const T* next_;
+  const T* next_[kInputs];
   int64_t last_;
 };
 
@@ -135,7 +139,7 @@ MASKED_SOFTMAX_NOINLINE void sweep_exponentials(Batch<V>& batch, const Batch<V>&
   for (int r = 0; r < batch.rows; ++r) {
     const T* const x = static_cast<const T*>(batch.inputs[0][r]);
     const int64_t length = batch.lengths[r];
-    const Ahead<V, T, U> ahead(batch, next, writing, r);
+    const Ahead<V, T, U, 1> ahead(batch, next, writing, r);
     RowSums<V, kSums> sums;
     if constexpr (kLog) {
       const acc_t row_max = batch.maxima[r];
@@ -204,14 +208,17 @@ MASKED_SOFTMAX_INLINE void forward_batch(Batch<V>& batch, const Batch<V>& next,
   sweep_results<V, kOperation, T, U>(batch, scale, scratch, writing);
 }
 
-template <class V, Operation kOperation, class T>
-MASKED_SOFTMAX_NOINLINE void sweep_derivative_sums(Batch<V>& batch, const DerivativeTerms<typename V::acc_t>& shared) {
+template <class V, Operation kOperation, class T, class U>
+MASKED_SOFTMAX_NOINLINE void sweep_derivative_sums(Batch<V>& batch, const Batch<V>& next,
+                                                   const DerivativeTerms<typename V::acc_t>& shared, Writing writing) {
   using D = Derivative<kOperation>;
   for (int r = 0; r < batch.rows; ++r) {
+    const Ahead<V, T, U, D::kInputs> ahead(batch, next, writing, r);
     const InputPointers<T, D::kInputs> inputs(batch.inputs, r);
     RowSums<V, D::kSums> sums;
     sums.add(batch.lengths[r], [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
       using W = typename decltype(as)::type;
+      ahead.ask_for(i, W::kLanes);
       return D::terms(shared, InputVectors<W, D::kInputs>(inputs.rows, i, lanes).in);
     });
     for (int s = 0; s < D::kSums; ++s) {
@@ -240,9 +247,9 @@ MASKED_SOFTMAX_NOINLINE void sweep_derivatives(Batch<V>& batch, const Derivative
 }
 
 template <class V, Operation kOperation, class T, class U>
-MASKED_SOFTMAX_INLINE void derivative_batch(Batch<V>& batch, const DerivativeTerms<typename V::acc_t>& shared,
-                                            Writing writing) {
-  sweep_derivative_sums<V, kOperation, T>(batch, shared);
+MASKED_SOFTMAX_INLINE void derivative_batch(Batch<V>& batch, const Batch<V>& next,
+                                            const DerivativeTerms<typename V::acc_t>& shared, Writing writing) {
+  sweep_derivative_sums<V, kOperation, T, U>(batch, next, shared, writing);
   sweep_derivatives<V, kOperation, T, U>(batch, shared, writing);
 }
 
