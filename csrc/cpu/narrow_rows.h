@@ -90,7 +90,7 @@ class NarrowSoftmax {
         continue;
       }
       const V factor = V::broadcast(factors_[r]);
-      store_narrow<V, kVectors>(rows.output(r), cols_, [&](int k) MASKED_SOFTMAX_LAMBDA_INLINE {
+      store_narrow<V, kVectors>(numbers<V>(rows.output(r)), cols_, [&](int k) MASKED_SOFTMAX_LAMBDA_INLINE {
         return V::mul(V::load(e_[r] + k * V::kLanes), factor);
       });
     }

@@ -48,6 +48,11 @@ inline double compensated_sum(const double* lanes, int count) {
   return sum + lost;
 }
 
+// A bfloat16 to be written that is not NaN: rounding need not look for one, which is two operations of nine.
+struct bfloat16_number_t {
+  uint16_t bits;
+};
+
 // The value, of which the compiler knows nothing: it makes a call of memset out of a loop that stores a few known
 // zeros.
 template <class T>

@@ -70,16 +70,18 @@ class Ahead {
     }
   }
 
-  // The `count` elements from i on of both.
+  // The `count` elements from i on of both; of a shorter next row some of its padding, which costs less than to leave
+  // it out line by line.
   MASKED_SOFTMAX_INLINE void ask_for(int64_t i, int64_t count) const {
-    for (int64_t k = i; k < i + count; k += kLineBytes / sizeof(T)) {
+    const int64_t first = i < last_ ? i : last_;
+    for (int64_t k = 0; k < count; k += kLineBytes / sizeof(T)) {
       for (int input = 0; input < kInputs; ++input) {
-        __builtin_prefetch(next_[input] + (k < last_ ? k : last_), 0, kIntoSecondLevel);
+        __builtin_prefetch(next_[input] + first + k, 0, kIntoSecondLevel);
       }
     }
     if (asks_for_output_) {
-      for (int64_t k = i; k < i + count; k += kLineBytes / sizeof(U)) {
-        __builtin_prefetch(output_ + k, 0, kIntoSecondLevel);
+      for (int64_t k = 0; k < count; k += kLineBytes / sizeof(U)) {
+        __builtin_prefetch(output_ + i + k, 0, kIntoSecondLevel);
       }
     }
   }
@@ -190,8 +192,16 @@ MASKED_SOFTMAX_NOINLINE void sweep_results(Batch<V>& batch, const RowScale<typen
                                            log_of_sum(batch.sums[0][r], batch.sums[1][r])};
       batch.written[r] = write_row<V>(y, length, length, writing, value);
     } else {
-      const Probability<acc_t> value{scratch, 1 / batch.sums[0][r]};
-      batch.written[r] = write_row<V>(y, length, length + batch.after[r], writing, value);
+      const acc_t sum = batch.sums[0][r];
+      const auto write = [&](auto* to) MASKED_SOFTMAX_LAMBDA_INLINE {
+        const Probability<acc_t> value{scratch, 1 / sum};
+        return write_row<V>(to, length, length + batch.after[r], writing, value);
+      };
+      if constexpr (std::is_same_v<decltype(numbers<V>(y)), U*>) {
+        batch.written[r] = write(y);
+      } else {
+        batch.written[r] = sum == sum ? write(numbers<V>(y)) : write(y);
+      }
       scratch += batch.scratch_elems(length);
     }
   }

@@ -60,6 +60,16 @@ MASKED_SOFTMAX_INLINE void store(T* p, V value, Partial lanes) {
   value.store_partial(p, lanes.count);
 }
 
+// Where results go that are no NaNs.
+template <class V, class U>
+MASKED_SOFTMAX_INLINE auto numbers(U* y) {
+  if constexpr (V::kStoresNumbers && std::is_same_v<U, bfloat16_t>) {
+    return reinterpret_cast<bfloat16_number_t*>(y);
+  } else {
+    return y;
+  }
+}
+
 // Vectors that go through the same operations side by side, as if they were one: while one of them waits for a result,
 // the next is under way, and the processor need not look far ahead to find it.
 template <class V, int kCount>

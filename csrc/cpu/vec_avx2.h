@@ -13,6 +13,7 @@ struct Avx2Float {
   static constexpr int kPowerSteps = 8;
   static constexpr bool kScalesByPowers = false;
   static constexpr int kTogether = 2;
+  static constexpr bool kStoresNumbers = true;
   static constexpr bool kMasksCheaply = true;
   static constexpr bool kTransposes = true;
   static constexpr bool kStoresPastCaches = true;
@@ -43,11 +44,13 @@ struct Avx2Float {
   }
 
   void store(float* p) const { _mm256_storeu_ps(p, v); }
-  void store(bfloat16_t* p) const { _mm_storeu_si128(as_vector(p), to_bfloat16()); }
+  void store(bfloat16_t* p) const { _mm_storeu_si128(as_vector(p), to_bfloat16<true>()); }
+  void store(bfloat16_number_t* p) const { _mm_storeu_si128(as_vector(p), to_bfloat16<false>()); }
   void store(float16_t* p) const { _mm_storeu_si128(as_vector(p), to_float16()); }
 
   void store_past_caches(float* p) const { _mm256_stream_ps(p, v); }
-  void store_past_caches(bfloat16_t* p) const { _mm_stream_si128(as_vector(p), to_bfloat16()); }
+  void store_past_caches(bfloat16_t* p) const { _mm_stream_si128(as_vector(p), to_bfloat16<true>()); }
+  void store_past_caches(bfloat16_number_t* p) const { _mm_stream_si128(as_vector(p), to_bfloat16<false>()); }
   void store_past_caches(float16_t* p) const { _mm_stream_si128(as_vector(p), to_float16()); }
 
   void store_partial(float* p, int count) const {
@@ -66,7 +69,8 @@ struct Avx2Float {
       _mm_store_ss(p, rest);
     }
   }
-  void store_partial(bfloat16_t* p, int count) const { store_16bit(p, count, to_bfloat16()); }
+  void store_partial(bfloat16_t* p, int count) const { store_16bit(p, count, to_bfloat16<true>()); }
+  void store_partial(bfloat16_number_t* p, int count) const { store_16bit(p, count, to_bfloat16<false>()); }
   void store_partial(float16_t* p, int count) const { store_16bit(p, count, to_float16()); }
 
   static Avx2Float add(Avx2Float a, Avx2Float b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -233,12 +237,14 @@ struct Avx2Float {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
   }
   // To nearest, ties to even.
+  template <bool kMayBeNan>
   __m128i to_bfloat16() const {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+    const __m256i chosen = kMayBeNan ? _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan) : rounded;
+    const __m256i high = _mm256_srli_epi32(chosen, 16);
     return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
   }
   __m128i to_float16() const { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -250,6 +256,7 @@ struct Avx2Double {
   static constexpr int kPowerSteps = 1;
   static constexpr bool kScalesByPowers = false;
   static constexpr int kTogether = 2;
+  static constexpr bool kStoresNumbers = false;
   static constexpr bool kMasksCheaply = true;
   static constexpr bool kTransposes = true;
   static constexpr bool kStoresPastCaches = true;

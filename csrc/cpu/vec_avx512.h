@@ -12,6 +12,7 @@ struct Avx512Float {
   static constexpr int kPowerSteps = 32;
   static constexpr bool kScalesByPowers = true;
   static constexpr int kTogether = 4;
+  static constexpr bool kStoresNumbers = true;
   static constexpr bool kMasksCheaply = true;
   static constexpr bool kTransposes = true;
   static constexpr bool kStoresPastCaches = true;
@@ -43,15 +44,20 @@ struct Avx512Float {
   }
 
   void store(float* p) const { _mm512_storeu_ps(p, v); }
-  void store(bfloat16_t* p) const { _mm256_storeu_si256(as_vector(p), to_bfloat16()); }
+  void store(bfloat16_t* p) const { _mm256_storeu_si256(as_vector(p), to_bfloat16<true>()); }
+  void store(bfloat16_number_t* p) const { _mm256_storeu_si256(as_vector(p), to_bfloat16<false>()); }
   void store(float16_t* p) const { _mm256_storeu_si256(as_vector(p), to_float16()); }
 
   void store_past_caches(float* p) const { _mm512_stream_ps(p, v); }
-  void store_past_caches(bfloat16_t* p) const { _mm256_stream_si256(as_vector(p), to_bfloat16()); }
+  void store_past_caches(bfloat16_t* p) const { _mm256_stream_si256(as_vector(p), to_bfloat16<true>()); }
+  void store_past_caches(bfloat16_number_t* p) const { _mm256_stream_si256(as_vector(p), to_bfloat16<false>()); }
   void store_past_caches(float16_t* p) const { _mm256_stream_si256(as_vector(p), to_float16()); }
 
   void store_partial(float* p, int count) const { _mm512_mask_storeu_ps(p, first(count), v); }
-  void store_partial(bfloat16_t* p, int count) const { _mm256_mask_storeu_epi16(p, first(count), to_bfloat16()); }
+  void store_partial(bfloat16_t* p, int count) const { _mm256_mask_storeu_epi16(p, first(count), to_bfloat16<true>()); }
+  void store_partial(bfloat16_number_t* p, int count) const {
+    _mm256_mask_storeu_epi16(p, first(count), to_bfloat16<false>());
+  }
   void store_partial(float16_t* p, int count) const { _mm256_mask_storeu_epi16(p, first(count), to_float16()); }
 
   static Avx512Float add(Avx512Float a, Avx512Float b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -183,6 +189,7 @@ struct Avx512Float {
     return {_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(kUpperHalves, order, _mm512_castsi256_si512(words)))};
   }
   // To nearest, ties to even. (The AVX512_BF16 instruction flushes subnormals, so it is not used.)
+  template <bool kMayBeNan>
   __m256i to_bfloat16() const {
     const __m512i order = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 31, 29, 27, 25,
                                            23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
@@ -191,7 +198,7 @@ struct Avx512Float {
     const __m512i half_up = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
     const __m512i rounded = _mm512_mask_add_epi32(half_up, odd, half_up, _mm512_set1_epi32(1));
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    const __m512i chosen = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+    const __m512i chosen = kMayBeNan ? _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)) : rounded;
     return _mm512_castsi512_si256(_mm512_permutexvar_epi16(order, chosen));
   }
   __m256i to_float16() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -203,6 +210,7 @@ struct Avx512Double {
   static constexpr int kPowerSteps = 1;
   static constexpr bool kScalesByPowers = false;
   static constexpr int kTogether = 4;
+  static constexpr bool kStoresNumbers = false;
   static constexpr bool kMasksCheaply = true;
   static constexpr bool kTransposes = true;
   static constexpr bool kStoresPastCaches = true;

@@ -13,6 +13,7 @@ struct NeonFloat {
   static constexpr int kPowerSteps = 1;
   static constexpr bool kScalesByPowers = false;
   static constexpr int kTogether = 4;
+  static constexpr bool kStoresNumbers = false;
   static constexpr bool kMasksCheaply = false;
   static constexpr bool kTransposes = false;
   static constexpr bool kStoresPastCaches = false;
@@ -104,6 +105,7 @@ struct NeonDouble {
   static constexpr int kPowerSteps = 1;
   static constexpr bool kScalesByPowers = false;
   static constexpr int kTogether = 4;
+  static constexpr bool kStoresNumbers = false;
   static constexpr bool kMasksCheaply = false;
   static constexpr bool kTransposes = false;
   static constexpr bool kStoresPastCaches = false;

@@ -20,6 +20,7 @@ struct ScalarVec {
   static constexpr int kPowerSteps = 1;
   static constexpr bool kScalesByPowers = false;
   static constexpr int kTogether = 1;
+  static constexpr bool kStoresNumbers = false;
   static constexpr bool kMasksCheaply = false;
   static constexpr bool kTransposes = false;
   static constexpr bool kStoresPastCaches = false;

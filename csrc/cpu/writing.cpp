@@ -33,9 +33,13 @@ Writing writing_of(const Problem& problem) {
     return static_cast<Writing>(answer);
   }
   static const int64_t last_cache_bytes = find_last_cache_bytes();
-  const int64_t output_bytes = problem.rows * problem.cols * size_bytes(problem.output.type);
+  int64_t element_bytes = size_bytes(problem.output.type);
+  for (int k = 0; k < problem.input_count; ++k) {
+    element_bytes += size_bytes(problem.inputs[k].type);
+  }
+  const bool is_large = problem.rows * problem.cols * element_bytes >= last_cache_bytes / 4 * 3;
   const bool is_in_place = problem.output.data == problem.inputs[0].data;
-  return output_bytes >= last_cache_bytes / 4 * 3 && !is_in_place ? Writing::kPastCaches : Writing::kToCache;
+  return is_large && !is_in_place ? Writing::kPastCaches : Writing::kToCache;
 }
 
 }  // namespace masked_softmax
