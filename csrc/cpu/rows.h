@@ -15,6 +15,7 @@ struct DirectAccess {
   using batch_input_t = input_t;
   using batch_output_t = output_t;
   static constexpr int64_t kLongestShortRow = kShortRowElems;
+  static constexpr int64_t kMostBatchElems = kBatchBytes / sizeof(input_t);
   static constexpr bool kStaged = false;
 
   explicit DirectAccess(const Problem& /*problem*/) {}
@@ -69,7 +70,8 @@ struct StagedAccess {
   using acc_t = typename V::acc_t;
   using batch_input_t = acc_t;
   using batch_output_t = acc_t;
-  static constexpr int64_t kLongestShortRow = kBatchElems;
+  static constexpr int64_t kMostBatchElems = kBatchBytes / sizeof(float);
+  static constexpr int64_t kLongestShortRow = kMostBatchElems;
   static constexpr bool kStaged = true;
 
   explicit StagedAccess(const Problem& problem) : factor_(static_cast<acc_t>(staging_factor(problem))) {}
@@ -125,7 +127,7 @@ struct StagedAccess {
   }
 
  private:
-  alignas(64) acc_t buffers_[kMaxInputs][kBatchElems];
+  alignas(64) acc_t buffers_[kMaxInputs][kMostBatchElems];
   void* destinations_[kBatchRows];
   acc_t factor_;
 };
@@ -228,7 +230,7 @@ MASKED_SOFTMAX_NOINLINE void run_swept_rows(const Problem& problem, int64_t begi
       return;
     }
     const int64_t row_elems = Batch<V>::scratch_elems(length);
-    if (filling->rows == kBatchRows || (filling->elems + row_elems > kBatchElems && filling->rows > 0)) {
+    if (filling->rows == kBatchRows || (filling->elems + row_elems > Access::kMostBatchElems && filling->rows > 0)) {
       compute_filled();
     }
     Batch<V>& batch = *filling;

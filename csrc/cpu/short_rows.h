@@ -19,10 +19,10 @@
 
 namespace masked_softmax {
 
-// A batch holds rows of together kBatchElems elements at most: 8 KiB of floats, which with as much input and output
+// A batch holds rows of together kBatchBytes of input at most, which with the exponentials and the output
 // stay in a first-level cache of 32 KiB. A single row may have kShortRowElems.
 constexpr int kBatchRows = 16;
-constexpr int64_t kBatchElems = 2048;
+constexpr int64_t kBatchBytes = 8192;
 constexpr int64_t kShortRowElems = 8192;
 
 template <class V>
