@@ -195,3 +195,14 @@ def test_rows_side_by_side(
         got = forward_backward(x, g, lengths, 1, log=log, starts=starts)
         for result, expected in zip(got, moved, strict=True):
             assert_same_bits(result.movedim(1, 2), expected, f"starts {starts}")
+
+
+def test_rows_side_by_side_in_place(capability: str, dtype: torch.dtype) -> None:
+    """With empty rows beside full ones, and NaN in the padding."""
+    x = random_input((3, 70, 40), dtype, seed=5)
+    lengths = torch.arange(120).view(3, 40) * 11 % 71
+    lengths[0, ::5] = 0
+    expected = forward(x.movedim(1, 2).contiguous(), lengths)
+    x.masked_fill_(torch.arange(70)[:, None] >= lengths[:, None], float("nan"))
+    masked_softmax_(x, lengths, 1)
+    assert_same_bits(x.movedim(1, 2), expected)

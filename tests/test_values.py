@@ -380,3 +380,26 @@ def test_rows_whose_ends_are_far_below_their_maximum(
     assert_same_bits(masked_softmax_(in_place, lengths), expected, "in place")
     side_by_side = x.t().contiguous().t()
     assert_same_bits(forward(side_by_side, lengths), expected, "columns first")
+
+
+@pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
+def test_special_values_in_one_of_many_narrow_rows(
+    capability: str, dtype: torch.dtype, special: float
+) -> None:
+    """Inside a row, or its only element: it stays in its row, whatever is computed beside it."""
+    x = random_input((20, 50), dtype, seed=14)
+    lengths = torch.full((20,), 50)
+    lengths[::3] = 1
+    plain = forward(x, lengths)
+    for row, column in ((5, 20), (9, 0)):
+        x[row, column] = special
+    got = forward(x, lengths)
+    others = [row for row in range(20) if row not in (5, 9)]
+    assert_same_bits(got[others], plain[others])
+    assert got[9, 0].isnan()
+    assert bool((got[9, 1:] == 0).all())
+    if special == -math.inf:
+        assert got[5, 20] == 0
+        assert_rows_sum_to_one(got[5:6], 50)
+    else:
+        assert got[5].isnan().all()

@@ -3,17 +3,17 @@
 // One column of a strip is contiguous, one row is not. So a strip's valid columns are transposed, vectors by vectors,
 // into a buffer where its rows are contiguous; there they are computed in place, by the kernels for contiguous rows of
 // the computing type, whose bits they therefore have; and the results are transposed back. Memory sees whole lines:
-// one read of the valid elements, one write of the result. The buffer, 128 KiB an input, stays in a second-level cache.
+// one read of the valid elements, one write of the result. The buffer stays in a second-level cache.
 //
 // Padding is not read where all rows of a strip have the same bounds, and not where they differ: there the columns that
-// are not valid in all of them are read element by element.
+// are not valid in all of them are read element by element, which takes twice the time.
 #pragma once
 
 #include "cpu/sweep.h"
 
 namespace masked_softmax {
 
-constexpr int64_t kStripBytes = 128 << 10;  // of each input
+constexpr int64_t kStripBytes = 128 << 10;  // of all inputs, on the stack
 constexpr int64_t kMostStripRows = 64;
 
 // Columns of `kLanes` rows, a vector each, become rows of kLanes columns; or the other way round.
@@ -92,15 +92,25 @@ class ColumnStrips {
     return result;
   }
 
+  // compute(strip): runs a problem of contiguous rows, in place. By itself, so that nobody else pays for its stack.
+  template <class Compute>
+  static MASKED_SOFTMAX_NOINLINE void run(const Problem& problem, int64_t begin, int64_t end, acc_t padding,
+                                          const Compute& compute) {
+    ColumnStrips(problem).run_rows(begin, end, padding, compute);
+  }
+
+ private:
+  static constexpr int64_t kStripElems = kStripBytes / kInputs / sizeof(acc_t);
+  static constexpr int64_t kFewestRows = 4;  // of fewer, a column's vector would hold next to nothing
+
   explicit ColumnStrips(const Problem& problem)
       : problem_(problem), writing_(writing_of(problem)), row_elems_(row_elems(problem)) {
     const int64_t rows = kStripElems / row_elems_ / V::kLanes * V::kLanes;
     strip_rows_ = rows < kMostStripRows ? rows : kMostStripRows;
   }
 
-  // compute(strip): runs a problem of contiguous rows, in place.
   template <class Compute>
-  MASKED_SOFTMAX_NOINLINE void run(int64_t begin, int64_t end, acc_t padding, const Compute& compute) {
+  MASKED_SOFTMAX_INLINE void run_rows(int64_t begin, int64_t end, acc_t padding, const Compute& compute) {
     RowWalker walker(problem_, begin, end);
     for (RowRun run; walker.next(run);) {
       for (int64_t first = 0; first < run.rows; first += strip_rows_) {
@@ -126,10 +136,6 @@ class ColumnStrips {
       V::finish_stores();
     }
   }
-
- private:
-  static constexpr int64_t kStripElems = kStripBytes / sizeof(acc_t);
-  static constexpr int64_t kFewestRows = 4;  // of fewer, a column's vector would hold next to nothing
 
   // In a buffer; a vector more than whole ones, so that rows do not all meet in the same lines of a cache.
   static int64_t row_elems(const Problem& problem) {

@@ -5,8 +5,9 @@
 // to multiples of 1/steps: the smaller f asks for degree 3, or 2, and that is fewer of the multiply-adds that bound the
 // loop. (Zen 4, November 2026, a row of 512 in cache: 25 percent less time with 8, 20 percent less with 32.)
 //
-// Results below the smallest normal number are flushed to 0: they are less than one part in 2^126 of the row's
-// sum, and arithmetic on subnormals costs some processors over a hundred cycles. NaN gives NaN, -inf gives 0.
+// Results below the smallest normal number are flushed to 0, except by vectors that scale by powers: they are less than
+// one part in 2^126 of the row's sum, and arithmetic on subnormals costs some processors over a hundred cycles. NaN
+// gives NaN, -inf gives 0.
 #pragma once
 
 #include "cpu/prelude.h"
@@ -104,7 +105,7 @@ MASKED_SOFTMAX_INLINE acc_t row_reference(acc_t first, acc_t last) {
 template <class acc_t>
 MASKED_SOFTMAX_INLINE bool is_sum_too_large(acc_t sum) {
   constexpr acc_t kMost = sizeof(acc_t) == 4 ? static_cast<acc_t>(0x1p126) : static_cast<acc_t>(0x1p1022);
-  return !(sum <= kMost);
+  return !(sum >= 0 && sum <= kMost);
 }
 
 // Whose product with c is no less does not fit the grid; and what makes infinity of such a product.
@@ -166,7 +167,8 @@ MASKED_SOFTMAX_INLINE V exponential_of(V x, const RowExponent<typename V::acc_t>
   }
   V shifted = V::fma(a, high, shift);
   if constexpr (!V::kScalesByPowers) {
-    shifted = V::min(V::broadcast(kShift - Exp2<acc_t>::kSmallestPower + 1), shifted);  // the largest power there is
+    // The largest power there is. Beyond it a term is at least as large, f being positive, and its sum too large.
+    shifted = V::min(V::broadcast(kShift - Exp2<acc_t>::kSmallestPower + 1), shifted);
   }
   const V rounded = V::sub(shifted, shift);  // a * c, as a multiple of the grid
   const V f = V::fma(a, V::broadcast(exponent.low), V::fms(a, high, rounded));

@@ -254,6 +254,7 @@ MASKED_SOFTMAX_NOINLINE void run_narrow_rows(const Problem& problem, int64_t beg
       return run_narrow_rows<V, T, U, kOperation, kVectors - 1>(problem, begin, end, compute_otherwise);
     }
   }
+  static_assert(kVectors * V::kLanes <= kFoldElems<V>, "a row's sum is one fold's");
   using Kernel = NarrowKernel<V, kVectors, kOperation>;
   Kernel kernel(problem);
   RowWalker walker(problem, begin, end);

@@ -4,7 +4,7 @@
 //   log_softmax  y = scale * (x - max) - log(sum(e))
 //
 // Sweeps: for a log_softmax, and for the few softmax rows that need it (see exp.h), the largest x; the exponentials and
-// their sum; the results. This file holds the sweeps over elements that lie together in memory; held_rows.h,
+// their sum; the results. This file holds the sweeps over elements that lie together in memory; narrow_rows.h,
 // short_rows.h and long_row.h say over what they run.
 //
 // Scale is neither negative nor extreme here: see staging_factor() in common/problem.h for where a caller's is.

@@ -294,7 +294,7 @@ void run_staged(const Problem& problem, int64_t begin, int64_t end) {
   if (columns_are_adjacent(problem) || !Strips::has_strips(problem)) {
     return run_rows<V, Staged, kOperation>(problem, begin, end);
   }
-  Strips(problem).run(begin, end, K::kPadding, [](const Problem& strip) {
+  Strips::run(problem, begin, end, K::kPadding, [](const Problem& strip) {
     if constexpr (has_direct_kernel(kOperation)) {
       if (staging_factor(strip) == 1 && !is_scale_extreme(strip)) {
         return run_rows<V, DirectAccess<V, typename V::acc_t, typename V::acc_t>, kOperation>(strip, 0, strip.rows);

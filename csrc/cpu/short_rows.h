@@ -19,8 +19,8 @@
 
 namespace masked_softmax {
 
-// A batch holds rows of together kBatchBytes of input at most, which with the exponentials and the output
-// stay in a first-level cache of 32 KiB. A single row may have kShortRowElems.
+// A batch holds rows of together kBatchBytes of an input at most: with the exponentials and the output that is about a
+// first-level cache of 32 KiB. A single row may have kShortRowElems, if it need not be staged.
 constexpr int kBatchRows = 16;
 constexpr int64_t kBatchBytes = 8192;
 constexpr int64_t kShortRowElems = 8192;
@@ -53,8 +53,8 @@ struct Batch {
   static int64_t scratch_elems(int64_t length) { return (length + kRoundElems<V> - 1) & -kRoundElems<V>; }
 };
 
-// What memory is asked for while row `row` of a batch is computed: the valid columns of the same row of the next batch,
-// and this row's output, where it goes to the caches.
+// What memory is asked for while row `row` of a batch is computed: as many of the valid columns of the same row of the
+// next batch as this row has, and this row's output, where it goes to the caches.
 template <class V, class T, class U, int kInputs>
 class Ahead {
  public:

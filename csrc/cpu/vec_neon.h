@@ -84,7 +84,7 @@ struct NeonFloat {
   }
   NeonFloat first_lanes(int count) const {
     const uint32_t lanes[kLanes] = {0, 1, 2, 3};
-    const uint32x4_t kept = vcltq_u32(vld1q_u32(lanes), vdupq_n_u32(static_cast<uint32_t>(count)));
+    const uint32x4_t kept = vcltq_u32(vld1q_u32(lanes), vdupq_n_u32(static_cast<uint32_t>(count > 0 ? count : 0)));
     return {vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), kept))};
   }
   static NeonFloat one_where_zero(NeonFloat t) {
@@ -149,7 +149,7 @@ struct NeonDouble {
   }
   NeonDouble first_lanes(int count) const {
     const uint64_t lanes[kLanes] = {0, 1};
-    const uint64x2_t kept = vcltq_u64(vld1q_u64(lanes), vdupq_n_u64(static_cast<uint64_t>(count)));
+    const uint64x2_t kept = vcltq_u64(vld1q_u64(lanes), vdupq_n_u64(static_cast<uint64_t>(count > 0 ? count : 0)));
     return {vreinterpretq_f64_u64(vandq_u64(vreinterpretq_u64_f64(v), kept))};
   }
   static NeonDouble one_where_zero(NeonDouble t) {
