@@ -190,8 +190,13 @@ class ColumnStrips {
     }
   }
 
+  // The first `count` of a vector's elements, or all of them.
   template <class U>
-  MASKED_SOFTMAX_INLINE void write(U* to, V value) const {
+  MASKED_SOFTMAX_INLINE void write(U* to, int64_t count, V value) const {
+    if (count < V::kLanes) {
+      value.store_partial(to, static_cast<int>(count));
+      return;
+    }
     if constexpr (V::kStoresPastCaches) {
       constexpr uintptr_t kVectorBytes = V::kLanes * sizeof(U);
       if (writing_ == Writing::kPastCaches && reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0) {
@@ -212,14 +217,8 @@ class ColumnStrips {
           vectors[i] = V::load(buffers_[0] + (row + i) * row_elems_ + (column - strip.first));
         }
         transpose(vectors);
-        const int64_t count = strip.rows - row;
         for (int i = 0; i < V::kLanes && column + i < strip.end; ++i) {
-          U* const at = to + (column + i) * col_stride + row;
-          if (count >= V::kLanes) {
-            write(at, vectors[i]);
-          } else {
-            vectors[i].store_partial(at, static_cast<int>(count));
-          }
+          write(to + (column + i) * col_stride + row, strip.rows - row, vectors[i]);
         }
       }
     }
@@ -229,9 +228,9 @@ class ColumnStrips {
   MASKED_SOFTMAX_NOINLINE void fill(U* to, int64_t rows, int64_t first, int64_t end, acc_t padding) {
     const V value = V::broadcast(hidden(padding));
     for (int64_t column = first; column < end; ++column) {
-      U* const at = to + column * problem_.output.col_stride;
-      for_each_vector<V, 1>(
-          rows, [&](auto, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE { store(at + i, value, lanes); });
+      for (int64_t row = 0; row < rows; row += V::kLanes) {
+        write(to + column * problem_.output.col_stride + row, rows - row, value);
+      }
     }
   }
 

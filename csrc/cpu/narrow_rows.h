@@ -198,20 +198,13 @@ class NarrowDerivative {
   template <class T, class U>
   MASKED_SOFTMAX_INLINE unsigned run(const NarrowRows<T, U, kInputs>& rows) {
     static_assert(D::kSums == 1);
-    const auto inputs_of = [&](int r, int k) MASKED_SOFTMAX_LAMBDA_INLINE {
-      std::array<V, kInputs> in;
-      for (int i = 0; i < kInputs; ++i) {
-        const T* const row = rows.input(i, r);
-        in[i] = V::load_within(row, k * V::kLanes, V::extent(row, rows.lengths[r]));
-      }
-      return in;
-    };
     alignas(64) acc_t lanes[kNarrowRows * V::kLanes];
     for (int r = 0; r < rows.rows; ++r) {
+      const RowInputs<T> inputs(rows, r);
       V terms[kVectors];
       MASKED_SOFTMAX_UNROLL
       for (int k = 0; k < kVectors; ++k) {
-        terms[k] = D::terms(shared_, inputs_of(r, k).data()).sums[0];
+        terms[k] = D::terms(shared_, inputs.vectors(k).data()).sums[0];
       }
       sum_of_vectors<V, kVectors>(terms).store(lanes + r * V::kLanes);
     }
@@ -219,15 +212,38 @@ class NarrowDerivative {
     reduce_add_rows<V>(lanes, rows.rows, sums);
     for (int r = 0; r < rows.rows; ++r) {
       const V sum = V::broadcast(sums[r] + acc_t{0});  // that of the other sweeps is never -0
-      const auto extent = V::lanes_below(rows.lengths[r]);
+      const RowInputs<T> inputs(rows, r);
       store_narrow<V, kVectors>(rows.output(r), cols_, [&](int k) MASKED_SOFTMAX_LAMBDA_INLINE {
-        return D::value(shared_, inputs_of(r, k).data(), &sum).within(k * V::kLanes, extent);
+        return D::value(shared_, inputs.vectors(k).data(), &sum).within(k * V::kLanes, inputs.extents[0]);
       });
     }
     return 0;
   }
 
  private:
+  template <class T>
+  struct RowInputs {
+    const T* rows[kInputs];
+    decltype(V::extent(static_cast<const T*>(nullptr), 0)) extents[kInputs];
+
+    template <class Rows>
+    MASKED_SOFTMAX_INLINE RowInputs(const Rows& of, int row) {
+      for (int i = 0; i < kInputs; ++i) {
+        rows[i] = of.input(i, row);
+        extents[i] = V::extent(rows[i], of.lengths[row]);
+      }
+    }
+
+    // Vector k of each.
+    MASKED_SOFTMAX_INLINE std::array<V, kInputs> vectors(int k) const {
+      std::array<V, kInputs> in;
+      for (int i = 0; i < kInputs; ++i) {
+        in[i] = V::load_within(rows[i], k * V::kLanes, extents[i]);
+      }
+      return in;
+    }
+  };
+
   const int cols_;
   const DerivativeTerms<acc_t> shared_;
 };

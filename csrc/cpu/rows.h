@@ -194,7 +194,7 @@ MASKED_SOFTMAX_NOINLINE void run_swept_rows(const Problem& problem, int64_t begi
   constexpr int64_t kScratchElems = kOperation == Operation::kSoftmax ? Access::kLongestShortRow : 1;
   alignas(64) typename V::acc_t scratch[kScratchElems];
 
-  // One batch is computed while the next, already filled, is on its way from memory: a direct forward pass asks for it.
+  // One batch is computed while the next, already filled, is on its way from memory: direct passes ask for it.
   Batch<V> batches[2];
   Batch<V>* filling = &batches[0];
   Batch<V>* filled = &batches[1];

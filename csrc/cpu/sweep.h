@@ -256,36 +256,31 @@ MASKED_SOFTMAX_INLINE void for_each_in_chains(int64_t count, const Term& term, c
   constexpr int64_t kLanes = V::kLanes;
   using W = std::conditional_t<kTogether == 1, V, Several<V, kTogether>>;
   static_assert(kTogether == 1 || kTogether == 2 || kTogether == kChains, "a round is four, two or one steps");
-  int64_t i = 0;
-  for (; i + kChains * kLanes <= count; i += kChains * kLanes) {
-    add(Chain<0>{}, term(As<W>{}, i, Whole{}));
+  const auto add_round = [&](int64_t first, const auto& lanes_from) MASKED_SOFTMAX_LAMBDA_INLINE {
+    const auto add_step = [&](auto chain) MASKED_SOFTMAX_LAMBDA_INLINE {
+      const int64_t at = first + chain * kLanes;
+      add(chain, term(As<W>{}, at, lanes_from(at)));
+    };
+    add_step(Chain<0>{});
     if constexpr (kTogether == 1) {
-      add(Chain<1>{}, term(As<W>{}, i + kLanes, Whole{}));
+      add_step(Chain<1>{});
     }
     if constexpr (kTogether <= 2) {
-      add(Chain<2>{}, term(As<W>{}, i + 2 * kLanes, Whole{}));
+      add_step(Chain<2>{});
     }
     if constexpr (kTogether == 1) {
-      add(Chain<3>{}, term(As<W>{}, i + 3 * kLanes, Whole{}));
+      add_step(Chain<3>{});
     }
+  };
+  int64_t i = 0;
+  for (; i + kChains * kLanes <= count; i += kChains * kLanes) {
+    add_round(i, [](int64_t) MASKED_SOFTMAX_LAMBDA_INLINE { return Whole{}; });
   }
   if constexpr (V::kMasksCheaply) {
     // One more round, however few of its vectors have elements: how many is what no processor foresees, and to guess
     // wrong costs more than three vectors.
     if (i < count) {
-      const auto rest = [&](int64_t first) MASKED_SOFTMAX_LAMBDA_INLINE {
-        return term(As<W>{}, first, Partial{static_cast<int>(count - first)});
-      };
-      add(Chain<0>{}, rest(i));
-      if constexpr (kTogether == 1) {
-        add(Chain<1>{}, rest(i + kLanes));
-      }
-      if constexpr (kTogether <= 2) {
-        add(Chain<2>{}, rest(i + 2 * kLanes));
-      }
-      if constexpr (kTogether == 1) {
-        add(Chain<3>{}, rest(i + 3 * kLanes));
-      }
+      add_round(i, [&](int64_t at) MASKED_SOFTMAX_LAMBDA_INLINE { return Partial{static_cast<int>(count - at)}; });
     }
     return;
   }

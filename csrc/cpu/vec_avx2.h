@@ -112,7 +112,6 @@ struct Avx2Float {
     }
     return result;
   }
-  static Extent<float> lanes_below(int count) { return extent<float>(nullptr, count); }
   // The elements row[first..first + kLanes) within the extent, zeros elsewhere.
   static Avx2Float load_within(const float* row, int first, const Extent<float>& extent) {
     return {_mm256_maskload_ps(row + first, extent.mask(first))};

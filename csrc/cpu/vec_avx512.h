@@ -76,7 +76,6 @@ struct Avx512Float {
   static Extent extent(const T* /*row*/, int length) {
     return {length >= 64 ? ~uint64_t{0} : (uint64_t{1} << length) - 1};
   }
-  static Extent lanes_below(int count) { return extent<float>(nullptr, count); }
   // The elements row[first..first + kLanes) within the extent, zeros elsewhere.
   static Avx512Float load_within(const float* row, int first, Extent extent) {
     return {_mm512_maskz_loadu_ps(extent.of(first), row + first)};
@@ -121,6 +120,18 @@ struct Avx512Float {
     return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(t.v, _mm512_setzero_ps(), _CMP_EQ_OQ), _mm512_set1_ps(1.0f))};
   }
 
+  // Quarter i of vector k becomes quarter k of vector i.
+  static void transpose_quarters(__m512* vectors) {
+    const __m512 even_low = _mm512_shuffle_f32x4(vectors[0], vectors[1], 0x88);
+    const __m512 odd_low = _mm512_shuffle_f32x4(vectors[0], vectors[1], 0xdd);
+    const __m512 even_high = _mm512_shuffle_f32x4(vectors[2], vectors[3], 0x88);
+    const __m512 odd_high = _mm512_shuffle_f32x4(vectors[2], vectors[3], 0xdd);
+    vectors[0] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+    vectors[1] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+    vectors[2] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+    vectors[3] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+  }
+
   static void transpose(Avx512Float* vectors) {
     __m512 pairs[16];
     for (int i = 0; i < 16; i += 2) {
@@ -137,14 +148,11 @@ struct Avx512Float {
       }
     }
     for (int i = 0; i < 4; ++i) {
-      const __m512 even_low = _mm512_shuffle_f32x4(fours[i], fours[4 + i], 0x88);
-      const __m512 odd_low = _mm512_shuffle_f32x4(fours[i], fours[4 + i], 0xdd);
-      const __m512 even_high = _mm512_shuffle_f32x4(fours[8 + i], fours[12 + i], 0x88);
-      const __m512 odd_high = _mm512_shuffle_f32x4(fours[8 + i], fours[12 + i], 0xdd);
-      vectors[i].v = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
-      vectors[4 + i].v = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
-      vectors[8 + i].v = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
-      vectors[12 + i].v = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+      __m512 quarters[4] = {fours[i], fours[4 + i], fours[8 + i], fours[12 + i]};
+      transpose_quarters(quarters);
+      for (int k = 0; k < 4; ++k) {
+        vectors[4 * k + i].v = quarters[k];
+      }
     }
   }
 
@@ -259,14 +267,14 @@ struct Avx512Double {
       pairs[i + 1] = _mm512_unpackhi_pd(vectors[i].v, vectors[i + 1].v);
     }
     for (int i = 0; i < 2; ++i) {
-      const __m512d even_low = _mm512_shuffle_f64x2(pairs[i], pairs[2 + i], 0x88);
-      const __m512d odd_low = _mm512_shuffle_f64x2(pairs[i], pairs[2 + i], 0xdd);
-      const __m512d even_high = _mm512_shuffle_f64x2(pairs[4 + i], pairs[6 + i], 0x88);
-      const __m512d odd_high = _mm512_shuffle_f64x2(pairs[4 + i], pairs[6 + i], 0xdd);
-      vectors[i].v = _mm512_shuffle_f64x2(even_low, even_high, 0x88);
-      vectors[2 + i].v = _mm512_shuffle_f64x2(odd_low, odd_high, 0x88);
-      vectors[4 + i].v = _mm512_shuffle_f64x2(even_low, even_high, 0xdd);
-      vectors[6 + i].v = _mm512_shuffle_f64x2(odd_low, odd_high, 0xdd);
+      __m512 quarters[4];
+      for (int k = 0; k < 4; ++k) {
+        quarters[k] = _mm512_castpd_ps(pairs[2 * k + i]);
+      }
+      Avx512Float::transpose_quarters(quarters);
+      for (int k = 0; k < 4; ++k) {
+        vectors[2 * k + i].v = _mm512_castps_pd(quarters[k]);
+      }
     }
   }
 
