@@ -13,7 +13,7 @@ from masked_softmax_ext._load import load_extension
 
 _C = load_extension()
 
-from masked_softmax_ext import reference  # noqa: E402
+from masked_softmax_ext import _vmap, reference  # noqa: E402
 from masked_softmax_ext.functional import (  # noqa: E402
     build_info,
     cpu_capability,
@@ -22,6 +22,9 @@ from masked_softmax_ext.functional import (  # noqa: E402
     masked_softmax_,
 )
 from masked_softmax_ext.modules import MaskedLogSoftmax, MaskedSoftmax  # noqa: E402
+from masked_softmax_ext.packed import packed_log_softmax, packed_softmax  # noqa: E402
+
+_vmap.register()
 
 __all__ = [
     "MaskedLogSoftmax",
@@ -31,5 +34,7 @@ __all__ = [
     "masked_log_softmax",
     "masked_softmax",
     "masked_softmax_",
+    "packed_log_softmax",
+    "packed_softmax",
     "reference",
 ]

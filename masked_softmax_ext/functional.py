@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import numbers
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +10,8 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function_unary
 
 from masked_softmax_ext import _C
-
-Index: TypeAlias = int | Tensor
+from masked_softmax_ext._arguments import Index, check_out, convert
+from masked_softmax_ext.packed import jagged_softmax
 
 _ops = torch.ops.masked_softmax_ext
 
@@ -21,7 +20,7 @@ _MAX_DIMS = 64  # of any tensor of torch's; a dim beyond is out of range, and ma
 
 def masked_softmax(
     input: Tensor,
-    lengths: Index,
+    lengths: Index | None,
     dim: int = -1,
     *,
     starts: Index | None = None,
@@ -41,11 +40,12 @@ def masked_softmax(
 
     Args:
         input: the scores, any shape and strides; float32, float64, bfloat16 or float16, or an
-            integer type where ``dtype`` is given.
+            integer type where ``dtype`` is given. Or a jagged nested tensor, ``dim`` its ragged
+            dimension: it knows its lengths, and is not padded.
         lengths: how many columns of each row are valid: an int, or a tensor of an integer type on
             input's device whose shape broadcasts, from its **first** dimension on, to input's
             shape without ``dim``. For scores ``(B, H, Q, K)``: ``()``, ``(B,)``, ``(B, H)``,
-            ``(B, 1, Q)``, ``(1, 1, Q)``, ``(B, H, Q)``.
+            ``(B, 1, Q)``, ``(1, 1, Q)``, ``(B, H, Q)``. ``None`` for a jagged input only.
         dim: the softmax dimension.
         starts: the first valid column of each row, like ``lengths``; ``None`` is 0.
         scale: a number multiplied into the scores; ``None`` is 1. It has no gradient.
@@ -56,7 +56,8 @@ def masked_softmax(
         out: a tensor of input's shape and of the result's type to write to. May be ``input``.
 
     Returns:
-        A contiguous tensor of input's shape (or ``out``). Differentiable twice in ``input``.
+        A contiguous tensor of input's shape (or ``out``). Differentiable twice in ``input``,
+        backward and forward.
 
     Raises:
         ValueError: lengths (and starts) outside of the columns, a shape or device that does not
@@ -97,7 +98,7 @@ def masked_softmax(
 
 def masked_log_softmax(
     input: Tensor,
-    lengths: Index,
+    lengths: Index | None,
     dim: int = -1,
     *,
     starts: Index | None = None,
@@ -125,7 +126,8 @@ def masked_log_softmax(
         out: a tensor to write to.
 
     Returns:
-        A contiguous tensor of input's shape (or ``out``). Differentiable twice in ``input``.
+        A contiguous tensor of input's shape (or ``out``). Differentiable twice in ``input``,
+        backward and forward.
 
     Raises:
         ValueError, TypeError, IndexError: as :func:`masked_softmax`.
@@ -186,7 +188,7 @@ def masked_softmax_(
         tensor([[0.5000, 0.5000, 0.0000, 0.0000]])
     """
     name = "masked_softmax_"
-    lengths, dim, starts, scale, _ = _convert(
+    lengths, dim, starts, scale, _ = convert(
         name, input, lengths, dim, starts, scale, None, validate
     )
     if torch.compiler.is_compiling():  # functionalisation knows copy_
@@ -235,7 +237,7 @@ def cpu_capability() -> str:
 def _call(
     name: str,
     input: Tensor,
-    lengths: Index,
+    lengths: Index | None,
     dim: int,
     starts: Index | None,
     scale: float | None,
@@ -244,7 +246,9 @@ def _call(
     out: Tensor | None,
 ) -> Tensor:
     """The functions' general way: converts the arguments and calls the operator of that name."""
-    lengths, dim, starts, scale, dtype = _convert(
+    if isinstance(input, Tensor) and input.is_nested:
+        return jagged_softmax(name, input, lengths, dim, starts, scale, dtype, validate, out)
+    lengths, dim, starts, scale, dtype = convert(
         name, input, lengths, dim, starts, scale, dtype, validate
     )
     operator = getattr(_ops, name)
@@ -255,95 +259,7 @@ def _call(
         raise TypeError(f"{name}(): expected out to be a Tensor, but got {type(out).__name__}")
     if torch.compiler.is_compiling():  # functionalisation knows copy_, which would take any out
         result = operator.default(input, lengths, dim, **options)
-        _check_out(name, input, result, out)
+        check_out(name, input, result, out)
         return out.copy_(result)
     operator.out(input, lengths, dim, **options, out=out)
     return out
-
-
-def _check_out(name: str, input: Tensor, result: Tensor, out: Tensor) -> None:
-    """What the operator would check of out, for when a compiler stands in its place."""
-    if out.dtype != result.dtype:
-        raise TypeError(f"{name}(): expected out of {result.dtype}, but got {out.dtype}")
-    if out.device != result.device:
-        raise ValueError(
-            f"{name}(): expected out on the device of input, {result.device}, but got out on "
-            f"{out.device}"
-        )
-    if out.shape != result.shape:
-        raise ValueError(
-            f"{name}(): expected out of input's shape, {list(result.shape)}, but got out of shape "
-            f"{list(out.shape)}"
-        )
-    if any(size > 1 and step == 0 for size, step in zip(out.shape, out.stride(), strict=True)):
-        raise ValueError(
-            f"{name}(): expected an output whose elements each have memory of their own, but got "
-            f"out of shape {list(out.shape)} with strides {out.stride()}"
-        )
-    if torch.is_grad_enabled() and (input.requires_grad or out.requires_grad):
-        raise RuntimeError(
-            f"{name}(): functions with out=... arguments don't support automatic differentiation, "
-            "but one of the arguments requires grad."
-        )
-
-
-def _convert(
-    name: str,
-    input: Tensor,
-    lengths: Index,
-    dim: int,
-    starts: Index | None,
-    scale: float | None,
-    dtype: torch.dtype | type[float] | None,
-    validate: bool,
-) -> tuple[Tensor, int, Tensor | None, float | None, torch.dtype | None]:
-    """lengths, dim, starts, scale and dtype as the operators take them."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"{name}(): expected input to be a Tensor, but got {type(input).__name__}")
-    if isinstance(dim, bool) or not isinstance(dim, numbers.Integral):
-        raise TypeError(f"{name}(): expected dim to be an int, but got {type(dim).__name__}")
-    ndim = max(input.dim(), 1)
-    if not -ndim <= dim < ndim:  # in torch's words; the operator knows 64 bits only
-        raise IndexError(
-            f"Dimension out of range (expected to be in range of [{-ndim}, {ndim - 1}], "
-            f"but got {dim})"
-        )
-    if not isinstance(validate, bool):
-        raise TypeError(
-            f"{name}(): expected validate to be a bool, but got {type(validate).__name__}"
-        )
-    if dtype is float:
-        dtype = torch.float64  # as in torch.softmax
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise TypeError(
-            f"{name}(): expected dtype to be a torch.dtype, but got {type(dtype).__name__}"
-        )
-    if scale is not None and not isinstance(scale, float):
-        # A tensor is refused, not converted: its gradient would be lost without a word.
-        if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
-            raise TypeError(
-                f"{name}(): expected scale to be a number, but got {type(scale).__name__} "
-                "(multiply input by it instead)"
-            )
-        scale = float(scale)
-    dim = int(dim)
-    starts = None if starts is None else _as_index(name, "starts", starts, input, dim)
-    return _as_index(name, "lengths", lengths, input, dim), dim, starts, scale, dtype
-
-
-def _as_index(name: str, what: str, index: Index, input: Tensor, dim: int) -> Tensor:
-    if isinstance(index, Tensor):
-        return index
-    if isinstance(index, bool) or not isinstance(index, int | torch.SymInt | numbers.Integral):
-        raise TypeError(
-            f"{name}(): expected {what} to be an int or a tensor of an integer type, "
-            f"but got {type(index).__name__}"
-        )
-    is_symbol = isinstance(index, torch.SymInt) or is_dynamo_compiling()
-    if not is_symbol and not -(2**63) <= index < 2**63:
-        cols = input.size(dim) if input.dim() > 0 else 1
-        raise ValueError(
-            f"{name}(): expected {what} from 0 to {cols} (input's size in dimension {dim}), "
-            f"but got {index}"
-        )
-    return torch.full((), index, dtype=torch.int64, device=input.device)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from masked_softmax_ext.functional import Index, masked_log_softmax, masked_softmax
+from masked_softmax_ext._arguments import Index
+from masked_softmax_ext.functional import masked_log_softmax, masked_softmax
 
 
 class MaskedSoftmax(nn.Module):
@@ -29,7 +30,7 @@ class MaskedSoftmax(nn.Module):
         self.dim = dim
         self.scale = scale
 
-    def forward(self, input: Tensor, lengths: Index, starts: Index | None = None) -> Tensor:
+    def forward(self, input: Tensor, lengths: Index | None, starts: Index | None = None) -> Tensor:
         return masked_softmax(input, lengths, self.dim, starts=starts, scale=self.scale)
 
     def extra_repr(self) -> str:
@@ -58,7 +59,7 @@ class MaskedLogSoftmax(nn.Module):
         self.dim = dim
         self.scale = scale
 
-    def forward(self, input: Tensor, lengths: Index, starts: Index | None = None) -> Tensor:
+    def forward(self, input: Tensor, lengths: Index | None, starts: Index | None = None) -> Tensor:
         return masked_log_softmax(input, lengths, self.dim, starts=starts, scale=self.scale)
 
     def extra_repr(self) -> str:

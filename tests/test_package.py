@@ -91,12 +91,14 @@ def test_signatures() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["", ".functional", ".modules", ".reference"], ids=lambda name: name or "package"
+    "module",
+    ["", ".functional", ".modules", ".packed", ".reference"],
+    ids=lambda name: name or "package",
 )
 def test_examples_in_the_documentation(module: str) -> None:
     result = doctest.testmod(importlib.import_module("masked_softmax_ext" + module))
     assert result.failed == 0
-    if module in ("", ".functional", ".modules"):
+    if module in ("", ".functional", ".modules", ".packed"):
         assert result.attempted > 0
 
 
@@ -123,8 +125,8 @@ def test_operators_are_registered() -> None:
 
 def test_operator_schemas() -> None:
     arguments = (
-        "(Tensor input, Tensor lengths, int dim=-1, *, Tensor? starts=None, float? scale=None, "
-        "ScalarType? dtype=None, bool validate=False) -> Tensor"
+        "(Tensor input, Tensor lengths, int dim=-1, Tensor? starts=None, *, float? scale=None, "
+        "ScalarType? dtype=None, bool validate=False, int? packed=None) -> Tensor"
     )
     for name in ("masked_softmax", "masked_log_softmax"):
         schema = str(getattr(torch.ops.masked_softmax_ext, name).default._schema)

@@ -9,15 +9,14 @@ namespace masked_softmax {
 namespace {
 
 template <const Operators& (*operators_of)(), c10::DispatchKey kKey>
-at::Tensor forward(const at::Tensor& input, const at::Tensor& lengths, int64_t dim,
-                   const std::optional<at::Tensor>& starts, std::optional<double> scale,
-                   std::optional<at::ScalarType> dtype, bool validate) {
+at::Tensor forward(const at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
+                   OptionalScale scale, OptionalType dtype, bool validate, OptionalInt packed) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{kKey});
   const bool is_16bit = input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;
   if (!dtype.has_value() && is_16bit) {
     dtype = at::kFloat;
   }
-  return operators_of().forward.call(input, lengths, dim, starts, scale, dtype, validate);
+  return operators_of().forward.call(input, lengths, dim, starts, scale, dtype, validate, packed);
 }
 
 template <c10::DispatchKey kKey>

@@ -1,151 +1,196 @@
-// Derivatives. Each function saves its output and the lengths (and starts, where given), nothing else. The backward
-// operators are differentiable themselves; their derivatives are not. Writes are counted below (in_place.cpp).
+// Derivatives, backward and forward: of the two functions, and of their own derivatives, so that all second derivatives
+// exist in every mode. Third ones do not.
+//
+// A function's node saves its output and the lengths (and starts, where given), nothing else. Writes are counted below
+// (in_place.cpp).
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 #include "binding/operators.h"
+#include "binding/rows_node.h"
 
 namespace masked_softmax {
 namespace {
 
-using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using OptionalTensor = std::optional<at::Tensor>;
-using OptionalScale = std::optional<double>;
-using OptionalType = std::optional<at::ScalarType>;
 
 const Operators& operators_of(bool is_log) { return is_log ? log_softmax_operators() : softmax_operators(); }
 
-// What the call was, beside its tensors.
-void save_call(AutogradContext* ctx, bool is_log, int64_t dim, OptionalScale scale, at::ScalarType input_dtype) {
-  ctx->saved_data["is_log"] = is_log;
-  ctx->saved_data["dim"] = dim;
-  if (scale.has_value()) {
-    ctx->saved_data["scale"] = *scale;
-  }
-  ctx->saved_data["input_dtype"] = static_cast<int64_t>(input_dtype);
+at::Tensor call_backward(const Rows& rows, const at::Tensor& g, const at::Tensor& y, at::ScalarType input_dtype) {
+  return operators_of(rows.is_log)
+      .backward.call(g, y, rows.lengths, rows.dim, rows.starts, rows.scale, input_dtype, rows.packed);
 }
 
-struct SavedCall {
-  bool is_log;
-  int64_t dim;
-  OptionalScale scale;
-  at::ScalarType input_dtype;
-
-  explicit SavedCall(AutogradContext* ctx) {
-    is_log = ctx->saved_data["is_log"].toBool();
-    dim = ctx->saved_data["dim"].toInt();
-    const auto found = ctx->saved_data.find("scale");
-    if (found != ctx->saved_data.end()) {
-      scale = found->second.toDouble();
-    }
-    input_dtype = static_cast<at::ScalarType>(ctx->saved_data["input_dtype"].toInt());
+// Of the function's output y along a tangent of its input; it has y's type.
+at::Tensor call_jvp(const Rows& rows, const at::Tensor& tangent, const at::Tensor& y) {
+  if (!rows.is_log) {
+    return call_backward(rows, tangent, y, y.scalar_type());
   }
-};
-
-OptionalTensor defined_or_none(const at::Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+  return masked_log_softmax_jvp().call(tangent, y, rows.lengths, rows.dim, rows.starts, rows.scale, rows.packed);
 }
 
-bool has_tangent(const at::Tensor& tensor) { return tensor._fw_grad(0).defined(); }
-
-bool needs_graph(const at::Tensor& tensor) {
-  return (at::GradMode::is_enabled() && tensor.requires_grad()) || has_tangent(tensor);
+at::Tensor call_second_order(const c10::TypedOperatorHandle<SecondOrder>& of, const Rows& rows,
+                             const at::Tensor& tangent, const at::Tensor& g, const at::Tensor& y) {
+  return of.call(tangent, g, y, rows.lengths, rows.dim, rows.starts, rows.scale, rows.packed);
 }
 
-// The backward operator as a function: its own derivatives with respect to grad_output and output.
-struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
-  static at::Tensor forward(AutogradContext* ctx, bool is_log, const at::Tensor& grad_output, const at::Tensor& output,
-                            const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts, OptionalScale scale,
-                            at::ScalarType input_dtype) {
-    ctx->save_for_backward({grad_output, output, lengths, starts.value_or(at::Tensor())});
-    save_call(ctx, is_log, dim, scale, input_dtype);
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return operators_of(is_log).backward.call(grad_output, output, lengths, dim, starts, scale, input_dtype);
-  }
-
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const variable_list saved = ctx->get_saved_variables();
-    const at::Tensor& grad_output = saved[0];
-    const at::Tensor& output = saved[1];
-    const at::Tensor& lengths = saved[2];
-    const OptionalTensor starts = defined_or_none(saved[3]);
-    const SavedCall call(ctx);
-    const at::Tensor& tangent = grads[0];
-    variable_list result(8);
-    if (ctx->needs_input_grad(0)) {
-      result[1] = call.is_log ? masked_log_softmax_jvp().call(tangent.to(output.scalar_type()), output, lengths,
-                                                              call.dim, starts, call.scale)
-                              : softmax_operators().backward.call(tangent, output, lengths, call.dim, starts,
-                                                                  call.scale, grad_output.scalar_type());
-    }
-    if (ctx->needs_input_grad(1)) {
-      result[2] = operators_of(call.is_log)
-                      .backward_wrt_output.call(tangent, grad_output, output, lengths, call.dim, starts, call.scale);
-    }
-    return result;
-  }
-};
-
-template <bool kIsLog>
-at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, const at::Tensor& lengths, int64_t dim,
-                    const OptionalTensor& starts, OptionalScale scale, at::ScalarType input_dtype) {
-  if (!needs_graph(grad_output) && !needs_graph(output)) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return operators_of(kIsLog).backward.call(grad_output, output, lengths, dim, starts, scale, input_dtype);
-  }
-  return BackwardFunction::apply(kIsLog, grad_output, output, lengths, dim, starts, scale, input_dtype);
+at::Tensor call_backward_wrt_output(const Rows& rows, const at::Tensor& grad, const at::Tensor& g,
+                                    const at::Tensor& y) {
+  return call_second_order(operators_of(rows.is_log).backward_wrt_output, rows, grad, g, y);
 }
 
-variable_list grad_of_input(AutogradContext* ctx, const variable_list& grads, size_t input, size_t argument_count) {
-  variable_list result(argument_count);
-  if (grads[0].defined()) {
-    const variable_list saved = ctx->get_saved_variables();
-    const SavedCall call(ctx);
-    result[input] = operators_of(call.is_log)
-                        .backward.call(grads[0], saved[0], saved[1], call.dim, defined_or_none(saved[2]), call.scale,
-                                       call.input_dtype);
+// saved: the output.
+variable_list forward_gradients(const Rows& rows, at::ScalarType input_dtype, const at::Tensor& grad,
+                                const variable_list& saved, const std::vector<bool>& /*is_needed*/) {
+  return {call_backward(rows, grad, saved[0], input_dtype)};
+}
+
+// Of the backward operators. saved: grad_output, output.
+variable_list backward_gradients(const Rows& rows, at::ScalarType /*input_dtype*/, const at::Tensor& grad,
+                                 const variable_list& saved, const std::vector<bool>& is_needed) {
+  const at::Tensor& g = saved[0];
+  const at::Tensor& y = saved[1];
+  variable_list result(2);
+  if (is_needed[0]) {
+    result[0] = rows.is_log ? call_jvp(rows, grad, y) : call_backward(rows, grad, y, g.scalar_type());
+  }
+  if (is_needed[1]) {
+    result[1] = call_backward_wrt_output(rows, grad, g, y);
   }
   return result;
 }
 
-struct ForwardFunction : torch::autograd::Function<ForwardFunction> {
-  static at::Tensor forward(AutogradContext* ctx, bool is_log, const at::Tensor& input, const at::Tensor& lengths,
-                            int64_t dim, const OptionalTensor& starts, OptionalScale scale, OptionalType dtype,
-                            bool validate) {
-    at::Tensor output;
-    {
-      at::AutoDispatchBelowADInplaceOrView below_autograd;
-      output = operators_of(is_log).forward.call(input, lengths, dim, starts, scale, dtype, validate);
-    }
-    ctx->set_materialize_grads(false);
-    ctx->save_for_backward({output, lengths, starts.value_or(at::Tensor())});
-    save_call(ctx, is_log, dim, scale, input.scalar_type());
-    return output;
+// Of log_softmax's jvp. saved: tangent, output.
+variable_list jvp_gradients(const Rows& rows, at::ScalarType /*input_dtype*/, const at::Tensor& grad,
+                            const variable_list& saved, const std::vector<bool>& is_needed) {
+  const at::Tensor& tangent = saved[0];
+  const at::Tensor& y = saved[1];
+  variable_list result(2);
+  if (is_needed[0]) {
+    result[0] = call_backward(rows, grad, y, tangent.scalar_type());
   }
+  if (is_needed[1]) {
+    result[1] = call_backward_wrt_output(rows, tangent, grad, y);
+  }
+  return result;
+}
 
-  static variable_list backward(AutogradContext* ctx, variable_list grads) { return grad_of_input(ctx, grads, 1, 8); }
-};
+constexpr Formula kForward[] = {{"MaskedSoftmaxExtBackward", 1, forward_gradients},
+                                {"MaskedLogSoftmaxExtBackward", 1, forward_gradients}};
+constexpr Formula kBackward[] = {{"MaskedSoftmaxExtBackwardBackward", 2, backward_gradients},
+                                 {"MaskedLogSoftmaxExtBackwardBackward", 2, backward_gradients}};
+constexpr Formula kLogSoftmaxJvp = {"MaskedLogSoftmaxExtJvpBackward", 2, jvp_gradients};
+
+// The result of an operator that takes two tensors, and its node.
+void set_history(const at::Tensor& result, const Formula& formula, const Rows& rows, const at::Tensor& first,
+                 const at::Tensor& second) {
+  RowsNode::Pointer owner;
+  if (RowsNode* node = node_for(formula, rows, result.scalar_type(), {&first, &second}, owner)) {
+    node->save(first);
+    node->save(second);
+    torch::autograd::set_history(result, owner);
+  }
+}
+
+bool has_tangent(const at::Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); }
+
+at::Tensor tangent_of(const at::Tensor& tensor) { return tensor._fw_grad(/*level=*/0); }
+
+// Without its tangent.
+at::Tensor primal_of(const at::Tensor& tensor) { return has_tangent(tensor) ? tensor._fw_primal(/*level=*/0) : tensor; }
+
+void set_tangent(const at::Tensor& tensor, const at::Tensor& tangent, bool is_in_place) {
+  tensor._set_fw_grad(tangent, /*level=*/0, is_in_place);
+}
+
+// The sum of two tangents that may be absent, in the type that it belongs to.
+at::Tensor sum_of_tangents(const at::Tensor& a, const at::Tensor& b, at::ScalarType type) {
+  const at::Tensor sum = !a.defined() ? b : !b.defined() ? a : a.add(b);
+  return sum.to(type);
+}
 
 template <bool kIsLog>
 at::Tensor forward(const at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
-                   OptionalScale scale, OptionalType dtype, bool validate) {
-  if (!needs_graph(input)) {
+                   OptionalScale scale, OptionalType dtype, bool validate, OptionalInt packed) {
+  at::Tensor output;
+  {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return operators_of(kIsLog).forward.call(input, lengths, dim, starts, scale, dtype, validate);
+    output = operators_of(kIsLog).forward.call(input, lengths, dim, starts, scale, dtype, validate, packed);
   }
-  return ForwardFunction::apply(kIsLog, input, lengths, dim, starts, scale, dtype, validate);
+  const Rows rows{kIsLog, lengths, dim, starts, scale, packed};
+  RowsNode::Pointer owner;
+  RowsNode* const node = node_for(kForward[kIsLog], rows, input.scalar_type(), {&input}, owner);
+  if (node != nullptr) {
+    torch::autograd::set_history(output, owner);
+  }
+  if (has_tangent(input)) {
+    set_tangent(output, call_jvp(rows, tangent_of(input), output), /*is_in_place=*/false);
+  }
+  if (node != nullptr) {
+    node->save_output(output, /*is_in_place=*/false);
+  }
+  return output;
+}
+
+template <bool kIsLog>
+at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, const at::Tensor& lengths, int64_t dim,
+                    const OptionalTensor& starts, OptionalScale scale, at::ScalarType input_dtype, OptionalInt packed) {
+  const Rows rows{kIsLog, lengths, dim, starts, scale, packed};
+  at::Tensor result;
+  {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    result = call_backward(rows, grad_output, output, input_dtype);
+  }
+  set_history(result, kBackward[kIsLog], rows, grad_output, output);
+  if (has_tangent(grad_output) || has_tangent(output)) {
+    const at::Tensor g = primal_of(grad_output);
+    const at::Tensor y = primal_of(output);
+    at::Tensor along_g;
+    at::Tensor along_y;
+    if (has_tangent(grad_output)) {
+      along_g = call_backward(rows, tangent_of(grad_output), y, input_dtype);
+    }
+    if (has_tangent(output)) {
+      along_y = call_second_order(operators_of(kIsLog).backward_jvp_wrt_output, rows, tangent_of(output), g, y);
+    }
+    set_tangent(result, sum_of_tangents(along_g, along_y, input_dtype), /*is_in_place=*/false);
+  }
+  return result;
+}
+
+at::Tensor log_softmax_jvp(const at::Tensor& tangent, const at::Tensor& output, const at::Tensor& lengths, int64_t dim,
+                           const OptionalTensor& starts, OptionalScale scale, OptionalInt packed) {
+  const Rows rows{/*is_log=*/true, lengths, dim, starts, scale, packed};
+  at::Tensor result;
+  {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    result = call_jvp(rows, tangent, output);
+  }
+  set_history(result, kLogSoftmaxJvp, rows, tangent, output);
+  if (has_tangent(tangent) || has_tangent(output)) {
+    const at::Tensor u = primal_of(tangent);
+    const at::Tensor y = primal_of(output);
+    at::Tensor along_u;
+    at::Tensor along_y;
+    if (has_tangent(tangent)) {
+      along_u = call_jvp(rows, tangent_of(tangent), y);
+    }
+    if (has_tangent(output)) {
+      along_y = call_second_order(masked_log_softmax_jvp_jvp_wrt_output(), rows, tangent_of(output), u, y);
+    }
+    set_tangent(result, sum_of_tangents(along_u, along_y, output.scalar_type()), /*is_in_place=*/false);
+  }
+  return result;
 }
 
 template <bool kIsLog>
 void forward_out(const at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
                  OptionalScale scale, OptionalType dtype, bool validate, at::Tensor& out) {
   const Operators& operators = operators_of(kIsLog);
-  TORCH_CHECK(!at::GradMode::is_enabled() || !(input.requires_grad() || out.requires_grad()), operators.name,
+  TORCH_CHECK(!torch::autograd::compute_requires_grad(input, out), operators.name,
               "(): functions with out=... arguments don't support automatic differentiation, but one of the arguments "
               "requires grad.");
   TORCH_CHECK_NOT_IMPLEMENTED(!has_tangent(input) && !has_tangent(out), operators.name,
@@ -155,39 +200,29 @@ void forward_out(const at::Tensor& input, const at::Tensor& lengths, int64_t dim
   operators.forward_out.call(input, lengths, dim, starts, scale, dtype, validate, out);
 }
 
-struct InPlaceFunction : torch::autograd::Function<InPlaceFunction> {
-  static at::Tensor forward(AutogradContext* ctx, at::Tensor input, const at::Tensor& lengths, int64_t dim,
-                            const OptionalTensor& starts, OptionalScale scale, bool validate) {
-    {
-      at::AutoDispatchBelowADInplaceOrView below_autograd;
-      masked_softmax_in_place().call(input, lengths, dim, starts, scale, validate);
-    }
-    ctx->mark_dirty({input});
-    ctx->set_materialize_grads(false);
-    ctx->save_for_backward({input, lengths, starts.value_or(at::Tensor())});
-    save_call(ctx, /*is_log=*/false, dim, scale, input.scalar_type());
-    return input;
-  }
-
-  static variable_list backward(AutogradContext* ctx, variable_list grads) { return grad_of_input(ctx, grads, 0, 6); }
-};
-
 void softmax_in_place(at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
                       OptionalScale scale, bool validate) {
-  if (needs_graph(input)) {
-    // torch's own checks come after the function has run, when the values are gone.
-    TORCH_CHECK_NOT_IMPLEMENTED(!has_tangent(input),
-                                "masked_softmax_(): forward-mode differentiation in place is not "
-                                "implemented, but input has a tangent.");
-    TORCH_CHECK(!lengths.is_inference() && !(starts.has_value() && starts->is_inference()), "masked_softmax_(): ",
-                "Inference tensors cannot be saved for backward, but lengths or starts are one. Please clone them "
-                "outside of inference mode.");
-    torch::autograd::check_inplace(input, /*requires_grad=*/true);
-    InPlaceFunction::apply(input, lengths, dim, starts, scale, validate);
-    return;
+  torch::autograd::check_inplace(input, torch::autograd::compute_requires_grad(input));
+  const Rows rows{/*is_log=*/false, lengths, dim, starts, scale, std::nullopt};
+  RowsNode::Pointer owner;
+  // Before anything is written: lengths may be what cannot be saved.
+  RowsNode* const node = node_for(kForward[0], rows, input.scalar_type(), {&input}, owner);
+  {
+    at::AutoDispatchBelowAutograd below_autograd;
+    masked_softmax_in_place().call(input, lengths, dim, starts, scale, validate);
   }
-  at::AutoDispatchBelowAutograd below_autograd;
-  masked_softmax_in_place().call(input, lengths, dim, starts, scale, validate);
+  if (node != nullptr) {
+    torch::autograd::rebase_history(input, owner);
+  }
+  if (has_tangent(input)) {
+    // Into the tangent's own memory: a view of input, or what input is a view of, may have a view of it.
+    const at::Tensor tangent = tangent_of(input);
+    tangent.copy_(call_jvp(rows, tangent, primal_of(input)));
+    set_tangent(input, tangent, /*is_in_place=*/true);
+  }
+  if (node != nullptr) {
+    node->save_output(input, /*is_in_place=*/true);
+  }
 }
 
 }  // namespace
@@ -200,9 +235,11 @@ TORCH_LIBRARY_IMPL(masked_softmax_ext, Autograd, m) {
   m.impl("masked_log_softmax.out", forward_out<true>);
   m.impl("masked_softmax_backward", backward<false>);
   m.impl("masked_log_softmax_backward", backward<true>);
-  m.impl("masked_log_softmax_jvp", torch::autograd::autogradNotImplementedFallback());
-  m.impl("masked_softmax_backward_wrt_output", torch::autograd::autogradNotImplementedFallback());
-  m.impl("masked_log_softmax_backward_wrt_output", torch::autograd::autogradNotImplementedFallback());
+  m.impl("masked_log_softmax_jvp", log_softmax_jvp);
+  for (const char* name : {"masked_softmax_backward_wrt_output", "masked_log_softmax_backward_wrt_output",
+                           "masked_softmax_backward_jvp_wrt_output", "masked_log_softmax_jvp_jvp_wrt_output"}) {
+    m.impl(name, torch::autograd::autogradNotImplementedFallback());
+  }
 }
 
 }  // namespace masked_softmax

@@ -4,6 +4,7 @@
 #include <ATen/WrapDimUtils.h>
 #include <c10/core/SymInt.h>
 
+#include <algorithm>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -128,6 +129,26 @@ int64_t row_index_stride(const std::optional<at::Tensor>& index, int64_t row_dim
   return index->stride(row_dim);
 }
 
+// What check_row_index() is for padded rows.
+void check_packed_arguments(const at::Tensor& values, const RowArguments& arguments) {
+  TORCH_CHECK_VALUE(values.dim() > 0, arguments.name, "(): expected values of at least one dimension, but got a 0-dim ",
+                    "tensor");
+  TORCH_CHECK_VALUE(arguments.starts.has_value(), arguments.name, "(): expected starts beside lengths, but got None");
+  for (const at::Tensor* index : {&arguments.lengths, &*arguments.starts}) {
+    TORCH_CHECK_TYPE(is_integer(index->scalar_type()), arguments.name,
+                     "(): expected offsets of an integer type (int64, int32, int16, int8 or uint8), but got ",
+                     index->scalar_type());
+    TORCH_CHECK_VALUE(index->device() == values.device(), arguments.name,
+                      "(): expected offsets on the device of values, ", values.device(), ", but got offsets on ",
+                      index->device());
+    TORCH_CHECK_VALUE(index->dim() == 1, arguments.name, "(): expected offsets of one dimension, but got one row's ",
+                      "bounds in a tensor of shape ", index->sym_sizes());
+  }
+  TORCH_CHECK_VALUE(arguments.lengths.sym_size(0) == arguments.starts->sym_size(0), arguments.name,
+                    "(): expected as many starts as lengths, ", arguments.lengths.sym_size(0), ", but got ",
+                    arguments.starts->sym_size(0));
+}
+
 // Puts the row dimension (size, strides) behind those that the problem has, or, where every operand walks on from the
 // last one without a jump, makes that one longer.
 class RowDimensions {
@@ -225,6 +246,9 @@ void check_row_arguments(const at::Tensor& input, const RowArguments& arguments)
   const int64_t dim = at::maybe_wrap_dim(arguments.dim, input.dim());
   TORCH_CHECK_VALUE(input.layout() == at::kStrided, arguments.name,
                     "(): expected a dense (strided) input, but got layout ", input.layout());
+  if (arguments.packed.has_value()) {
+    return check_packed_arguments(input, arguments);
+  }
   check_row_index("lengths", arguments.lengths, input, dim, arguments.name);
   if (arguments.starts.has_value()) {
     check_row_index("starts", *arguments.starts, input, dim, arguments.name);
@@ -285,8 +309,20 @@ Problem make_problem(Operation operation, const at::Tensor& output, std::initial
   problem.lengths = make_row_index(arguments.lengths);
   problem.starts = make_row_index(arguments.starts);
 
+  const bool is_packed = arguments.packed.has_value();
   RowDimensions dimensions(problem, arguments.name);
-  int64_t row_dim = 0;
+  if (is_packed) {
+    const int64_t longest = *arguments.packed > 0 ? *arguments.packed : problem.cols;
+    problem.packing = {true, longest < problem.cols ? longest : problem.cols, output.numel()};
+    dimensions.push(arguments.lengths.size(0), [&](int which) {
+      switch (which) {
+        case RowDimensions::kLengths: return arguments.lengths.stride(0);
+        case RowDimensions::kStarts: return arguments.starts->stride(0);
+        default: return int64_t{0};
+      }
+    });
+  }
+  int64_t row_dim = is_packed ? arguments.lengths.dim() : 0;  // lengths and starts go no further
   for (int64_t d = 0; d < ndim; ++d) {
     if (d == dim) {
       continue;
@@ -304,7 +340,36 @@ Problem make_problem(Operation operation, const at::Tensor& output, std::initial
   return problem;
 }
 
-void check_bounds(const Problem& problem, const at::Tensor& input, const RowArguments& arguments) {
+namespace {
+
+// That packed rows follow one another from the first column to the last, and the longest of them.
+void check_packing(Problem& problem, const RowArguments& arguments) {
+  const int64_t count = arguments.lengths.size(0);
+  int64_t end = 0;
+  int64_t longest = 0;
+  for (int64_t row = 0; row < count; ++row) {
+    const int64_t start = load_index(problem.starts, row * arguments.starts->stride(0));
+    const int64_t length = load_index(problem.lengths, row * arguments.lengths.stride(0));
+    TORCH_CHECK_VALUE(start == end && length >= 0 && length <= problem.cols - start, arguments.name,
+                      "(): expected offsets that ascend from 0 to ", problem.cols, " (values' size in dimension ",
+                      arguments.dim, "), but row ", row, " is from ", start, " to ", start + length);
+    end = start + length;
+    longest = std::max(longest, length);
+  }
+  TORCH_CHECK_VALUE(end == problem.cols, arguments.name, "(): expected offsets that ascend from 0 to ", problem.cols,
+                    " (values' size in dimension ", arguments.dim, "), but they end at ", end);
+  TORCH_CHECK_VALUE(*arguments.packed <= 0 || longest <= *arguments.packed, arguments.name,
+                    "(): expected no row longer than max_length, ", *arguments.packed, ", but one has length ",
+                    longest);
+  problem.packing.longest = longest;
+}
+
+}  // namespace
+
+void check_bounds(Problem& problem, const at::Tensor& input, const RowArguments& arguments) {
+  if (arguments.packed.has_value()) {
+    return check_packing(problem, arguments);
+  }
   const int64_t row = first_invalid_row(problem);
   if (row < 0) {
     return;

@@ -18,19 +18,22 @@ struct RowArguments {
   int64_t dim;
   const std::optional<at::Tensor>& starts;
   std::optional<double> scale;
+  std::optional<int64_t> packed = std::nullopt;  // see operators.h
   bool validate = false;  // whether a device that does not look at bounds before it computes is to do so
 };
 
 // The operator that the user called, for messages.
-constexpr const char* function_name(Operation operation) {
+constexpr const char* function_name(Operation operation, bool is_packed = false) {
   switch (operation) {
-    case Operation::kSoftmax: return "masked_softmax";
-    case Operation::kLogSoftmax: return "masked_log_softmax";
+    case Operation::kSoftmax: return is_packed ? "packed_softmax" : "masked_softmax";
+    case Operation::kLogSoftmax: return is_packed ? "packed_log_softmax" : "masked_log_softmax";
     case Operation::kSoftmaxBackward: return "masked_softmax_backward";
     case Operation::kLogSoftmaxBackward: return "masked_log_softmax_backward";
     case Operation::kLogSoftmaxJvp: return "masked_log_softmax_jvp";
     case Operation::kSoftmaxBackwardWrtY: return "masked_softmax_backward_wrt_output";
     case Operation::kLogSoftmaxBackwardWrtY: return "masked_log_softmax_backward_wrt_output";
+    case Operation::kSoftmaxBackwardJvpWrtY: return "masked_softmax_backward_jvp_wrt_output";
+    case Operation::kLogSoftmaxJvpJvpWrtY: return "masked_log_softmax_jvp_jvp_wrt_output";
   }
   return "";
 }
@@ -54,7 +57,8 @@ void check_like_output(const char* what, const at::Tensor& tensor, const at::Ten
 Problem make_problem(Operation operation, const at::Tensor& output, std::initializer_list<const at::Tensor*> inputs,
                      const RowArguments& arguments);
 
-// Raises ValueError for the first row whose bounds are invalid. Reads the bounds: host memory only.
-void check_bounds(const Problem& problem, const at::Tensor& input, const RowArguments& arguments);
+// Raises ValueError for the first row whose bounds are invalid. Reads the bounds: host memory only. Of packed rows it
+// finds the longest.
+void check_bounds(Problem& problem, const at::Tensor& input, const RowArguments& arguments);
 
 }  // namespace masked_softmax

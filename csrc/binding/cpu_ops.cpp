@@ -33,7 +33,7 @@ void run_on_threads(const Problem& problem) {
 }
 
 struct Cpu {
-  static at::Tensor empty(const at::Tensor& like, at::ScalarType dtype) {
+  static at::Tensor empty(const at::Tensor& like, at::ScalarType dtype, const RowArguments& /*arguments*/) {
     at::Tensor output = at::empty(like.sizes(), like.options().dtype(dtype));
     advise_huge_pages(output.data_ptr(), output.nbytes());
     return output;
@@ -41,7 +41,7 @@ struct Cpu {
 
   static void compute(Operation operation, const at::Tensor& output, std::initializer_list<const at::Tensor*> inputs,
                       const RowArguments& arguments) {
-    const Problem problem = make_problem(operation, output, inputs, arguments);
+    Problem problem = make_problem(operation, output, inputs, arguments);
     check_bounds(problem, output, arguments);
     if (problem.rows > 0 && problem.cols > 0) {
       run_on_threads(problem);

@@ -1,12 +1,16 @@
 // The operators on CUDA tensors: one kernel on the current stream (up to three for very long rows), no synchronisation.
 // Bounds are looked at by the
-// kernel; validate=True looks at them before.
+// kernel; validate=True looks at them before. Packed rows whose longest nobody names cost a synchronisation.
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/max.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <algorithm>
 #include <atomic>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -41,13 +45,17 @@ void check_bounds_on_host(Operation operation, const at::Tensor& output,
   if (arguments.starts.has_value()) {
     starts = arguments.starts->cpu();
   }
-  const RowArguments on_host{arguments.name, lengths, arguments.dim, starts, arguments.scale};
-  check_bounds(make_problem(operation, output, inputs, on_host), output, on_host);
+  const RowArguments on_host{arguments.name, lengths, arguments.dim, starts, arguments.scale, arguments.packed};
+  Problem problem = make_problem(operation, output, inputs, on_host);
+  check_bounds(problem, output, on_host);
 }
 
 struct Cuda {
-  static at::Tensor empty(const at::Tensor& like, at::ScalarType dtype) {
-    return at::empty(like.sizes(), like.options().dtype(dtype));
+  // What no packed row covers, or one whose bounds are invalid, is NaN.
+  static at::Tensor empty(const at::Tensor& like, at::ScalarType dtype, const RowArguments& arguments) {
+    const at::TensorOptions options = like.options().dtype(dtype);
+    return arguments.packed.has_value() ? at::full(like.sizes(), std::numeric_limits<double>::quiet_NaN(), options)
+                                        : at::empty(like.sizes(), options);
   }
 
   static void compute(Operation operation, const at::Tensor& output, std::initializer_list<const at::Tensor*> inputs,
@@ -55,11 +63,17 @@ struct Cuda {
     if (arguments.validate) {
       check_bounds_on_host(operation, output, inputs, arguments);
     }
-    const Problem problem = make_problem(operation, output, inputs, arguments);
+    Problem problem = make_problem(operation, output, inputs, arguments);
     if (problem.rows == 0 || problem.cols == 0) {
       return;
     }
     const c10::cuda::CUDAGuard guard(output.device());
+    if (arguments.packed.has_value() && *arguments.packed <= 0) {
+      problem.packing.longest = std::clamp<int64_t>(arguments.lengths.max().item<int64_t>(), 0, problem.cols);
+    }
+    if (problem.longest() == 0) {
+      return;
+    }
     const cuda::Strategy forced = forced_strategy.load(std::memory_order_relaxed);
     const cuda::LaunchPlan plan = cuda::plan_problem(problem, device_properties(output.device().index()), forced);
     TORCH_CHECK_VALUE(plan.strategy != cuda::Strategy::kAutomatic, arguments.name, "(): the strategy '",

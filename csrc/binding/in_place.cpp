@@ -25,15 +25,14 @@ void write_to(const at::Tensor& written, const char* name, const Compute& comput
 }
 
 template <const Operators& (*operators_of)()>
-void forward_out(const at::Tensor& input, const at::Tensor& lengths, int64_t dim,
-                 const std::optional<at::Tensor>& starts, std::optional<double> scale,
-                 std::optional<at::ScalarType> dtype, bool validate, at::Tensor& out) {
+void forward_out(const at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
+                 OptionalScale scale, OptionalType dtype, bool validate, at::Tensor& out) {
   write_to(out, operators_of().name,
            [&] { operators_of().forward_out.call(input, lengths, dim, starts, scale, dtype, validate, out); });
 }
 
-void softmax_in_place(at::Tensor& input, const at::Tensor& lengths, int64_t dim,
-                      const std::optional<at::Tensor>& starts, std::optional<double> scale, bool validate) {
+void softmax_in_place(at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
+                      OptionalScale scale, bool validate) {
   write_to(input, "masked_softmax_",
            [&] { masked_softmax_in_place().call(input, lengths, dim, starts, scale, validate); });
 }

@@ -8,7 +8,7 @@ namespace masked_softmax {
 namespace {
 
 struct Meta {
-  static at::Tensor empty(const at::Tensor& like, at::ScalarType dtype) {
+  static at::Tensor empty(const at::Tensor& like, at::ScalarType dtype, const RowArguments& /*arguments*/) {
     return at::empty_symint(like.sym_sizes(), like.options().dtype(dtype));
   }
 

@@ -21,10 +21,6 @@ namespace py = pybind11;
 namespace masked_softmax {
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
-using OptionalScale = std::optional<double>;
-using OptionalType = std::optional<at::ScalarType>;
-
 template <const Operators& (*operators_of)()>
 at::Tensor forward(const at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
                    OptionalScale scale, OptionalType dtype, bool validate, OptionalTensor out) {
@@ -32,7 +28,7 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& lengths, int64_t d
     operators_of().forward_out.call(input, lengths, dim, starts, scale, dtype, validate, *out);
     return *out;
   }
-  return operators_of().forward.call(input, lengths, dim, starts, scale, dtype, validate);
+  return operators_of().forward.call(input, lengths, dim, starts, scale, dtype, validate, std::nullopt);
 }
 
 at::Tensor softmax_in_place(at::Tensor input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,

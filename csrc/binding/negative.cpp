@@ -20,16 +20,15 @@ void write_to(at::Tensor& written, const Compute& compute) {
 }
 
 template <const Operators& (*operators_of)()>
-void forward_out(const at::Tensor& input, const at::Tensor& lengths, int64_t dim,
-                 const std::optional<at::Tensor>& starts, std::optional<double> scale,
-                 std::optional<at::ScalarType> dtype, bool validate, at::Tensor& out) {
+void forward_out(const at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
+                 OptionalScale scale, OptionalType dtype, bool validate, at::Tensor& out) {
   write_to(out, [&](at::Tensor& plain) {
     operators_of().forward_out.call(input.resolve_neg(), lengths, dim, starts, scale, dtype, validate, plain);
   });
 }
 
-void softmax_in_place(at::Tensor& input, const at::Tensor& lengths, int64_t dim,
-                      const std::optional<at::Tensor>& starts, std::optional<double> scale, bool validate) {
+void softmax_in_place(at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
+                      OptionalScale scale, bool validate) {
   write_to(input,
            [&](at::Tensor& plain) { masked_softmax_in_place().call(plain, lengths, dim, starts, scale, validate); });
 }

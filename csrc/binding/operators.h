@@ -1,4 +1,7 @@
 // The operators' C++ signatures, and calls of them that go through torch's dispatcher.
+//
+// `packed`: none for rows that are padded to one length. For rows that lie end to end in dimension `dim` it says that
+// none is longer than so much (0: look for the longest), and lengths and starts, one for each of them, say where.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,22 +11,26 @@
 
 namespace masked_softmax {
 
+using OptionalTensor = std::optional<at::Tensor>;
+using OptionalScale = std::optional<double>;
+using OptionalType = std::optional<at::ScalarType>;
+using OptionalInt = std::optional<int64_t>;
+
 using Forward = at::Tensor(const at::Tensor& input, const at::Tensor& lengths, int64_t dim,
-                           const std::optional<at::Tensor>& starts, std::optional<double> scale,
-                           std::optional<at::ScalarType> dtype, bool validate);
-using ForwardOut = void(const at::Tensor& input, const at::Tensor& lengths, int64_t dim,
-                        const std::optional<at::Tensor>& starts, std::optional<double> scale,
-                        std::optional<at::ScalarType> dtype, bool validate, at::Tensor& out);
-using InPlace = void(at::Tensor& input, const at::Tensor& lengths, int64_t dim, const std::optional<at::Tensor>& starts,
-                     std::optional<double> scale, bool validate);
+                           const OptionalTensor& starts, OptionalScale scale, OptionalType dtype, bool validate,
+                           OptionalInt packed);
+using ForwardOut = void(const at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
+                        OptionalScale scale, OptionalType dtype, bool validate, at::Tensor& out);
+using InPlace = void(at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
+                     OptionalScale scale, bool validate);
 using Backward = at::Tensor(const at::Tensor& grad_output, const at::Tensor& output, const at::Tensor& lengths,
-                            int64_t dim, const std::optional<at::Tensor>& starts, std::optional<double> scale,
-                            at::ScalarType input_dtype);
+                            int64_t dim, const OptionalTensor& starts, OptionalScale scale, at::ScalarType input_dtype,
+                            OptionalInt packed);
 using Jvp = at::Tensor(const at::Tensor& tangent, const at::Tensor& output, const at::Tensor& lengths, int64_t dim,
-                       const std::optional<at::Tensor>& starts, std::optional<double> scale);
-using BackwardWrtOutput = at::Tensor(const at::Tensor& tangent, const at::Tensor& grad_output, const at::Tensor& output,
-                                     const at::Tensor& lengths, int64_t dim, const std::optional<at::Tensor>& starts,
-                                     std::optional<double> scale);
+                       const OptionalTensor& starts, OptionalScale scale, OptionalInt packed);
+using SecondOrder = at::Tensor(const at::Tensor& tangent, const at::Tensor& grad_output, const at::Tensor& output,
+                               const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
+                               OptionalScale scale, OptionalInt packed);
 
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find_operator(const char* name, const char* overload = "") {
@@ -36,12 +43,17 @@ struct Operators {
   c10::TypedOperatorHandle<Forward> forward;
   c10::TypedOperatorHandle<ForwardOut> forward_out;
   c10::TypedOperatorHandle<Backward> backward;
-  c10::TypedOperatorHandle<BackwardWrtOutput> backward_wrt_output;
+  // The derivatives of `backward` with respect to `output`: backward, and along a tangent of it.
+  c10::TypedOperatorHandle<SecondOrder> backward_wrt_output;
+  c10::TypedOperatorHandle<SecondOrder> backward_jvp_wrt_output;
 };
 
 const Operators& softmax_operators();
 const Operators& log_softmax_operators();
 const c10::TypedOperatorHandle<InPlace>& masked_softmax_in_place();
+
+// softmax's own is its `backward`, whose Jacobian is symmetric.
 const c10::TypedOperatorHandle<Jvp>& masked_log_softmax_jvp();
+const c10::TypedOperatorHandle<SecondOrder>& masked_log_softmax_jvp_jvp_wrt_output();
 
 }  // namespace masked_softmax

@@ -16,8 +16,9 @@ namespace masked_softmax {
 constexpr int kMaxRowDims = 40;
 constexpr int kMaxInputs = 3;
 
-// The rows of SPEC's table, their derivatives, and the derivatives' derivatives. `y` is the forward result, `g` the
-// incoming gradient, p = exp(y) for log_softmax, <a, b> the sum over the row's valid columns.
+// The rows of SPEC's table, their derivatives, and the derivatives' derivatives, backward and forward (jvp: along the
+// tangent v). `y` is the forward result, `g` the incoming gradient, p = exp(y) for log_softmax, <a, b> the sum over the
+// row's valid columns.
 enum class Operation : uint8_t {
   kSoftmax,                 // (x)        exp(scale * (x - max)) / sum
   kLogSoftmax,              // (x)        scale * (x - max) - log(sum)
@@ -25,7 +26,9 @@ enum class Operation : uint8_t {
   kLogSoftmaxBackward,      // (g, y)     scale * (g - p * <g, 1>)
   kLogSoftmaxJvp,           // (v, y)     scale * (v - <v, p>)
   kSoftmaxBackwardWrtY,     // (v, g, y)  scale * (v * (g - <g, y>) - g * <v, y>)
-  kLogSoftmaxBackwardWrtY,  // (v, g, y)  -scale * v * p * <g, 1>
+  kLogSoftmaxBackwardWrtY,  // (v, g, y)  -scale * v * p * <g, 1>; diagonal in v: also its jvp
+  kSoftmaxBackwardJvpWrtY,  // (v, g, y)  scale * (v * (g - <g, y>) - y * <v, g>)
+  kLogSoftmaxJvpJvpWrtY,    // (v, u, y)  -scale * <v * u, p>: of kLogSoftmaxJvp (u, y)
 };
 
 struct Operand {
@@ -43,6 +46,14 @@ struct RowIndex {
   int64_t row_strides[kMaxRowDims];
 };
 
+// Rows that lie end to end, without padding: each row's valid columns are all that it has, and `starts` says where in
+// the buffer they begin. Problem::cols is the whole buffer then.
+struct Packing {
+  bool is_packed = false;
+  int64_t longest = 0;       // no row has more columns
+  int64_t output_elems = 0;  // of all rows together
+};
+
 struct Problem {
   Operation operation = Operation::kSoftmax;
   double scale = 1.0;
@@ -55,6 +66,10 @@ struct Problem {
   Operand inputs[kMaxInputs];  // in the order that Operation names them
   RowIndex lengths;
   RowIndex starts;
+  Packing packing;
+
+  int64_t longest() const { return packing.is_packed ? packing.longest : cols; }
+  int64_t output_elems() const { return packing.is_packed ? packing.output_elems : rows * cols; }
 };
 
 // The valid columns of one row: start <= column < end.

@@ -49,8 +49,12 @@ struct Strip {
   int64_t starts[kMostStripRows];  // counted from `first`
   int64_t lengths[kMostStripRows];
 
-  Strip(const RowRun& run, int64_t ahead, int64_t count) : rows(count) {
+  // longest: more columns than the buffers hold a row has only where another thread changes lengths meanwhile.
+  MASKED_SOFTMAX_INLINE Strip(const RowRun& run, int64_t ahead, int64_t count, int64_t longest) : rows(count) {
     run.read_bounds(ahead, count, bounds);
+    for (int64_t r = 0; r < count; ++r) {
+      bounds[r].end = bounds[r].length() <= longest ? bounds[r].end : bounds[r].start + longest;
+    }
     first = first_of_all = bounds[0].start;
     end = end_of_all = bounds[0].end;
     for (int64_t r = 1; r < count; ++r) {
@@ -114,7 +118,8 @@ class ColumnStrips {
     RowWalker walker(problem_, begin, end);
     for (RowRun run; walker.next(run);) {
       for (int64_t first = 0; first < run.rows; first += strip_rows_) {
-        const Strip strip(run, first, run.rows - first < strip_rows_ ? run.rows - first : strip_rows_);
+        const int64_t count = run.rows - first < strip_rows_ ? run.rows - first : strip_rows_;
+        const Strip strip(run, first, count, problem_.longest());
         for (int k = 0; k < kInputs; ++k) {
           visit_loaded_type(problem_.inputs[k].type, [&](auto element) {
             bring(static_cast<const decltype(element)*>(problem_.inputs[k].data) + run.input_offset(k, first),
@@ -127,8 +132,10 @@ class ColumnStrips {
         visit_loaded_type(problem_.output.type, [&](auto element) {
           auto* const to = static_cast<decltype(element)*>(problem_.output.data) + run.output_offset(first);
           take_back(to, strip);
-          fill(to, strip.rows, 0, strip.first, padding);
-          fill(to, strip.rows, strip.end, problem_.cols, padding);
+          if (!problem_.packing.is_packed) {
+            fill(to, strip.rows, 0, strip.first, padding);
+            fill(to, strip.rows, strip.end, problem_.cols, padding);
+          }
         });
       }
     }
@@ -139,7 +146,7 @@ class ColumnStrips {
 
   // In a buffer; a vector more than whole ones, so that rows do not all meet in the same lines of a cache.
   static int64_t row_elems(const Problem& problem) {
-    return (problem.cols + V::kLanes - 1) / V::kLanes * V::kLanes + V::kLanes;
+    return (problem.longest() + V::kLanes - 1) / V::kLanes * V::kLanes + V::kLanes;
   }
 
   template <class Visit>

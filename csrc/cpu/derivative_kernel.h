@@ -106,6 +106,34 @@ struct Derivative<Operation::kLogSoftmaxBackwardWrtY> {  // (v, g, y)
   }
 };
 
+template <>
+struct Derivative<Operation::kSoftmaxBackwardJvpWrtY> {  // (v, g, y)
+  static constexpr int kInputs = 3;
+  static constexpr int kSums = 2;
+  template <class W, class Terms>
+  static MASKED_SOFTMAX_INLINE LaneSums<W, kSums> terms(const Terms&, const W* in) {
+    return {{W::mul(in[1], in[2]), W::mul(in[0], in[1])}};
+  }
+  template <class W, class Terms>
+  static MASKED_SOFTMAX_INLINE W value(const Terms& shared, const W* in, const W* sums) {
+    return shared.scaled(W::sub(W::mul(in[0], W::sub(in[1], sums[0])), W::mul(in[2], sums[1])));
+  }
+};
+
+template <>
+struct Derivative<Operation::kLogSoftmaxJvpJvpWrtY> {  // (v, u, y)
+  static constexpr int kInputs = 3;
+  static constexpr int kSums = 1;
+  template <class W, class Terms>
+  static MASKED_SOFTMAX_INLINE LaneSums<W, kSums> terms(const Terms& shared, const W* in) {
+    return {{W::mul(W::mul(in[0], in[1]), shared.exp(in[2]))}};
+  }
+  template <class W, class Terms>
+  static MASKED_SOFTMAX_INLINE W value(const Terms& shared, const W* /*in*/, const W* sums) {
+    return W::sub(W::broadcast(0), shared.scaled(sums[0]));
+  }
+};
+
 // The inputs of one row of a batch.
 template <class T, int kInputs>
 struct InputPointers {

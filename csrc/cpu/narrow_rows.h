@@ -258,7 +258,8 @@ constexpr bool is_ever_narrow(Operation operation) {
 
 template <class V>
 bool is_narrow(const Problem& problem) {
-  return problem.cols <= V::kNarrowVectors * V::kLanes && problem.starts.data == nullptr && problem.starts.value == 0;
+  return problem.cols <= V::kNarrowVectors * V::kLanes && problem.starts.data == nullptr && problem.starts.value == 0 &&
+         !problem.packing.is_packed;
 }
 
 // Runs the rows [begin, end) of a narrow problem of kVectors. compute_otherwise(row): what cannot be computed here.

@@ -12,14 +12,17 @@ void for_each_cost(const Problem& problem, const Visitor& visit) {
   int64_t row = 0;
   for (RowRun run; walker.next(run);) {
     for (int64_t ahead = 0; ahead < run.rows; ++ahead, ++row) {
-      visit(row, kRowCost + problem.cols + run.bounds(ahead).length() * kValidCost);
+      const int64_t length = run.bounds(ahead).length();
+      visit(row, kRowCost + (problem.packing.is_packed ? length : problem.cols) + length * kValidCost);
     }
   }
 }
 
 }  // namespace
 
-int64_t largest_cost(const Problem& problem) { return problem.rows * (kRowCost + problem.cols * (1 + kValidCost)); }
+int64_t largest_cost(const Problem& problem) {
+  return problem.rows * kRowCost + problem.output_elems() * (1 + kValidCost);
+}
 
 std::vector<int64_t> partition_rows(const Problem& problem, int parts) {
   int64_t total = 0;

@@ -189,6 +189,7 @@ MASKED_SOFTMAX_NOINLINE void run_swept_rows(const Problem& problem, int64_t begi
   const typename K::Parameters parameters(problem.scale / staging_factor(problem));
   const Operand& output = problem.output;
   Access access(problem);
+  const bool is_packed = problem.packing.is_packed;
 
   const Writing writing = Access::kStaged ? Writing::kToCache : writing_of(problem);
   constexpr int64_t kScratchElems = kOperation == Operation::kSoftmax ? Access::kLongestShortRow : 1;
@@ -213,11 +214,12 @@ MASKED_SOFTMAX_NOINLINE void run_swept_rows(const Problem& problem, int64_t begi
 
   const auto take_row = [&](const RowRun& run, int64_t ahead, RowBounds bounds) MASKED_SOFTMAX_LAMBDA_INLINE {
     const int64_t length = bounds.length();
-    const int64_t after = problem.cols - bounds.end;
+    const int64_t before = is_packed ? 0 : bounds.start;
+    const int64_t after = is_packed ? 0 : problem.cols - bounds.end;
     const int64_t output_offset = run.output_offset(ahead) + bounds.start * Access::col_stride(output);
     void* const valid = Access::output_at(output, output_offset);
     if (length == 0) {
-      Access::fill_padding(output, valid, bounds.start, length, after, K::kPadding, writing);
+      Access::fill_padding(output, valid, before, length, after, K::kPadding, writing);
       return;
     }
     int64_t input_offsets[K::kInputs];
@@ -226,7 +228,7 @@ MASKED_SOFTMAX_NOINLINE void run_swept_rows(const Problem& problem, int64_t begi
     }
     if (length > Access::kLongestShortRow) {
       K::run_long_row(problem, output_offset, input_offsets, length, parameters);
-      Access::fill_padding(output, valid, bounds.start, length, after, K::kPadding, writing);
+      Access::fill_padding(output, valid, before, length, after, K::kPadding, writing);
       return;
     }
     const int64_t row_elems = Batch<V>::scratch_elems(length);
@@ -241,9 +243,9 @@ MASKED_SOFTMAX_NOINLINE void run_swept_rows(const Problem& problem, int64_t begi
     }
     batch.outputs[row] = valid;
     batch.lengths[row] = length;
-    batch.before[row] = bounds.start;
+    batch.before[row] = before;
     batch.after[row] = after;
-    batch.has_padding |= length < problem.cols;
+    batch.has_padding |= before + after > 0;
   };
 
   RowWalker walker(problem, begin, end);
@@ -375,6 +377,10 @@ void run(const Problem& problem, int64_t begin, int64_t end) {
       return run_operation<Isa, Operation::kSoftmaxBackwardWrtY>(problem, begin, end);
     case Operation::kLogSoftmaxBackwardWrtY:
       return run_operation<Isa, Operation::kLogSoftmaxBackwardWrtY>(problem, begin, end);
+    case Operation::kSoftmaxBackwardJvpWrtY:
+      return run_operation<Isa, Operation::kSoftmaxBackwardJvpWrtY>(problem, begin, end);
+    case Operation::kLogSoftmaxJvpJvpWrtY:
+      return run_operation<Isa, Operation::kLogSoftmaxJvpJvpWrtY>(problem, begin, end);
   }
 }
 

@@ -37,7 +37,7 @@ Writing writing_of(const Problem& problem) {
   for (int k = 0; k < problem.input_count; ++k) {
     element_bytes += size_bytes(problem.inputs[k].type);
   }
-  const bool is_large = problem.rows * problem.cols * element_bytes >= last_cache_bytes / 4 * 3;
+  const bool is_large = problem.output_elems() * element_bytes >= last_cache_bytes / 4 * 3;
   const bool is_in_place = problem.output.data == problem.inputs[0].data;
   return is_large && !is_in_place ? Writing::kPastCaches : Writing::kToCache;
 }

@@ -98,7 +98,7 @@ Status launch_strided(const KernelProblem& problem, const LaunchPlan& plan, Stre
 LaunchPlan plan_problem(const Problem& problem, const DeviceProperties& device, Strategy forced) {
   RowShape shape;
   shape.rows = problem.rows;
-  shape.cols = problem.cols;
+  shape.cols = problem.longest();
   shape.elems_per_vector = elems_per_vector(problem);
   shape.acc_bytes = computes_in_double(problem) ? 8 : 4;
   shape.inputs = problem.input_count;

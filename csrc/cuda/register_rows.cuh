@@ -146,7 +146,7 @@ class RegisterRow {
       store_vector<Group::kRunLanes>(output + row_.start + piece_begin_, piece_length_, vector(k),
                                      kernel_problem_.output_rows_are_aligned, values[k]);
     }
-    if (exists_) {
+    if (exists_ && !problem.packing.is_packed) {
       const auto padding = narrow<output_t>(padding_value<float>(problem.operation, row_));
       const int64_t thread = int64_t{group_.piece()} * group_.threads() + group_.thread();
       const int64_t threads = int64_t{group_.pieces()} * group_.threads();

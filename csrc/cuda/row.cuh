@@ -54,8 +54,8 @@ MASKED_SOFTMAX_DEVICE Row find_row(const KernelProblem& kernel_problem, int64_t 
   }
   row.start = load_row_index(problem.starts, start_offset);
   row.length = load_row_index(problem.lengths, length_offset);
-  row.is_valid =
-      row.start >= 0 && row.length >= 0 && row.start <= problem.cols && row.length <= problem.cols - row.start;
+  row.is_valid = row.start >= 0 && row.length >= 0 && row.start <= problem.cols &&
+                 row.length <= problem.cols - row.start && row.length <= problem.longest();
   if (!row.is_valid) {
     row.start = 0;
     row.length = 0;

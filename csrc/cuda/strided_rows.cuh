@@ -108,7 +108,7 @@ class StridedRow {
     } else {
       derivative();
     }
-    if (exists_) {
+    if (exists_ && !problem_.packing.is_packed) {
       fill_padding();
     }
   }
@@ -146,7 +146,7 @@ class StridedRow {
   template <class ComputeTerms>
   MASKED_SOFTMAX_DEVICE acc_t sum(const ComputeTerms& compute_terms) const {
     Sum<acc_t> sum;
-    for (int64_t piece = 0; piece < problem_.cols; piece += order_.piece_elems()) {
+    for (int64_t piece = 0; piece < problem_.longest(); piece += order_.piece_elems()) {
       sum.add(group_.sum(part_of_piece(piece, compute_terms)));
       group_.meet();  // before the results' memory is used again
     }
@@ -250,12 +250,19 @@ class StridedRow {
       case Operation::kSoftmaxBackward: return in.a[i] * in.b[i];
       case Operation::kLogSoftmaxBackward: return in.a[i];
       case Operation::kLogSoftmaxJvp: return in.a[i] * exp_of(in.b[i]);
-      case Operation::kSoftmaxBackwardWrtY: return in.b[i] * in.c[i];
+      case Operation::kSoftmaxBackwardWrtY:
+      case Operation::kSoftmaxBackwardJvpWrtY: return in.b[i] * in.c[i];
+      case Operation::kLogSoftmaxJvpJvpWrtY: return in.a[i] * in.b[i] * exp_of(in.c[i]);
       default: return in.b[i];  // kLogSoftmaxBackwardWrtY
     }
   }
 
-  // first: the sum of the terms; second: that of a * c.
+  // What the second sum, if there is one, is of.
+  MASKED_SOFTMAX_DEVICE acc_t second_term(const Inputs& in, int i) const {
+    return in.a[i] * (problem_.operation == Operation::kSoftmaxBackwardWrtY ? in.c[i] : in.b[i]);
+  }
+
+  // first, second: the sums of the terms.
   MASKED_SOFTMAX_DEVICE acc_t result(const Inputs& in, int i, acc_t first, acc_t second) const {
     const acc_t scale = scaling_.scale;
     switch (problem_.operation) {
@@ -263,6 +270,8 @@ class StridedRow {
       case Operation::kLogSoftmaxBackward: return scale * (in.a[i] - exp_of(in.b[i]) * first);
       case Operation::kLogSoftmaxJvp: return scale * (in.a[i] - first);
       case Operation::kSoftmaxBackwardWrtY: return scale * (in.a[i] * (in.b[i] - first) - in.b[i] * second);
+      case Operation::kSoftmaxBackwardJvpWrtY: return scale * (in.a[i] * (in.b[i] - first) - in.c[i] * second);
+      case Operation::kLogSoftmaxJvpJvpWrtY: return -(scale * first);
       default: return -(scale * (in.a[i] * exp_of(in.c[i]) * first));
     }
   }
@@ -275,14 +284,15 @@ class StridedRow {
         MASKED_SOFTMAX_UNROLL
         for (int i = 0; i < kMostVectorElems; ++i) {
           if (i < count) {
-            terms[i] = is_second ? in.a[i] * in.c[i] : term(in, i);
+            terms[i] = is_second ? second_term(in, i) : term(in, i);
           }
         }
       });
     };
     // One place in the code for both sums.
     acc_t sums[2] = {0, 0};
-    const bool has_second = problem_.operation == Operation::kSoftmaxBackwardWrtY;
+    const bool has_second = problem_.operation == Operation::kSoftmaxBackwardWrtY ||
+                            problem_.operation == Operation::kSoftmaxBackwardJvpWrtY;
     for (int s = 0; s < (has_second ? 2 : 1); ++s) {
       const acc_t found = sum_of(s == 1);
       sums[0] = s == 0 ? found : sums[0];

@@ -23,6 +23,8 @@ OPERATIONS = (
     "log_softmax_jvp",
     "softmax_backward_wrt_y",
     "log_softmax_backward_wrt_y",
+    "softmax_backward_jvp_wrt_y",
+    "log_softmax_jvp_jvp_wrt_y",
 )
 ELEMENT_TYPES = (
     torch.float32,

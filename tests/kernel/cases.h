@@ -42,6 +42,8 @@ inline const char* name_of(Operation operation) {
     case Operation::kLogSoftmaxJvp: return "log_softmax_jvp";
     case Operation::kSoftmaxBackwardWrtY: return "softmax_backward_wrt_y";
     case Operation::kLogSoftmaxBackwardWrtY: return "log_softmax_backward_wrt_y";
+    case Operation::kSoftmaxBackwardJvpWrtY: return "softmax_backward_jvp_wrt_y";
+    case Operation::kLogSoftmaxJvpJvpWrtY: return "log_softmax_jvp_jvp_wrt_y";
   }
   return "";
 }
@@ -54,6 +56,8 @@ constexpr Operation kOperations[] = {
     Operation::kLogSoftmaxJvp,
     Operation::kSoftmaxBackwardWrtY,
     Operation::kLogSoftmaxBackwardWrtY,
+    Operation::kSoftmaxBackwardJvpWrtY,
+    Operation::kLogSoftmaxJvpJvpWrtY,
 };
 
 constexpr ElementType kFloatingTypes[] = {ElementType::kFloat64, ElementType::kFloat32, ElementType::kBFloat16,
@@ -64,7 +68,9 @@ inline int input_count(Operation operation) {
     case Operation::kSoftmax:
     case Operation::kLogSoftmax: return 1;
     case Operation::kSoftmaxBackwardWrtY:
-    case Operation::kLogSoftmaxBackwardWrtY: return 3;
+    case Operation::kLogSoftmaxBackwardWrtY:
+    case Operation::kSoftmaxBackwardJvpWrtY:
+    case Operation::kLogSoftmaxJvpJvpWrtY: return 3;
     default: return 2;
   }
 }
@@ -195,7 +201,8 @@ inline void fill_inputs(Operation operation, std::vector<Matrix>& inputs, const 
   std::normal_distribution<double> normal(0.0, spread);
   for (size_t k = 0; k < inputs.size(); ++k) {
     const bool is_y = inputs.size() > 1 && k + 1 == inputs.size();
-    const bool is_log = operation != Operation::kSoftmaxBackward && operation != Operation::kSoftmaxBackwardWrtY;
+    const bool is_log = operation != Operation::kSoftmaxBackward && operation != Operation::kSoftmaxBackwardWrtY &&
+                        operation != Operation::kSoftmaxBackwardJvpWrtY;
     for (int64_t row = 0; row < inputs[k].rows(); ++row) {
       const int64_t length = bounds.lengths[static_cast<size_t>(row)];
       for (int64_t i = 0; i < length; ++i) {

@@ -132,6 +132,27 @@ inline std::vector<Expected> expected_derivative(Operation operation, const RowV
       }
       break;
     }
+    case Operation::kSoftmaxBackwardJvpWrtY: {
+      const std::vector<real>& g = in[1];
+      const real with_y = dot(g);
+      const real with_v = sum([&](size_t i) { return a[i] * g[i]; });
+      const real magnitude_y = magnitude_of_dot(g);
+      const real magnitude_v = sum([&](size_t i) { return std::fabs(a[i] * g[i]); });
+      for (size_t i = 0; i < length; ++i) {
+        set(i, a[i] * (g[i] - with_y) - y[i] * with_v,
+            std::fabs(a[i]) * (std::fabs(g[i]) + magnitude_y) + y[i] * magnitude_v);
+      }
+      break;
+    }
+    case Operation::kLogSoftmaxJvpJvpWrtY: {
+      const std::vector<real>& u = in[1];
+      const real total = sum([&](size_t i) { return a[i] * u[i] * p(i); });
+      const real magnitude = sum([&](size_t i) { return (1 + std::fabs(y[i])) * std::fabs(a[i] * u[i]) * p(i); });
+      for (size_t i = 0; i < length; ++i) {
+        set(i, -total, magnitude);
+      }
+      break;
+    }
     default: break;
   }
   return row;

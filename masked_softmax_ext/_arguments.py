@@ -1,0 +1,114 @@
+"""The functions' arguments as the operators take them, and what is wrong with them in words."""
+
+from __future__ import annotations
+
+import numbers
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+Index: TypeAlias = int | Tensor
+
+
+def convert(
+    name: str,
+    input: Tensor,
+    lengths: Index | None,
+    dim: int,
+    starts: Index | None,
+    scale: float | None,
+    dtype: torch.dtype | type[float] | None,
+    validate: bool,
+) -> tuple[Tensor, int, Tensor | None, float | None, torch.dtype | None]:
+    """lengths, dim, starts, scale and dtype as the operators take them."""
+    dim, scale, dtype = convert_options(name, "input", input, dim, scale, dtype, validate)
+    starts = None if starts is None else _as_index(name, "starts", starts, input, dim)
+    return _as_index(name, "lengths", lengths, input, dim), dim, starts, scale, dtype
+
+
+def convert_options(
+    name: str,
+    what: str,
+    input: Tensor,
+    dim: int,
+    scale: float | None,
+    dtype: torch.dtype | type[float] | None,
+    validate: bool,
+) -> tuple[int, float | None, torch.dtype | None]:
+    """dim, scale and dtype as the operators take them."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{name}(): expected {what} to be a Tensor, but got {type(input).__name__}")
+    if isinstance(dim, bool) or not isinstance(dim, numbers.Integral):
+        raise TypeError(f"{name}(): expected dim to be an int, but got {type(dim).__name__}")
+    ndim = max(input.dim(), 1)
+    if not -ndim <= dim < ndim:  # in torch's words; the operator knows 64 bits only
+        raise IndexError(
+            f"Dimension out of range (expected to be in range of [{-ndim}, {ndim - 1}], "
+            f"but got {dim})"
+        )
+    if not isinstance(validate, bool):
+        raise TypeError(
+            f"{name}(): expected validate to be a bool, but got {type(validate).__name__}"
+        )
+    if dtype is float:
+        dtype = torch.float64  # as in torch.softmax
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(
+            f"{name}(): expected dtype to be a torch.dtype, but got {type(dtype).__name__}"
+        )
+    if scale is not None and not isinstance(scale, float):
+        # A tensor is refused, not converted: its gradient would be lost without a word.
+        if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+            raise TypeError(
+                f"{name}(): expected scale to be a number, but got {type(scale).__name__} "
+                f"(multiply {what} by it instead)"
+            )
+        scale = float(scale)
+    return int(dim), scale, dtype
+
+
+def _as_index(name: str, what: str, index: Index | None, input: Tensor, dim: int) -> Tensor:
+    if isinstance(index, Tensor):
+        return index
+    if isinstance(index, bool) or not isinstance(index, int | torch.SymInt | numbers.Integral):
+        raise TypeError(
+            f"{name}(): expected {what} to be an int or a tensor of an integer type, "
+            f"but got {type(index).__name__}"
+            + (" (only a jagged input knows its own)" if index is None else "")
+        )
+    is_symbol = isinstance(index, torch.SymInt) or is_dynamo_compiling()
+    if not is_symbol and not -(2**63) <= index < 2**63:
+        cols = input.size(dim) if input.dim() > 0 else 1
+        raise ValueError(
+            f"{name}(): expected {what} from 0 to {cols} (input's size in dimension {dim}), "
+            f"but got {index}"
+        )
+    return torch.full((), index, dtype=torch.int64, device=input.device)
+
+
+def check_out(name: str, input: Tensor, result: Tensor, out: Tensor) -> None:
+    """What the operator would check of out, for when a compiler stands in its place."""
+    if out.dtype != result.dtype:
+        raise TypeError(f"{name}(): expected out of {result.dtype}, but got {out.dtype}")
+    if out.device != result.device:
+        raise ValueError(
+            f"{name}(): expected out on the device of input, {result.device}, but got out on "
+            f"{out.device}"
+        )
+    if out.shape != result.shape:
+        raise ValueError(
+            f"{name}(): expected out of input's shape, {list(result.shape)}, but got out of shape "
+            f"{list(out.shape)}"
+        )
+    if any(size > 1 and step == 0 for size, step in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(
+            f"{name}(): expected an output whose elements each have memory of their own, but got "
+            f"out of shape {list(out.shape)} with strides {out.stride()}"
+        )
+    if torch.is_grad_enabled() and (input.requires_grad or out.requires_grad):
+        raise RuntimeError(
+            f"{name}(): functions with out=... arguments don't support automatic differentiation, "
+            "but one of the arguments requires grad."
+        )

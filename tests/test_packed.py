@@ -1,0 +1,363 @@
+"""Promise: packed rows and jagged tensors have the bits of padded ones, without being padded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from calls import forward, forward_backward
+from cases import FLOATING, INTEGER, assert_same_bits, generator, random_input, short_name
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from masked_softmax_ext import (
+    masked_log_softmax,
+    masked_softmax,
+    packed_log_softmax,
+    packed_softmax,
+)
+
+# A row of every kind: empty, one column, around a vector and a batch of the sweeps, longer than a scratch row.
+LENGTHS = [3, 0, 1, 16, 17, 64, 65, 0, 300, 2100, 1]
+LONG = [9000, 1, 8193]
+
+
+def packed(*args: Any, log: bool, **options: Any) -> Tensor:
+    return (packed_log_softmax if log else packed_softmax)(*args, **options)
+
+
+def offsets_of(lengths: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()]).to(dtype)
+
+
+def rows_of(values: Tensor, lengths: list[int], dim: int) -> list[Tensor]:
+    return list(values.split(lengths, dim))
+
+
+def pad(rows: list[Tensor], dim: int) -> Tensor:
+    """(batch, ...), NaN in the padding: dimension dim + 1 is that of the rows."""
+    widest = max(row.size(dim) for row in rows)
+    padded = []
+    for row in rows:
+        shape = list(row.shape)
+        shape[dim] = widest - row.size(dim)
+        padded.append(torch.cat([row, torch.full(shape, float("nan"), dtype=row.dtype)], dim))
+    return torch.stack(padded)
+
+
+def unpad(padded: Tensor, lengths: list[int], dim: int) -> Tensor:
+    return torch.cat([row.narrow(dim, 0, n) for row, n in zip(padded, lengths, strict=True)], dim)
+
+
+SHAPES: dict[str, tuple[tuple[int, ...], int]] = {  # the size of `dim` is to be found
+    "(total,)": ((0,), 0),
+    "(total, 1)": ((0, 1), 0),
+    "(total, 3)": ((0, 3), 0),
+    "(total, 8), side by side": ((0, 8), 0),
+    "(total, 70), side by side": ((0, 70), 0),
+    "(2, total)": ((2, 0), 1),
+    "(3, total, 20)": ((3, 0, 20), 1),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
+def test_the_bits_of_padded_rows(
+    shape: tuple[tuple[int, ...], int], capability: str, dtype: torch.dtype, log: bool
+) -> None:
+    """Forward and backward, in every layout, on every instruction set."""
+    sizes, dim = list(shape[0]), shape[1]
+    sizes[dim] = sum(LENGTHS)
+    values = random_input(tuple(sizes), dtype, seed=1)
+    g = random_input(tuple(sizes), dtype, seed=2)
+    leaf = values.clone().requires_grad_()
+    got = packed(leaf, offsets_of(LENGTHS), dim, log=log, scale=0.5)
+    (gradient,) = torch.autograd.grad(got, leaf, g)
+    y, expected = forward_backward(
+        pad(rows_of(values, LENGTHS, dim), dim),
+        pad(rows_of(g, LENGTHS, dim), dim),
+        torch.tensor(LENGTHS),
+        dim + 1,
+        log=log,
+        scale=0.5,
+    )
+    assert got.is_contiguous()
+    assert_same_bits(got.detach(), unpad(y, LENGTHS, dim), "forward")
+    assert_same_bits(gradient, unpad(expected, LENGTHS, dim), "backward")
+
+
+@pytest.mark.parametrize("width", [1, 9])
+def test_long_rows(width: int, capability: str, log: bool) -> None:
+    values = random_input((sum(LONG), width), torch.float32, seed=3)
+    y = forward(pad(rows_of(values, LONG, 0), 0), torch.tensor(LONG), 1, log=log)
+    assert_same_bits(packed(values, offsets_of(LONG), log=log), unpad(y, LONG, 0))
+
+
+def test_strides(log: bool) -> None:
+    values = random_input((2 * sum(LENGTHS), 3), torch.float32, seed=4)[::2]
+    g = random_input((3, sum(LENGTHS)), torch.float32, seed=5).t()
+    leaf = values.detach().requires_grad_()
+    got = packed(leaf, offsets_of(LENGTHS), log=log)
+    (gradient,) = torch.autograd.grad(got, leaf, g)
+    plain = values.contiguous().requires_grad_()
+    expected = packed(plain, offsets_of(LENGTHS), log=log)
+    assert_same_bits(got, expected)
+    assert_same_bits(gradient, torch.autograd.grad(expected, plain, g.contiguous())[0])
+
+
+@pytest.mark.parametrize("offset_dtype", INTEGER, ids=short_name)
+def test_types_of_offsets(offset_dtype: torch.dtype, log: bool) -> None:
+    values = random_input((100,), torch.float32, seed=6)
+    lengths = [40, 0, 60]
+    expected = packed(values, offsets_of(lengths), log=log)
+    offsets = offsets_of(lengths, offset_dtype)
+    assert_same_bits(packed(values, offsets, log=log), expected)
+    spread = torch.stack([offsets, offsets], 1)[:, 0]  # a stride of 2
+    assert_same_bits(packed(values, spread, log=log), expected)
+
+
+@pytest.mark.parametrize("result", FLOATING, ids=short_name)
+def test_dtype(result: torch.dtype, log: bool) -> None:
+    values = torch.arange(-5, 5)
+    got = packed(values, offsets_of([4, 6]), log=log, dtype=result)
+    rows = [forward(row, len(row), log=log, dtype=result) for row in values.split([4, 6])]
+    assert_same_bits(got, torch.cat(rows))
+
+
+def test_autocast(log: bool) -> None:
+    values = random_input((10,), torch.bfloat16, seed=7)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = packed(values, offsets_of([4, 6]), log=log)
+    assert_same_bits(got, packed(values, offsets_of([4, 6]), log=log, dtype=torch.float32))
+
+
+def test_threads(set_threads: Callable[[int], None], log: bool) -> None:
+    """Work is dealt out by the rows' lengths; who computes leaves no trace."""
+    lengths = torch.randint(0, 2000, (300,), generator=generator(8)).tolist()
+    for width in (1, 5):
+        values = random_input((sum(lengths), width), torch.float32, seed=9)
+        results = []
+        for threads in (1, 2, 5):
+            set_threads(threads)
+            results.append(packed(values, offsets_of(lengths), log=log))
+        assert_same_bits(results[1], results[0])
+        assert_same_bits(results[2], results[0])
+
+
+def test_past_the_caches(log: bool) -> None:
+    """So many values that results are written past the caches."""
+    lengths = [300] * 40_000
+    values = random_input((sum(lengths),), torch.float32, seed=10)
+    got = packed(values, offsets_of(lengths), log=log).view(40_000, 300)
+    assert_same_bits(got, forward(values.view(40_000, 300), 300, log=log))
+
+
+def test_many_rows_of_few_values_take_no_more_memory() -> None:
+    """A million rows of a million values: any buffer of rows x longest would be terabytes."""
+    total = 1_000_000
+    values = torch.zeros(total)
+    assert bool((packed_softmax(values, torch.arange(total + 1)) == 1).all())
+    halves = packed_softmax(values, torch.tensor([0, total // 2, total]))
+    torch.testing.assert_close(halves, torch.full((total,), 2 / total))
+
+
+def test_nothing_to_compute(log: bool) -> None:
+    for values, offsets in (
+        (torch.zeros(0), [0]),
+        (torch.zeros(0), [0, 0, 0]),
+        (torch.zeros(5, 0), [0, 2, 5]),
+        (torch.zeros(0, 3), [0, 0]),
+    ):
+        got = packed(values, torch.tensor(offsets), log=log)
+        assert got.shape == values.shape
+
+
+def test_special_values(log: bool) -> None:
+    nan, inf = float("nan"), float("inf")
+    values = torch.tensor([1.0, nan, 2.0, -inf, -inf, 0.0, inf, 3.0, 4.0])
+    got = packed(values, torch.tensor([0, 2, 3, 5, 7, 9]), log=log)
+    assert got.isnan().tolist() == [True] * 2 + [False] + [True] * 4 + [False] * 2
+
+
+# Errors
+
+BAD_OFFSETS = {
+    "descending": [0, 4, 2, 5],
+    "a late beginning": [1, 5],
+    "an early end": [0, 3, 4],
+    "a late end": [0, 6],
+    "negative": [0, -1, 5],
+    "no row": [0],
+    "far out": [0, 2**62, 5],
+}
+
+
+@pytest.mark.parametrize("offsets", BAD_OFFSETS.values(), ids=list(BAD_OFFSETS))
+def test_offsets_that_are_no_partition(offsets: list[int], log: bool) -> None:
+    with pytest.raises(ValueError, match="expected offsets that ascend from 0 to 5"):
+        packed(torch.zeros(5), torch.tensor(offsets), log=log)
+
+
+def test_other_errors(log: bool) -> None:
+    values, offsets = torch.zeros(5), torch.tensor([0, 2, 5])
+    for error, message, call in (
+        (TypeError, "values to be a Tensor", lambda: packed([1.0], offsets, log=log)),
+        (TypeError, "offsets to be a Tensor", lambda: packed(values, [0, 2, 5], log=log)),
+        (TypeError, "offsets of an integer type", lambda: packed(values, offsets * 1.0, log=log)),
+        (ValueError, r"offsets of shape \(batch \+ 1,\)", lambda: packed(values, offsets[None], log=log)),
+        (ValueError, r"offsets of shape", lambda: packed(values, offsets[:0], log=log)),
+        (ValueError, "at least one dimension", lambda: packed(values[0], offsets, log=log)),
+        (ValueError, "offsets on the device", lambda: packed(values, offsets.to("meta"), log=log)),
+        (IndexError, "out of range", lambda: packed(values, offsets, 1, log=log)),
+        (TypeError, "values multiplied|multiply values", lambda: packed(values, offsets, scale=values[0], log=log)),
+        (TypeError, "dtype= to name", lambda: packed(values.long(), offsets, log=log)),
+        (ValueError, "no row longer than max_length, 2, but one has length 3",
+         lambda: packed(values, offsets, max_length=2, log=log)),
+        (ValueError, "max_length to be an int", lambda: packed(values, offsets, max_length=-1, log=log)),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            call()
+    assert_same_bits(
+        packed(values, offsets, max_length=3, log=log), packed(values, offsets, log=log)
+    )
+
+
+# torch.compile, meta, opcheck
+
+
+def test_compiled(log: bool) -> None:
+    torch._dynamo.reset()
+    program = torch.compile(
+        lambda v, o: packed(v, o, log=log, scale=0.5), fullgraph=True, dynamic=True, backend="aot_eager"
+    )  # fmt: skip
+    for lengths in ([3, 0, 4], [10, 2, 8]):
+        values = random_input((sum(lengths), 2), torch.float32, seed=11).requires_grad_()
+        got = program(values, offsets_of(lengths))
+        expected = packed(values, offsets_of(lengths), log=log, scale=0.5)
+        assert_same_bits(got, expected)
+        assert_same_bits(
+            torch.autograd.grad(got[:, 0].sum(), values)[0],
+            torch.autograd.grad(expected[:, 0].sum(), values)[0],
+        )
+
+
+def test_meta_and_fake_tensors(log: bool) -> None:
+    values, offsets = torch.zeros(2, 5)[:, ::2], torch.tensor([0, 1, 3])
+    expected = packed(values, offsets, 1, log=log)
+    meta = packed(values.to("meta"), offsets.to("meta"), 1, log=log)
+    assert (meta.shape, meta.stride(), meta.dtype) == (
+        expected.shape,
+        expected.stride(),
+        expected.dtype,
+    )
+    with FakeTensorMode() as mode:
+        fake = packed(mode.from_tensor(values), mode.from_tensor(offsets), 1, log=log)
+    assert (fake.shape, fake.stride(), fake.dtype) == (
+        expected.shape,
+        expected.stride(),
+        expected.dtype,
+    )
+
+
+@pytest.mark.parametrize("with_grad", [False, True], ids=["plain", "with grad"])
+def test_opcheck(with_grad: bool, log: bool) -> None:
+    operators = torch.ops.masked_softmax_ext
+    values = random_input((7, 2), torch.float32, seed=12).requires_grad_(with_grad)
+    offsets = torch.tensor([0, 3, 3, 7])
+    torch.library.opcheck(
+        (operators.masked_log_softmax if log else operators.masked_softmax).default,
+        (values, offsets.diff(), 0, offsets[:-1]),
+        {"scale": 0.5, "packed": 4},
+    )
+
+
+# Jagged tensors
+
+
+def jagged(lengths: list[int], *trailing: int, requires_grad: bool = False) -> Tensor:
+    rows = [random_input((n, *trailing), torch.float32, seed=20 + n) for n in lengths]
+    result: Tensor = torch.nested.nested_tensor(
+        rows, layout=torch.jagged, requires_grad=requires_grad
+    )
+    return result
+
+
+def as_function(log: bool) -> Callable[..., Tensor]:
+    return masked_log_softmax if log else masked_softmax
+
+
+@pytest.mark.parametrize("trailing", [(), (3,), (2, 3)], ids=str)
+def test_jagged(trailing: tuple[int, ...], log: bool) -> None:
+    lengths = [3, 1, 5, 40]
+    x = jagged(lengths, *trailing, requires_grad=True)
+    got = as_function(log)(x, None, 1)
+    assert got.is_nested
+    assert got.layout == torch.jagged
+    assert got.shape == x.shape  # the same ragged size: (got * x) is possible
+    for row, y in zip(x.unbind(), got.unbind(), strict=True):
+        assert_same_bits(y, forward(row, len(row), 0, log=log))
+    (got * x).values().sum().backward()
+    assert x.grad is not None
+    plain = [row.detach().requires_grad_() for row in x.unbind()]
+    for row, gradient in zip(plain, x.grad.unbind(), strict=True):
+        (forward(row, len(row), 0, log=log) * row).sum().backward()
+        assert row.grad is not None
+        assert_same_bits(gradient, row.grad)
+
+
+def test_jagged_with_another_ragged_dimension(log: bool) -> None:
+    x = jagged([3, 1, 5], 4).transpose(1, 2)
+    got = as_function(log)(x, None, -1, scale=0.5, dtype=torch.float64)
+    assert got.shape == x.shape
+    assert got.dtype == torch.float64
+    for row, y in zip(x.unbind(), got.unbind(), strict=True):
+        expected = forward(row, row.size(1), log=log, scale=0.5, dtype=torch.float64)
+        assert_same_bits(y, expected)
+
+
+def test_jagged_allocates_no_padding() -> None:
+    """One long row among many short ones: padded, it would be 40 GB."""
+    offsets = torch.tensor([0, 100_000, *range(100_001, 200_001)])
+    values = random_input((200_000,), torch.float32, seed=21)
+    x = torch.nested.nested_tensor_from_jagged(values, offsets)
+    got = masked_softmax(x, None, 1)
+    assert_same_bits(got.values(), packed_softmax(values, offsets))
+
+
+def test_jagged_compiled(log: bool) -> None:
+    torch._dynamo.reset()
+    program = torch.compile(
+        lambda x: as_function(log)(x, None, 1), fullgraph=True, backend="aot_eager"
+    )
+    for lengths in ([3, 1, 5], [2, 2, 7]):
+        x = jagged(lengths, 4)
+        assert_same_bits(program(x).values(), as_function(log)(x, None, 1).values())
+
+
+def test_jagged_errors(log: bool) -> None:
+    x = jagged([3, 1, 5], 4)
+    values, offsets = x.values(), x.offsets()
+    with_gaps = torch.nested.nested_tensor_from_jagged(values, offsets, torch.tensor([2, 1, 3]))
+    strided = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.strided)
+    function = as_function(log)
+    for message, call in (
+        ("ragged dimension of the jagged input, 1, but got 2", lambda: function(x, None, -1)),
+        ("ragged dimension of the jagged input, 1, but got 0", lambda: function(x, None, 0)),
+        ("no lengths beside a jagged input", lambda: function(x, 2, 1)),
+        ("no starts beside a jagged input", lambda: function(x, None, 1, starts=2)),
+        ("no out beside a jagged input", lambda: function(x, None, 1, out=x)),
+        ("without gaps", lambda: function(with_gaps, None, 1)),
+        ("a jagged input, but got a nested tensor of layout", lambda: function(strided, None, 1)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError, match="only a jagged input knows its own"):
+        function(torch.zeros(2, 3), None)
+
+
+def test_offsets_and_lengths_say_the_same() -> None:
+    """The helper of this file."""
+    offsets = offsets_of(LENGTHS)
+    assert [b - a for a, b in pairwise(offsets.tolist())] == LENGTHS
