@@ -112,7 +112,7 @@ def jagged_softmax(
             raise ValueError(f"{name}(): expected no {what} beside a jagged input, but got some")
     dim, scale, dtype = convert_options(name, "input", input, dim, scale, dtype, validate)
     dim %= input.dim()
-    ragged_dim = next(d for d, size in enumerate(input.shape) if not isinstance(size, int))
+    ragged_dim = input._ragged_idx  # its name has no public spelling
     if dim != ragged_dim:
         raise ValueError(
             f"{name}(): expected dim to be the ragged dimension of the jagged input, {ragged_dim}, "
