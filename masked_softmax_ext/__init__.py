@@ -14,6 +14,7 @@ from masked_softmax_ext._load import load_extension
 _C = load_extension()
 
 from masked_softmax_ext import _vmap, reference  # noqa: E402
+from masked_softmax_ext.decompositions import decomposition_table  # noqa: E402
 from masked_softmax_ext.functional import (  # noqa: E402
     build_info,
     cpu_capability,
@@ -31,6 +32,7 @@ __all__ = [
     "MaskedSoftmax",
     "build_info",
     "cpu_capability",
+    "decomposition_table",
     "masked_log_softmax",
     "masked_softmax",
     "masked_softmax_",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import sys
 from typing import TypeAlias
 
 import torch
@@ -10,6 +11,12 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 Index: TypeAlias = int | Tensor
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether it is distributed; where nobody has loaded that part of torch, it is not."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def convert(

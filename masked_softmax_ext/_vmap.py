@@ -12,25 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ops = torch.ops.masked_softmax_ext
+from masked_softmax_ext._operators import SCORES
 
-# Operators, and how many tensors of scores (or gradients, or results) they begin with.
-_SCORES = {
-    "masked_softmax": 1,
-    "masked_log_softmax": 1,
-    "masked_softmax_backward": 2,
-    "masked_log_softmax_backward": 2,
-    "masked_log_softmax_jvp": 2,
-    "masked_softmax_backward_wrt_output": 3,
-    "masked_log_softmax_backward_wrt_output": 3,
-    "masked_softmax_backward_jvp_wrt_output": 3,
-    "masked_log_softmax_jvp_jvp_wrt_output": 3,
-}
+_ops = torch.ops.masked_softmax_ext
 
 
 def register() -> None:
     """Registers the rules; once, when the package is imported."""
-    for name, count in _SCORES.items():
+    for name, count in SCORES.items():
         torch.library.register_vmap(f"{_ops.name}::{name}", _rule(name, count))
     torch.library.register_vmap(f"{_ops.name}::masked_softmax_", _in_place_rule)
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function_unary
 
-from masked_softmax_ext import _C
-from masked_softmax_ext._arguments import Index, check_out, convert
+from masked_softmax_ext import _C, decompositions
+from masked_softmax_ext._arguments import Index, check_out, convert, is_dtensor
 from masked_softmax_ext.packed import jagged_softmax
 
 _ops = torch.ops.masked_softmax_ext
@@ -191,11 +191,10 @@ def masked_softmax_(
     lengths, dim, starts, scale, _ = convert(
         name, input, lengths, dim, starts, scale, None, validate
     )
-    if torch.compiler.is_compiling():  # functionalisation knows copy_
-        result = _ops.masked_softmax(
-            input, lengths, dim, starts=starts, scale=scale, validate=validate
+    if torch.compiler.is_compiling() or is_dtensor(input):  # they know copy_
+        return input.copy_(
+            _call("masked_softmax", input, lengths, dim, starts, scale, None, validate, None)
         )
-        return input.copy_(result)
     if (
         type(input) is Tensor
         and type(lengths) is Tensor
@@ -203,7 +202,7 @@ def masked_softmax_(
         and not has_torch_function_unary(input)
     ):
         return _C.masked_softmax_(input, lengths, dim, starts, scale, validate)
-    _ops.masked_softmax_(input, lengths, dim, starts=starts, scale=scale, validate=validate)
+    _ops.masked_softmax_(input, lengths, dim, starts, scale=scale, validate=validate)
     return input
 
 
@@ -251,15 +250,35 @@ def _call(
     lengths, dim, starts, scale, dtype = convert(
         name, input, lengths, dim, starts, scale, dtype, validate
     )
-    operator = getattr(_ops, name)
-    options = {"starts": starts, "scale": scale, "dtype": dtype, "validate": validate}
-    if out is None:
-        return operator.default(input, lengths, dim, **options)  # type: ignore[no-any-return]
-    if not isinstance(out, Tensor):
+    if out is not None and not isinstance(out, Tensor):
         raise TypeError(f"{name}(): expected out to be a Tensor, but got {type(out).__name__}")
-    if torch.compiler.is_compiling():  # functionalisation knows copy_, which would take any out
-        result = operator.default(input, lengths, dim, **options)
-        check_out(name, input, result, out)
-        return out.copy_(result)
-    operator.out(input, lengths, dim, **options, out=out)
-    return out
+    is_distributed = is_dtensor(input)
+    # A compiler and a DTensor know copy_ as a way to write, not operators that return nothing.
+    if out is not None and not is_distributed and not torch.compiler.is_compiling():
+        getattr(_ops, name).out(
+            input, lengths, dim, starts, scale=scale, dtype=dtype, validate=validate, out=out
+        )
+        return out
+    if is_distributed:
+        from masked_softmax_ext._dtensor import masked as operator
+    elif torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        operator = _in_torchs_operators  # ONNX has no others
+    else:
+        operator = _operator
+    result: Tensor = operator(
+        name, input, lengths, dim, starts, scale=scale, dtype=dtype, validate=validate
+    )
+    if out is None:
+        return result
+    check_out(name, input, result, out)  # copy_ would take any
+    return out.copy_(result)
+
+
+def _operator(name: str, *args: Any, **options: Any) -> Tensor:
+    result: Tensor = getattr(_ops, name).default(*args, **options)
+    return result
+
+
+def _in_torchs_operators(name: str, *args: Any, **options: Any) -> Tensor:
+    result: Tensor = getattr(decompositions, name)(*args, **options)
+    return result

@@ -36,9 +36,7 @@ def masked_softmax(
                 [0.0000, 0.0000, 0.0000]])
     """
     valid = valid_mask(input, lengths, dim, starts)
-    logits = _masked_logits(input, valid, dim, scale, dtype)
-    weights = torch.softmax(logits, dim).masked_fill(~valid, 0.0)
-    return _finish(weights, input, dtype, out)
+    return _finish(softmax_where(valid, input, dim, scale, dtype), input, dtype, out)
 
 
 def masked_log_softmax(
@@ -63,9 +61,7 @@ def masked_log_softmax(
                 [-inf, -inf, -inf]])
     """
     valid = valid_mask(input, lengths, dim, starts)
-    logits = _masked_logits(input, valid, dim, scale, dtype)
-    log_weights = torch.log_softmax(logits, dim).masked_fill(~valid, -math.inf)
-    return _finish(log_weights, input, dtype, out)
+    return _finish(log_softmax_where(valid, input, dim, scale, dtype), input, dtype, out)
 
 
 def valid_mask(
@@ -86,15 +82,58 @@ def valid_mask(
         tensor([[ True, False, False, False],
                 [ True,  True,  True, False]])
     """
+    # A compiled program cannot branch on values.
+    return _mask(input, lengths, dim, starts, checks=not torch.compiler.is_compiling())
+
+
+def softmax_where(
+    valid: Tensor,
+    input: Tensor,
+    dim: int,
+    scale: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Softmax over the columns where the mask is True, in the type to compute in."""
+    logits = _masked_logits(input, valid, dim, scale, dtype)
+    return torch.softmax(logits, dim).masked_fill(~valid, 0.0)
+
+
+def log_softmax_where(
+    valid: Tensor,
+    input: Tensor,
+    dim: int,
+    scale: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Log-softmax over the columns where the mask is True, in the type to compute in."""
+    logits = _masked_logits(input, valid, dim, scale, dtype)
+    return torch.log_softmax(logits, dim).masked_fill(~valid, -math.inf)
+
+
+def unchecked_mask(
+    input: Tensor, lengths: Tensor, dim: int, starts: Tensor | None, first_column: int = 0
+) -> Tensor:
+    """:func:`valid_mask` that looks at no value, of columns that are counted from another one."""
+    return _mask(input, lengths, dim, starts, checks=False, first_column=first_column)
+
+
+def _mask(
+    input: Tensor,
+    lengths: int | Tensor,
+    dim: int,
+    starts: int | Tensor | None,
+    checks: bool,
+    first_column: int = 0,
+) -> Tensor:
     if input.dim() == 0:
-        return valid_mask(input.unsqueeze(0), lengths, dim, starts).squeeze(0)
+        return _mask(input.unsqueeze(0), lengths, dim, starts, checks).squeeze(0)
     cols = input.size(dim)
     dim = dim % input.dim()
     length = _per_row("lengths", lengths, input, dim)
     start = _per_row("starts", 0 if starts is None else starts, input, dim)
-    if not torch.compiler.is_compiling():  # a compiled program cannot branch on values
+    if checks:
         _check_bounds(length, start, input, dim)
-    column = torch.arange(cols, device=input.device)
+    column = torch.arange(first_column, first_column + cols, device=input.device)
     column = column.reshape((cols,) + (1,) * (input.dim() - 1 - dim))
     return (start <= column) & (column < start + length)
 
@@ -103,7 +142,7 @@ def _per_row(name: str, index: int | Tensor, input: Tensor, dim: int) -> Tensor:
     """Lengths or starts in as many dimensions as input: ``dim`` and those not given of size 1."""
     rows = input.shape[:dim] + input.shape[dim + 1 :]
     if not isinstance(index, Tensor):
-        index = torch.tensor(index, device=input.device)
+        index = torch.full((), index, device=input.device)
     if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
         raise TypeError(f"expected {name} of an integer type, but got {index.dtype}")
     aligned = tuple(index.shape) + (1,) * (len(rows) - index.dim())

@@ -1,0 +1,17 @@
+"""The operators that write to no argument, as their registrations in Python see them."""
+
+from __future__ import annotations
+
+# Each begins with so many tensors of scores (or gradients, or results), all of one shape; then come
+# lengths, dim, starts.
+SCORES = {
+    "masked_softmax": 1,
+    "masked_log_softmax": 1,
+    "masked_softmax_backward": 2,
+    "masked_log_softmax_backward": 2,
+    "masked_log_softmax_jvp": 2,
+    "masked_softmax_backward_wrt_output": 3,
+    "masked_log_softmax_backward_wrt_output": 3,
+    "masked_softmax_backward_jvp_wrt_output": 3,
+    "masked_log_softmax_jvp_jvp_wrt_output": 3,
+}
