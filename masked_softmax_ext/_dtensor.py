@@ -34,7 +34,8 @@ def masked(
     lengths = _on_mesh(lengths, input.device_mesh)
     starts = None if starts is None else _on_mesh(starts, input.device_mesh)
     dim %= max(input.dim(), 1)
-    if any(placement.is_shard(dim) for placement in input.placements):
+    is_packed = options.get("packed") is not None
+    if not is_packed and any(placement.is_shard(dim) for placement in input.placements):
         return _softmax_of_sharded_rows(name, input, lengths, dim, starts, **options)
     result: Tensor = getattr(_ops, name).default(input, lengths, dim, starts, **options)
     return result

@@ -1,6 +1,11 @@
-"""The operators that write to no argument, as their registrations in Python see them."""
+"""The operators that write to no argument, by name."""
 
 from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
 
 # Each begins with so many tensors of scores (or gradients, or results), all of one shape; then come
 # lengths, dim, starts.
@@ -15,3 +20,8 @@ SCORES = {
     "masked_softmax_backward_jvp_wrt_output": 3,
     "masked_log_softmax_jvp_jvp_wrt_output": 3,
 }
+
+
+def call_operator(name: str, *args: Any, **options: Any) -> Tensor:
+    result: Tensor = getattr(torch.ops.masked_softmax_ext, name).default(*args, **options)
+    return result

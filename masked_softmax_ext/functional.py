@@ -11,6 +11,7 @@ from torch.overrides import has_torch_function_unary
 
 from masked_softmax_ext import _C, decompositions
 from masked_softmax_ext._arguments import Index, check_out, convert, is_dtensor
+from masked_softmax_ext._operators import call_operator
 from masked_softmax_ext.packed import jagged_softmax
 
 _ops = torch.ops.masked_softmax_ext
@@ -264,7 +265,7 @@ def _call(
     elif torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
         operator = _in_torchs_operators  # ONNX has no others
     else:
-        operator = _operator
+        operator = call_operator
     result: Tensor = operator(
         name, input, lengths, dim, starts, scale=scale, dtype=dtype, validate=validate
     )
@@ -272,11 +273,6 @@ def _call(
         return result
     check_out(name, input, result, out)  # copy_ would take any
     return out.copy_(result)
-
-
-def _operator(name: str, *args: Any, **options: Any) -> Tensor:
-    result: Tensor = getattr(_ops, name).default(*args, **options)
-    return result
 
 
 def _in_torchs_operators(name: str, *args: Any, **options: Any) -> Tensor:

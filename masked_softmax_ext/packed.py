@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from masked_softmax_ext._arguments import Index, convert_options
-
-_ops = torch.ops.masked_softmax_ext
+from masked_softmax_ext._arguments import Index, convert_options, is_dtensor
+from masked_softmax_ext._operators import call_operator
 
 
 def packed_softmax(
@@ -159,7 +158,12 @@ def _packed(
         raise ValueError(
             f"{name}(): expected max_length to be an int of at least 0, but got {max_length!r}"
         )
-    result: Tensor = getattr(_ops, f"masked_{function}").default(
+    if is_dtensor(values):
+        from masked_softmax_ext._dtensor import masked as operator
+    else:
+        operator = call_operator
+    return operator(
+        f"masked_{function}",
         values,
         offsets.diff(),
         dim,
@@ -169,4 +173,3 @@ def _packed(
         validate=validate,
         packed=max_length or 0,
     )
-    return result

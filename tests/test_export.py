@@ -1,0 +1,223 @@
+"""Promise: what is exported computes the same: torch.export, AOTInductor, torch.jit.trace, ONNX."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import assert_same_bits, generator, random_input
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from masked_softmax_ext import (
+    MaskedSoftmax,
+    decomposition_table,
+    masked_log_softmax,
+    masked_softmax,
+    masked_softmax_,
+    packed_softmax,
+)
+
+Inputs = tuple[Tensor, Tensor]
+
+
+class Model(nn.Module):
+    """Every option, an int of lengths, and neighbours that a compiler may fuse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.softmax = MaskedSoftmax(scale=0.5)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        weights = self.softmax(x @ x.transpose(1, 2), lengths)
+        starts = (lengths > 2).to(torch.int64)
+        logs = masked_log_softmax(x * 2, 3, 1, starts=starts[:, None], dtype=torch.float64)
+        return weights @ x, logs.exp()
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of its own parts
+        yield
+
+
+def inputs(rows: int, cols: int) -> Inputs:
+    lengths = torch.randint(1, 4, (rows,), generator=generator(rows))
+    return random_input((rows, cols, 6), torch.float32, seed=cols), lengths
+
+
+def exported(model: nn.Module | None = None) -> ExportedProgram:
+    batch = Dim("batch", min=2, max=64)
+    shapes = ({0: batch, 1: Dim("tokens", min=5, max=512)}, {0: batch})
+    return torch.export.export(model or Model(), inputs(3, 7), dynamic_shapes=shapes)
+
+
+def assert_same(got: Any, rows: int, cols: int) -> None:
+    for result, expected in zip(got, Model()(*inputs(rows, cols)), strict=True):
+        torch.testing.assert_close(torch.as_tensor(result), expected, rtol=1e-5, atol=1e-6)
+        assert float(expected.abs().max()) > 1e-2
+
+
+SIZES = ((2, 5), (4, 30))
+
+
+# torch.export
+
+
+def test_export() -> None:
+    """With dynamic dimensions, saved, loaded, run; the operators are nodes of the graph."""
+    program = exported()
+    targets = [str(node.target) for node in program.graph.nodes]
+    for name in ("masked_softmax", "masked_log_softmax"):
+        assert targets.count(f"masked_softmax_ext.{name}.default") == 1
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for rows, cols in SIZES:
+        for got, expected in zip(
+            loaded(*inputs(rows, cols)), Model()(*inputs(rows, cols)), strict=True
+        ):
+            assert_same_bits(got, expected)
+
+
+def test_an_exported_program_checks_lengths() -> None:
+    x, lengths = inputs(3, 7)
+    with pytest.raises(ValueError, match=r"row \(0, 0\) has length 10"):
+        exported().module()(x, lengths + 100)
+
+
+def test_export_of_writes() -> None:
+    """In place and out= become copies of the result."""
+
+    class Writing(nn.Module):
+        def forward(self, x: Tensor, lengths: Tensor, out: Tensor) -> Tensor:
+            masked_softmax(x, lengths, out=out)
+            return masked_softmax_(x * 2, lengths) + out
+
+    x = random_input((3, 5), torch.float32, seed=1)
+    arguments = (x, torch.tensor([1, 5, 0]), torch.zeros(3, 5))
+    program = torch.export.export(Writing(), arguments).run_decompositions({})
+    out = torch.zeros(3, 5)
+    got = program.module()(*arguments[:2], out)
+    assert_same_bits(out, masked_softmax(*arguments[:2]))
+    assert_same_bits(got, masked_softmax(x * 2, arguments[1]) + out)
+
+
+def test_export_of_packed_rows() -> None:
+    class Packed(nn.Module):
+        def forward(self, values: Tensor, offsets: Tensor) -> Tensor:
+            return packed_softmax(values, offsets, scale=0.5)
+
+    total, batch = Dim("total", min=2, max=10_000), Dim("batch", min=3, max=100)
+    program = torch.export.export(
+        Packed(),
+        (torch.zeros(5, 2), torch.tensor([0, 2, 5])),
+        dynamic_shapes=({0: total}, {0: batch}),
+    )
+    values = random_input((9, 2), torch.float32, seed=2)
+    offsets = torch.tensor([0, 4, 4, 9])
+    assert_same_bits(program.module()(values, offsets), packed_softmax(values, offsets, scale=0.5))
+
+
+def test_aot_inductor(tmp_path: Path) -> None:
+    package = torch._inductor.aoti_compile_and_package(
+        exported(), package_path=str(tmp_path / "model.pt2")
+    )
+    loaded = torch._inductor.aoti_load_package(package)
+    for rows, cols in SIZES:
+        assert_same(loaded(*inputs(rows, cols)), rows, cols)
+
+
+# torch.jit.trace
+
+
+def test_trace() -> None:
+    """Deprecated, but still there: saved, loaded, run for other sizes."""
+    traced = torch.jit.trace(Model(), inputs(3, 7))
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    assert "masked_softmax_ext::masked_softmax" in str(traced.inlined_graph)
+    for rows, cols in SIZES:
+        assert_same(loaded(*inputs(rows, cols)), rows, cols)
+
+
+# Decompositions and ONNX
+
+
+def test_decompositions() -> None:
+    """The operators are gone; values are the same, empty rows zeros."""
+    program = exported().run_decompositions(decomposition_table())
+    assert not any("masked_softmax_ext" in str(node.target) for node in program.graph.nodes)
+    for rows, cols in SIZES:
+        assert_same(program.module()(*inputs(rows, cols)), rows, cols)
+
+
+def test_decomposition_of_edges(log: bool) -> None:
+    name = "masked_log_softmax" if log else "masked_softmax"
+    operator = getattr(torch.ops.masked_softmax_ext, name).default
+    decomposed = decomposition_table()[operator]
+    x = random_input((3, 4), torch.float16, seed=4)
+    x[1, 2] = float("-inf")
+    for arguments, options in (
+        ((x, torch.tensor([4, 0, 2])), {}),
+        ((x, torch.tensor([3, 3, 0, 1]), 0, torch.tensor([0, 0, 1, 2])), {"scale": -0.5}),
+        ((x.to(torch.int32), torch.tensor(2)), {"dtype": torch.bfloat16}),
+        ((x[0, 0], torch.tensor(1)), {}),
+    ):
+        expected = operator(*arguments, **options)
+        torch.testing.assert_close(decomposed(*arguments, **options), expected)
+    assert decomposed(x[0], torch.tensor([4]), 0, torch.tensor([0]), packed=4) is NotImplemented
+
+
+@pytest.mark.parametrize("given", ["model", "program"])
+def test_onnx(given: str, tmp_path: Path) -> None:
+    """Standard operators only; ONNX Runtime computes the same, for other sizes too."""
+    onnx = pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    if given == "model":
+        batch = Dim("batch", min=2, max=64)
+        shapes = ({0: batch, 1: Dim("tokens", min=5, max=512)}, {0: batch})
+        program = torch.onnx.export(
+            Model(), inputs(3, 7), dynamo=True, dynamic_shapes=shapes, verbose=False
+        )
+    else:
+        plain = exported().run_decompositions(decomposition_table())
+        program = torch.onnx.export(plain, dynamo=True, verbose=False)
+    assert program is not None
+    path = str(tmp_path / "model.onnx")
+    program.save(path)
+    assert {node.domain for node in onnx.load(path).graph.node} == {""}
+    session = runtime.InferenceSession(path)
+    names = [entry.name for entry in session.get_inputs()]
+    for rows, cols in SIZES:
+        feed = {
+            name: tensor.numpy() for name, tensor in zip(names, inputs(rows, cols), strict=True)
+        }
+        assert_same(session.run(None, feed), rows, cols)
+
+
+def test_onnx_of_an_empty_row(tmp_path: Path) -> None:
+    """Zeros there too, where the formulation that people write gives NaN."""
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    x, lengths = random_input((3, 5), torch.float32, seed=5), torch.tensor([0, 5, 2])
+    program = torch.onnx.export(MaskedSoftmax(), (x, lengths), dynamo=True, verbose=False)
+    assert program is not None
+    path = str(tmp_path / "model.onnx")
+    program.save(path)
+    session = runtime.InferenceSession(path)
+    names = [entry.name for entry in session.get_inputs()]
+    (got,) = session.run(None, dict(zip(names, (x.numpy(), lengths.numpy()), strict=True)))
+    torch.testing.assert_close(torch.from_numpy(got), masked_softmax(x, lengths))
+    assert bool((torch.from_numpy(got)[0] == 0).all())
