@@ -356,6 +356,45 @@ def test_opcheck_backward(name: str, with_grad: bool) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("masked_log_softmax_jvp", 2),
+        ("masked_softmax_backward_wrt_output", 3),
+        ("masked_log_softmax_backward_wrt_output", 3),
+        ("masked_softmax_backward_jvp_wrt_output", 3),
+        ("masked_log_softmax_jvp_jvp_wrt_output", 3),
+    ],
+)
+def test_opcheck_second_order(name: str, inputs: int) -> None:
+    tensors = [random_input((3, 5), torch.float32, seed=15 + i) for i in range(inputs)]
+    operator = getattr(OPERATORS, name).default
+    torch.library.opcheck(operator, (*tensors, LENGTHS, -1, STARTS, 0.5))
+    torch.library.opcheck(
+        operator, (*tensors, torch.tensor([2, 1]), 0, torch.tensor([0, 2]), 2.0, 2)
+    )
+
+
+def test_every_operator_is_checked() -> None:
+    names = {
+        schema.name.removeprefix("masked_softmax_ext::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("masked_softmax_ext::")
+    }
+    assert names == {
+        "masked_softmax",
+        "masked_softmax_",
+        "masked_log_softmax",
+        "masked_softmax_backward",
+        "masked_log_softmax_backward",
+        "masked_log_softmax_jvp",
+        "masked_softmax_backward_wrt_output",
+        "masked_log_softmax_backward_wrt_output",
+        "masked_softmax_backward_jvp_wrt_output",
+        "masked_log_softmax_jvp_jvp_wrt_output",
+    }
+
+
 # Autocast
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,9 +13,11 @@ from cases import assert_same_bits, random_input
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from masked_softmax_ext import masked_log_softmax, masked_softmax, masked_softmax_
+from masked_softmax_ext import MaskedSoftmax, masked_log_softmax, masked_softmax, masked_softmax_
 
 LENGTHS = torch.tensor([3, 0, 5, 1])
 
@@ -186,6 +188,206 @@ def test_out_refuses_a_tangent(log: bool) -> None:
         with pytest.raises(NotImplementedError, match="out="):
             forward(scores(), LENGTHS, log=log, out=forward_ad.make_dual(out, torch.ones(4, 5)))
     assert bool((out == 7).all())
+
+
+# Names in the graph, in anomalies, in profiles
+
+
+def test_names_in_the_graph(log: bool) -> None:
+    """torch.autograd.graph, repr and visualisers show which function it was."""
+    x = scores().requires_grad_()
+    y = forward(x, LENGTHS, log=log)
+    name = "MaskedLogSoftmaxExtBackward" if log else "MaskedSoftmaxExtBackward"
+    assert y.grad_fn is not None
+    assert y.grad_fn.name() == name
+    assert f"grad_fn=<{name}>" in repr(y)
+    (first,) = torch.autograd.grad(y.exp().sum(), x, create_graph=True)
+    names = set()
+    nodes = [first.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None:
+            names.add(node.name())
+            nodes += [edge[0] for edge in node.next_functions]
+    assert {name, name + "Backward"} <= names
+
+
+def test_node_hooks_and_metadata(log: bool) -> None:
+    x = scores().requires_grad_()
+    y = forward(x, LENGTHS, log=log)
+    node: Any = y.grad_fn
+    seen: list[str] = []
+    node.register_prehook(lambda grads: seen.append("pre"))
+    node.register_hook(lambda inputs, outputs: seen.append("post"))
+    node.metadata["mine"] = 1
+    y[:, :1].sum().backward()
+    assert seen == ["pre", "post"]
+    assert node.metadata == {"mine": 1}
+
+
+def test_anomaly_mode_names_the_forward_call(log: bool) -> None:
+    x = scores().requires_grad_()
+    with torch.autograd.detect_anomaly(check_nan=True):
+        y = forward(x * 1, LENGTHS, log=log)
+        g = torch.ones(4, 5)
+        g[0, 0] = float("nan")
+        with (
+            pytest.warns(UserWarning, match="test_anomaly_mode_names_the_forward_call"),
+            pytest.raises(RuntimeError, match="SoftmaxExtBackward' returned nan"),
+        ):
+            y.backward(g)
+
+
+def test_a_graph_is_used_once_or_kept(log: bool) -> None:
+    x = scores().requires_grad_()
+    y = forward(x, LENGTHS, log=log)
+    g = scores()
+    (first,) = torch.autograd.grad(y, x, g, retain_graph=True)
+    (second,) = torch.autograd.grad(y, x, g)
+    assert_same_bits(first, second)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(y, x, g)
+
+
+def test_a_result_that_is_overwritten_is_noticed(log: bool) -> None:
+    x = scores().requires_grad_()
+    y = forward(x, LENGTHS, log=log)
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_long_chain_is_taken_apart_without_recursion() -> None:
+    """A hundred thousand calls deep: a stack of destructors would not survive it."""
+    x = scores()[:, :2].requires_grad_()
+    y = x
+    for _ in range(100_000):
+        y = masked_softmax(y, 2)
+    del y
+
+
+def test_profiler_shows_names_and_shapes(log: bool) -> None:
+    x = scores().requires_grad_()
+    with torch.profiler.profile(record_shapes=True) as profile:
+        forward(x, LENGTHS, log=log).sum().backward()
+    name = "masked_softmax_ext::masked_log_softmax" if log else "masked_softmax_ext::masked_softmax"
+    shapes = {event.key: event.input_shapes for event in profile.key_averages(True)}
+    assert shapes[name][:2] == [[4, 5], [4]]
+    assert shapes[f"{name}_backward"][:3] == [[4, 5], [4, 5], [4]]
+
+
+def test_flop_counter_ignores_it(log: bool) -> None:
+    x = scores().requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        (forward(x, LENGTHS, log=log)[:, :1] @ torch.ones(1, 3)).sum().backward()
+    assert counter.get_total_flops() == 2 * 4 * 3 + 2 * 4 * 3  # the product's, and its gradient's
+
+
+# Subclasses
+
+
+class Named(Tensor):
+    """A subclass with torch's own __torch_function__."""
+
+
+class Refusing(Tensor):
+    """A subclass that has its own idea of what is called."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if "softmax" in str(function):
+            return str(function)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_a_subclass_stays_one(log: bool) -> None:
+    x = scores().as_subclass(Named)
+    result = forward(x, LENGTHS, log=log)
+    assert type(result) is Named
+    assert_same_bits(result.as_subclass(Tensor), forward(scores(), LENGTHS, log=log))
+    result = forward(scores(), LENGTHS.as_subclass(Named), log=log)
+    assert type(result) is Named
+    assert type(masked_softmax_(x, LENGTHS)) is Named
+    assert_same_bits(x.as_subclass(Tensor), masked_softmax(scores(), LENGTHS))
+
+
+def test_a_parameter_is_a_plain_tensor(log: bool) -> None:
+    x = torch.nn.Parameter(scores())
+    result = forward(x, LENGTHS, log=log)
+    assert type(result) is Tensor
+    assert result.requires_grad
+
+
+def test_torch_function_decides(log: bool) -> None:
+    result: Any = forward(scores().as_subclass(Refusing), LENGTHS, log=log)
+    assert "masked_log_softmax" in result if log else "masked_softmax" in result
+
+
+class Wrapped(Tensor):
+    """A subclass that holds a tensor and sees every operator by __torch_dispatch__."""
+
+    seen: ClassVar[list[str]] = []
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Any:
+        wrapped = Tensor._make_wrapper_subclass(
+            cls, inner.shape, strides=inner.stride(), dtype=inner.dtype
+        )
+        wrapped.inner = inner
+        return wrapped
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        cls.seen.append(function._schema.name)
+        unwrap = lambda t: t.inner if isinstance(t, Wrapped) else t  # noqa: E731
+        args, kwargs = tree_map(unwrap, (args, kwargs or {}))
+        return tree_map(lambda t: cls(t) if isinstance(t, Tensor) else t, function(*args, **kwargs))
+
+
+def test_torch_dispatch_sees_forward_and_backward(log: bool) -> None:
+    Wrapped.seen.clear()
+    x = Wrapped(scores()).requires_grad_()
+    result = forward(x, LENGTHS, log=log)
+    assert isinstance(result, Wrapped)
+    assert_same_bits(result.inner, forward(scores(), LENGTHS, log=log))
+    result.backward(Wrapped(torch.ones(4, 5)))
+    assert isinstance(x.grad, Wrapped)
+    leaf = scores().requires_grad_()
+    forward(leaf, LENGTHS, log=log).backward(torch.ones(4, 5))
+    assert leaf.grad is not None
+    assert_same_bits(x.grad.inner, leaf.grad)
+    name = "masked_softmax_ext::masked_log_softmax" if log else "masked_softmax_ext::masked_softmax"
+    assert Wrapped.seen.count(name) == 1
+    assert Wrapped.seen.count(f"{name}_backward") == 1
+
+
+# Other processes
+
+
+def _in_another_process(module: torch.nn.Module, x: Tensor, lengths: Tensor, results: Any) -> None:
+    result = module(x, lengths)
+    x.copy_(result)  # shared memory
+    results.put(bool((result.sum(-1) > 0.99).any()))
+
+
+def test_torch_multiprocessing() -> None:
+    """A module and shared tensors go to a process that has imported nothing."""
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.Queue()
+    x, lengths = scores().share_memory_(), LENGTHS.clone().share_memory_()
+    process = context.Process(
+        target=_in_another_process, args=(MaskedSoftmax(scale=0.5), x, lengths, results)
+    )
+    process.start()
+    assert results.get(timeout=120) is True
+    process.join()
+    assert process.exitcode == 0
+    assert_same_bits(x, masked_softmax(scores(), LENGTHS, scale=0.5))
 
 
 # Lazy tensors
