@@ -10,6 +10,8 @@ CUDA_BIN := $(CUDA_VENV)/bin
 FBGEMM ?= fbgemm-gpu-cpu==1.8.0
 MXNET_VENV := build/mxnet-venv
 BUILD_TOOLS := "setuptools>=77" "ninja>=1.11" "pybind11>=2.13" "pytest>=8" "numpy>=1.26"
+# For some of the tests: ONNX and its runtime; the samples that torch tests its own functions with.
+TEST_TOOLS := "onnx>=1.17,<2" "onnxscript>=0.5,<1" "onnxruntime>=1.20,<2" "expecttest>=0.2,<1"
 
 .PHONY: demo test bench bench-quick bench-mxnet lint kernel-test emulator-test cuda-test build clean
 
@@ -37,7 +39,7 @@ kernel-test:
 
 # The CUDA kernels, run on the CPU: every strategy, the emulator's own tests, and planted faults that must be found.
 emulator-test: build
-	tests/emulator/run.sh checked machine: checker: plan: lengths:
+	tests/emulator/run.sh checked machine: checker: plan: lengths: "packed rows"
 	tests/emulator/run.sh sanitizers lengths: "rows at the sizes"
 	$(BIN)/python -m pytest tests/emulator
 
@@ -68,7 +70,7 @@ $(VENV)/build.stamp: $(VENV)/tools.stamp $(SOURCES)
 $(VENV)/tools.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
-	$(BIN)/python -m pip install --quiet "$(TORCH)" $(BUILD_TOOLS) "matplotlib>=3.8"
+	$(BIN)/python -m pip install --quiet "$(TORCH)" $(BUILD_TOOLS) $(TEST_TOOLS) "matplotlib>=3.8"
 	touch $@
 
 # The package is there already, so pip installs the extra's packages alone; torch is named so that it stays as it is.

@@ -16,6 +16,11 @@ from emulator import Emulator
 from torch import Tensor
 
 MOST_DOUBLES = {"lanes": 128, "block": 4096}  # columns that fit registers
+SECOND_ORDER = (
+    "softmax_backward_wrt_y",
+    "softmax_backward_jvp_wrt_y",
+    "log_softmax_jvp_jvp_wrt_y",
+)
 SHIFT = 200.0  # of some cases' scores: a maximum may be far below 0
 
 
@@ -64,6 +69,12 @@ def expected(operation: str, inputs: list[Tensor], scale: float) -> Tensor:
         case "softmax_backward_wrt_y":
             g, y = others
             return scale * (first * (g - (g * y).sum()) - g * (first * y).sum())
+        case "softmax_backward_jvp_wrt_y":
+            g, y = others
+            return scale * (first * (g - (g * y).sum()) - y * (first * g).sum())
+        case "log_softmax_jvp_jvp_wrt_y":
+            u, y = others
+            return (-scale * (first * u * y.exp()).sum()).expand(len(first))
         case _:
             raise ValueError(operation)
 
@@ -100,7 +111,7 @@ def check_row(got: Tensor, valid: slice, want: Tensor, operation: str, tolerance
     if not bool((outside == padding).all()):
         return "padding is not what it must be"
     allowed = tolerance * (want.abs() + (1 if operation == "log_softmax" else 0.0)) + 1e-30
-    if "backward" in operation:
+    if operation not in ("softmax", "log_softmax"):
         allowed = tolerance * (want.abs() + want.abs().max() if len(want) else want)
     wrong = ~((got[valid].double() - want).abs() <= allowed)
     if bool(wrong.any()):
@@ -117,9 +128,9 @@ def check(
     """What is wrong, or nothing."""
     generator = torch.Generator().manual_seed(seed)
     lengths, starts = bounds_of(case, generator)
-    count = {"softmax": 1, "log_softmax": 1, "softmax_backward_wrt_y": 3}.get(operation, 2)
+    count = {"softmax": 1, "log_softmax": 1, **dict.fromkeys(SECOND_ORDER, 3)}.get(operation, 2)
     inputs = [make_rows(case, dtype, generator) for _ in range(count)]
-    if "backward" not in operation:
+    if operation in ("softmax", "log_softmax"):
         inputs[0] += SHIFT * (seed % 3 - 1)
     output = make_rows(case, dtype, generator)
     ran = emulate(
@@ -161,7 +172,7 @@ def main() -> int:
                 continue
             operations = ["softmax", "log_softmax", "softmax_backward", "log_softmax_backward"]
             if case.strategy in ("column", "strided"):
-                operations.append("softmax_backward_wrt_y")
+                operations += SECOND_ORDER
             for operation in operations:
                 seed += 1
                 scale = (1.0, -0.75)[seed % 2]

@@ -50,9 +50,16 @@ void allow_problem(const Problem& problem) {
     for (int64_t ahead = 0; ahead < run.rows; ++ahead, ++row) {
       allow_index(problem, problem.lengths, row);
       allow_index(problem, problem.starts, row);
-      allow_columns(problem.output, run.output_offset(ahead), 0, problem.cols, simt::kMayWrite | simt::kMustBeWritten);
-      if (bounds_are_valid(run.raw_start(ahead), run.raw_length(ahead), problem.cols)) {
-        const RowBounds bounds = run.bounds(ahead);
+      const RowBounds bounds = run.bounds(ahead);
+      const bool is_valid = bounds_are_valid(run.raw_start(ahead), run.raw_length(ahead), problem.cols) &&
+                            bounds.length() <= problem.longest();
+      constexpr uint8_t kIsWritten = simt::kMayWrite | simt::kMustBeWritten;
+      if (!problem.packing.is_packed) {
+        allow_columns(problem.output, run.output_offset(ahead), 0, problem.cols, kIsWritten);
+      } else if (is_valid) {  // around it is another row
+        allow_columns(problem.output, run.output_offset(ahead), bounds.start, bounds.end, kIsWritten);
+      }
+      if (is_valid) {
         for (int k = 0; k < problem.input_count; ++k) {
           allow_columns(problem.inputs[k], run.input_offset(k, ahead), bounds.start, bounds.end, simt::kMayRead);
         }
