@@ -27,6 +27,8 @@ from masked_softmax_ext import (
     masked_log_softmax,
     masked_softmax,
     masked_softmax_,
+    packed_log_softmax,
+    packed_softmax,
     reference,
 )
 
@@ -327,3 +329,63 @@ def test_agrees_with_the_formulation(log: bool) -> None:
     lengths = torch.randint(1, 129, (16,), device=DEVICE)
     want = (reference.masked_log_softmax if log else reference.masked_softmax)(x, lengths)
     torch.testing.assert_close(forward(x, lengths, log=log), want)
+
+
+# Transforms and packed rows
+
+
+@pytest.mark.parametrize("transform", ["jacrev", "jacfwd", "hessian", "vmap"])
+def test_transforms(transform: str, log: bool) -> None:
+    """Forward mode and second derivatives have operators of their own."""
+    lengths = torch.tensor([3, 0, 5])
+    x = random_input((3, 5), torch.float64, seed=30)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        y = forward(x, lengths.to(x.device), log=log, scale=0.7)
+        return y.masked_fill(y == float("-inf"), 0.0) ** 2
+
+    def result(x: torch.Tensor) -> torch.Tensor:
+        if transform == "vmap":
+            return torch.vmap(function)(torch.stack([x, 2 * x]))
+        if transform == "hessian":
+            return torch.func.hessian(lambda x: function(x).sum())(x)
+        return getattr(torch.func, transform)(function)(x)
+
+    expected = result(x)
+    torch.testing.assert_close(result(x.to(DEVICE)).cpu(), expected)
+    assert float(expected.abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("width", [1, 40], ids=["one", "side by side"])
+@pytest.mark.parametrize("max_length", [None, 300])
+def test_packed_rows(width: int, max_length: int | None, dtype: torch.dtype, log: bool) -> None:
+    """The bits of padded rows, whether or not somebody says how long the longest is."""
+    lengths = torch.tensor([17, 0, 300, 1, 64])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    values = random_input((int(offsets[-1]), width), dtype, seed=31).to(DEVICE)
+    padded = torch.full((5, 300, width), float("nan"), dtype=dtype, device=DEVICE)
+    for row, part in enumerate(values.split(lengths.tolist())):
+        padded[row, : len(part)] = part
+    function = packed_log_softmax if log else packed_softmax
+    got = function(values, offsets.to(DEVICE), max_length=max_length)
+    expected = forward(padded, lengths.to(DEVICE), 1, log=log)
+    rows = [expected[row, :length] for row, length in enumerate(lengths.tolist())]
+    assert_same_bits(got.cpu(), torch.cat(rows).cpu())
+
+
+@needs_gpu
+def test_packed_rows_that_are_invalid_are_nan() -> None:
+    values = torch.zeros(8, device=DEVICE)
+    offsets = torch.tensor([1, 3, 2, 6, 99], device=DEVICE)
+    got = packed_softmax(values, offsets, max_length=8).isnan().tolist()
+    assert got == [True, False, False, False, False, False, True, True]
+    with pytest.raises(ValueError, match="ascend from 0 to 8"):
+        packed_softmax(values, offsets, validate=True)
+
+
+def test_jagged_tensors(log: bool) -> None:
+    rows = [random_input((n, 4), torch.float32, seed=n).to(DEVICE) for n in (3, 1, 9)]
+    x = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    got = (masked_log_softmax if log else masked_softmax)(x, None, 1)
+    for row, y in zip(rows, got.unbind(), strict=True):
+        torch.testing.assert_close(y, forward(row, len(row), 0, log=log))

@@ -53,3 +53,13 @@ def test_nobody_pays_who_does_not_use_it() -> None:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "False"
     assert torch.distributed.is_available()
+
+
+def test_the_example() -> None:
+    example = Path(__file__).parent.parent / "examples" / "sharded_attention.py"
+    ran = subprocess.run([sys.executable, str(example)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    batches, keys = ran.stdout.splitlines()
+    assert batches.endswith("communication: none")
+    assert "allreduce" in keys
+    assert "gather" not in keys

@@ -1,0 +1,54 @@
+"""Attention weights of scores that are spread over processes: python examples/sharded_attention.py
+
+Over batches nothing travels. Over keys, where each process has a part of every row, two numbers a
+row do: its maximum and its sum; the rows stay where they are. Runs on the CPU, in two processes.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from masked_softmax_ext import masked_softmax
+
+PROCESSES = 2
+
+
+def attend(rank: int, port: int) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=PROCESSES)
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+
+    torch.manual_seed(0)  # the same scores in every process
+    batch, heads, queries, keys = 4, 2, 16, 64
+    scores = torch.randn(batch, heads, queries, keys)
+    lengths = torch.tensor([64, 10, 33, 0])
+    expected = masked_softmax(scores, lengths)
+
+    for name, dim in (("batches", 0), ("keys", 3)):
+        sharded = distribute_tensor(scores, mesh, [Shard(dim)])
+        with CommDebugMode() as communication:
+            weights = masked_softmax(sharded, lengths)
+        torch.testing.assert_close(weights.full_tensor(), expected)
+        if rank == 0:
+            counts = {str(name): count for name, count in communication.get_comm_counts().items()}
+            print(f"sharded over {name}: equal to one process; communication: {counts or 'none'}")
+    dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+if __name__ == "__main__":
+    multiprocessing.spawn(attend, (free_port(),), nprocs=PROCESSES)
