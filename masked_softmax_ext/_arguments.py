@@ -47,6 +47,11 @@ def convert_options(
     """dim, scale and dtype as the operators take them."""
     if not isinstance(input, Tensor):
         raise TypeError(f"{name}(): expected {what} to be a Tensor, but got {type(input).__name__}")
+    if input.is_nested:
+        raise TypeError(
+            f"{name}(): expected {what} to be a dense tensor, but got a nested one "
+            "(masked_softmax() and masked_log_softmax() take jagged ones)"
+        )
     if isinstance(dim, bool) or not isinstance(dim, numbers.Integral):
         raise TypeError(f"{name}(): expected dim to be an int, but got {type(dim).__name__}")
     ndim = max(input.dim(), 1)

@@ -11,6 +11,7 @@ Imported where a DTensor arrives, because torch.distributed.tensor takes its tim
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
-from masked_softmax_ext._operators import SCORES
-from masked_softmax_ext.reference import unchecked_mask
+from masked_softmax_ext._operators import SCORES, packed_of
+from masked_softmax_ext.reference import per_row
 
 _ops = torch.ops.masked_softmax_ext
 
@@ -31,14 +32,25 @@ def masked(
     name: str, input: Any, lengths: Tensor, dim: int, starts: Tensor | None, **options: Any
 ) -> Tensor:
     """The function of that name for a DTensor; plain lengths are the same in every process."""
+    operator = getattr(_ops, name).default
+    # The operator itself says what is wrong with types and shapes; a DTensor would wrap its words.
+    described = operator(*map(_described, (input, lengths)), dim, _described(starts), **options)
     lengths = _on_mesh(lengths, input.device_mesh)
     starts = None if starts is None else _on_mesh(starts, input.device_mesh)
     dim %= max(input.dim(), 1)
     is_packed = options.get("packed") is not None
     if not is_packed and any(placement.is_shard(dim) for placement in input.placements):
-        return _softmax_of_sharded_rows(name, input, lengths, dim, starts, **options)
-    result: Tensor = getattr(_ops, name).default(input, lengths, dim, starts, **options)
+        options.pop("packed", None)
+        return _softmax_of_sharded_rows(name, input, lengths, dim, starts, described, **options)
+    result: Tensor = operator(input, lengths, dim, starts, **options)
     return result
+
+
+def _described(tensor: Tensor | None) -> Tensor | None:
+    """Type and shape alone."""
+    if tensor is None:
+        return None
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def _on_mesh(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
@@ -60,13 +72,12 @@ def _rows_placement(index: Any, sharded_dim: int, dim: int) -> Placement:
 def _register(name: str, scores: int) -> None:
     operator = getattr(_ops, name).default
 
-    def shardings(*args: Any, packed: int | None = None, **_: Any) -> list[tuple[Any, Any]]:
+    def shardings(*args: Any, **options: Any) -> list[tuple[Any, Any]]:
         input, lengths = args[0], args[scores]
         dim = args[scores + 1] if len(args) > scores + 1 else -1
         starts = args[scores + 2] if len(args) > scores + 2 else None
         dim %= max(input.ndim, 1)
-        if "backward" in name or "jvp" in name:  # there it is the last positional argument
-            packed = args[-1] if len(args) == len(operator._schema.arguments) else None
+        packed = packed_of(name, args, options)
 
         def placements(of_scores: Placement, of_rows: Any) -> tuple[Any, Any]:
             of_args: list[Any] = [None] * len(args)
@@ -104,36 +115,83 @@ def _softmax_of_sharded_rows(
     lengths: DTensor,
     dim: int,
     starts: DTensor | None,
+    described: Tensor,
     *,
     scale: float | None,
     dtype: torch.dtype | None,
     validate: bool,
 ) -> Tensor:
     mesh = input.device_mesh
+    device = input.device.type
+    is_autocast = dtype is None and torch.is_autocast_enabled(device)
+    dtype = torch.float32 if is_autocast and input.dtype.itemsize == 2 else described.dtype
     placements = [p if p.is_shard() else Replicate() for p in input.placements]
-    input = input.redistribute(mesh, placements)
-    local = input.to_local()
+    local = input.redistribute(mesh, placements).to_local()
     first_column, groups = _own_columns(input.size(dim), dim, mesh, placements)
     own_lengths = _own_rows(lengths, dim, placements)
     own_starts = None if starts is None else _own_rows(starts, dim, placements)
-    if validate or local.device.type == "cpu":
-        # All processes that share these rows see the same bounds: all of them raise, or none.
-        _check_bounds(name, own_lengths, own_starts, input.size(dim))
-    y = _ShardedRows.apply(  # type: ignore[no-untyped-call]
-        local,
-        own_lengths,
-        own_starts,
+    rows = Rows(
+        per_row("lengths", own_lengths, local, dim),
+        None if own_starts is None else per_row("starts", own_starts, local, dim),
+        input.size(dim),
         first_column,
         dim,
+    )
+    if (validate or device == "cpu") and not torch.compiler.is_compiling():
+        # All processes that share these rows see the same bounds: all of them raise, or none.
+        rows.raise_for_invalid(name)
+    y = _ShardedRows.apply(  # type: ignore[no-untyped-call]
+        local,
+        rows,
         1.0 if scale is None else scale,
-        input.dtype if dtype is None else dtype,
+        dtype,
         groups,
         name == "masked_log_softmax",
     )
-    stride = torch.empty(input.shape, device="meta").stride()
     return DTensor.from_local(
-        y, mesh, placements, run_check=False, shape=input.shape, stride=stride
+        y, mesh, placements, run_check=False, shape=described.shape, stride=described.stride()
     )
+
+
+@dataclass
+class Rows:
+    """This process's part of its rows; lengths and starts have a column of size 1."""
+
+    lengths: Tensor
+    starts: Tensor | None
+    cols: int  # of whole rows
+    first_column: int
+    dim: int
+
+    def padding(self, x: Tensor) -> Tensor:
+        """True where a column of the own part is none of the row's valid ones."""
+        column = torch.arange(x.size(self.dim), device=x.device) + self.first_column
+        column = column.reshape((-1,) + (1,) * (x.dim() - 1 - self.dim))
+        start = self._start()
+        return (column < start) | (column >= start + self.lengths)
+
+    def invalid(self) -> Tensor:
+        """True for rows whose bounds are none."""
+        start = self._start()
+        return (start < 0) | (self.lengths < 0) | (self.lengths > self.cols - start)
+
+    def raise_for_invalid(self, name: str) -> None:
+        invalid = self.invalid()
+        if not bool(invalid.any()):
+            return
+        row = invalid.flatten().nonzero()[0]
+        start, length = (
+            int(index.expand(invalid.shape).flatten()[row])
+            for index in (self._start(), self.lengths)
+        )
+        raise ValueError(
+            f"{name}(): expected 0 <= start, 0 <= length and start + length <= {self.cols} "
+            f"(input's size in dimension {self.dim}), but a row has start {start} and length "
+            f"{length}"
+        )
+
+    def _start(self) -> Tensor:
+        return torch.zeros_like(self.lengths) if self.starts is None else self.starts
 
 
 def _own_columns(
@@ -164,27 +222,6 @@ def _own_rows(index: DTensor, dim: int, placements: list[Any]) -> Tensor:
     return index.redistribute(placements=own).to_local()
 
 
-def _check_bounds(name: str, lengths: Tensor, starts: Tensor | None, cols: int) -> None:
-    for what, index in (("length", lengths), ("start", starts)):
-        if index is not None and not bool(((index >= 0) & (index <= cols)).all()):
-            raise ValueError(
-                f"{name}(): expected 0 <= {what} <= {cols} (the size of the softmax dimension), "
-                f"but got {what}s from {int(index.min())} to {int(index.max())}"
-            )
-    if starts is not None:
-        ndim = max(lengths.dim(), starts.dim())
-        ends = _with_dims(lengths, ndim).long() + _with_dims(starts, ndim)
-        if not bool((ends <= cols).all()):
-            raise ValueError(
-                f"{name}(): expected start + length <= {cols} (the size of the softmax dimension), "
-                f"but got {int(ends.max())}"
-            )
-
-
-def _with_dims(index: Tensor, ndim: int) -> Tensor:
-    return index.reshape(tuple(index.shape) + (1,) * (ndim - index.dim()))
-
-
 def _reduced(tensor: Tensor, groups: list[dist.ProcessGroup], op: Any) -> Tensor:
     for group in groups:
         dist.all_reduce(tensor, op, group)
@@ -199,45 +236,60 @@ def _largest(z: Tensor, dim: int) -> Tensor:
 
 
 class _ShardedRows(torch.autograd.Function):
-    """Softmax over a dimension of which each process has a part, from `first_column` on."""
+    """Softmax over a dimension of which each process has a part."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        lengths: Tensor,
-        starts: Tensor | None,
-        first_column: int,
-        dim: int,
+        rows: Rows,
         scale: float,
         dtype: torch.dtype,
         groups: list[dist.ProcessGroup],
         is_log: bool,
     ) -> Tensor:
+        dim = rows.dim
         compute = torch.promote_types(torch.promote_types(x.dtype, dtype), torch.float32)
-        padding = ~unchecked_mask(x, lengths, dim, starts, first_column)
-        z = (x.to(compute) * scale).masked_fill_(padding, -math.inf)
+        if not 1e-30 <= abs(scale) <= 1e30:
+            compute = torch.float64  # where no product of it overflows
+        padding = rows.padding(x)
+        z = (-x.to(compute) if scale < 0 else x.to(compute)).masked_fill(padding, -math.inf)
         # A NaN reaches its row by the sum, whatever a collective maximum makes of one.
         row_max = _largest(z.masked_fill(z.isnan(), -math.inf), dim)
         row_max = _reduced(row_max, groups, dist.ReduceOp.MAX)
-        z -= row_max
+        z = z.sub_(row_max).mul_(abs(scale))
         exponentials = z.exp().masked_fill_(padding, 0.0)
-        row_sum = _reduced(exponentials.sum(dim, keepdim=True), groups, dist.ReduceOp.SUM)
-        y = z.sub_(row_sum.log()) if is_log else exponentials.div_(row_sum)
-        y = y.masked_fill_(padding, -math.inf if is_log else 0.0).to(dtype)
-        ctx.save_for_backward(y, lengths, starts)
-        ctx.call = first_column, dim, scale, x.dtype, compute, groups, is_log
+        if is_log:
+            # The maxima apart from the rest: a row that one of them dominates stays accurate.
+            is_max = (z == 0) & ~padding
+            count = is_max.sum(dim, keepdim=True).to(compute)
+            rest = exponentials.masked_fill_(is_max, 0.0).sum(dim, keepdim=True)
+            count, rest = _reduced(torch.stack([count, rest]), groups, dist.ReduceOp.SUM)
+            y = z.sub_(count.log() + (rest / count).log1p()).masked_fill_(padding, -math.inf)
+        else:
+            row_sum = _reduced(exponentials.sum(dim, keepdim=True), groups, dist.ReduceOp.SUM)
+            y = exponentials.div_(row_sum).masked_fill_(padding, 0.0)
+        y = _nan_where_invalid(y.to(dtype), rows)
+        ctx.save_for_backward(y, rows.lengths, rows.starts)
+        ctx.rows = rows.cols, rows.first_column, dim
+        ctx.call = scale, x.dtype, compute, groups, is_log
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, lengths, starts = ctx.saved_tensors
-        first_column, dim, scale, input_dtype, compute, groups, is_log = ctx.call
-        padding = ~unchecked_mask(y, lengths, dim, starts, first_column)
+        scale, input_dtype, compute, groups, is_log = ctx.call
+        rows = Rows(lengths, starts, *ctx.rows)
+        padding = rows.padding(y)
         g, y = grad.to(compute).masked_fill(padding, 0.0), y.to(compute)
         terms = g if is_log else g * y
-        row_sum = _reduced(terms.sum(dim, keepdim=True), groups, dist.ReduceOp.SUM)
+        row_sum = _reduced(terms.sum(rows.dim, keepdim=True), groups, dist.ReduceOp.SUM)
         result = g - y.exp() * row_sum if is_log else y * (g - row_sum)
         result = (result * scale).masked_fill_(padding, 0.0).to(input_dtype)
-        return (result, *[None] * 8)
+        return (_nan_where_invalid(result, rows), *[None] * 5)
+
+
+def _nan_where_invalid(result: Tensor, rows: Rows) -> Tensor:
+    """On a CPU such rows have been refused."""
+    return result if result.device.type == "cpu" else result.masked_fill(rows.invalid(), math.nan)

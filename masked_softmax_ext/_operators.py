@@ -22,6 +22,16 @@ SCORES = {
 }
 
 
+def packed_of(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> int | None:
+    """The argument `packed` of a call, however it was given."""
+    if "packed" in options:
+        return options["packed"]  # type: ignore[no-any-return]
+    schema = getattr(torch.ops.masked_softmax_ext, name).default._schema
+    position = [argument.name for argument in schema.arguments].index("packed")
+    is_positional = not schema.arguments[position].kwarg_only
+    return args[position] if is_positional and position < len(args) else None
+
+
 def call_operator(name: str, *args: Any, **options: Any) -> Tensor:
     result: Tensor = getattr(torch.ops.masked_softmax_ext, name).default(*args, **options)
     return result

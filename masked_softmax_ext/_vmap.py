@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from masked_softmax_ext._operators import SCORES
+from masked_softmax_ext._operators import SCORES, packed_of
 
 _ops = torch.ops.masked_softmax_ext
 
@@ -37,7 +37,8 @@ def _rule(name: str, count: int) -> Callable[..., tuple[Tensor, int]]:
         is_scalar = scores[0].dim() == 1  # each of them a 0-dim tensor
         if is_scalar:
             scores = [tensor.unsqueeze(1) for tensor in scores]
-        rows = _batched_rows(scores[0], in_dims[count:], *args[count:], **options)
+        is_packed = packed_of(name, args, options) is not None
+        rows = _batched_rows(scores[0], in_dims[count:], is_packed, *args[count : count + 3])
         result = operator(*scores, *rows, *args[count + 3 :], **options)
         return (result.squeeze(1) if is_scalar else result), 0
 
@@ -55,7 +56,7 @@ def _in_place_rule(
     scores = _batched(input, in_dims[0], info.batch_size)
     if scores.dim() == 1:
         scores = scores.unsqueeze(1)
-    rows = _batched_rows(scores, in_dims[1:], *args, **options)
+    rows = _batched_rows(scores, in_dims[1:], False, *args)
     _ops.masked_softmax_.default(scores, *rows, **options)
     return None, None
 
@@ -70,11 +71,10 @@ def _batched(tensor: Tensor, batch_dim: int | None, size: int) -> Tensor:
 def _batched_rows(
     scores: Tensor,
     in_dims: tuple[int | None, ...],
+    is_packed: bool,
     lengths: Tensor,
     dim: int = -1,
     starts: Tensor | None = None,
-    *_: Any,
-    **options: Any,
 ) -> tuple[Tensor, int, Tensor | None]:
     """lengths, dim and starts for scores that have the batch dimension in front."""
     ndim = scores.dim() - 1
@@ -84,7 +84,6 @@ def _batched_rows(
             f"but got {dim})"
         )
     dims = dict(zip(("lengths", "dim", "starts"), in_dims, strict=False))
-    is_packed = options.get("packed") is not None
 
     def batched_index(what: str, index: Tensor) -> Tensor:
         batch_dim = dims[what]

@@ -41,26 +41,18 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
     }
 
 
-def masked_softmax(
-    input: Tensor,
-    lengths: Tensor,
-    dim: int = -1,
-    starts: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    dtype: torch.dtype | None = None,
-    validate: bool = False,
-    packed: int | None = None,
-) -> Any:
+def masked_softmax(*args: Any, **options: Any) -> Any:
     """What the operator ``masked_softmax`` computes, for padded rows."""
-    if packed is not None:
-        return NotImplemented
-    valid = reference.unchecked_mask(input, lengths, dim, starts)
-    result = reference.softmax_where(valid, input, dim, scale, dtype)
-    return result.to(dtype or input.dtype)
+    return _decompose(reference.softmax_where, *args, **options)
 
 
-def masked_log_softmax(
+def masked_log_softmax(*args: Any, **options: Any) -> Any:
+    """What the operator ``masked_log_softmax`` computes, for padded rows."""
+    return _decompose(reference.log_softmax_where, *args, **options)
+
+
+def _decompose(
+    function: Callable[..., Tensor],
     input: Tensor,
     lengths: Tensor,
     dim: int = -1,
@@ -71,9 +63,7 @@ def masked_log_softmax(
     validate: bool = False,
     packed: int | None = None,
 ) -> Any:
-    """What the operator ``masked_log_softmax`` computes, for padded rows."""
     if packed is not None:
         return NotImplemented
     valid = reference.unchecked_mask(input, lengths, dim, starts)
-    result = reference.log_softmax_where(valid, input, dim, scale, dtype)
-    return result.to(dtype or input.dtype)
+    return function(valid, input, dim, scale, dtype).to(dtype or input.dtype)

@@ -193,8 +193,9 @@ def masked_softmax_(
         name, input, lengths, dim, starts, scale, None, validate
     )
     if torch.compiler.is_compiling() or is_dtensor(input):  # they know copy_
+        dtype = input.dtype if input.is_floating_point() else None  # whatever autocast says
         return input.copy_(
-            _call("masked_softmax", input, lengths, dim, starts, scale, None, validate, None)
+            _call("masked_softmax", input, lengths, dim, starts, scale, dtype, validate, None)
         )
     if (
         type(input) is Tensor
@@ -260,6 +261,8 @@ def _call(
             input, lengths, dim, starts, scale=scale, dtype=dtype, validate=validate, out=out
         )
         return out
+    if out is not None and dtype is None and input.is_floating_point():
+        dtype = input.dtype  # autocast leaves calls with out= alone
     if is_distributed:
         from masked_softmax_ext._dtensor import masked as operator
     elif torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from masked_softmax_ext._arguments import Index, convert_options, is_dtensor
 from masked_softmax_ext._operators import call_operator
+
+_INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_UNKNOWN = -1  # to the operators: nobody says how long the longest row is
 
 
 def packed_softmax(
@@ -24,7 +28,8 @@ def packed_softmax(
     r"""Softmax over each of the rows that lie end to end in one dimension.
 
     Row ``b`` is ``values[offsets[b] : offsets[b + 1]]``, once for every index of the other
-    dimensions. Each has the bits that :func:`masked_softmax` gives it in a padded tensor.
+    dimensions. Each has the bits that :func:`masked_softmax` gives it in a padded tensor (on CUDA:
+    one of ``max_length`` columns, or of as many as the longest row has).
 
     Args:
         values: the rows, ``(total, ...)`` for ``dim`` 0; types and strides as for
@@ -35,7 +40,7 @@ def packed_softmax(
         scale: a number multiplied into the values; ``None`` is 1. It has no gradient.
         dtype: the result's type; ``None`` is values' type (float32 under autocast).
         max_length: no row is longer. The CPU needs no such word; on CUDA its absence costs a
-            synchronisation.
+            synchronisation, in the backward pass another.
         validate: on CUDA, raise for invalid offsets at the price of one synchronisation, instead of
             making NaN of what no valid row covers. The CPU always raises.
 
@@ -109,13 +114,16 @@ def jagged_softmax(
     for what, given in (("lengths", lengths), ("starts", starts), ("out", out)):
         if given is not None:
             raise ValueError(f"{name}(): expected no {what} beside a jagged input, but got some")
-    dim, scale, dtype = convert_options(name, "input", input, dim, scale, dtype, validate)
-    dim %= input.dim()
     ragged_dim = input._ragged_idx  # its name has no public spelling
-    if dim != ragged_dim:
+    if isinstance(dim, int) and not -input.dim() <= dim < input.dim():
+        raise IndexError(
+            f"Dimension out of range (expected to be in range of [{-input.dim()}, "
+            f"{input.dim() - 1}], but got {dim})"
+        )
+    if dim not in (ragged_dim, ragged_dim - input.dim()):
         raise ValueError(
             f"{name}(): expected dim to be the ragged dimension of the jagged input, {ragged_dim}, "
-            f"but got {dim} (its rows are not padded: torch.softmax is what they need)"
+            f"but got {dim} (over the others torch.softmax is what is needed)"
         )
     if input.lengths() is not None:
         raise ValueError(
@@ -123,8 +131,16 @@ def jagged_softmax(
             "lengths beside its offsets; input.contiguous() closes them"
         )
     offsets = input.offsets()
+    longest = input._maybe_max_seqlen  # where it has been asked for before
     values = _packed(
-        name.removeprefix("masked_"), input.values(), offsets, dim - 1, scale, dtype, None, validate
+        name.removeprefix("masked_"),
+        input.values(),
+        offsets,
+        ragged_dim - 1,
+        scale,
+        dtype,
+        longest if type(longest) is int else None,
+        validate,
     )
     result: Tensor = torch.nested.nested_tensor_from_jagged(values, offsets, jagged_dim=ragged_dim)
     return result
@@ -146,18 +162,24 @@ def _packed(
         raise TypeError(
             f"{name}(): expected offsets to be a Tensor, but got {type(offsets).__name__}"
         )
-    if offsets.dtype == torch.bool or offsets.is_floating_point() or offsets.is_complex():
-        raise TypeError(f"{name}(): expected offsets of an integer type, but got {offsets.dtype}")
+    if offsets.dtype not in _INTEGER:
+        raise TypeError(
+            f"{name}(): expected offsets of an integer type (int64, int32, int16, int8 or uint8), "
+            f"but got {offsets.dtype}"
+        )
     if offsets.dim() != 1 or offsets.size(0) == 0:
         raise ValueError(
             f"{name}(): expected offsets of shape (batch + 1,), but got {tuple(offsets.shape)}"
         )
     if max_length is not None and (
-        isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 0
+        isinstance(max_length, bool)
+        or not isinstance(max_length, numbers.Integral | torch.SymInt)
+        or not 0 <= int(max_length) < 2**63
     ):
         raise ValueError(
             f"{name}(): expected max_length to be an int of at least 0, but got {max_length!r}"
         )
+    offsets = offsets.to(torch.int64)
     if is_dtensor(values):
         from masked_softmax_ext._dtensor import masked as operator
     else:
@@ -171,5 +193,5 @@ def _packed(
         scale=scale,
         dtype=dtype,
         validate=validate,
-        packed=max_length or 0,
+        packed=_UNKNOWN if max_length is None else int(max_length),
     )

@@ -110,38 +110,36 @@ def log_softmax_where(
     return torch.log_softmax(logits, dim).masked_fill(~valid, -math.inf)
 
 
-def unchecked_mask(
-    input: Tensor, lengths: Tensor, dim: int, starts: Tensor | None, first_column: int = 0
-) -> Tensor:
-    """:func:`valid_mask` that looks at no value, of columns that are counted from another one."""
-    return _mask(input, lengths, dim, starts, checks=False, first_column=first_column)
+def unchecked_mask(input: Tensor, lengths: Tensor, dim: int, starts: Tensor | None) -> Tensor:
+    """:func:`valid_mask` that looks at no value."""
+    return _mask(input, lengths, dim, starts, checks=False)
 
 
 def _mask(
-    input: Tensor,
-    lengths: int | Tensor,
-    dim: int,
-    starts: int | Tensor | None,
-    checks: bool,
-    first_column: int = 0,
+    input: Tensor, lengths: int | Tensor, dim: int, starts: int | Tensor | None, checks: bool
 ) -> Tensor:
     if input.dim() == 0:
         return _mask(input.unsqueeze(0), lengths, dim, starts, checks).squeeze(0)
     cols = input.size(dim)
     dim = dim % input.dim()
-    length = _per_row("lengths", lengths, input, dim)
-    start = _per_row("starts", 0 if starts is None else starts, input, dim)
+    length = per_row("lengths", lengths, input, dim)
+    start = per_row("starts", 0 if starts is None else starts, input, dim)
     if checks:
         _check_bounds(length, start, input, dim)
-    column = torch.arange(first_column, first_column + cols, device=input.device)
+    column = torch.arange(cols, device=input.device)
     column = column.reshape((cols,) + (1,) * (input.dim() - 1 - dim))
     return (start <= column) & (column < start + length)
 
 
-def _per_row(name: str, index: int | Tensor, input: Tensor, dim: int) -> Tensor:
+def per_row(name: str, index: int | Tensor, input: Tensor, dim: int) -> Tensor:
     """Lengths or starts in as many dimensions as input: ``dim`` and those not given of size 1."""
     rows = input.shape[:dim] + input.shape[dim + 1 :]
     if not isinstance(index, Tensor):
+        if not isinstance(index, int | torch.SymInt):
+            raise TypeError(
+                f"expected {name} to be an int or a tensor of an integer type, but got "
+                f"{type(index).__name__}"
+            )
         index = torch.full((), index, device=input.device)
     if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
         raise TypeError(f"expected {name} of an integer type, but got {index.dtype}")

@@ -13,6 +13,21 @@ from tolerances import HAS_LONG_DOUBLE
 import masked_softmax_ext
 from masked_softmax_ext import _C
 
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # test_properties.py says so
+    pass
+else:
+    settings.register_profile(
+        "default",
+        max_examples=1000,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    settings.register_profile("long", parent=settings.get_profile("default"), max_examples=100_000)
+    settings.load_profile("default")
+
 # Where each instruction set is compiled: platform.machine() of the architectures.
 ARCHITECTURES = {
     "avx2": ("x86_64", "AMD64"),

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from calls import forward
 from cases import assert_same_bits, generator, random_input
+from tolerances import assert_forward
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -264,6 +265,49 @@ def bad_lengths(world: int) -> None:
         x = distribute_tensor(X, mesh, [placement])
         with pytest.raises(ValueError, match=r"expected .* 9"):
             masked_softmax(x, lengths, starts=starts)
+
+
+@check
+def accuracy_of_sharded_rows(world: int) -> None:
+    """SPEC.md's bounds: large scores, close ones, and logarithms near 0."""
+    mesh = init_device_mesh("cpu", (world,))
+    x = torch.zeros(4, 8)
+    x[0] = torch.tensor([3e38, 3e38, 1, 1, 0, 0, 0, 0])
+    x[1] = torch.tensor([1000.1, 1000.2, 1000.35, 999.7, 1000.0, 1000.01, 998.0, 1001.0])
+    x[2] = torch.tensor([0.0, -30, -31, -40, -50, -60, -70, -80])
+    x[3] = random_input((8,), torch.float32, seed=9)
+    for scale, log in itertools.product((None, 0.1, -0.5, 10.0, 1e35, -1e-35), (False, True)):
+        y = forward(distribute_tensor(x, mesh, [Shard(1)]), 8, scale=scale, log=log)
+        assert_forward(y.full_tensor(), x, 8, scale=scale, log=log, what=f"scale {scale}")
+
+
+@check
+def autocast_of_sharded_rows(world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    for placement in (Shard(0), Shard(2)):
+        x = distribute_tensor(X.bfloat16(), mesh, [placement])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = masked_softmax(x, LENGTHS)
+        assert y.dtype == torch.float32
+        torch.testing.assert_close(
+            y.full_tensor(), masked_softmax(X.bfloat16(), LENGTHS, dtype=torch.float32)
+        )
+
+
+@check
+def bad_arguments(world: int) -> None:
+    """The same errors whatever is sharded."""
+    mesh = init_device_mesh("cpu", (world,))
+    for placement in (Shard(0), Shard(1), Shard(2)):
+        x = distribute_tensor(X, mesh, [placement])
+        with pytest.raises(ValueError, match=r"masked_softmax.*lengths to broadcast.*\[2\]"):
+            masked_softmax(x, torch.tensor([1, 2]))
+        with pytest.raises(TypeError, match=r"masked_softmax.*lengths to be an int or a tensor"):
+            masked_softmax(x, LENGTHS.double())
+        with pytest.raises(TypeError, match=r"masked_softmax.*dtype= to name the result's"):
+            masked_softmax(x.long(), LENGTHS)
+        with pytest.raises(TypeError, match=r"masked_softmax.*dtype to be float32"):
+            masked_softmax(x, LENGTHS, dtype=torch.int64)
 
 
 @check

@@ -186,6 +186,16 @@ def test_out_is_checked_as_without_compilation(log: bool) -> None:
         assert bool((out == 7).all())
 
 
+def test_out_under_autocast(log: bool) -> None:
+    """Autocast leaves it alone, compiled or not."""
+    x, lengths = random_input((4, 9), torch.bfloat16, seed=10), lengths_for(4, 9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for function in (forward, compiled(forward)):
+            out = torch.empty(4, 9, dtype=torch.bfloat16)
+            function(x, lengths, log=log, out=out)
+            assert_same_bits(out, forward(x, lengths, log=log, dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_out_reaches_the_argument(backend: str, log: bool) -> None:
     def function(x: Tensor, lengths: Tensor, out: Tensor) -> Tensor:
@@ -376,23 +386,26 @@ def test_opcheck_second_order(name: str, inputs: int) -> None:
 
 
 def test_every_operator_is_checked() -> None:
-    names = {
+    """By one of the opchecks above."""
+    registered = {
         schema.name.removeprefix("masked_softmax_ext::")
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("masked_softmax_ext::")
     }
-    assert names == {
-        "masked_softmax",
-        "masked_softmax_",
-        "masked_log_softmax",
-        "masked_softmax_backward",
-        "masked_log_softmax_backward",
-        "masked_log_softmax_jvp",
-        "masked_softmax_backward_wrt_output",
-        "masked_log_softmax_backward_wrt_output",
-        "masked_softmax_backward_jvp_wrt_output",
-        "masked_log_softmax_jvp_jvp_wrt_output",
-    }
+    checked = {"masked_softmax_"}  # test_opcheck_in_place
+    tests: tuple[Any, ...] = (
+        test_opcheck,
+        test_opcheck_out,
+        test_opcheck_backward,
+        test_opcheck_second_order,
+    )
+    for test in tests:
+        for mark in test.pytestmark:
+            if mark.args[0] == "name":
+                checked.update(mark.args[1])
+            elif mark.args[0] == ("name", "inputs"):
+                checked.update(name for name, _ in mark.args[1])
+    assert checked == registered
 
 
 # Autocast

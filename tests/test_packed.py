@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from calls import forward, forward_backward
@@ -215,13 +218,54 @@ def test_other_errors(log: bool) -> None:
         (TypeError, "dtype= to name", lambda: packed(values.long(), offsets, log=log)),
         (ValueError, "no row longer than max_length, 2, but one has length 3",
          lambda: packed(values, offsets, max_length=2, log=log)),
+        (ValueError, "max_length, 0, but", lambda: packed(values, offsets, max_length=0, log=log)),
         (ValueError, "max_length to be", lambda: packed(values, offsets, max_length=-1, log=log)),
+        (ValueError, "max_length to", lambda: packed(values, offsets, max_length=2**64, log=log)),
+        (ValueError, "max_length to be", lambda: packed(values, offsets, max_length=3.0, log=log)),
+        (TypeError, "UInt16|uint16", lambda: packed(values, offsets.to(torch.uint16), log=log)),
+        (TypeError, "dense tensor", lambda: packed(jagged([5]), offsets, log=log)),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             call()
-    assert_same_bits(
-        packed(values, offsets, max_length=3, log=log), packed(values, offsets, log=log)
-    )
+    expected = packed(values, offsets, log=log)
+    assert_same_bits(packed(values, offsets, max_length=3, log=log), expected)
+    assert_same_bits(packed(values, offsets, max_length=np.int64(9), log=log), expected)
+    empty = packed(values[:0], offsets[:1], max_length=0, log=log)
+    assert empty.shape == (0,)
+
+
+def test_offsets_that_would_wrap_in_their_own_type(log: bool) -> None:
+    """In uint8 3 - 5 is 254, and the sum fits."""
+    with pytest.raises(ValueError, match="row 1 begins at 5 and has length -2"):
+        packed(torch.zeros(259), torch.tensor([0, 5, 3], dtype=torch.uint8), log=log)
+    extreme = torch.tensor([-(2**31), 2**31 - 1], dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"row 0 begins at {-(2**31)} and has length {2**32 - 1}"):
+        packed(torch.zeros(5), extreme, log=log)
+
+
+def test_offsets_that_change_meanwhile(log: bool) -> None:
+    """Another thread writes to them: results may be anything, memory stays whole."""
+    starts = torch.arange(0, 200_000, 4)
+    before, values = starts.clone(), random_input((200_000, 64), torch.float32, seed=13)
+    lengths = torch.tensor([4]).expand(50_000)
+    done = threading.Event()
+
+    def change() -> None:
+        while not done.is_set():
+            starts[25_000:] = 0
+            starts.copy_(before)
+
+    operators = torch.ops.masked_softmax_ext
+    operator = operators.masked_log_softmax if log else operators.masked_softmax
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for _ in range(10):
+            with contextlib.suppress(ValueError):
+                operator(values, lengths, 0, starts, packed=-1)
+    finally:
+        done.set()
+        thread.join()
 
 
 # torch.compile, meta, opcheck
@@ -346,7 +390,7 @@ def test_jagged_errors(log: bool) -> None:
     strided = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.strided)
     function = as_function(log)
     for message, call in (
-        ("ragged dimension of the jagged input, 1, but got 2", lambda: function(x, None, -1)),
+        ("ragged dimension of the jagged input, 1, but got -1", lambda: function(x, None, -1)),
         ("ragged dimension of the jagged input, 1, but got 0", lambda: function(x, None, 0)),
         ("no lengths beside a jagged input", lambda: function(x, 2, 1)),
         ("no starts beside a jagged input", lambda: function(x, None, 1, starts=2)),

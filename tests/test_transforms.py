@@ -29,7 +29,13 @@ from torch.func import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from masked_softmax_ext import masked_softmax, masked_softmax_, packed_softmax, reference
+from masked_softmax_ext import (
+    masked_softmax,
+    masked_softmax_,
+    packed_log_softmax,
+    packed_softmax,
+    reference,
+)
 
 Function = Callable[[Tensor], Tensor]
 
@@ -142,7 +148,7 @@ def test_gradcheck_of_packed_rows(log: bool) -> None:
     def function(x: Tensor) -> Tensor:
         operator = torch.ops.masked_softmax_ext
         of = operator.masked_log_softmax if log else operator.masked_softmax
-        result: Tensor = of(x, offsets.diff(), 0, offsets[:-1], scale=0.6, packed=0)
+        result: Tensor = of(x, offsets.diff(), 0, offsets[:-1], scale=0.6, packed=5)
         return result
 
     x = random_input((9, 2), torch.float64, seed=4).requires_grad_()
@@ -154,6 +160,18 @@ def test_gradcheck_of_packed_rows(log: bool) -> None:
         check_batched_forward_grad=True,
     )
     assert torch.autograd.gradgradcheck(function, x, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=list(TRANSFORMS))
+def test_transform_of_packed_rows(transform: Callable[[Function], Function], log: bool) -> None:
+    """The columns of (4, 5) as packed rows, two of them to a column."""
+    offsets = torch.tensor([0, 1, 4])
+    of = packed_log_softmax if log else packed_softmax
+    truth = torch.log_softmax if log else torch.softmax
+    ours = transform(lambda x: of(x, offsets))
+    theirs = transform(lambda x: torch.cat([truth(x[:1], 0), truth(x[1:], 0)]))
+    got, expected = ours(scores()), theirs(scores())
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
 
 
 # Dual numbers
@@ -327,8 +345,8 @@ def test_vmap_of_scalars(log: bool) -> None:
 
 def test_vmap_with_dtype_and_empty_batches() -> None:
     x = torch.zeros(0, 4, 5, dtype=torch.int32)
-    got = vmap(lambda x: masked_softmax(x, 3, dtype=torch.float16))(x) if len(x) else x.half()
-    assert got.dtype == torch.float16
+    got = vmap(lambda x: masked_softmax(x, 3, dtype=torch.float16))(x)
+    assert (got.dtype, got.shape) == (torch.float16, x.shape)
     full = torch.ones(2, 4, 5, dtype=torch.int32)
     got = vmap(lambda x: masked_softmax(x, 3, dtype=torch.float16))(full)
     assert_same_bits(got, masked_softmax(full, 3, dtype=torch.float16))
@@ -419,16 +437,17 @@ def test_compiled_autograd(log: bool) -> None:
     """The backward pass as a program of its own, which knows our nodes."""
     from torch._dynamo import compiled_autograd
 
-    def gradient() -> Tensor:
+    def gradient(options: dict[str, Any]) -> Tensor:
         x = scores().requires_grad_()
-        ours, _ = pair(log, OPTIONS["starts, scale"])
-        cubes(ours)(x * 2)[None].sum().backward()
+        ours, _ = pair(log, options)
+        cubes(lambda x: ours(ours(x)))(x * 2).backward()
         assert x.grad is not None
         return x.grad
 
-    expected = gradient()
     torch._dynamo.reset()
     compiler = torch.compile(backend="aot_eager", fullgraph=True)
-    with compiled_autograd._enable(compiler):
-        for _ in range(2):
-            torch.testing.assert_close(gradient(), expected)
+    for options in (*OPTIONS.values(), {"scale": 0.25}):
+        expected = gradient(options)
+        with compiled_autograd._enable(compiler):
+            for _ in range(2):
+                torch.testing.assert_close(gradient(options), expected)

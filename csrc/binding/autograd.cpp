@@ -120,7 +120,7 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& lengths, int64_t d
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     output = operators_of(kIsLog).forward.call(input, lengths, dim, starts, scale, dtype, validate, packed);
   }
-  const Rows rows{kIsLog, lengths, dim, starts, scale, packed};
+  const Rows rows{{kIsLog, dim, scale, packed}, lengths, starts};
   RowsNode::Pointer owner;
   RowsNode* const node = node_for(kForward[kIsLog], rows, input.scalar_type(), {&input}, owner);
   if (node != nullptr) {
@@ -138,7 +138,7 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& lengths, int64_t d
 template <bool kIsLog>
 at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, const at::Tensor& lengths, int64_t dim,
                     const OptionalTensor& starts, OptionalScale scale, at::ScalarType input_dtype, OptionalInt packed) {
-  const Rows rows{kIsLog, lengths, dim, starts, scale, packed};
+  const Rows rows{{kIsLog, dim, scale, packed}, lengths, starts};
   at::Tensor result;
   {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -163,7 +163,7 @@ at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, con
 
 at::Tensor log_softmax_jvp(const at::Tensor& tangent, const at::Tensor& output, const at::Tensor& lengths, int64_t dim,
                            const OptionalTensor& starts, OptionalScale scale, OptionalInt packed) {
-  const Rows rows{/*is_log=*/true, lengths, dim, starts, scale, packed};
+  const Rows rows{{/*is_log=*/true, dim, scale, packed}, lengths, starts};
   at::Tensor result;
   {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -203,7 +203,7 @@ void forward_out(const at::Tensor& input, const at::Tensor& lengths, int64_t dim
 void softmax_in_place(at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
                       OptionalScale scale, bool validate) {
   torch::autograd::check_inplace(input, torch::autograd::compute_requires_grad(input));
-  const Rows rows{/*is_log=*/false, lengths, dim, starts, scale, std::nullopt};
+  const Rows rows{{/*is_log=*/false, dim, scale, std::nullopt}, lengths, starts};
   RowsNode::Pointer owner;
   // Before anything is written: lengths may be what cannot be saved.
   RowsNode* const node = node_for(kForward[0], rows, input.scalar_type(), {&input}, owner);

@@ -312,7 +312,7 @@ Problem make_problem(Operation operation, const at::Tensor& output, std::initial
   const bool is_packed = arguments.packed.has_value();
   RowDimensions dimensions(problem, arguments.name);
   if (is_packed) {
-    const int64_t longest = *arguments.packed > 0 ? *arguments.packed : problem.cols;
+    const int64_t longest = *arguments.packed >= 0 ? *arguments.packed : problem.cols;
     problem.packing = {true, longest < problem.cols ? longest : problem.cols, output.numel()};
     dimensions.push(arguments.lengths.size(0), [&](int which) {
       switch (which) {
@@ -343,7 +343,8 @@ Problem make_problem(Operation operation, const at::Tensor& output, std::initial
 namespace {
 
 // That packed rows follow one another from the first column to the last, and the longest of them.
-void check_packing(Problem& problem, const RowArguments& arguments) {
+void check_packing(Problem& problem, const at::Tensor& values, const RowArguments& arguments) {
+  const int64_t dim = at::maybe_wrap_dim(arguments.dim, values.dim());
   const int64_t count = arguments.lengths.size(0);
   int64_t end = 0;
   int64_t longest = 0;
@@ -351,14 +352,14 @@ void check_packing(Problem& problem, const RowArguments& arguments) {
     const int64_t start = load_index(problem.starts, row * arguments.starts->stride(0));
     const int64_t length = load_index(problem.lengths, row * arguments.lengths.stride(0));
     TORCH_CHECK_VALUE(start == end && length >= 0 && length <= problem.cols - start, arguments.name,
-                      "(): expected offsets that ascend from 0 to ", problem.cols, " (values' size in dimension ",
-                      arguments.dim, "), but row ", row, " is from ", start, " to ", start + length);
+                      "(): expected offsets that ascend from 0 to ", problem.cols, " (values' size in dimension ", dim,
+                      "), but row ", row, " begins at ", start, " and has length ", length);
     end = start + length;
     longest = std::max(longest, length);
   }
   TORCH_CHECK_VALUE(end == problem.cols, arguments.name, "(): expected offsets that ascend from 0 to ", problem.cols,
-                    " (values' size in dimension ", arguments.dim, "), but they end at ", end);
-  TORCH_CHECK_VALUE(*arguments.packed <= 0 || longest <= *arguments.packed, arguments.name,
+                    " (values' size in dimension ", dim, "), but they end at ", end);
+  TORCH_CHECK_VALUE(*arguments.packed < 0 || longest <= *arguments.packed, arguments.name,
                     "(): expected no row longer than max_length, ", *arguments.packed, ", but one has length ",
                     longest);
   problem.packing.longest = longest;
@@ -368,7 +369,7 @@ void check_packing(Problem& problem, const RowArguments& arguments) {
 
 void check_bounds(Problem& problem, const at::Tensor& input, const RowArguments& arguments) {
   if (arguments.packed.has_value()) {
-    return check_packing(problem, arguments);
+    return check_packing(problem, input, arguments);
   }
   const int64_t row = first_invalid_row(problem);
   if (row < 0) {

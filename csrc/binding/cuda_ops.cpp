@@ -1,6 +1,6 @@
 // The operators on CUDA tensors: one kernel on the current stream (up to three for very long rows), no synchronisation.
-// Bounds are looked at by the
-// kernel; validate=True looks at them before. Packed rows whose longest nobody names cost a synchronisation.
+// Bounds are looked at by the kernel; validate=True looks at them before. For packed rows the output is filled first,
+// and where nobody names the longest of them, finding it is a synchronisation.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/max.h>
@@ -68,7 +68,7 @@ struct Cuda {
       return;
     }
     const c10::cuda::CUDAGuard guard(output.device());
-    if (arguments.packed.has_value() && *arguments.packed <= 0) {
+    if (arguments.packed.has_value() && *arguments.packed < 0) {
       problem.packing.longest = std::clamp<int64_t>(arguments.lengths.max().item<int64_t>(), 0, problem.cols);
     }
     if (problem.longest() == 0) {

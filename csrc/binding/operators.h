@@ -1,7 +1,8 @@
 // The operators' C++ signatures, and calls of them that go through torch's dispatcher.
 //
 // `packed`: none for rows that are padded to one length. For rows that lie end to end in dimension `dim` it says that
-// none is longer than so much (0: look for the longest), and lengths and starts, one for each of them, say where.
+// none is longer than so much (negative: look for the longest), and lengths and starts, one for each of them, say
+// where.
 #pragma once
 
 #include <ATen/core/Tensor.h>

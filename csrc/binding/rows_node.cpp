@@ -27,25 +27,20 @@ auto make_node(Arguments&&... arguments) {
 }
 
 // tensors: lengths, starts, and the formula's.
-variable_list gradients_of(const Formula& formula, const Rows& call, at::ScalarType input_dtype, const at::Tensor& grad,
-                           const variable_list& tensors, const std::vector<bool>& is_needed) {
+variable_list gradients_of(const Formula& formula, const Options& options, at::ScalarType input_dtype,
+                           const at::Tensor& grad, const variable_list& tensors, const std::vector<bool>& is_needed) {
   if (!grad.defined()) {
     return variable_list(formula.inputs);
   }
   const OptionalTensor starts = tensors[1].defined() ? OptionalTensor(tensors[1]) : std::nullopt;
-  const Rows rows{call.is_log, tensors[0], call.dim, starts, call.scale, call.packed};
+  const Rows rows{options, tensors[0], starts};
   return formula.gradients(rows, input_dtype, grad, {tensors.begin() + 2, tensors.end()}, is_needed);
 }
 
 }  // namespace
 
 RowsNode::RowsNode(const Formula& formula, const Rows& rows, at::ScalarType input_dtype)
-    : formula_(formula),
-      is_log_(rows.is_log),
-      dim_(rows.dim),
-      scale_(rows.scale),
-      packed_(rows.packed),
-      input_dtype_(input_dtype) {
+    : formula_(formula), options_(rows), input_dtype_(input_dtype) {
   saved_.reserve(5);
   saved_.push_back({SavedVariable(rows.lengths, false), false});
   saved_.push_back({SavedVariable(rows.starts, false), false});
@@ -75,9 +70,7 @@ variable_list RowsNode::unpack() {
 
 variable_list RowsNode::apply(variable_list&& grads) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const variable_list tensors = unpack();
-  const Rows call{is_log_, tensors[0], dim_, std::nullopt, scale_, packed_};
-  return gradients_of(formula_, call, input_dtype_, grads[0], tensors, needed());
+  return gradients_of(formula_, options_, input_dtype_, grads[0], unpack(), needed());
 }
 
 void RowsNode::release_variables() {
@@ -89,9 +82,9 @@ void RowsNode::release_variables() {
 
 void RowsNode::compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const {
   args.collect(std::string(formula_.name));
-  args.collect(dim_);
-  args.collect(scale_);
-  args.collect(packed_);
+  args.collect(options_.dim);
+  args.collect(options_.scale);
+  args.collect(options_.packed);
   args.collect(input_dtype_);
   for (const Saved& saved : saved_) {
     args.collect(saved.tensor, saved.is_output);
@@ -104,14 +97,12 @@ variable_list RowsNode::apply_with_saved(const variable_list& grads,
     swap.before(saved.tensor);
   }
   // The program calls this with tensors of its own; whatever else the call depends on is part of the program.
-  const auto apply_in_program = [formula = &formula_, is_log = is_log_, dim = dim_, scale = scale_, packed = packed_,
-                                 input_dtype = input_dtype_](const variable_list& inputs,
-                                                             const std::vector<c10::IValue>& values) {
+  const auto apply_in_program = [formula = &formula_, options = options_, input_dtype = input_dtype_](
+                                    const variable_list& inputs, const std::vector<c10::IValue>& values) {
     PackedArgs args(values);
     const auto tensors = args.unpack<variable_list>();
     const auto is_needed = args.unpack<std::vector<bool>>();
-    const Rows call{is_log, tensors[0], dim, std::nullopt, scale, packed};
-    return gradients_of(*formula, call, input_dtype, inputs[0], tensors, is_needed);
+    return gradients_of(*formula, options, input_dtype, inputs[0], tensors, is_needed);
   };
   PackedArgs args;
   args.pack(unpack());
@@ -121,7 +112,9 @@ variable_list RowsNode::apply_with_saved(const variable_list& grads,
     types.push_back(value.type());
   }
   const auto& interface = torch::dynamo::autograd::getPyCompilerInterface();
-  const std::string function = interface->bind_function(swap.get_py_compiler(), name(), apply_in_program, types);
+  // A custom function's name need not be new: each node binds one.
+  const std::string function =
+      interface->bind_function(swap.get_py_compiler(), name(), apply_in_program, types, /*is_custom_function=*/true);
   const auto metadata = torch::dynamo::autograd::get_input_metadata(next_edges());
   variable_list result = interface->call_function(
       swap.get_py_compiler(), "apply_functional", function, grads, args.vec(),

@@ -12,14 +12,18 @@
 
 namespace masked_softmax {
 
-// What an operator takes beside its tensors of scores.
-struct Rows {
+// What an operator takes beside its tensors.
+struct Options {
   bool is_log;
-  const at::Tensor& lengths;
   int64_t dim;
-  const OptionalTensor& starts;
   OptionalScale scale;
   OptionalInt packed;
+};
+
+// What it takes beside its tensors of scores.
+struct Rows : Options {
+  const at::Tensor& lengths;
+  const OptionalTensor& starts;
 };
 
 // How an operator is differentiated.
@@ -62,10 +66,7 @@ class RowsNode : public torch::autograd::Node {
   torch::autograd::variable_list unpack();
 
   const Formula& formula_;
-  const bool is_log_;
-  const int64_t dim_;
-  const OptionalScale scale_;
-  const OptionalInt packed_;
+  const Options options_;
   const at::ScalarType input_dtype_;
   std::vector<Saved> saved_;  // lengths, starts, and what save() was given
 };

@@ -68,8 +68,8 @@ struct Problem {
   RowIndex starts;
   Packing packing;
 
-  int64_t longest() const { return packing.is_packed ? packing.longest : cols; }
-  int64_t output_elems() const { return packing.is_packed ? packing.output_elems : rows * cols; }
+  constexpr int64_t longest() const { return packing.is_packed ? packing.longest : cols; }
+  constexpr int64_t output_elems() const { return packing.is_packed ? packing.output_elems : rows * cols; }
 };
 
 // The valid columns of one row: start <= column < end.
@@ -99,10 +99,11 @@ constexpr bool is_forward(Operation operation) {
   return operation == Operation::kSoftmax || operation == Operation::kLogSoftmax;
 }
 
-// Whether scale is so small or so large that x - max, or scale * log2(e), might overflow float32.
+// Whether scale is so small or so large that x - max, or scale * log2(e), might overflow float32; in a derivative, that
+// it does so itself.
 inline bool is_scale_extreme(const Problem& problem) {
   const double magnitude = std::fabs(problem.scale);
-  return is_forward(problem.operation) && (magnitude < 0x1p-100 || magnitude > 0x1p100);
+  return magnitude > 0x1p100 || (is_forward(problem.operation) && magnitude < 0x1p-100);
 }
 
 // The type that sums and exponentials run in is the widest of the operands', at least float32.

@@ -49,21 +49,23 @@ struct Strip {
   int64_t starts[kMostStripRows];  // counted from `first`
   int64_t lengths[kMostStripRows];
 
-  // longest: more columns than the buffers hold a row has only where another thread changes lengths meanwhile.
+  // longest: how many columns the buffers hold of a row. There are more only where another thread changes bounds
+  // meanwhile: they are read once, and cut.
   MASKED_SOFTMAX_INLINE Strip(const RowRun& run, int64_t ahead, int64_t count, int64_t longest) : rows(count) {
     run.read_bounds(ahead, count, bounds);
-    for (int64_t r = 0; r < count; ++r) {
-      bounds[r].end = bounds[r].length() <= longest ? bounds[r].end : bounds[r].start + longest;
-    }
-    first = first_of_all = bounds[0].start;
-    end = end_of_all = bounds[0].end;
+    first = bounds[0].start;
     for (int64_t r = 1; r < count; ++r) {
       first = bounds[r].start < first ? bounds[r].start : first;
+    }
+    const int64_t last = first + longest;
+    end = first_of_all = first;
+    end_of_all = last;
+    for (int64_t r = 0; r < count; ++r) {
+      bounds[r].start = bounds[r].start < last ? bounds[r].start : last;
+      bounds[r].end = bounds[r].end < last ? bounds[r].end : last;
       end = bounds[r].end > end ? bounds[r].end : end;
       first_of_all = bounds[r].start > first_of_all ? bounds[r].start : first_of_all;
       end_of_all = bounds[r].end < end_of_all ? bounds[r].end : end_of_all;
-    }
-    for (int64_t r = 0; r < count; ++r) {
       starts[r] = bounds[r].start - first;
       lengths[r] = bounds[r].length();
     }
