@@ -14,7 +14,7 @@ BUILD_TOOLS := "setuptools>=77" "ninja>=1.11" "pybind11>=2.13" "pytest>=8" "nump
 TEST_TOOLS := "onnx>=1.17,<2" "onnxscript>=0.5,<1" "onnxruntime>=1.20,<2" "expecttest>=0.2,<1" \
 	"hypothesis>=6,<7"
 
-.PHONY: demo test bench bench-quick bench-mxnet lint kernel-test emulator-test cuda-test build clean
+.PHONY: demo test bench bench-quick bench-mxnet lint kernel-test mutation-test emulator-test cuda-test build clean
 
 demo: build
 	$(BIN)/python -m masked_softmax_ext
@@ -37,6 +37,10 @@ bench-mxnet:
 # The kernel layer alone, without torch: natively, under sanitizers, and for aarch64 under qemu where it is installed.
 kernel-test:
 	tests/kernel/run.sh
+
+# Small faults, planted in the kernels one by one: each must be found. Half an hour.
+mutation-test:
+	$(PYTHON) tests/kernel/mutations.py
 
 # The CUDA kernels, run on the CPU: every strategy, the emulator's own tests, and planted faults that must be found.
 emulator-test: build
