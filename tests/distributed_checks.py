@@ -62,7 +62,9 @@ def run(rank: int, world: int, port: int, folder: str) -> None:
             errors[name] = traceback.format_exc()
         dist.barrier()
     Path(folder, f"{rank}.json").write_text(json.dumps(errors))
-    dist.destroy_process_group()
+    dist.barrier()
+    # At once: torch takes many groups apart in threads that the end of the interpreter may abort.
+    os._exit(0)
 
 
 # Operands
