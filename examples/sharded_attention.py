@@ -40,6 +40,7 @@ def attend(rank: int, port: int) -> None:
         if rank == 0:
             counts = {str(name): count for name, count in communication.get_comm_counts().items()}
             print(f"sharded over {name}: equal to one process; communication: {counts or 'none'}")
+    dist.barrier()  # none leaves while another still talks
     dist.destroy_process_group()
 
 
