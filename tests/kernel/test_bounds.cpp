@@ -264,4 +264,35 @@ TEST("threads: parts cost about the same, whatever the order of the lengths") {
   check_partition({7, 1000, 0}, "fewer rows than parts");
 }
 
+TEST("bounds: packed rows whose starts differ where they were one stay in their buffers") {
+  // As where another thread writes to starts while they are read: rows side by side, each with a start of its own,
+  // which together cover more columns than the longest of them has.
+  constexpr int64_t kTotal = 30;
+  constexpr int64_t kWidth = 8;
+  std::vector<Matrix> inputs(1, Matrix(ElementType::kFloat32, kTotal, kWidth));
+  for (int64_t position = 0; position < kTotal; ++position) {
+    for (int64_t column = 0; column < kWidth; ++column) {
+      inputs[0].set(position, column, 1.0);
+    }
+  }
+  const std::vector<int64_t> lengths(kWidth, 12);
+  const std::vector<int64_t> starts{0, 18, 3, 7, 30, 1, 18, 22};
+  for_each_capability([&](const CpuCapability& capability) {
+    Matrix result(ElementType::kFloat32, kTotal, kWidth);
+    Problem problem = make_problem(Operation::kSoftmax, result, inputs, {starts, lengths});
+    problem.rows = kWidth;
+    problem.cols = kTotal;
+    problem.row_sizes[0] = kWidth;
+    problem.packing = {true, 12, kTotal * kWidth};
+    for (Operand* operand : {&problem.output, &problem.inputs[0]}) {
+      operand->col_stride = kWidth;
+      operand->row_strides[0] = 1;
+    }
+    problem.lengths = index_over(lengths);
+    problem.starts = index_over(starts);
+    capability.run_rows(problem, 0, kWidth);
+    CHECK(result.surroundings_are_untouched(), capability.name << ": around the rows");
+  });
+}
+
 }  // namespace kernel_tests

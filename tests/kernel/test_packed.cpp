@@ -163,24 +163,4 @@ TEST("packed rows whose lengths grow after they were looked at stay in what they
   });
 }
 
-TEST("packed rows whose starts differ where they were one stay in what they were given") {
-  // As where another thread writes while they are read: every row of a strip has a start of its own.
-  PackedRows packed({10, 12, 8}, 8);
-  std::vector<Matrix> inputs(1, Matrix(ElementType::kFloat32, packed.total, packed.width));
-  for (int64_t position = 0; position < packed.total; ++position) {
-    for (int64_t column = 0; column < packed.width; ++column) {
-      inputs[0].set(position, column, 1.0);
-    }
-  }
-  const std::vector<int64_t> starts{0, 29, 3, 7, 30, 1, 18, 22, 28, 0, 15, 9};
-  for_each_capability([&](const CpuCapability& capability) {
-    Matrix result(ElementType::kFloat32, packed.total, packed.width);
-    Problem problem = packed.problem(Operation::kSoftmax, result, inputs, 1.0);
-    problem.starts = index_over(starts);
-    problem.starts.row_strides[0] = problem.starts.row_strides[1] = 1;
-    capability.run_rows(problem, 0, packed.rows());
-    CHECK(result.surroundings_are_untouched(), capability.name << ": around the rows");
-  });
-}
-
 }  // namespace kernel_tests
