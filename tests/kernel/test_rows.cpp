@@ -203,6 +203,28 @@ TEST("scale: it multiplies every derivative, whatever its size and sign") {
   }
 }
 
+TEST("accuracy: scores that are far from 0 and near each other") {
+  for (ElementType type : {ElementType::kFloat32, ElementType::kFloat64}) {
+    const int digits = type == ElementType::kFloat32 ? 23 : 52;
+    for (int power = 8; power < 2 * digits; power += 2) {
+      const double step = power > digits ? std::ldexp(1.0, power - digits) : 1.0;
+      for (double sign : {1.0, -1.0}) {
+        for (int64_t cols : {40, 300, 9000}) {
+          std::vector<Matrix> inputs(1, Matrix(type, 2, cols));
+          for (int64_t col = 0; col < cols; ++col) {
+            const double near = step * static_cast<double>(col * 7 % 11);
+            inputs[0].set(0, col, sign * std::ldexp(1.0, power) + near);
+            inputs[0].set(1, col, sign * std::ldexp(1.0, power) - near);
+          }
+          for (Operation operation : {Operation::kSoftmax, Operation::kLogSoftmax}) {
+            check_rows(operation, inputs, type, {{0, 0}, {cols, cols - 1}}, 1.0 / step);
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST("accuracy: the error of a log_softmax's derivatives does not grow with the distance") {
   // Probabilities down to the smallest normal number, a gradient in one column only: elsewhere the result is a single
   // product with exp(y), and relative errors show.
