@@ -54,12 +54,7 @@ def convert_options(
         )
     if isinstance(dim, bool) or not isinstance(dim, numbers.Integral):
         raise TypeError(f"{name}(): expected dim to be an int, but got {type(dim).__name__}")
-    ndim = max(input.dim(), 1)
-    if not -ndim <= dim < ndim:  # in torch's words; the operator knows 64 bits only
-        raise IndexError(
-            f"Dimension out of range (expected to be in range of [{-ndim}, {ndim - 1}], "
-            f"but got {dim})"
-        )
+    check_dim(dim, max(input.dim(), 1))  # the operator knows 64 bits only
     if not isinstance(validate, bool):
         raise TypeError(
             f"{name}(): expected validate to be a bool, but got {type(validate).__name__}"
@@ -79,6 +74,15 @@ def convert_options(
             )
         scale = float(scale)
     return int(dim), scale, dtype
+
+
+def check_dim(dim: int, ndim: int) -> None:
+    """In torch's words."""
+    if not -ndim <= dim < ndim:
+        raise IndexError(
+            f"Dimension out of range (expected to be in range of [{-ndim}, {ndim - 1}], "
+            f"but got {dim})"
+        )
 
 
 def _as_index(name: str, what: str, index: Index | None, input: Tensor, dim: int) -> Tensor:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from masked_softmax_ext._operators import SCORES, packed_of
-from masked_softmax_ext.reference import per_row
+from masked_softmax_ext.reference import are_invalid, columns_between, per_row
 
 _ops = torch.ops.masked_softmax_ext
 
@@ -38,9 +38,8 @@ def masked(
     lengths = _on_mesh(lengths, input.device_mesh)
     starts = None if starts is None else _on_mesh(starts, input.device_mesh)
     dim %= max(input.dim(), 1)
-    is_packed = options.get("packed") is not None
+    is_packed = "packed" in options
     if not is_packed and any(placement.is_shard(dim) for placement in input.placements):
-        options.pop("packed", None)
         return _softmax_of_sharded_rows(name, input, lengths, dim, starts, described, **options)
     result: Tensor = operator(input, lengths, dim, starts, **options)
     return result
@@ -89,14 +88,12 @@ def _register(name: str, scores: int) -> None:
 
         result = [placements(Replicate(), lambda _: Replicate())]
         for sharded in range(input.ndim):
-            if sharded != dim and packed is not None:
-                result.append(placements(Shard(sharded), lambda _: Replicate()))
-            elif sharded != dim:
-                result.append(
-                    placements(
-                        Shard(sharded), lambda index, d=sharded: _rows_placement(index, d, dim)
-                    )
-                )
+
+            def of_rows(index: Any, sharded: int = sharded) -> Placement:
+                return _rows_placement(index, sharded, dim) if packed is None else Replicate()
+
+            if sharded != dim:
+                result.append(placements(Shard(sharded), of_rows))
         return result
 
     register_sharding(operator)(shardings)
@@ -132,7 +129,7 @@ def _softmax_of_sharded_rows(
     own_starts = None if starts is None else _own_rows(starts, dim, placements)
     rows = Rows(
         per_row("lengths", own_lengths, local, dim),
-        None if own_starts is None else per_row("starts", own_starts, local, dim),
+        per_row("starts", 0 if own_starts is None else own_starts, local, dim),
         input.size(dim),
         first_column,
         dim,
@@ -158,7 +155,7 @@ class Rows:
     """This process's part of its rows; lengths and starts have a column of size 1."""
 
     lengths: Tensor
-    starts: Tensor | None
+    starts: Tensor
     cols: int  # of whole rows
     first_column: int
     dim: int
@@ -166,14 +163,10 @@ class Rows:
     def padding(self, x: Tensor) -> Tensor:
         """True where a column of the own part is none of the row's valid ones."""
         column = torch.arange(x.size(self.dim), device=x.device) + self.first_column
-        column = column.reshape((-1,) + (1,) * (x.dim() - 1 - self.dim))
-        start = self._start()
-        return (column < start) | (column >= start + self.lengths)
+        return ~columns_between(self.lengths, self.starts, self.dim, column)
 
     def invalid(self) -> Tensor:
-        """True for rows whose bounds are none."""
-        start = self._start()
-        return (start < 0) | (self.lengths < 0) | (self.lengths > self.cols - start)
+        return are_invalid(self.lengths, self.starts, self.cols)
 
     def raise_for_invalid(self, name: str) -> None:
         invalid = self.invalid()
@@ -181,17 +174,13 @@ class Rows:
             return
         row = invalid.flatten().nonzero()[0]
         start, length = (
-            int(index.expand(invalid.shape).flatten()[row])
-            for index in (self._start(), self.lengths)
+            int(index.expand(invalid.shape).flatten()[row]) for index in (self.starts, self.lengths)
         )
         raise ValueError(
             f"{name}(): expected 0 <= start, 0 <= length and start + length <= {self.cols} "
             f"(input's size in dimension {self.dim}), but a row has start {start} and length "
             f"{length}"
         )
-
-    def _start(self) -> Tensor:
-        return torch.zeros_like(self.lengths) if self.starts is None else self.starts
 
 
 def _own_columns(

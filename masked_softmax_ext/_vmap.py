@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from masked_softmax_ext._arguments import check_dim
 from masked_softmax_ext._operators import SCORES, packed_of
 
 _ops = torch.ops.masked_softmax_ext
@@ -78,11 +79,7 @@ def _batched_rows(
 ) -> tuple[Tensor, int, Tensor | None]:
     """lengths, dim and starts for scores that have the batch dimension in front."""
     ndim = scores.dim() - 1
-    if not -ndim <= dim < ndim:  # in the caller's dimensions
-        raise IndexError(
-            f"Dimension out of range (expected to be in range of [{-ndim}, {ndim - 1}], "
-            f"but got {dim})"
-        )
+    check_dim(dim, ndim)  # in the caller's dimensions
     dims = dict(zip(("lengths", "dim", "starts"), in_dims, strict=False))
 
     def batched_index(what: str, index: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from masked_softmax_ext._arguments import Index, convert_options, is_dtensor
+from masked_softmax_ext._arguments import Index, check_dim, convert_options, is_dtensor
 from masked_softmax_ext._operators import call_operator
 
 _INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -115,11 +115,8 @@ def jagged_softmax(
         if given is not None:
             raise ValueError(f"{name}(): expected no {what} beside a jagged input, but got some")
     ragged_dim = input._ragged_idx  # its name has no public spelling
-    if isinstance(dim, int) and not -input.dim() <= dim < input.dim():
-        raise IndexError(
-            f"Dimension out of range (expected to be in range of [{-input.dim()}, "
-            f"{input.dim() - 1}], but got {dim})"
-        )
+    if isinstance(dim, int):
+        check_dim(dim, input.dim())
     if dim not in (ragged_dim, ragged_dim - input.dim()):
         raise ValueError(
             f"{name}(): expected dim to be the ragged dimension of the jagged input, {ragged_dim}, "

@@ -126,9 +126,18 @@ def _mask(
     start = per_row("starts", 0 if starts is None else starts, input, dim)
     if checks:
         _check_bounds(length, start, input, dim)
-    column = torch.arange(cols, device=input.device)
-    column = column.reshape((cols,) + (1,) * (input.dim() - 1 - dim))
+    return columns_between(length, start, dim, torch.arange(cols, device=input.device))
+
+
+def columns_between(length: Tensor, start: Tensor, dim: int, column: Tensor) -> Tensor:
+    """The mask of these columns of rows as :func:`per_row` lays them out."""
+    column = column.reshape((-1,) + (1,) * (length.dim() - 1 - dim))
     return (start <= column) & (column < start + length)
+
+
+def are_invalid(length: Tensor, start: Tensor, cols: int) -> Tensor:
+    """True for rows whose bounds are none."""
+    return (start < 0) | (length < 0) | (length > cols - start)
 
 
 def per_row(name: str, index: int | Tensor, input: Tensor, dim: int) -> Tensor:
@@ -156,8 +165,7 @@ def per_row(name: str, index: int | Tensor, input: Tensor, dim: int) -> Tensor:
 
 def _check_bounds(length: Tensor, start: Tensor, input: Tensor, dim: int) -> None:
     cols = input.size(dim)
-    bad = (start < 0) | (length < 0) | (length > cols - start)
-    bad = bad.expand((*input.shape[:dim], 1, *input.shape[dim + 1 :]))
+    bad = are_invalid(length, start, cols).expand((*input.shape[:dim], 1, *input.shape[dim + 1 :]))
     if not bad.any():
         return
     row = tuple(bad.nonzero()[0].tolist())

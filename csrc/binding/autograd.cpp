@@ -95,9 +95,9 @@ void set_history(const at::Tensor& result, const Formula& formula, const Rows& r
   }
 }
 
-bool has_tangent(const at::Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); }
-
 at::Tensor tangent_of(const at::Tensor& tensor) { return tensor._fw_grad(/*level=*/0); }
+
+bool has_tangent(const at::Tensor& tensor) { return tangent_of(tensor).defined(); }
 
 // Without its tangent.
 at::Tensor primal_of(const at::Tensor& tensor) { return has_tangent(tensor) ? tensor._fw_primal(/*level=*/0) : tensor; }
@@ -106,10 +106,22 @@ void set_tangent(const at::Tensor& tensor, const at::Tensor& tangent, bool is_in
   tensor._set_fw_grad(tangent, /*level=*/0, is_in_place);
 }
 
-// The sum of two tangents that may be absent, in the type that it belongs to.
-at::Tensor sum_of_tangents(const at::Tensor& a, const at::Tensor& b, at::ScalarType type) {
-  const at::Tensor sum = !a.defined() ? b : !b.defined() ? a : a.add(b);
-  return sum.to(type);
+// The tangent of an operator that takes two tensors: what along_first(tangent, second) and along_second(tangent, first)
+// make of those that have one.
+template <class AlongFirst, class AlongSecond>
+void set_tangent_of(const at::Tensor& result, const at::Tensor& first, const at::Tensor& second,
+                    const AlongFirst& along_first, const AlongSecond& along_second) {
+  at::Tensor tangent;
+  if (has_tangent(first)) {
+    tangent = along_first(tangent_of(first), primal_of(second));
+  }
+  if (has_tangent(second)) {
+    const at::Tensor other = along_second(tangent_of(second), primal_of(first));
+    tangent = tangent.defined() ? tangent.add(other) : other;
+  }
+  if (tangent.defined()) {
+    set_tangent(result, tangent.to(result.scalar_type()), /*is_in_place=*/false);
+  }
 }
 
 template <bool kIsLog>
@@ -145,19 +157,12 @@ at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, con
     result = call_backward(rows, grad_output, output, input_dtype);
   }
   set_history(result, kBackward[kIsLog], rows, grad_output, output);
-  if (has_tangent(grad_output) || has_tangent(output)) {
-    const at::Tensor g = primal_of(grad_output);
-    const at::Tensor y = primal_of(output);
-    at::Tensor along_g;
-    at::Tensor along_y;
-    if (has_tangent(grad_output)) {
-      along_g = call_backward(rows, tangent_of(grad_output), y, input_dtype);
-    }
-    if (has_tangent(output)) {
-      along_y = call_second_order(operators_of(kIsLog).backward_jvp_wrt_output, rows, tangent_of(output), g, y);
-    }
-    set_tangent(result, sum_of_tangents(along_g, along_y, input_dtype), /*is_in_place=*/false);
-  }
+  set_tangent_of(
+      result, grad_output, output,
+      [&](const at::Tensor& tangent, const at::Tensor& y) { return call_backward(rows, tangent, y, input_dtype); },
+      [&](const at::Tensor& tangent, const at::Tensor& g) {
+        return call_second_order(operators_of(kIsLog).backward_jvp_wrt_output, rows, tangent, g, primal_of(output));
+      });
   return result;
 }
 
@@ -170,19 +175,11 @@ at::Tensor log_softmax_jvp(const at::Tensor& tangent, const at::Tensor& output, 
     result = call_jvp(rows, tangent, output);
   }
   set_history(result, kLogSoftmaxJvp, rows, tangent, output);
-  if (has_tangent(tangent) || has_tangent(output)) {
-    const at::Tensor u = primal_of(tangent);
-    const at::Tensor y = primal_of(output);
-    at::Tensor along_u;
-    at::Tensor along_y;
-    if (has_tangent(tangent)) {
-      along_u = call_jvp(rows, tangent_of(tangent), y);
-    }
-    if (has_tangent(output)) {
-      along_y = call_second_order(masked_log_softmax_jvp_jvp_wrt_output(), rows, tangent_of(output), u, y);
-    }
-    set_tangent(result, sum_of_tangents(along_u, along_y, output.scalar_type()), /*is_in_place=*/false);
-  }
+  set_tangent_of(
+      result, tangent, output, [&](const at::Tensor& along, const at::Tensor& y) { return call_jvp(rows, along, y); },
+      [&](const at::Tensor& along, const at::Tensor& u) {
+        return call_second_order(masked_log_softmax_jvp_jvp_wrt_output(), rows, along, u, primal_of(output));
+      });
   return result;
 }
 
@@ -236,8 +233,7 @@ TORCH_LIBRARY_IMPL(masked_softmax_ext, Autograd, m) {
   m.impl("masked_softmax_backward", backward<false>);
   m.impl("masked_log_softmax_backward", backward<true>);
   m.impl("masked_log_softmax_jvp", log_softmax_jvp);
-  for (const char* name : {"masked_softmax_backward_wrt_output", "masked_log_softmax_backward_wrt_output",
-                           "masked_softmax_backward_jvp_wrt_output", "masked_log_softmax_jvp_jvp_wrt_output"}) {
+  for (const char* name : kSecondOrderNames) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

@@ -33,6 +33,11 @@ using SecondOrder = at::Tensor(const at::Tensor& tangent, const at::Tensor& grad
                                const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
                                OptionalScale scale, OptionalInt packed);
 
+// The operators of that last signature.
+constexpr const char* kSecondOrderNames[] = {
+    "masked_softmax_backward_wrt_output", "masked_log_softmax_backward_wrt_output",
+    "masked_softmax_backward_jvp_wrt_output", "masked_log_softmax_jvp_jvp_wrt_output"};
+
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find_operator(const char* name, const char* overload = "") {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Signature>();

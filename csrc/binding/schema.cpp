@@ -36,8 +36,7 @@ TORCH_LIBRARY(masked_softmax_ext, m) {
 
   // Second derivatives: of the backward operators with respect to `output`, given the gradient of their result or the
   // tangent of `output`, and the same of the jvp.
-  for (const char* name : {"masked_softmax_backward_wrt_output", "masked_log_softmax_backward_wrt_output",
-                           "masked_softmax_backward_jvp_wrt_output", "masked_log_softmax_jvp_jvp_wrt_output"}) {
+  for (const char* name : masked_softmax::kSecondOrderNames) {
     const std::string schema = std::string(name) +
                                "(Tensor tangent, Tensor grad_output, Tensor output, Tensor lengths, int dim, "
                                "Tensor? starts, float? scale, int? packed=None) -> Tensor";
