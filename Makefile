@@ -9,7 +9,7 @@ CUDA_BIN := $(CUDA_VENV)/bin
 # FBGEMM is built for one release of torch; empty leaves it out.
 FBGEMM ?= fbgemm-gpu-cpu==1.8.0
 MXNET_VENV := build/mxnet-venv
-BUILD_TOOLS := "setuptools>=77" "ninja>=1.11" "pybind11>=2.13" "pytest>=8" "numpy>=1.26"
+BUILD_TOOLS := "setuptools>=77.0.3,<85" "ninja>=1.11.1,<2" "pybind11>=2.13.0,<4" "pytest>=8" "numpy>=1.26"
 # For some of the tests: ONNX and its runtime; the samples that torch tests its own functions with; generated cases.
 TEST_TOOLS := "onnx>=1.17,<2" "onnxscript>=0.5,<1" "onnxruntime>=1.20,<2" "expecttest>=0.2,<1" \
 	"hypothesis>=6,<7"

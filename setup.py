@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -34,13 +35,16 @@ NVCC_ARGS = ["-O3", "-fmad=false", "--expt-relaxed-constexpr"]
 # 1: with CUDA or not at all; 0: without; unset: with it where torch and the machine have it.
 CUDA_SWITCH = "MASKED_SOFTMAX_EXT_CUDA"
 
+OLDEST_TORCH = (2, 11)
+INSTALL = "pip install --no-build-isolation ."
 
-def stop(sentence: str) -> None:
-    raise SystemExit(f"{PACKAGE}: {sentence}")
+
+class CannotBuild(Exception):
+    """The sentence says what was found and what to do about it."""
 
 
 def find_torch():
-    """The torch that the extension will run with, or None.
+    """The torch that the extension will run with.
 
     Pip's build isolation hides the environment's packages, but not where they lie.
     """
@@ -51,61 +55,47 @@ def find_torch():
         try:
             import torch
         except ModuleNotFoundError:
-            return None
+            raise CannotBuild(
+                f"found no torch to build against; install torch, then type: {INSTALL}"
+            ) from None
+    found = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
+    if found < OLDEST_TORCH:
+        raise CannotBuild(
+            f"expected torch {'.'.join(map(str, OLDEST_TORCH))} or newer, but found "
+            f"{torch.__version__}; type: pip install --upgrade torch && {INSTALL}"
+        )
     return torch
 
 
-def find_pybind11() -> str | None:
-    """The folder of its headers, or None. Without build isolation, nobody installs it for us."""
+def find_pybind11() -> str:
+    """The folder of its headers. Without build isolation, nobody installs it for us."""
     try:
         import pybind11
     except ModuleNotFoundError:
-        return None
+        raise CannotBuild(
+            "found no pybind11, whose headers the build includes; type: pip install pybind11 ninja "
+            f"&& {INSTALL}"
+        ) from None
     return pybind11.get_include()
 
 
-def what_is_missing(torch) -> str | None:
-    """The sentence for it, said by commands that build: a source distribution needs nothing."""
-    if torch is None:
-        return (
-            "found no torch to build against; install torch, then type: "
-            "pip install --no-build-isolation ."
+def check_compiler() -> None:
+    """Where something lacks, the error would be a traceback, or a page of the compiler's."""
+    asked = os.environ.get("CXX")
+    # What torch compiles with, and what setuptools links with.
+    for command in [asked] if asked else ["c++", sysconfig.get_config_var("CXX") or "c++"]:
+        compiler = shlex.split(command)[0]
+        if shutil.which(compiler) is None:
+            raise CannotBuild(
+                f"found no C++ compiler '{compiler}'; install one (on Debian and Ubuntu: apt "
+                f"install g++) or set CXX to the one there is, then type: {INSTALL}"
+            )
+    headers = sysconfig.get_path("include")
+    if not Path(headers, "Python.h").exists():
+        raise CannotBuild(
+            f"found no Python.h in {headers}; install Python's headers (on Debian and Ubuntu: apt "
+            f"install python3-dev), then type: {INSTALL}"
         )
-    if find_pybind11() is None:
-        return (
-            "found no pybind11, whose headers the build includes; type: pip install pybind11 ninja "
-            "&& pip install --no-build-isolation ."
-        )
-    return None
-
-
-def stopping(command: type, sentence: str) -> type:
-    return type("Stopping", (command,), {"run": lambda self: stop(sentence)})
-
-
-def openmp_args(torch) -> list[str]:
-    """What makes at::parallel_for, an inline function, use torch's threads: nothing else would.
-
-    For the compiler alone: the linker would take it for a wish to load the system's OpenMP
-    library beside the one that torch brings, whose symbols are there already.
-    """
-    if "parallel backend: OpenMP" not in torch.__config__.parallel_info():
-        return []
-    compiler = os.environ.get("CXX", "c++")
-    try:
-        macros = subprocess.run(
-            [*shlex.split(compiler), "-dM", "-E", "-x", "c++", os.devnull],
-            capture_output=True,
-            text=True,
-        ).stdout
-    except OSError:
-        macros = ""  # no such compiler: the build will say so
-    if "__clang__" in macros:
-        stop(
-            f"the C++ compiler '{compiler}' is clang, whose OpenMP threads are not those that "
-            "torch has; install g++, then type: CXX=g++ pip install --no-build-isolation ."
-        )
-    return ["-fopenmp"]
 
 
 def find_nvcc() -> str | None:
@@ -117,7 +107,7 @@ def find_nvcc() -> str | None:
         return None
     if not Path(CUDA_HOME, "include", "cuda_runtime.h").exists():
         # An nvcc on the PATH may be a link or a script: torch takes its folder for the toolkit's.
-        stop(
+        raise CannotBuild(
             f"found {nvcc}, but no cuda_runtime.h in {CUDA_HOME}/include; set CUDA_HOME to the "
             f"CUDA toolkit's folder, or {CUDA_SWITCH}=0 for a build without CUDA"
         )
@@ -129,26 +119,27 @@ def find_nvcc() -> str | None:
 def builds_with_cuda(torch) -> bool:
     switch = os.environ.get(CUDA_SWITCH, "")
     if switch not in ("", "0", "1"):
-        stop(f"expected {CUDA_SWITCH} to be 0, 1 or unset, but got '{switch}'")
+        raise CannotBuild(f"expected {CUDA_SWITCH} to be 0, 1 or unset, but got '{switch}'")
     if switch == "0":
         return False
     if torch.version.cuda is None:
         if switch == "1":
-            stop(
+            raise CannotBuild(
                 f"{CUDA_SWITCH}=1 asks for CUDA, but torch {torch.__version__} was built without "
                 "it; install a CUDA build of torch"
             )
         return False
     nvcc = find_nvcc()
     if nvcc is None:
-        if switch == "1":
-            stop(
-                f"{CUDA_SWITCH}=1 asks for CUDA, but no nvcc was found; install the CUDA "
-                f"{torch.version.cuda} toolkit and set CUDA_HOME to its folder"
+        if switch == "1" or torch.cuda.is_available():
+            asks = f"{CUDA_SWITCH}=1 asks for CUDA" if switch == "1" else "torch sees a GPU"
+            raise CannotBuild(
+                f"{asks}, but no nvcc was found; install the CUDA {torch.version.cuda} toolkit "
+                f"and set CUDA_HOME to its folder, or {CUDA_SWITCH}=0 for a build without CUDA"
             )
         return False
     if nvcc.split(".")[0] != torch.version.cuda.split(".")[0]:
-        stop(
+        raise CannotBuild(
             f"found nvcc {nvcc}, but torch {torch.__version__} was built with CUDA "
             f"{torch.version.cuda}; set CUDA_HOME to a toolkit of that major version, "
             f"or {CUDA_SWITCH}=0 for a build without CUDA"
@@ -182,8 +173,7 @@ def torch_extension(torch) -> Extension:
     with_cuda = builds_with_cuda(torch)
     folders = ("binding", "common", "cpu") + (("cuda",) if with_cuda else ())
     sources = csrc_files("*.cpp", "*.cu", folders=folders)
-    if not with_cuda:
-        sources.remove("csrc/binding/cuda_ops.cpp")
+    sources.remove(f"csrc/binding/{'without_cuda' if with_cuda else 'cuda_ops'}.cpp")
     # Our warnings are for our code: torch's headers count as the system's.
     system_includes = [
         arg
@@ -213,13 +203,10 @@ def build_command(torch):
 
     class Build(BuildExtension):
         def run(self) -> None:
+            # Torch looks for ninja there; the programs of an environment that is not activated lack.
+            os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
             super().run()
             self.record_torch_version()
-
-        def build_extensions(self) -> None:
-            for extension in self.extensions:
-                extension.extra_compile_args["cxx"] += openmp_args(torch)
-            super().build_extensions()
 
         def record_torch_version(self) -> None:
             """What is compared before _C is loaded: a mismatch can crash where it does not fail."""
@@ -230,16 +217,24 @@ def build_command(torch):
     return Build
 
 
-torch = find_torch()
-missing = what_is_missing(torch)
-if missing is not None:
-    commands = {
-        "build_ext": stopping(build_ext, missing),
-        "dist_info": stopping(dist_info, missing),
-    }
-    extensions = [Extension(f"{PACKAGE}._C", [])]
-else:
-    commands = {"build_ext": build_command(torch)}
-    extensions = [torch_extension(torch)]
+def stopping(command: type, sentence: str) -> type:
+    def stop(self) -> None:
+        raise SystemExit(f"{PACKAGE}: {sentence}")
 
-setup(ext_modules=extensions, cmdclass=commands)
+    return type("Stopping", (command,), {"run": stop})
+
+
+try:
+    torch = find_torch()
+    check_compiler()
+    extension = torch_extension(torch)
+    commands = {"build_ext": build_command(torch)}
+except CannotBuild as reason:
+    # Said by the commands that build: a source distribution needs nothing.
+    extension = Extension(f"{PACKAGE}._C", [])
+    commands = {
+        name: stopping(command, str(reason))
+        for name, command in (("build_ext", build_ext), ("dist_info", dist_info))
+    }
+
+setup(ext_modules=[extension], cmdclass=commands)

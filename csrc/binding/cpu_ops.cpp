@@ -6,13 +6,10 @@
 #include <vector>
 
 #include "binding/device_ops.h"
+#include "binding/threads.h"
 #include "cpu/dispatch.h"
 #include "cpu/huge_pages.h"
 #include "cpu/partition.h"
-
-#if AT_PARALLEL_OPENMP && !defined(_OPENMP)
-#error "at::parallel_for is an inline function: without -fopenmp it runs on one thread, without a word (see setup.py)"
-#endif
 
 namespace masked_softmax {
 namespace {
@@ -28,8 +25,7 @@ void run_on_threads(const Problem& problem) {
     return;
   }
   const std::vector<int64_t> boundaries = partition_rows(problem, static_cast<int>(parts));
-  at::parallel_for(0, parts, 1,
-                   [&](int64_t begin, int64_t end) { run_rows(problem, boundaries[begin], boundaries[end]); });
+  for_each_part(parts, [&](int64_t part) { run_rows(problem, boundaries[part], boundaries[part + 1]); });
 }
 
 struct Cpu {

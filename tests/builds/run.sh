@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Builds the extension in other ways than `make build`, each in an environment of its own on top of .venv, warnings being
+# errors, and runs the same short tests on each:
+#   clang     clang++ as C++20, with the oldest build requirements that pyproject.toml allows
+#   no-ninja  g++ as C++17, without ninja: one file at a time
+# and compiles the kernel layer with each compiler by each standard:
+#   standards
+# Without an argument: all three. What the machine lacks is skipped visibly.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+PYTHON=$PWD/.venv/bin/python
+TESTS=(tests/test_article.py tests/test_edges.py tests/test_threads.py tests/test_build.py::test_one_openmp_library)
+
+# The packages of .venv, under those that are installed on top, and a copy of the tree.
+make_environment() {
+  local folder=$1
+  rm -rf "$folder"
+  mkdir -p "$folder/tree"
+  "$PYTHON" -m venv "$folder/venv"
+  local packages='import sysconfig; print(sysconfig.get_path("platlib"))'
+  "$PYTHON" -c "$packages" >"$("$folder/venv/bin/python" -c "$packages")/below.pth"
+  git ls-files -z | xargs -0 cp --parents -t "$folder/tree"
+}
+
+build_and_test() {
+  local folder=$1
+  echo "== the extension: $(basename "$folder"), CXX=$CXX CFLAGS=$CFLAGS"
+  (cd "$folder/tree" && ../venv/bin/python setup.py --quiet build_ext --inplace && ../venv/bin/python -m pytest -q "${TESTS[@]}")
+}
+
+clang() {
+  if ! command -v clang++ >/dev/null; then
+    echo "SKIPPED: the extension with clang: clang++ is not installed"
+    return
+  fi
+  local folder=$PWD/build/builds/clang oldest
+  make_environment "$folder"
+  oldest=$(sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '" ' | tr ',' '\n' | sed -n 's/>=/==/p')
+  # shellcheck disable=SC2086 # one word a requirement
+  "$folder/venv/bin/python" -m pip install --quiet $oldest
+  CXX=clang++ CFLAGS="-Werror -std=c++20" build_and_test "$folder"
+}
+
+no-ninja() {
+  local folder=$PWD/build/builds/no-ninja
+  make_environment "$folder"
+  mkdir "$folder/no-ninja"
+  printf '#!/bin/sh\nexit 1\n' >"$folder/no-ninja/ninja"
+  chmod +x "$folder/no-ninja/ninja"
+  PATH=$folder/no-ninja:$PATH CXX=g++ CFLAGS="-Werror -std=c++17" build_and_test "$folder"
+}
+
+standards() {
+  local compiler standard
+  for compiler in g++ clang++; do
+    if ! command -v "$compiler" >/dev/null; then
+      echo "SKIPPED: the kernel layer with $compiler: it is not installed"
+      continue
+    fi
+    for standard in 17 20; do
+      echo "== the kernel layer: $compiler, C++$standard"
+      printf '%s\n' csrc/common/*.cpp csrc/cpu/*.cpp |
+        xargs -P 2 -I{} "$compiler" "-std=c++$standard" -Wall -Wextra -Werror -O1 -Icsrc -c {} -o /dev/null
+    done
+  done
+}
+
+(($#)) || set -- standards clang no-ninja
+for way in "$@"; do
+  case $way in
+    standards | clang | no-ninja) "$way" ;;
+    *) echo "expected standards, clang or no-ninja, but got '$way'" >&2 && exit 2 ;;
+  esac
+done
