@@ -203,7 +203,7 @@ def build_command(torch):
 
     class Build(BuildExtension):
         def run(self) -> None:
-            # Torch looks for ninja there; the programs of an environment that is not activated lack.
+            # Torch looks for ninja there, where only an activated environment has its programs.
             os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
             super().run()
             self.record_torch_version()

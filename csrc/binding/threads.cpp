@@ -29,7 +29,7 @@ struct Team {
   int64_t parts;
   const std::function<void(int64_t)>& body;
   std::atomic_flag has_failed = ATOMIC_FLAG_INIT;
-  std::exception_ptr error;
+  std::exception_ptr error{};
 };
 
 // On every thread of the team, which may be smaller than asked for.

@@ -23,11 +23,17 @@ make_environment() {
   git ls-files -z | xargs -0 cp --parents -t "$folder/tree"
 }
 
-build_and_test() {
+build_and_test() (
   local folder=$1
   echo "== the extension: $(basename "$folder"), CXX=$CXX CFLAGS=$CFLAGS"
-  (cd "$folder/tree" && ../venv/bin/python setup.py --quiet build_ext --inplace && ../venv/bin/python -m pytest -q "${TESTS[@]}")
-}
+  cd "$folder/tree"
+  if ! ../venv/bin/python setup.py build_ext --inplace >../build.log 2>&1; then
+    grep -E "error|warning" ../build.log | grep -v " -c "
+    tail -3 ../build.log
+    return 1
+  fi
+  ../venv/bin/python -m pytest -q "${TESTS[@]}"
+)
 
 clang() {
   if ! command -v clang++ >/dev/null; then
