@@ -14,6 +14,13 @@ from masked_softmax_ext._load import load_extension
 _C = load_extension()
 
 from masked_softmax_ext import _vmap, reference  # noqa: E402
+from masked_softmax_ext.bounds import (  # noqa: E402
+    causal_lengths,
+    causal_window,
+    intersect_bounds,
+    lengths_from_mask,
+    mask_from_lengths,
+)
 from masked_softmax_ext.decompositions import decomposition_table  # noqa: E402
 from masked_softmax_ext.functional import (  # noqa: E402
     build_info,
@@ -22,17 +29,23 @@ from masked_softmax_ext.functional import (  # noqa: E402
     masked_softmax,
     masked_softmax_,
 )
-from masked_softmax_ext.modules import MaskedLogSoftmax, MaskedSoftmax  # noqa: E402
+from masked_softmax_ext.modules import AttentionPooling, MaskedLogSoftmax, MaskedSoftmax  # noqa: E402
 from masked_softmax_ext.packed import packed_log_softmax, packed_softmax  # noqa: E402
 
 _vmap.register()
 
 __all__ = [
+    "AttentionPooling",
     "MaskedLogSoftmax",
     "MaskedSoftmax",
     "build_info",
+    "causal_lengths",
+    "causal_window",
     "cpu_capability",
     "decomposition_table",
+    "intersect_bounds",
+    "lengths_from_mask",
+    "mask_from_lengths",
     "masked_log_softmax",
     "masked_softmax",
     "masked_softmax_",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from masked_softmax_ext._arguments import Index
@@ -64,3 +65,81 @@ class MaskedLogSoftmax(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}" + ("" if self.scale is None else f", scale={self.scale}")
+
+
+class AttentionPooling(nn.Module):
+    r"""The weighted mean of each sequence's valid steps, by weights that are learned.
+
+    .. math:: y = \sum_t \alpha_t h_t, \quad \alpha = \mathrm{masked\_softmax}(s(h))
+
+    The score :math:`s` of a step is linear, :math:`u^\top h_t`, or, with ``hidden``, that of Yang
+    et al., "Hierarchical Attention Networks for Document Classification", NAACL 2016:
+    :math:`u^\top \tanh(W h_t + b)`. An empty sequence gives zeros.
+
+    Padding has a weight of exactly 0, and a gradient of 0; it must be finite, since 0 times NaN is
+    NaN.
+
+    Args:
+        features: the size of a step.
+        hidden: the size of the hidden layer; ``None`` for a linear score.
+        device: where the parameters are.
+        dtype: their type.
+
+    Shape:
+        - input: ``(..., steps, features)``; lengths, starts: as for the softmax of scores
+          ``(..., steps)``, so ``(B,)`` for an input ``(B, T, D)``.
+        - output: ``(..., features)``; with ``return_weights``, weights ``(..., steps)`` too.
+
+    Raises:
+        ValueError: an input of another shape; what :func:`masked_softmax_ext.masked_softmax` raises
+            for lengths and starts.
+
+    Example:
+        >>> pool = AttentionPooling(4, hidden=8)
+        >>> sentences = torch.randn(2, 5, 4)
+        >>> pooled, weights = pool(sentences, torch.tensor([3, 5]), return_weights=True)
+        >>> pooled.shape, weights.shape
+        (torch.Size([2, 4]), torch.Size([2, 5]))
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.features = features
+        self.hidden = hidden
+        # No bias in the last layer: softmax takes no notice of it.
+        last = nn.Linear(
+            features if hidden is None else hidden, 1, bias=False, device=device, dtype=dtype
+        )
+        self.score: nn.Module = last
+        if hidden is not None:
+            first = nn.Linear(features, hidden, device=device, dtype=dtype)
+            self.score = nn.Sequential(first, nn.Tanh(), last)
+
+    def forward(
+        self,
+        input: Tensor,
+        lengths: Index | None,
+        starts: Index | None = None,
+        *,
+        return_weights: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if input.dim() < 2 or input.size(-1) != self.features:
+            raise ValueError(
+                f"AttentionPooling: expected input of shape (..., steps, {self.features}), but got "
+                f"{tuple(input.shape)}"
+            )
+        weights = masked_softmax(self.score(input).squeeze(-1), lengths, starts=starts)
+        pooled = (weights.unsqueeze(-2) @ input).squeeze(-2)
+        return (pooled, weights) if return_weights else pooled
+
+    def extra_repr(self) -> str:
+        return f"features={self.features}" + (
+            "" if self.hidden is None else f", hidden={self.hidden}"
+        )

@@ -110,7 +110,9 @@ def log_softmax_where(
     return torch.log_softmax(logits, dim).masked_fill(~valid, -math.inf)
 
 
-def unchecked_mask(input: Tensor, lengths: Tensor, dim: int, starts: Tensor | None) -> Tensor:
+def unchecked_mask(
+    input: Tensor, lengths: int | Tensor, dim: int, starts: int | Tensor | None
+) -> Tensor:
     """:func:`valid_mask` that looks at no value."""
     return _mask(input, lengths, dim, starts, checks=False)
 

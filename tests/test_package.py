@@ -18,6 +18,7 @@ from torch import nn
 
 import masked_softmax_ext
 from masked_softmax_ext import (
+    AttentionPooling,
     MaskedLogSoftmax,
     MaskedSoftmax,
     masked_log_softmax,
@@ -92,13 +93,13 @@ def test_signatures() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["", ".functional", ".modules", ".packed", ".reference"],
+    ["", ".bounds", ".compile_pass", ".functional", ".modules", ".packed", ".reference"],
     ids=lambda name: name or "package",
 )
 def test_examples_in_the_documentation(module: str) -> None:
     result = doctest.testmod(importlib.import_module("masked_softmax_ext" + module))
     assert result.failed == 0
-    if module in ("", ".functional", ".modules", ".packed"):
+    if module != ".reference":
         assert result.attempted > 0
 
 
@@ -191,3 +192,102 @@ def test_module_has_gradients() -> None:
     assert x.grad is not None
     assert_same_bits(x.grad, expected)
     assert float(expected.abs().max()) > 0
+
+
+# Attention pooling
+
+
+@pytest.mark.parametrize("hidden", [None, 7], ids=["linear", "hidden"])
+def test_attention_pooling(hidden: int | None) -> None:
+    """A mean of the valid steps by the softmax of their scores; an empty sequence gives zeros."""
+    pool = AttentionPooling(4, hidden, dtype=torch.float64)
+    x, lengths = random_input((3, 5, 4), torch.float64, seed=4), torch.tensor([3, 0, 5])
+    pooled, weights = pool(x, lengths, return_weights=True)
+    assert_same_bits(pool(x, lengths), pooled)
+    for row, length in enumerate(lengths.tolist()):
+        steps = x[row, :length]
+        if hidden is None:
+            scores = steps @ pool.score.weight[0]
+        else:
+            first, _, last = pool.score
+            scores = torch.tanh(steps @ first.weight.T + first.bias) @ last.weight[0]
+        expected = scores.softmax(0)
+        torch.testing.assert_close(weights[row, :length], expected)
+        torch.testing.assert_close(pooled[row], expected @ steps)
+    assert bool((pooled[1] == 0).all())
+    assert bool((weights[0, 3:] == 0).all())
+
+
+def test_attention_pooling_over_any_batch() -> None:
+    pool = AttentionPooling(4, 3)
+    x, lengths = (
+        random_input((2, 3, 5, 4), torch.float32, seed=5),
+        torch.tensor([[1, 2, 3], [0, 5, 4]]),
+    )
+    pooled = pool(x, lengths)
+    assert pooled.shape == (2, 3, 4)
+    for index, length in enumerate(lengths.flatten().tolist()):
+        torch.testing.assert_close(
+            pool(x.flatten(0, 1)[index], length), pooled.flatten(0, 1)[index]
+        )
+    ends = pool(x.flip(2), lengths, 5 - lengths)  # padding first
+    torch.testing.assert_close(ends, pooled)
+    torch.testing.assert_close(
+        pool(x, torch.tensor([5, 2]))[1], pool(x[1], torch.tensor([2, 2, 2]))
+    )
+    assert pool(torch.zeros(2, 0, 4), 0).tolist() == [[0.0] * 4] * 2
+
+
+def test_attention_pooling_gradients() -> None:
+    """Of input and parameters, by gradcheck; none from the padding, nor from an empty sequence."""
+    pool = AttentionPooling(3, 2, dtype=torch.float64)
+    x = random_input((2, 4, 3), torch.float64, seed=6).requires_grad_()
+    lengths = torch.tensor([3, 0])
+    assert torch.autograd.gradcheck(lambda x, *_: pool(x, lengths), (x, *pool.parameters()))
+    pool(x, lengths).pow(2).sum().backward()
+    assert x.grad is not None
+    assert bool((x.grad[0, :3].abs() > 1e-9).any(-1).all())
+    assert bool((x.grad[0, 3:] == 0).all() and (x.grad[1] == 0).all())
+    for parameter in pool.parameters():
+        assert parameter.grad is not None
+        assert float(parameter.grad.abs().max()) > 1e-6
+
+
+def test_attention_pooling_errors() -> None:
+    pool = AttentionPooling(4)
+    for wrong in (torch.zeros(4), torch.zeros(2, 5)):
+        with pytest.raises(ValueError, match=r"\(\.\.\., steps, 4\), but got \("):
+            pool(wrong, 1)
+    with pytest.raises(ValueError, match="row 1 has length 6"):
+        pool(torch.zeros(2, 5, 4), torch.tensor([5, 6]))
+
+
+def test_attention_pooling_copies_and_pickles() -> None:
+    pool = AttentionPooling(4, 3)
+    assert repr(pool).startswith("AttentionPooling(\n  features=4, hidden=3\n")
+    assert repr(AttentionPooling(4)).startswith("AttentionPooling(\n  features=4\n")
+    x = random_input((2, 5, 4), torch.float32, seed=7)
+    loaded = AttentionPooling(4, 3)
+    loaded.load_state_dict(pool.state_dict())
+    assert set(pool.state_dict()) == {"score.0.weight", "score.0.bias", "score.2.weight"}
+    for other in (loaded, copy.deepcopy(pool), pickle.loads(pickle.dumps(pool))):
+        assert_same_bits(other(x, 3), pool(x, 3))
+    assert {parameter.dtype for parameter in pool.to(torch.bfloat16).parameters()} == {
+        torch.bfloat16
+    }
+    assert pool(x.bfloat16(), 3).dtype == torch.bfloat16
+    assert {p.device.type for p in AttentionPooling(4, 3, device="meta").parameters()} == {"meta"}
+
+
+def test_attention_pooling_composes() -> None:
+    """Compiled, exported, under autocast, one sample at a time."""
+    pool = AttentionPooling(4, 3)
+    x, lengths = random_input((3, 5, 4), torch.float32, seed=8), torch.tensor([3, 0, 5])
+    expected = pool(x, lengths)
+    program = torch.compile(pool, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(program(x, lengths), expected)
+    exported = torch.export.export(pool, (x, lengths)).module()
+    torch.testing.assert_close(exported(x, lengths), expected)
+    torch.testing.assert_close(torch.vmap(pool)(x, lengths), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(pool(x, lengths).float(), expected, rtol=0.05, atol=0.05)
