@@ -85,14 +85,14 @@ def cell(axes: Any, x: float, y: float, text: str, colour: str, strength: float 
     face = (*matplotlib.colors.to_rgb(colour), strength)
     edge = (*matplotlib.colors.to_rgb(colour), 0.9)
     axes.add_patch(Rectangle((x, y), 1, 1, facecolor=face, edgecolor=edge, linewidth=0.8))
-    write(axes, x + 0.5, y + 0.5, text, size=8)
+    write(axes, x + 0.5, y + 0.5, text, size=7.5)
 
 
 def padding_cell(axes: Any, x: float, y: float, text: str = "") -> None:
     edge = (*matplotlib.colors.to_rgb(PADDING), 0.6)
     hatch = "" if text else "////"
     axes.add_patch(Rectangle((x, y), 1, 1, facecolor="none", edgecolor=edge, hatch=hatch, lw=0.8))
-    write(axes, x + 0.5, y + 0.5, text, size=8, alpha=0.65)
+    write(axes, x + 0.5, y + 0.5, text, size=7.5, alpha=0.65)
 
 
 def write(axes: Any, x: float, y: float, text: str, size: float = 9, **options: Any) -> None:
