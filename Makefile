@@ -14,7 +14,7 @@ BUILD_TOOLS := "setuptools>=77.0.3,<85" "ninja>=1.11.1,<2" "pybind11>=2.13.0,<4"
 TEST_TOOLS := "onnx>=1.17,<2" "onnxscript>=0.5,<1" "onnxruntime>=1.20,<2" "expecttest>=0.2,<1" \
 	"hypothesis>=6,<7"
 
-.PHONY: demo test bench bench-quick bench-mxnet lint kernel-test mutation-test emulator-test cuda-test build clean
+.PHONY: demo test bench bench-quick bench-mxnet docs lint kernel-test mutation-test emulator-test cuda-test build clean
 
 demo: build
 	$(BIN)/python -m masked_softmax_ext
@@ -33,6 +33,11 @@ bench-quick: build $(VENV)/bench.stamp
 bench-mxnet:
 	$(PYTHON) -m venv $(MXNET_VENV)
 	$(MXNET_VENV)/bin/python -m pip install --quiet "mxnet==1.9.1" "numpy<1.24"
+
+# The pages, in build/docs/html, with warnings as errors; and the examples of the docstrings.
+docs: build $(VENV)/docs.stamp
+	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs/html
+	$(BIN)/python -m sphinx -W --keep-going -b doctest docs build/docs/doctest
 
 # The kernel layer alone, without torch: natively, under sanitizers, and for aarch64 under qemu where it is installed.
 kernel-test:
@@ -82,6 +87,10 @@ $(VENV)/tools.stamp: pyproject.toml
 $(VENV)/bench.stamp: $(VENV)/build.stamp
 	$(BIN)/python -m pip install --quiet "$(TORCH)" "masked_softmax_ext[bench]"
 	$(if $(FBGEMM),$(BIN)/python -m pip install --quiet --no-deps "$(FBGEMM)")
+	touch $@
+
+$(VENV)/docs.stamp: $(VENV)/build.stamp
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "masked_softmax_ext[docs]"
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/tools.stamp

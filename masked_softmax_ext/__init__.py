@@ -16,7 +16,7 @@ _C = load_extension()
 from masked_softmax_ext import _vmap, reference  # noqa: E402
 from masked_softmax_ext.bounds import (  # noqa: E402
     causal_lengths,
-    causal_window,
+    window,
     intersect_bounds,
     lengths_from_mask,
     mask_from_lengths,
@@ -40,7 +40,7 @@ __all__ = [
     "MaskedSoftmax",
     "build_info",
     "causal_lengths",
-    "causal_window",
+    "window",
     "cpu_capability",
     "decomposition_table",
     "intersect_bounds",

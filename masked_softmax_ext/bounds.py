@@ -136,7 +136,7 @@ def causal_lengths(
     return _causal_lengths("causal_lengths", queries, keys, ndim, device)
 
 
-def causal_window(
+def window(
     queries: int,
     keys: int,
     size: int,
@@ -161,11 +161,11 @@ def causal_window(
         TypeError: an argument that is no int.
 
     Example:
-        >>> causal_window(4, 4, 2, ndim=2)
+        >>> window(4, 4, 2, ndim=2)
         (tensor([1, 2, 2, 2]), tensor([0, 0, 1, 2]))
     """
-    _check_sizes("causal_window", size=size)
-    ends = _causal_lengths("causal_window", queries, keys, ndim, device)
+    _check_sizes("window", size=size)
+    ends = _causal_lengths("window", queries, keys, ndim, device)
     starts = (ends - size).clamp(min=0)
     return ends - starts, starts
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from masked_softmax_ext import (
     causal_lengths,
-    causal_window,
+    window,
     intersect_bounds,
     lengths_from_mask,
     mask_from_lengths,
@@ -184,8 +184,8 @@ def test_compiled(dynamic: bool) -> None:
 
     def function(x: Tensor, padding: Tensor) -> tuple[Tensor, ...]:
         queries, keys = x.shape[-2:]
-        window = causal_window(queries, keys, 3, ndim=3)
-        lengths, starts = intersect_bounds(causal_lengths(queries, keys, ndim=3), window, padding)
+        sliding = window(queries, keys, 3, ndim=3)
+        lengths, starts = intersect_bounds(causal_lengths(queries, keys, ndim=3), sliding, padding)
         return masked_softmax(x, lengths, starts=starts), mask_from_lengths(lengths, keys, starts)
 
     program = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
@@ -223,26 +223,26 @@ def test_a_step_with_cached_keys_is_the_last_row() -> None:
 
 @every_size
 @pytest.mark.parametrize("size", [0, 1, 3, 100])
-def test_causal_window(queries: int, keys: int, size: int) -> None:
+def test_window(queries: int, keys: int, size: int) -> None:
     causal = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
     expected = causal.triu(keys - queries - size + 1)
-    lengths, starts = causal_window(queries, keys, size)
+    lengths, starts = window(queries, keys, size)
     assert lengths.shape == starts.shape == (1, 1, queries)
     assert_same_mask(mask_from_lengths(lengths, keys, starts)[0, 0], expected)
     masked_softmax(torch.zeros(2, 3, queries, keys), lengths, starts=starts)  # takes them
     for narrow, wide in zip(
-        causal_window(queries, keys, size, ndim=2), (lengths, starts), strict=True
+        window(queries, keys, size, ndim=2), (lengths, starts), strict=True
     ):
         assert narrow.tolist() == wide[0, 0].tolist()
 
 
-@pytest.mark.parametrize("name", ["causal_lengths", "causal_window"])
+@pytest.mark.parametrize("name", ["causal_lengths", "window"])
 def test_causal_errors(name: str) -> None:
     def call(*sizes: Any, **options: Any) -> None:
         if name == "causal_lengths":
             causal_lengths(*sizes, **options)
         else:
-            causal_window(*sizes, 1, **options)
+            window(*sizes, 1, **options)
 
     with pytest.raises(ValueError, match=rf"{name}\(\): expected queries of at least 0, .* -1"):
         call(-1, 2)
@@ -253,12 +253,12 @@ def test_causal_errors(name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name}\(\): expected ndim of at least 2 .* got 1"):
         call(1, 2, ndim=1)
     with pytest.raises(ValueError, match="expected size of at least 0, but got -1"):
-        causal_window(1, 2, -1)
+        window(1, 2, -1)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_causal_bounds_are_made_on_the_device(device: str) -> None:
-    made = (causal_lengths(2, 3, device=device), *causal_window(2, 3, 1, device=device))
+    made = (causal_lengths(2, 3, device=device), *window(2, 3, 1, device=device))
     assert {index.device.type for index in made} == {device}
 
 
@@ -267,15 +267,15 @@ def test_causal_bounds_are_made_on_the_device(device: str) -> None:
 
 def test_intersect_bounds_is_the_masks_logical_and() -> None:
     causal = causal_lengths(4, 5)
-    window = causal_window(4, 5, 2)
+    sliding = window(4, 5, 2)
     right = torch.tensor([5, 2, 0])
     left = (torch.tensor([5, 2, 0]), torch.tensor([0, 3, 5]))
     for bounds in (
         (causal,),
         (causal, right),
         (left, causal),
-        (window, left),
-        (right, left, window),
+        (sliding, left),
+        (right, left, sliding),
     ):
         lengths, starts = intersect_bounds(*bounds)
         assert lengths.dtype == starts.dtype == torch.int64

@@ -1,0 +1,55 @@
+"""The documentation's settings. `make docs` builds the pages and runs their examples."""
+
+import sys
+from importlib.metadata import version as installed_version
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE / "extensions")]
+
+project = "masked_softmax_ext"
+author = "The masked_softmax_ext authors"
+project_copyright = author
+release = version = installed_version("masked_softmax_ext")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.doctest",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "drawing",
+    "formulas",
+]
+exclude_patterns = ["extensions"]
+
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+suppress_warnings = ["myst.header"]  # pages of the repository that are included begin lower
+
+add_module_names = False
+python_maximum_signature_line_length = 72
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+napoleon_use_rtype = False
+doctest_global_setup = """
+import torch
+from masked_softmax_ext import *
+from masked_softmax_ext.compile_pass import make_backend
+"""
+
+# The build is offline: what others document is named, not linked to.
+nitpicky = True
+nitpick_ignore_regex = [
+    (r"py:.*", r"(torch|collections)\..*|(.*\.)?(Backend|GraphModule|Index|Module|Tensor|dtype)")
+]
+
+html_theme = "furo"
+html_title = "masked_softmax_ext"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
+html_math_renderer = "mathml"
+html_show_sphinx = False
+html_copy_source = False
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True

@@ -1,0 +1,34 @@
+"""The directive ``drawing``: a drawing of docs/drawings.py inside the page."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import drawings
+from docutils import nodes
+from docutils.parsers.rst import directives
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+
+class Drawing(SphinxDirective):
+    required_arguments = 1
+    has_content = True  # the caption
+    option_spec: ClassVar[dict[str, Any]] = {"alt": directives.unchanged_required}
+
+    def run(self) -> list[nodes.Node]:
+        self.env.note_dependency(drawings.__file__)
+        figure = nodes.figure(classes=["drawing"])
+        alt = self.options["alt"].replace('"', "&quot;")
+        svg = drawings.svg(self.arguments[0])
+        figure += nodes.raw("", f'<div role="img" aria-label="{alt}">{svg}</div>', format="html")
+        if self.content:
+            text, messages = self.parse_inline(" ".join(self.content))
+            figure += nodes.caption("", "", *text)
+            return [figure, *messages]
+        return [figure]
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    app.add_directive("drawing", Drawing)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
