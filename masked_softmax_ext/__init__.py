@@ -16,10 +16,10 @@ _C = load_extension()
 from masked_softmax_ext import _vmap, reference  # noqa: E402
 from masked_softmax_ext.bounds import (  # noqa: E402
     causal_lengths,
-    window,
     intersect_bounds,
     lengths_from_mask,
     mask_from_lengths,
+    window,
 )
 from masked_softmax_ext.decompositions import decomposition_table  # noqa: E402
 from masked_softmax_ext.functional import (  # noqa: E402
@@ -40,7 +40,6 @@ __all__ = [
     "MaskedSoftmax",
     "build_info",
     "causal_lengths",
-    "window",
     "cpu_capability",
     "decomposition_table",
     "intersect_bounds",
@@ -52,4 +51,5 @@ __all__ = [
     "packed_log_softmax",
     "packed_softmax",
     "reference",
+    "window",
 ]

@@ -17,12 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from masked_softmax_ext import (
     causal_lengths,
-    window,
     intersect_bounds,
     lengths_from_mask,
     mask_from_lengths,
     masked_softmax,
     reference,
+    window,
 )
 
 SIZES = ((4, 4), (1, 1), (1, 5), (3, 7), (5, 2), (0, 3), (3, 0))
@@ -230,9 +230,7 @@ def test_window(queries: int, keys: int, size: int) -> None:
     assert lengths.shape == starts.shape == (1, 1, queries)
     assert_same_mask(mask_from_lengths(lengths, keys, starts)[0, 0], expected)
     masked_softmax(torch.zeros(2, 3, queries, keys), lengths, starts=starts)  # takes them
-    for narrow, wide in zip(
-        window(queries, keys, size, ndim=2), (lengths, starts), strict=True
-    ):
+    for narrow, wide in zip(window(queries, keys, size, ndim=2), (lengths, starts), strict=True):
         assert narrow.tolist() == wide[0, 0].tolist()
 
 
