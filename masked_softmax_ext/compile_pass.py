@@ -1,8 +1,6 @@
 """A backend of ``torch.compile`` that finds the formulation written by hand, and fuses it.
 
-    from masked_softmax_ext.compile_pass import backend
-
-    compiled = torch.compile(model, backend=backend)
+    compiled = torch.compile(model, backend="masked_softmax_ext")
 
 The graph is rewritten as Dynamo captured it, before differentiation, so that the backward pass is
 the fused operator's own. What is found is ``softmax`` or ``log_softmax`` over ``dim`` of
