@@ -202,8 +202,16 @@ def build_command(torch):
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            # Nothing here looks whether torch's headers changed: each torch has objects of its own,
+            # and they are linked anew. They stay for the next build, an editable install's too.
+            objects = f"torch-{torch.__version__}-{sys.implementation.cache_tag}"
+            self.build_temp = str(ROOT / "build" / objects)
+            self.force = True
+
         def run(self) -> None:
-            # Torch looks for ninja there; the programs of an environment that is not activated lack.
+            # Torch looks for ninja there, where only an activated environment has its programs.
             os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
             super().run()
             self.record_torch_version()
