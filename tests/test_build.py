@@ -138,6 +138,7 @@ def test_an_nvcc_without_its_toolkit_is_named(tmp_path: Path) -> None:
 # What setup.py has defined is asked once it has run.
 ASK = """
 import runpy, sys
+from types import SimpleNamespace
 sys.argv = ["setup.py", "--name"]
 setup = runpy.run_path("setup.py", run_name="__main__")
 torch = setup["torch"]
@@ -162,6 +163,23 @@ def ask_setup(question: str) -> list[str]:
     return result.stdout.partition("answers:\n")[2].splitlines()
 
 
+def test_a_label_names_torch_and_the_kernels() -> None:
+    """That of a wheel's version: what torch calls itself, then what the kernels are for."""
+    labels = {
+        ("2.13.0+cpu", None, False): "torch2.13.0.cpu",
+        ("2.13.0", None, False): "torch2.13.0.cpu",
+        ("2.14.1+cu130", "13.0", True): "torch2.14.1.cu130",
+        ("2.14.1+cu130", "13.0", False): "torch2.14.1.cu130.cpu",
+        ("2.13.0a0+git1a2b3c", "12.8", True): "torch2.13.0a0.git1a2b3c.cu128",
+    }
+    question = f"""
+for version, cuda, with_cuda in {list(labels)}:
+    torch = SimpleNamespace(__version__=version, version=SimpleNamespace(cuda=cuda))
+    print(setup["local_version"](torch, with_cuda))
+"""
+    assert ask_setup(question) == list(labels.values())
+
+
 def test_each_torch_has_its_own_objects() -> None:
     """An upgraded torch lies where the old one lay; objects of the old one must not be linked."""
     question = """
@@ -174,6 +192,12 @@ for torch.__version__ in ("2.13.0+cpu", "2.13.1+cpu"):
     folders = [Path(folder) for folder in ask_setup(question)]
     assert len(set(folders)) == 2
     assert all(folder.parent == ROOT / "build" for folder in folders)
+
+
+def test_a_switch_that_is_neither_on_nor_off_is_named() -> None:
+    name = "MASKED_SOFTMAX_EXT_LOCAL_VERSION"
+    last = last_line(run_setup("build_ext", env={name: "yes"}))
+    assert last == f"masked_softmax_ext: expected {name} to be 0, 1 or unset, but got 'yes'"
 
 
 @pytest.mark.skipif(build_info()["cuda"] is not None, reason="built with CUDA")
