@@ -13,8 +13,10 @@ BUILD_TOOLS := "setuptools>=77.0.3,<85" "ninja>=1.11.1,<2" "pybind11>=2.13.0,<4"
 # For some of the tests: ONNX and its runtime; the samples that torch tests its own functions with; generated cases.
 TEST_TOOLS := "onnx>=1.17,<2" "onnxscript>=0.5,<1" "onnxruntime>=1.20,<2" "expecttest>=0.2,<1" \
 	"hypothesis>=6,<7"
+DIST_TOOLS := "build>=1.2,<2" "twine>=6.1,<7" "check-wheel-contents>=0.6.1,<1"
 
-.PHONY: demo test bench bench-quick bench-mxnet docs lint kernel-test mutation-test emulator-test cuda-test build clean
+.PHONY: demo test bench bench-quick bench-mxnet docs dist lint kernel-test mutation-test emulator-test cuda-test build \
+	clean
 
 demo: build
 	$(BIN)/python -m masked_softmax_ext
@@ -63,6 +65,11 @@ cuda-test:
 	$(CUDA_BIN)/pytest tests/test_cuda_build.py tests/test_article.py
 	$(CUDA_BIN)/python bench/inspect_cuda.py --write build/cuda_kernels.md
 
+# The source distribution and the wheel for TORCH, into dist/, once they are checked. For another torch, an environment of
+# its own: make dist VENV=.venv-2.11 TORCH=torch==2.11.0
+dist: $(VENV)/dist.stamp
+	tests/builds/dist.sh $(BIN)/python
+
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -95,6 +102,10 @@ $(VENV)/docs.stamp: $(VENV)/build.stamp
 
 $(VENV)/dev.stamp: $(VENV)/tools.stamp
 	$(BIN)/python -m pip install --quiet ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
+	touch $@
+
+$(VENV)/dist.stamp: $(VENV)/tools.stamp
+	$(BIN)/python -m pip install --quiet $(DIST_TOOLS)
 	touch $@
 
 clean:

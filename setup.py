@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "masked_softmax_ext"
@@ -35,12 +37,23 @@ NVCC_ARGS = ["-O3", "-fmad=false", "--expt-relaxed-constexpr"]
 # 1: with CUDA or not at all; 0: without; unset: with it where torch and the machine have it.
 CUDA_SWITCH = "MASKED_SOFTMAX_EXT_CUDA"
 
+# 1: a wheel to hand out, whose name and requirement say which torch it fits. Not the default: pip
+# refuses a source distribution of 0.1.0 that installs as 0.1.0+torch2.14.1.cu130.
+LOCAL_VERSION_SWITCH = "MASKED_SOFTMAX_EXT_LOCAL_VERSION"
+
 OLDEST_TORCH = (2, 11)
 INSTALL = "pip install --no-build-isolation ."
 
 
 class CannotBuild(Exception):
     """The sentence says what was found and what to do about it."""
+
+
+def read_switch(name: str) -> str:
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise CannotBuild(f"expected {name} to be 0, 1 or unset, but got '{value}'")
+    return value
 
 
 def find_torch():
@@ -56,7 +69,8 @@ def find_torch():
             import torch
         except ModuleNotFoundError:
             raise CannotBuild(
-                f"found no torch to build against; install torch, then type: {INSTALL}"
+                f"found no torch to build against; install torch, then type: {INSTALL} "
+                "(for a wheel: python -m build --no-isolation)"
             ) from None
     found = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
     if found < OLDEST_TORCH:
@@ -117,9 +131,7 @@ def find_nvcc() -> str | None:
 
 
 def builds_with_cuda(torch) -> bool:
-    switch = os.environ.get(CUDA_SWITCH, "")
-    if switch not in ("", "0", "1"):
-        raise CannotBuild(f"expected {CUDA_SWITCH} to be 0, 1 or unset, but got '{switch}'")
+    switch = read_switch(CUDA_SWITCH)
     if switch == "0":
         return False
     if torch.version.cuda is None:
@@ -167,10 +179,9 @@ def csrc_files(*patterns: str, folders: tuple[str, ...] = (".",)) -> list[str]:
     )
 
 
-def torch_extension(torch) -> Extension:
+def torch_extension(torch, with_cuda: bool) -> Extension:
     from torch.utils.cpp_extension import CppExtension, CUDAExtension, include_paths
 
-    with_cuda = builds_with_cuda(torch)
     folders = ("binding", "common", "cpu") + (("cuda",) if with_cuda else ())
     sources = csrc_files("*.cpp", "*.cu", folders=folders)
     sources.remove(f"csrc/binding/{'without_cuda' if with_cuda else 'cuda_ops'}.cpp")
@@ -180,7 +191,12 @@ def torch_extension(torch) -> Extension:
         for path in include_paths(*(("cuda",) if with_cuda else ()))
         for arg in ("-isystem", path)
     ]
-    compile_args = {"cxx": COMPILE_ARGS + system_includes}
+    # Messages name csrc/... and torch/include/..., not the machine that built. The last that fits
+    # counts: torch may be in an environment within ROOT.
+    prefix_maps = [
+        f"-ffile-prefix-map={folder}/=" for folder in (ROOT, Path(torch.__file__).parents[1])
+    ]
+    compile_args = {"cxx": COMPILE_ARGS + prefix_maps + system_includes}
     if with_cuda:
         architectures = cuda_architectures(torch)
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
@@ -202,6 +218,14 @@ def build_command(torch):
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            # Nothing here looks whether torch's headers changed: each torch has objects of its own,
+            # and they are linked anew. They stay for the next build, an editable install's too.
+            objects = f"torch-{torch.__version__}-{sys.implementation.cache_tag}"
+            self.build_temp = str(ROOT / "build" / objects)
+            self.force = True
+
         def run(self) -> None:
             # Torch looks for ninja there, where only an activated environment has its programs.
             os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
@@ -217,6 +241,29 @@ def build_command(torch):
     return Build
 
 
+def local_version(torch, with_cuda: bool) -> str:
+    """Torch's version as a label, and at its end what the kernels are for: torch2.13.0.cpu"""
+    kernels = f"cu{torch.version.cuda.replace('.', '')}" if with_cuda else "cpu"
+    label = f"torch{torch.__version__}".replace("+", ".")
+    return label if label.endswith(f".{kernels}") else f"{label}.{kernels}"
+
+
+def metadata_command(torch, with_cuda: bool):
+    class Metadata(egg_info):
+        def finalize_options(self) -> None:
+            # A source distribution fits them all.
+            if "sdist" not in self.distribution.commands:
+                self.tag_build = f"+{local_version(torch, with_cuda)}"
+                pinned = f"torch=={importlib.metadata.version('torch')}"
+                self.distribution.metadata.install_requires = [
+                    pinned if re.match(r"torch\b", requirement) else requirement
+                    for requirement in self.distribution.install_requires
+                ]
+            super().finalize_options()
+
+    return Metadata
+
+
 def stopping(command: type, sentence: str) -> type:
     def stop(self) -> None:
         raise SystemExit(f"{PACKAGE}: {sentence}")
@@ -227,8 +274,11 @@ def stopping(command: type, sentence: str) -> type:
 try:
     torch = find_torch()
     check_compiler()
-    extension = torch_extension(torch)
+    with_cuda = builds_with_cuda(torch)
+    extension = torch_extension(torch, with_cuda)
     commands = {"build_ext": build_command(torch)}
+    if read_switch(LOCAL_VERSION_SWITCH) == "1":
+        commands["egg_info"] = metadata_command(torch, with_cuda)
 except CannotBuild as reason:
     # Said by the commands that build: a source distribution needs nothing.
     extension = Extension(f"{PACKAGE}._C", [])

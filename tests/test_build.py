@@ -135,6 +135,71 @@ def test_an_nvcc_without_its_toolkit_is_named(tmp_path: Path) -> None:
     assert "set CUDA_HOME" in last
 
 
+# What setup.py has defined is asked once it has run.
+ASK = """
+import runpy, sys
+from types import SimpleNamespace
+sys.argv = ["setup.py", "--name"]
+setup = runpy.run_path("setup.py", run_name="__main__")
+torch = setup["torch"]
+print("answers:")
+{question}
+"""
+
+
+def ask_setup(question: str) -> list[str]:
+    """The lines that the question prints."""
+    pytest.importorskip("pybind11")
+    pytest.importorskip("setuptools")
+    result = subprocess.run(
+        [sys.executable, "-c", ASK.format(question=question)],
+        cwd=ROOT,
+        env={**os.environ, "MASKED_SOFTMAX_EXT_CUDA": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.partition("answers:\n")[2].splitlines()
+
+
+def test_a_label_names_torch_and_the_kernels() -> None:
+    """That of a wheel's version: what torch calls itself, then what the kernels are for."""
+    labels = {
+        ("2.13.0+cpu", None, False): "torch2.13.0.cpu",
+        ("2.13.0", None, False): "torch2.13.0.cpu",
+        ("2.14.1+cu130", "13.0", True): "torch2.14.1.cu130",
+        ("2.14.1+cu130", "13.0", False): "torch2.14.1.cu130.cpu",
+        ("2.13.0a0+git1a2b3c", "12.8", True): "torch2.13.0a0.git1a2b3c.cu128",
+    }
+    question = f"""
+for version, cuda, with_cuda in {list(labels)}:
+    torch = SimpleNamespace(__version__=version, version=SimpleNamespace(cuda=cuda))
+    print(setup["local_version"](torch, with_cuda))
+"""
+    assert ask_setup(question) == list(labels.values())
+
+
+def test_each_torch_has_its_own_objects() -> None:
+    """An upgraded torch lies where the old one lay; objects of the old one must not be linked."""
+    question = """
+from setuptools import Distribution
+for torch.__version__ in ("2.13.0+cpu", "2.13.1+cpu"):
+    build = setup["commands"]["build_ext"](Distribution({"ext_modules": [setup["extension"]]}))
+    build.finalize_options()
+    print(build.build_temp if build.force else "not linked anew")
+"""
+    folders = [Path(folder) for folder in ask_setup(question)]
+    assert len(set(folders)) == 2
+    assert all(folder.parent == ROOT / "build" for folder in folders)
+
+
+def test_a_switch_that_is_neither_on_nor_off_is_named() -> None:
+    name = "MASKED_SOFTMAX_EXT_LOCAL_VERSION"
+    last = last_line(run_setup("build_ext", env={name: "yes"}))
+    assert last == f"masked_softmax_ext: expected {name} to be 0, 1 or unset, but got 'yes'"
+
+
 @pytest.mark.skipif(build_info()["cuda"] is not None, reason="built with CUDA")
 @pytest.mark.parametrize("writes", [False, True])
 def test_a_cuda_tensor_is_refused_in_words(writes: bool) -> None:

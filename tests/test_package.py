@@ -8,6 +8,7 @@ import importlib
 import inspect
 import io
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from masked_softmax_ext import (
     reference,
 )
 
+ROOT = Path(__file__).parent.parent
 MODULES = (MaskedSoftmax, MaskedLogSoftmax)
 
 NAMES = {
@@ -115,6 +117,27 @@ def test_build_info() -> None:
 def test_build_info_is_the_callers_own() -> None:
     masked_softmax_ext.build_info().clear()
     assert "torch" in masked_softmax_ext.build_info()
+
+
+def test_one_version_everywhere() -> None:
+    """Of the package, in what is built and in what is cited."""
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    (version,) = re.findall(r'^version = "(.+)"$', pyproject, re.MULTILINE)
+    assert re.findall(r"^version: (.+)$", citation, re.MULTILINE) == [version]
+
+
+def test_one_version_of_each_style_tool() -> None:
+    """What make lint, the extra dev and pre-commit call is the same."""
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    repository = r"repo: .*/(?:mirrors-)?([\w-]+?)(?:-pre-commit)?\n +rev: v([\d.]+)"
+    versions = dict(re.findall(repository, hooks))
+    assert set(versions) == {"ruff", "mypy", "clang-format"}
+    for file in ("Makefile", "pyproject.toml"):
+        pinned = re.findall(
+            r"\b(ruff|mypy|clang-format)==([\d.]+)", (ROOT / file).read_text(encoding="utf-8")
+        )
+        assert dict(pinned) == versions, file
 
 
 def test_operators_are_registered() -> None:
