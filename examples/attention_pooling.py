@@ -97,8 +97,10 @@ def read_examples(most_files: int, most_paragraphs: int) -> tuple[list[Example],
             new = [words for words in paragraphs if tuple(words) not in seen]
             seen.update(map(tuple, new))
             parts[number % 4 == 0].extend((words, label) for words in new)
-        train += parts[0][:most_paragraphs]
-        held_out += parts[1][: most_paragraphs // 4]
+        for part, into, most in zip(
+            parts, (train, held_out), (most_paragraphs, most_paragraphs // 4), strict=True
+        ):
+            into += random.Random(0).sample(part, min(most, len(part)))
     random.Random(0).shuffle(train)
     return train, held_out
 
@@ -188,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
     numbers = defaultdict(lambda: 1, zip(words, range(2, len(words) + 2), strict=True))  # 1: rare
     batches = pad(train, numbers)
     padding = statistics.mean(batch.padding_share for batch, _ in batches)
-    print(f"{len(train)} paragraphs, {len(held_out)} held out, {padding:.0%} padding; steps:")
+    print(f"{len(train)} paragraphs, {len(held_out)} held out, {padding:.0%} padding\n")
 
     models = []
     for weigh in (formulation, masked_softmax):
@@ -212,15 +214,16 @@ def main(arguments: list[str] | None = None) -> int:
     print(terminal.table(("", *steps, "held out", "step", "weights alone"), rows))
     if options.plot is not None:
         draw(models[1], held_out, numbers, options.plot)
-        print(f"The picture is in {options.plot}.")
+        print(f"\nThe picture is in {options.plot}.")
 
     difference = (losses[0] - losses[1]).abs().max().item()  # NaN, too, is no agreement
     agree = difference <= LARGEST_DIFFERENCE
     learned = min(accuracies) >= LEAST_ACCURACY
     print(
-        f"Losses differ by {difference:.1e} at most (allowed: {LARGEST_DIFFERENCE}): "
-        f"{'ok' if agree else 'TOO MUCH'}. Accuracy of at least {LEAST_ACCURACY}, "
-        f"chance being {1 / len(LIBRARIES)}: {'ok' if learned else 'TOO LOW'}."
+        f"\nLosses differ by {difference:.1e} at most (allowed: {LARGEST_DIFFERENCE}): "
+        f"{'ok' if agree else 'TOO MUCH'}.\n"
+        f"Accuracy of at least {LEAST_ACCURACY}, where chance is {1 / len(LIBRARIES)}: "
+        f"{'ok' if learned else 'TOO LOW'}."
     )
     return 0 if agree and learned else 1
 
