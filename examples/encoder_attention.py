@@ -1,0 +1,187 @@
+"""torch.nn's transformer encoder with lengths, where it has a mask of the padding.
+
+LengthAttention has the parameters of nn.MultiheadAttention and takes lengths instead of a
+key_padding_mask; EncoderLayer is nn.TransformerEncoderLayer with it; both load torch's state_dict.
+On sentences of Python's language reference they give torch's outputs, attention weights and
+gradients. Where a sentence is empty, torch's attention is NaN, and this one is not.
+
+    python examples/encoder_attention.py                 # --quick: fewer sentences, fewer rounds
+
+Ends with 1 where they differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from masked_softmax_ext import masked_softmax
+from masked_softmax_ext.demo import measure, terminal
+from masked_softmax_ext.demo.text import number_words, pad_into_batches, read_sentences
+
+WIDTH, HEADS, LAYERS = 64, 4, 2
+TOLERANCE = 1e-5  # float32 sums in another order differ by about 1e-6
+
+
+class LengthAttention(nn.MultiheadAttention):
+    """nn.MultiheadAttention with batch_first, its keys and values as wide as its queries."""
+
+    def forward(  # type: ignore[override]
+        self, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of queries ``(batch, queries, width)``, and keys and values ``(batch, keys, width)``.
+
+        lengths: how many keys are valid, ``(batch,)``, or ``(batch, 1, queries)`` of each query.
+        Returns the output ``(batch, queries, width)``, and the weights of each head,
+        ``(batch, heads, queries, keys)``.
+        """
+        maps = zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
+        query, key, value = (
+            nn.functional.linear(x, *map_).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for x, map_ in zip((query, key, value), maps, strict=True)
+        )
+        scores = query @ key.transpose(2, 3)
+        weights = masked_softmax(scores, lengths, scale=self.head_dim**-0.5)
+        weights = nn.functional.dropout(weights, self.dropout, self.training)
+        return self.out_proj((weights @ value).transpose(1, 2).flatten(2)), weights
+
+
+class EncoderLayer(nn.TransformerEncoderLayer):
+    """nn.TransformerEncoderLayer with batch_first, its norms behind what they normalise."""
+
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
+        super().__init__(width, heads, hidden, dropout, batch_first=True)
+        self.self_attn = LengthAttention(width, heads, dropout, batch_first=True)
+
+    def forward(self, src: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
+        attended, _ = self.self_attn(src, src, src, lengths)
+        src = self.norm1(src + self.dropout1(attended))
+        hidden = self.dropout(self.activation(self.linear1(src)))
+        return self.norm2(src + self.dropout2(self.linear2(hidden)))
+
+
+class Encoder(nn.Module):
+    """nn.TransformerEncoder of such layers."""
+
+    def __init__(self, layers: int, width: int, heads: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        made = (EncoderLayer(width, heads, hidden, dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(made)
+
+    def forward(self, src: Tensor, lengths: Tensor) -> Tensor:
+        for layer in self.layers:
+            src = layer(src, lengths)
+        return src
+
+
+# From here on: that they do what torch's do.
+
+
+def embed_sentences(count: int) -> tuple[Tensor, Tensor]:
+    """Words as random vectors, ``(sentences, cols, WIDTH)``, and the lengths of the sentences."""
+    sentences = read_sentences()[:count]
+    numbers = number_words(sentences)
+    [batch] = pad_into_batches(sentences, numbers, count)
+    return torch.randn(len(numbers) + 1, WIDTH)[batch.tokens], batch.lengths
+
+
+class TorchAttention(nn.MultiheadAttention):
+    """What LengthAttention is compared with: torch's own, its mask made of the lengths."""
+
+    def forward(  # type: ignore[override]
+        self, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        padding = torch.arange(key.size(1)) >= lengths[:, None]
+        return super().forward(  # type: ignore[return-value]
+            query, key, value, key_padding_mask=padding, average_attn_weights=False
+        )
+
+
+class TorchEncoder(nn.TransformerEncoder):
+    """What Encoder is compared with."""
+
+    def __init__(self, layers: int, width: int, heads: int, hidden: int, dropout: float) -> None:
+        layer = nn.TransformerEncoderLayer(width, heads, hidden, dropout, batch_first=True)
+        super().__init__(layer, layers)
+
+    def forward(self, src: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
+        padding = torch.arange(src.size(1)) >= lengths[:, None]
+        return super().forward(src, src_key_padding_mask=padding)
+
+
+def results(module: nn.Module, inputs: tuple[Tensor, ...], lengths: Tensor) -> dict[str, Tensor]:
+    """Outputs and, of a loss that all of them enter, the parameters' gradients."""
+    output = module(*inputs, lengths)
+    outputs = output if isinstance(output, tuple) else (output,)
+    module.zero_grad()
+    sum((x.sin().sum() for x in outputs), start=torch.zeros(())).backward()
+    gradients = {name: x.grad for name, x in module.named_parameters() if x.grad is not None}
+    return {**{f"output {i}": x.detach() for i, x in enumerate(outputs)}, **gradients}
+
+
+def compare(
+    theirs: nn.Module, ours: nn.Module, inputs: tuple[Tensor, ...], lengths: Tensor, rounds: int
+) -> tuple[float, list[float]]:
+    """The largest difference, as a share of a tensor's largest value; seconds of either."""
+    ours.load_state_dict(theirs.state_dict())
+    expected, got = results(theirs, inputs, lengths), results(ours, inputs, lengths)
+    assert expected.keys() == got.keys()
+    shares = [(got[name] - x).abs().max() / x.abs().max() for name, x in expected.items()]
+    works = [partial(results, module, inputs, lengths) for module in (theirs, ours)]
+    seconds = measure.interleaved_medians(works, rounds, lengths.device)
+    return torch.stack(shares).max().item(), seconds
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="torch.nn's encoder, with lengths.")
+    parser.add_argument("--quick", action="store_true", help="fewer sentences, fewer rounds")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    rounds = 3 if options.quick else 15
+
+    words, lengths = embed_sentences(32 if options.quick else 128)
+    padding = 1 - lengths.double().mean().item() / words.size(1)
+    print(f"{len(words)} sentences of up to {words.size(1)} words, {padding:.0%} padding\n")
+    sizes = (LAYERS, WIDTH, HEADS, 2 * WIDTH, 0.0)
+    attentions = [
+        kind(WIDTH, HEADS, batch_first=True) for kind in (TorchAttention, LengthAttention)
+    ]
+    rows = []
+    differences = []
+    for name, (theirs, ours), inputs in (
+        ("attention and its weights", attentions, (words, words, words)),
+        (f"encoder of {LAYERS} layers", (TorchEncoder(*sizes), Encoder(*sizes)), (words,)),
+    ):
+        difference, seconds = compare(theirs, ours, inputs, lengths, rounds)
+        differences.append(difference)
+        rows.append((name, *map(terminal.duration, seconds), f"{difference:.1e}"))
+    print(terminal.table(("", "torch.nn", "this package", "difference"), rows))
+    agree = max(differences) <= TOLERANCE
+
+    lengths[0] = 0
+    finite = [
+        all(bool(x.isfinite().all()) for x in results(module, (words,) * 3, lengths).values())
+        for module in attentions
+    ]
+    print(
+        "\nTimes: forward and backward. The encoder's attention in torch.nn makes no weights.\n"
+        "Difference: the largest in outputs, weights and all parameters' gradients, as a share of\n"
+        f"the tensor's largest value; allowed: {TOLERANCE}: {'ok' if agree else 'TOO MUCH'}.\n"
+        "With an empty sentence, attention and gradients are "
+        + " and ".join(
+            f"{'finite' if is_finite else 'NaN'} in {name}"
+            for name, is_finite in zip(("torch.nn", "this package"), finite, strict=True)
+        )
+        + "."
+    )
+    return 0 if agree and finite[1] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
