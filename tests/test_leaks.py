@@ -205,7 +205,7 @@ def child_leaks(what: str) -> None:
 
 @pytest.mark.parametrize("which", ["return", "raise"])
 def test_nothing_is_left_behind(which: str) -> None:
-    child.call("test_leaks", "child_measure", which)
+    child.call("test_leaks", "child_measure", which, timeout_s=1200)
 
 
 @pytest.mark.parametrize("what", ["bytes", "objects"])
