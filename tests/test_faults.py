@@ -166,7 +166,8 @@ class Faults:
 
 
 LENGTHS = torch.tensor([2, 0, 3])
-LARGE_LENGTHS = torch.arange(1500) % 65
+LARGE = (400, 300)  # work for two threads, of rows too long for the kernels of narrow ones
+LARGE_LENGTHS = torch.arange(400) % 301
 
 
 def small() -> Tensor:
@@ -174,8 +175,7 @@ def small() -> Tensor:
 
 
 def large() -> Tensor:
-    """Work for two threads."""
-    return random_input((1500, 64), torch.float32, seed=2)
+    return random_input(LARGE, torch.float32, seed=2)
 
 
 def gradient_of(result: Tensor, leaf: Tensor) -> Call:
@@ -212,13 +212,13 @@ def make_in_place() -> Call:
 
 
 def make_dim_0() -> Call:
-    x, out = large(), torch.full((1500, 64), 7.0)
-    lengths = torch.full((64,), 1400)
+    x, out = large(), torch.full(LARGE, 7.0)
+    lengths = torch.full((300,), 390)
     return Call(lambda: masked_log_softmax(x, lengths, 0, out=out), [x, out])
 
 
 def make_two_threads() -> Call:
-    x, out = large(), torch.full((1500, 64), 7.0)
+    x, out = large(), torch.full(LARGE, 7.0)
     return Call(lambda: masked_softmax(x, LARGE_LENGTHS, out=out), [x, out])
 
 
@@ -285,11 +285,16 @@ MAKERS = (
 )
 
 
+def start_threads() -> None:
+    """OpenMP's: it ends the process where it has no memory for them."""
+    torch.ones(1 << 20).exp_()
+
+
 def child_failing_allocations(library: str) -> None:
     """Until none is left to fail: then the call is right again."""
     torch.set_num_threads(2)
     faults = Faults(library)
-    torch.softmax(large(), -1)  # OpenMP ends the process where it has no memory for its threads
+    start_threads()
     for make in MAKERS:
         make().work()
         raised = 0
@@ -305,20 +310,22 @@ def child_failing_allocations(library: str) -> None:
         assert number > 1, "no fault was injected"
 
 
+# How a process that makes its first call ends.
+RAISED, RETURNED, NOT_INJECTED = 10, 11, 12
 OF_THE_LOADER = 127  # it ends the process where a thread's variables get no memory
 
 
 def child_first_call(library: str) -> None:
     """In a process for each fault: what is made once, at the first call, is made then."""
     faults = Faults(library)
-    lengths = torch.full((1500,), 60)
+    lengths = torch.full((400,), 290)
     raised = 0
     for number in itertools.count(1):
         pid = os.fork()
         if pid == 0:
             torch.set_num_threads(2)
-            x, out = large(), torch.full((1500, 64), 7.0)
-            torch.softmax(x, -1)
+            start_threads()
+            x, out = large(), torch.full(LARGE, 7.0)
             call = Call(lambda: masked_softmax(x, lengths, out=out), [x, out])  # noqa: B023
             was_injected, error = faults.run(number, call)
             if error:
@@ -326,14 +333,14 @@ def child_first_call(library: str) -> None:
             call.work()
             sum_of_rows = out.sum(-1)
             assert bool(((sum_of_rows - 1).abs() < 1e-5).all())
-            os._exit(2 if not was_injected else 1 if error else 0)
+            os._exit(RAISED if error else RETURNED if was_injected else NOT_INJECTED)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if status == OF_THE_LOADER:
             continue
-        assert status in (0, 1, 2), f"allocation {number}: {status}"
-        if status == 2:
+        assert status in (RAISED, RETURNED, NOT_INJECTED), f"allocation {number}: {status}"
+        if status == NOT_INJECTED:
             break
-        raised += status
+        raised += status == RAISED
     child.stage(f"first calls: {number - 1} faults, {raised} errors")
     assert raised > 0
 
