@@ -345,4 +345,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # before the first case, or while pictures are drawn
+        print("\ninterrupted")
+        sys.exit(INTERRUPTED)

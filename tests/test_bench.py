@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -403,6 +404,46 @@ def test_an_interrupted_run_keeps_what_it_has(
     assert not saved["finished"]
     assert [result["label"] for result in saved["results"]] == [cases[0].label]
     assert "Interrupted" in path.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def start_run(*arguments: str) -> subprocess.Popen[str]:
+    """bench/run.py in a process that Ctrl-C ends, as from a terminal."""
+    # A child inherits an ignored SIGINT, as under nohup; any handler becomes the default instead.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    paths = os.pathsep.join(path for path in sys.path if path)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-u", str(ROOT / "bench/run.py"), *arguments],
+            env={**os.environ, "PYTHONPATH": paths},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_keeps_what_is_measured(tmp_path: Path) -> None:
+    """The signal itself, when one case is done: its figures are written, and no traceback."""
+    label = "4096x64"
+    with start_run("--quick", "--filter", label, "--results", str(tmp_path)) as running:
+        try:
+            assert running.stdout is not None
+            for line in running.stdout:
+                if line.startswith(label):
+                    break
+            running.send_signal(signal.SIGINT)
+            rest, _ = running.communicate(timeout=120)
+        finally:
+            running.kill()
+    assert running.returncode == run.INTERRUPTED, rest
+    assert "Traceback" not in rest
+    assert "interrupted: what was measured is kept\n" in rest
+    (path,) = tmp_path.glob("*.json")
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    assert not saved["finished"]
+    assert saved["results"]
+    assert line.startswith(saved["results"][0]["label"])
 
 
 def test_filter_chooses_by_label(capsys: pytest.CaptureFixture[str]) -> None:

@@ -204,6 +204,14 @@ void softmax_in_place(at::Tensor& input, const at::Tensor& lengths, int64_t dim,
   RowsNode::Pointer owner;
   // Before anything is written: lengths may be what cannot be saved.
   RowsNode* const node = node_for(kForward[0], rows, input.scalar_type(), {&input}, owner);
+  at::Tensor tangent;
+  if (has_tangent(input)) {
+    // Before anything is written as well: it takes memory that there may not be.
+    const at::Tensor primal = primal_of(input);
+    const at::Tensor y = softmax_operators().forward.call(primal, lengths, dim, starts, scale, primal.scalar_type(),
+                                                          validate, std::nullopt);
+    tangent = call_jvp(rows, tangent_of(input), y);
+  }
   {
     at::AutoDispatchBelowAutograd below_autograd;
     masked_softmax_in_place().call(input, lengths, dim, starts, scale, validate);
@@ -211,11 +219,9 @@ void softmax_in_place(at::Tensor& input, const at::Tensor& lengths, int64_t dim,
   if (node != nullptr) {
     torch::autograd::rebase_history(input, owner);
   }
-  if (has_tangent(input)) {
+  if (tangent.defined()) {
     // Into the tangent's own memory: a view of input, or what input is a view of, may have a view of it.
-    const at::Tensor tangent = tangent_of(input);
-    tangent.copy_(call_jvp(rows, tangent, primal_of(input)));
-    set_tangent(input, tangent, /*is_in_place=*/true);
+    set_tangent(input, tangent_of(input).copy_(tangent), /*is_in_place=*/true);
   }
   if (node != nullptr) {
     node->save_output(input, /*is_in_place=*/true);

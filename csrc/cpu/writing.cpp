@@ -1,21 +1,24 @@
 #include "cpu/writing.h"
 
 #include <atomic>
-#include <fstream>
+#include <cstdio>
 
 namespace masked_softmax {
 namespace {
 
-// As the kernel lists it: the C library's own answer may be that of all cores' caches together.
+// As the kernel lists it: the C library's own answer may be that of all cores' caches together. Asked for by threads
+// that compute, while others write: so by functions that throw nothing where memory is short.
 int64_t find_last_cache_bytes() {
   constexpr int64_t kUsual = 32 << 20;
-  std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
-  int64_t size = 0;
-  char unit = 0;
-  if (!(file >> size >> unit) || size <= 0) {
+  std::FILE* const file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r");
+  if (file == nullptr) {
     return kUsual;
   }
-  return unit == 'M' ? size << 20 : unit == 'K' ? size << 10 : kUsual;
+  long long size = 0;
+  char unit = 0;
+  const bool is_read = std::fscanf(file, "%lld%c", &size, &unit) == 2 && size > 0;
+  std::fclose(file);
+  return is_read && unit == 'M' ? size << 20 : is_read && unit == 'K' ? size << 10 : kUsual;
 }
 
 constexpr int kOwnChoice = -1;
