@@ -10,9 +10,10 @@ CUDA_BIN := $(CUDA_VENV)/bin
 FBGEMM ?= fbgemm-gpu-cpu==1.8.0
 MXNET_VENV := build/mxnet-venv
 BUILD_TOOLS := "setuptools>=77.0.3,<85" "ninja>=1.11.1,<2" "pybind11>=2.13.0,<4" "pytest>=8" "numpy>=1.26"
-# For some of the tests: ONNX and its runtime; the samples that torch tests its own functions with; generated cases.
+# For some of the tests: ONNX and its runtime; the samples that torch tests its own functions with; generated cases; an
+# example's models.
 TEST_TOOLS := "onnx>=1.17,<2" "onnxscript>=0.5,<1" "onnxruntime>=1.20,<2" "expecttest>=0.2,<1" \
-	"hypothesis>=6,<7"
+	"hypothesis>=6,<7" "transformers>=5.10,<6"
 DIST_TOOLS := "build>=1.2,<2" "twine>=6.1,<7" "check-wheel-contents>=0.6.1,<1"
 
 .PHONY: demo test bench bench-quick bench-mxnet docs dist lint kernel-test mutation-test emulator-test cuda-test build \
