@@ -223,7 +223,7 @@ def build_command(torch):
             # Nothing here looks whether torch's headers changed: each torch has objects of its own,
             # and they are linked anew. They stay for the next build, an editable install's too.
             objects = f"torch-{torch.__version__}-{sys.implementation.cache_tag}"
-            self.build_temp = str(ROOT / "build" / objects)
+            self.build_temp = str(ROOT / self.get_finalized_command("build").build_base / objects)
             self.force = True
 
         def run(self) -> None:

@@ -93,7 +93,7 @@ plant() {
   fi
   "$COMPILER" -std=c++20 -fPIC -ffp-contract=off -Icsrc -c "$folder/$name.cpp" -o "$folder/$name.o"
   torch_libs=$("$PYTHON" -c 'import torch; print(torch.__path__[0] + "/lib")')
-  find "$FOLDER"/temp* -name '*.o' ! -name "$name.o" -print0 |
+  find "$FOLDER"/torch-* -name '*.o' ! -name "$name.o" -print0 |
     xargs -0 "$COMPILER" -shared "$folder/$name.o" "${LINK[@]}" -L"$torch_libs" -lc10 -ltorch -ltorch_cpu -ltorch_python \
       -o "$(ls "$folder"/masked_softmax_ext/_C.*.so)"
   if output=$(sanitized "$folder" -c "import torch, threading, masked_softmax_ext as m; $code" 2>&1); then
