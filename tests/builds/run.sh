@@ -17,7 +17,8 @@ make_environment() {
   local folder=$1
   rm -rf "$folder"
   mkdir -p "$folder/tree"
-  "$PYTHON" -m venv "$folder/venv"
+  # Without the setuptools that Python 3.11 and older bring, which is too old and would hide that of .venv.
+  "$PYTHON" -m venv --without-pip "$folder/venv"
   local packages='import sysconfig; print(sysconfig.get_path("platlib"))'
   "$PYTHON" -c "$packages" >"$("$folder/venv/bin/python" -c "$packages")/below.pth"
   git ls-files -z | xargs -0 cp --parents -t "$folder/tree"
