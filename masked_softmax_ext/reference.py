@@ -118,6 +118,8 @@ def unchecked_mask(input: Tensor, lengths: Tensor, dim: int, starts: Tensor | No
 def _mask(
     input: Tensor, lengths: int | Tensor, dim: int, starts: int | Tensor | None, checks: bool
 ) -> Tensor:
+    if not isinstance(input, Tensor) or input.is_nested:
+        raise TypeError(f"expected input to be a dense Tensor, but got {type(input).__name__}")
     if input.dim() == 0:
         return _mask(input.unsqueeze(0), lengths, dim, starts, checks).squeeze(0)
     cols = input.size(dim)
@@ -149,6 +151,8 @@ def per_row(name: str, index: int | Tensor, input: Tensor, dim: int) -> Tensor:
                 f"expected {name} to be an int or a tensor of an integer type, but got "
                 f"{type(index).__name__}"
             )
+        if isinstance(index, int) and not -(2**63) <= index < 2**63:
+            raise ValueError(f"expected {name} from 0 to {input.size(dim)}, but got {index}")
         index = torch.full((), index, device=input.device)
     if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
         raise TypeError(f"expected {name} of an integer type, but got {index.dtype}")
@@ -204,6 +208,8 @@ def _finish(result: Tensor, input: Tensor, dtype: torch.dtype | None, out: Tenso
     result = result.to(_result_dtype(input, dtype))
     if out is None:
         return result
+    if not isinstance(out, Tensor):
+        raise TypeError(f"expected out to be a Tensor, but got {type(out).__name__}")
     if out.shape != result.shape:
         raise ValueError(f"expected out of shape {tuple(result.shape)}, but got {tuple(out.shape)}")
     if out.dtype != result.dtype:

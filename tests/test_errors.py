@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -404,6 +405,13 @@ def test_scale_that_is_no_number(call: Call, wrong: Any) -> None:
         torch.tensor([1]),
         scale=wrong,
     )
+
+
+@every(FUNCTIONS)
+@pytest.mark.parametrize("wrong", [10**400, Fraction(-(10**400))], ids=["int", "Fraction"])
+def test_scale_beyond_every_float(call: Call, wrong: Any) -> None:
+    words = ("scale", "number", type(wrong).__name__)
+    assert_raises(ValueError, words, call, scores(), torch.tensor([1]), scale=wrong)
 
 
 # out=

@@ -294,6 +294,10 @@ ERRORS: list[tuple[str, type[Exception], str, dict[str, Any]]] = [
     ("dim", IndexError, "range", {"lengths": 5, "dim": 2}),
     ("integer input", TypeError, "dtype=", {"lengths": 5, "input": torch.zeros(3, 5).long()}),
     ("out's shape", ValueError, r"\(3, 5\)", {"lengths": 5, "out": torch.zeros(4, 3, 5)}),
+    ("no tensor", TypeError, "Tensor, but got list", {"lengths": 5, "input": [[0.0] * 5] * 3}),
+    ("beyond 64 bits", ValueError, str(2**64), {"lengths": 2**64}),
+    ("below 64 bits", ValueError, str(-(2**64)), {"lengths": 5, "starts": -(2**64)}),
+    ("out of no type", TypeError, "Tensor, but got list", {"lengths": 5, "out": [0.0]}),
     ("out's type", TypeError, "float32", {"lengths": 5, "out": torch.zeros(3, 5).double()}),
 ]
 
