@@ -7,6 +7,7 @@ mask, copies the scores, and computes on padding.
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -146,12 +147,12 @@ def per_row(name: str, index: int | Tensor, input: Tensor, dim: int) -> Tensor:
     """Lengths or starts in as many dimensions as input: ``dim`` and those not given of size 1."""
     rows = input.shape[:dim] + input.shape[dim + 1 :]
     if not isinstance(index, Tensor):
-        if not isinstance(index, int | torch.SymInt):
+        if isinstance(index, bool) or not isinstance(index, numbers.Integral | torch.SymInt):
             raise TypeError(
                 f"expected {name} to be an int or a tensor of an integer type, but got "
                 f"{type(index).__name__}"
             )
-        if isinstance(index, int) and not -(2**63) <= index < 2**63:
+        if not isinstance(index, torch.SymInt) and not -(2**63) <= index < 2**63:
             raise ValueError(f"expected {name} from 0 to {input.size(dim)}, but got {index}")
         index = torch.full((), index, device=input.device)
     if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
