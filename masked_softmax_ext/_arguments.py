@@ -72,7 +72,13 @@ def convert_options(
                 f"{name}(): expected scale to be a number, but got {type(scale).__name__} "
                 f"(multiply {what} by it instead)"
             )
-        scale = float(scale)
+        try:
+            scale = float(scale)
+        except OverflowError:
+            raise ValueError(
+                f"{name}(): expected scale to be a number that a float can hold, but got a "
+                f"{type(scale).__name__} beyond that"
+            ) from None
     return int(dim), scale, dtype
 
 

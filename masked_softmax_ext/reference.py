@@ -7,6 +7,7 @@ mask, copies the scores, and computes on padding.
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -120,6 +121,8 @@ def unchecked_mask(
 def _mask(
     input: Tensor, lengths: int | Tensor, dim: int, starts: int | Tensor | None, checks: bool
 ) -> Tensor:
+    if not isinstance(input, Tensor) or input.is_nested:
+        raise TypeError(f"expected input to be a dense Tensor, but got {type(input).__name__}")
     if input.dim() == 0:
         return _mask(input.unsqueeze(0), lengths, dim, starts, checks).squeeze(0)
     cols = input.size(dim)
@@ -146,11 +149,13 @@ def per_row(name: str, index: int | Tensor, input: Tensor, dim: int) -> Tensor:
     """Lengths or starts in as many dimensions as input: ``dim`` and those not given of size 1."""
     rows = input.shape[:dim] + input.shape[dim + 1 :]
     if not isinstance(index, Tensor):
-        if not isinstance(index, int | torch.SymInt):
+        if isinstance(index, bool) or not isinstance(index, numbers.Integral | torch.SymInt):
             raise TypeError(
                 f"expected {name} to be an int or a tensor of an integer type, but got "
                 f"{type(index).__name__}"
             )
+        if not isinstance(index, torch.SymInt) and not -(2**63) <= index < 2**63:
+            raise ValueError(f"expected {name} from 0 to {input.size(dim)}, but got {index}")
         index = torch.full((), index, device=input.device)
     if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
         raise TypeError(f"expected {name} of an integer type, but got {index.dtype}")
@@ -206,6 +211,8 @@ def _finish(result: Tensor, input: Tensor, dtype: torch.dtype | None, out: Tenso
     result = result.to(_result_dtype(input, dtype))
     if out is None:
         return result
+    if not isinstance(out, Tensor):
+        raise TypeError(f"expected out to be a Tensor, but got {type(out).__name__}")
     if out.shape != result.shape:
         raise ValueError(f"expected out of shape {tuple(result.shape)}, but got {tuple(out.shape)}")
     if out.dtype != result.dtype:

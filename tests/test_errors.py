@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -406,6 +407,13 @@ def test_scale_that_is_no_number(call: Call, wrong: Any) -> None:
     )
 
 
+@every(FUNCTIONS)
+@pytest.mark.parametrize("wrong", [10**400, Fraction(-(10**400))], ids=["int", "Fraction"])
+def test_scale_beyond_every_float(call: Call, wrong: Any) -> None:
+    words = ("scale", "number", type(wrong).__name__)
+    assert_raises(ValueError, words, call, scores(), torch.tensor([1]), scale=wrong)
+
+
 # out=
 
 
@@ -456,6 +464,53 @@ def test_out_that_overlaps_itself(call: Call) -> None:
     assert_raises(
         ValueError, (), call, scores(), torch.tensor([1]), out=torch.empty(1, 5).expand(4, 5)
     )
+
+
+@every(OUT_OF_PLACE)
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [
+        ((4, 5), (1, 1)),
+        ((4, 5), (4, 1)),
+        ((4, 5), (1, 3)),
+        ((5, 4), (3, 4)),
+        ((2, 3, 4), (6, 3, 1)),
+    ],
+)
+def test_out_whose_windows_overlap(
+    call: Call, shape: tuple[int, ...], strides: tuple[int, ...]
+) -> None:
+    """As unfold() makes them: no stride is 0, yet elements share memory."""
+    buffer = random_input((40,), torch.float32, seed=5)
+    before = buffer.clone()
+    message = assert_raises(
+        ValueError,
+        (),
+        call,
+        torch.zeros(shape),
+        torch.tensor(1),
+        out=buffer.as_strided(shape, strides),
+    )
+    assert "memory of their own" in message
+    assert_same_bits(buffer, before)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [
+        ((4, 5), (9, 1)),
+        ((4, 5), (1, 4)),
+        ((2, 3), (3, 2)),  # interleaved: 0, 2, 4 and 3, 5, 7
+        ((2, 1, 3), (3, 0, 1)),
+        ((2, 2, 3), (1, 20, 5)),
+    ],
+)
+def test_out_of_any_strides_that_lead_to_elements_of_their_own(
+    shape: tuple[int, ...], strides: tuple[int, ...], log: bool
+) -> None:
+    x = random_input(shape, torch.float32, seed=5)
+    out = torch.zeros(40).as_strided(shape, strides)
+    assert_same_bits(forward(x, 1, log=log, out=out), forward(x, 1, log=log))
 
 
 @every(OUT_OF_PLACE)
@@ -529,6 +584,38 @@ def test_in_place_on_an_expanded_tensor(name: str) -> None:
     with pytest.raises(ValueError, match=r"(?i)memory"):
         CALLS[name](x, torch.tensor([1, 2, 3, 4]))
     assert torch.equal(x, torch.zeros(4, 5))
+
+
+# Storages smaller than their tensors
+
+
+@pytest.mark.parametrize("held", [0, 1, 76])
+@pytest.mark.parametrize("what", ["input", "lengths", "starts", "out"])
+def test_a_storage_that_does_not_hold_its_tensor(what: str, held: int, log: bool) -> None:
+    """As resize_() leaves one, and FSDP a parameter that it has freed: no memory is touched."""
+    tensors = {
+        "input": scores(),
+        "lengths": torch.ones(4, dtype=torch.int64),
+        "starts": torch.ones(4, dtype=torch.int64),
+        "out": scores(),
+    }
+    small = tensors[what]
+    small.untyped_storage().resize_(min(held, small.nbytes - 1))
+    input = tensors.pop("input")
+    with pytest.raises(
+        RuntimeError, match=r"storage holds .* needs (32|80) bytes, in a storage of"
+    ):
+        forward(input, log=log, **tensors)
+
+
+def test_a_storage_that_does_not_hold_its_tensor_in_the_backward_pass() -> None:
+    for what in range(2):
+        scores_like = [torch.rand(4, 5), torch.rand(4, 5)]
+        scores_like[what].untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match="storage holds"):
+            OPERATORS.masked_softmax_backward(
+                *scores_like, torch.tensor(3), -1, None, None, torch.float32
+            )
 
 
 # The derivatives' operators, called by hand

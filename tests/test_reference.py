@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -138,6 +139,11 @@ def test_lengths_broadcast_from_the_first_dimension(shape: tuple[int, ...]) -> N
         given = [i if size > 1 else 0 for i, size in zip((b, h, q), shape, strict=False)]
         every_row[b, h, q] = lengths[tuple(given)]
     same(masked_softmax(x, lengths), masked_softmax(x, every_row))
+
+
+def test_lengths_may_be_numpys_integers() -> None:
+    expected = masked_softmax(torch.zeros(3, 5), 2, starts=1)
+    assert torch.equal(masked_softmax(torch.zeros(3, 5), np.int64(2), starts=np.int8(1)), expected)
 
 
 def test_a_causal_mask() -> None:
@@ -294,6 +300,11 @@ ERRORS: list[tuple[str, type[Exception], str, dict[str, Any]]] = [
     ("dim", IndexError, "range", {"lengths": 5, "dim": 2}),
     ("integer input", TypeError, "dtype=", {"lengths": 5, "input": torch.zeros(3, 5).long()}),
     ("out's shape", ValueError, r"\(3, 5\)", {"lengths": 5, "out": torch.zeros(4, 3, 5)}),
+    ("bool that is no int", TypeError, "int or a tensor .* got bool", {"lengths": True}),
+    ("no tensor", TypeError, "Tensor, but got list", {"lengths": 5, "input": [[0.0] * 5] * 3}),
+    ("beyond 64 bits", ValueError, str(2**64), {"lengths": 2**64}),
+    ("below 64 bits", ValueError, str(-(2**64)), {"lengths": 5, "starts": -(2**64)}),
+    ("out of no type", TypeError, "Tensor, but got list", {"lengths": 5, "out": [0.0]}),
     ("out's type", TypeError, "float32", {"lengths": 5, "out": torch.zeros(3, 5).double()}),
 ]
 

@@ -122,6 +122,14 @@ def test_dtype_takes_integer_input(capability: str, output: torch.dtype, log: bo
         assert_forward(y, x, lengths, log=log, what=f"{dtype} to {output}")
 
 
+def test_bools_of_any_byte(capability: str, log: bool) -> None:
+    """A view of other bytes as bools: true is any but 0, as torch has it."""
+    x = torch.tensor([[2, 0, 255, 1, 128, 0, 7]], dtype=torch.uint8).view(torch.bool)
+    for lengths in (7, 4):
+        y = forward(x, lengths, log=log, dtype=torch.float32)
+        assert_forward(y, x.float(), lengths, log=log)
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64], ids=short_name
 )

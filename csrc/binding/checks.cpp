@@ -1,5 +1,6 @@
 #include "binding/checks.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/WrapDimUtils.h>
 #include <c10/core/SymInt.h>
@@ -102,6 +103,15 @@ struct ColsAndStride {
 
 ColsAndStride columns(const at::Tensor& tensor, int64_t dim) {
   return tensor.dim() == 0 ? ColsAndStride{1, 1} : ColsAndStride{tensor.size(dim), tensor.stride(dim)};
+}
+
+// A storage may be smaller than what its tensors look at: resize_() frees it under them, as FSDP does.
+void check_memory(const at::Tensor& tensor, const char* name) {
+  const size_t needed = at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.element_size(),
+                                                         tensor.storage_offset());
+  const size_t held = tensor.storage().nbytes();
+  TORCH_CHECK(needed <= held || tensor.numel() == 0, name, "(): expected tensors whose storage holds their elements, ",
+              "but got one of shape ", tensor.sizes(), " that needs ", needed, " bytes, in a storage of ", held);
 }
 
 // An input's memory is asked for as const: a lazy clone (torch._lazy_clone) would else become a real one.
@@ -267,7 +277,8 @@ void check_output(const at::Tensor& output, const at::Tensor& input, at::ScalarT
     return;  // no memory to overlap
   }
   output.mutable_data_ptr();  // a lazy clone gets memory of its own now, and shares none from here on
-  TORCH_CHECK_VALUE(at::has_internal_overlap(output) != at::MemOverlap::Yes, arguments.name,
+  TORCH_CHECK_VALUE(at::has_internal_overlap(output) == at::MemOverlap::No || !shares_own_elements(output),
+                    arguments.name,
                     "(): expected an output whose elements each have memory of their own, but got one of shape ",
                     output.sizes(), " with strides ", output.strides());
   const auto check_apart = [&](const char* what, const at::Tensor& other, bool may_be_same) {
@@ -294,6 +305,15 @@ void check_like_output(const char* what, const at::Tensor& tensor, const at::Ten
 
 Problem make_problem(Operation operation, const at::Tensor& output, std::initializer_list<const at::Tensor*> inputs,
                      const RowArguments& arguments) {
+  check_memory(output, arguments.name);
+  for (const at::Tensor* input : inputs) {
+    check_memory(*input, arguments.name);
+  }
+  check_memory(arguments.lengths, arguments.name);
+  if (arguments.starts.has_value()) {
+    check_memory(*arguments.starts, arguments.name);
+  }
+
   const int64_t ndim = output.dim();
   const int64_t dim = at::maybe_wrap_dim(arguments.dim, ndim);
   Problem problem;

@@ -3,6 +3,9 @@
 // With b's indices counted from the far end, all coefficients are positive; taken largest first, what the smaller ones
 // can still contribute leaves few values to try for each. (The problem, and why it is hard in general: NumPy's
 // may_share_memory.)
+//
+// Two elements of one tensor lie in one place where the differences of their indices, not all 0, add up to 0: for some
+// dimension a difference of at least 1, for the others one of either sign.
 #include "binding/overlap.h"
 
 #include <algorithm>
@@ -78,6 +81,34 @@ bool shares_elements(const at::Tensor& a, const at::Tensor& b) {
   const int64_t distance =
       static_cast<const char*>(b.const_data_ptr()) + b_span - static_cast<const char*>(a.const_data_ptr());
   return Search(std::move(terms)).reaches(distance - a.element_size() + 1, distance + b.element_size() - 1);
+}
+
+bool shares_own_elements(const at::Tensor& tensor) {
+  if (tensor.numel() == 0) {
+    return false;
+  }
+  for (int64_t differing = 0; differing < tensor.dim(); ++differing) {
+    if (tensor.size(differing) == 1) {
+      continue;
+    }
+    if (tensor.stride(differing) == 0) {
+      return true;
+    }
+    std::vector<Term> terms;
+    int64_t distance = 0;
+    for (int64_t d = 0; d < tensor.dim(); ++d) {
+      const int64_t largest = tensor.size(d) - 1;
+      const int64_t stride = tensor.stride(d);
+      if (stride != 0 && largest != 0) {
+        distance += stride * (d == differing ? -1 : largest);
+        terms.push_back({stride, d == differing ? largest - 1 : 2 * largest});
+      }
+    }
+    if (Search(std::move(terms)).reaches(distance, distance)) {
+      return true;
+    }
+  }
+  return false;
 }
 
 }  // namespace masked_softmax

@@ -33,6 +33,12 @@ struct float16_t {
   uint16_t bits;
 };
 
+// A bool in memory. True is any byte but 0 (a view of other bytes as bools is not looked at), and C++ leaves open what
+// a bool read from a byte that is neither 0 nor 1 is.
+struct bool8_t {
+  uint8_t byte;
+};
+
 template <class To, class From>
 inline To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "a bit_cast keeps the size");
@@ -91,6 +97,8 @@ inline acc_t to_acc(T value) {
     return bfloat16_to_float(value);
   } else if constexpr (std::is_same_v<T, float16_t>) {
     return float16_to_float(value);
+  } else if constexpr (std::is_same_v<T, bool8_t>) {
+    return value.byte != 0 ? acc_t{1} : acc_t{0};
   } else {
     return static_cast<acc_t>(value);
   }

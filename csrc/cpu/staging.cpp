@@ -8,7 +8,8 @@ namespace {
 template <class acc_t>
 void gather_any(const void* row, ElementType type, int64_t stride, int64_t count, acc_t* buffer) {
   visit_element_type(type, [&](auto element) {
-    using T = decltype(element);
+    using element_t = decltype(element);
+    using T = std::conditional_t<std::is_same_v<element_t, bool>, bool8_t, element_t>;
     const T* from = static_cast<const T*>(row);
     if (stride == 1) {  // said apart so that the compiler vectorises it
       for (int64_t i = 0; i < count; ++i) {

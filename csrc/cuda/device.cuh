@@ -128,6 +128,7 @@ MASKED_SOFTMAX_DEVICE T widen(T value) {
 }
 MASKED_SOFTMAX_DEVICE float widen(bfloat16_t value) { return __uint_as_float(uint32_t{value.bits} << 16); }
 MASKED_SOFTMAX_DEVICE float widen(float16_t value) { return __half2float(__ushort_as_half(value.bits)); }
+MASKED_SOFTMAX_DEVICE float widen(bool8_t value) { return value.byte != 0 ? 1.0f : 0.0f; }
 
 // To nearest, ties to even.
 template <class T>
@@ -261,6 +262,7 @@ T widen(T value) {
 }
 inline float widen(bfloat16_t value) { return bfloat16_to_float(value); }
 inline float widen(float16_t value) { return float16_to_float(value); }
+inline float widen(bool8_t value) { return to_acc<float>(value); }
 template <class T>
 T narrow(float value) {
   return from_acc<T>(value);

@@ -58,8 +58,8 @@ MASKED_SOFTMAX_DEVICE void load_elements(const Operand& operand, int64_t offset,
     case ElementType::kBFloat16: load_as(As<bfloat16_t>()); break;
     case ElementType::kFloat16: load_as(As<float16_t>()); break;
     case ElementType::kInt8: load_as(As<int8_t>()); break;
-    case ElementType::kUInt8:
-    case ElementType::kBool: load_as(As<uint8_t>()); break;
+    case ElementType::kUInt8: load_as(As<uint8_t>()); break;
+    case ElementType::kBool: load_as(As<bool8_t>()); break;
     case ElementType::kInt16: load_as(As<int16_t>()); break;
     case ElementType::kInt32: load_as(As<int32_t>()); break;
     case ElementType::kInt64: load_as(As<int64_t>()); break;

@@ -174,4 +174,32 @@ TEST("values: infinities and NaN among the valid elements stay in their row") {
   }
 }
 
+TEST("types: a bool is true in any byte but 0") {
+  constexpr int64_t kCols = 40;
+  const Bounds bounds{{0, 3}, {kCols, 9}};
+  std::vector<Matrix> bools{Matrix(ElementType::kBool, 2, kCols)};
+  std::vector<Matrix> numbers{Matrix(ElementType::kFloat32, 2, kCols)};
+  for (int64_t row = 0; row < 2; ++row) {
+    for (int64_t col = 0; col < kCols; ++col) {
+      const auto byte = static_cast<unsigned char>(col % 3 * (7 * col + row));
+      static_cast<unsigned char*>(bools[0].operand().data)[row * bools[0].operand().row_strides[0] + col] = byte;
+      numbers[0].set(row, col, byte == 0 ? 0 : 1);
+    }
+  }
+  for_each_capability([&](const CpuCapability& capability) {
+    for (ElementType type : kFloatingTypes) {
+      Matrix of_bools(type, 2, kCols);
+      Matrix of_numbers(type, 2, kCols);
+      capability.run_rows(make_problem(Operation::kSoftmax, of_bools, bools, bounds), 0, 2);
+      capability.run_rows(make_problem(Operation::kSoftmax, of_numbers, numbers, bounds), 0, 2);
+      for (int64_t row = 0; row < 2; ++row) {
+        for (int64_t col = 0; col < kCols; ++col) {
+          CHECK(of_bools.bits(row, col) == of_numbers.bits(row, col),
+                capability.name << ' ' << name_of(type) << ", row " << row << ", column " << col);
+        }
+      }
+    }
+  });
+}
+
 }  // namespace kernel_tests
