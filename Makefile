@@ -14,10 +14,11 @@ BUILD_TOOLS := "setuptools>=77.0.3,<85" "ninja>=1.11.1,<2" "pybind11>=2.13.0,<4"
 # example's models.
 TEST_TOOLS := "onnx>=1.17,<2" "onnxscript>=0.5,<1" "onnxruntime>=1.20,<2" "expecttest>=0.2,<1" \
 	"hypothesis>=6,<7" "transformers>=5.10,<6"
+FUZZ_TOOLS := "atheris>=3,<4"
 DIST_TOOLS := "build>=1.2,<2" "twine>=6.1,<7" "check-wheel-contents>=0.6.1,<1"
 
-.PHONY: demo test bench bench-quick bench-mxnet docs dist lint kernel-test mutation-test emulator-test cuda-test build \
-	clean
+.PHONY: demo test bench bench-quick bench-mxnet docs dist lint kernel-test sanitizer-test fuzz build-test mutation-test \
+	emulator-test cuda-test build clean
 
 demo: build
 	$(BIN)/python -m masked_softmax_ext
@@ -45,6 +46,21 @@ docs: build $(VENV)/docs.stamp
 # The kernel layer alone, without torch: natively, under sanitizers, and for aarch64 under qemu where it is installed.
 kernel-test:
 	tests/kernel/run.sh
+
+# The extension under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+sanitizer-test: build
+	tests/sanitizers/run.sh address
+	tests/sanitizers/run.sh thread
+
+# Inputs that nobody thought of, for so many seconds each: the kernel layer, and the Python interface.
+FUZZ_SECONDS ?= 60
+fuzz: build $(VENV)/fuzz.stamp
+	tests/fuzz/run.sh kernel $(FUZZ_SECONDS)
+	tests/fuzz/run.sh python $(FUZZ_SECONDS)
+
+# The extension with clang, without ninja, and with the oldest build requirements.
+build-test: build
+	tests/builds/run.sh
 
 # Small faults, planted in the kernels one by one: each must be found. Half an hour.
 mutation-test:
@@ -103,6 +119,10 @@ $(VENV)/docs.stamp: $(VENV)/build.stamp
 
 $(VENV)/dev.stamp: $(VENV)/tools.stamp
 	$(BIN)/python -m pip install --quiet ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
+	touch $@
+
+$(VENV)/fuzz.stamp: $(VENV)/tools.stamp
+	$(BIN)/python -m pip install --quiet $(FUZZ_TOOLS)
 	touch $@
 
 $(VENV)/dist.stamp: $(VENV)/tools.stamp

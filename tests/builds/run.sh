@@ -50,12 +50,15 @@ clang() {
 }
 
 no-ninja() {
-  local folder=$PWD/build/builds/no-ninja
+  local folder=$PWD/build/builds/no-ninja compiler
   make_environment "$folder"
-  mkdir "$folder/no-ninja"
-  printf '#!/bin/sh\nexit 1\n' >"$folder/no-ninja/ninja"
-  chmod +x "$folder/no-ninja/ninja"
-  PATH=$folder/no-ninja:$PATH CXX=g++ CFLAGS="-Werror -std=c++17" build_and_test "$folder"
+  mkdir "$folder/programs"
+  printf '#!/bin/sh\nexit 1\n' >"$folder/programs/ninja"
+  # Unoptimised: one file at a time is slow enough.
+  compiler=$(command -v g++)
+  printf '#!/bin/sh\nexec %s "$@" -O0\n' "$compiler" >"$folder/programs/g++"
+  chmod +x "$folder"/programs/*
+  PATH=$folder/programs:$PATH CXX=g++ CFLAGS="-Werror -std=c++17" build_and_test "$folder"
 }
 
 standards() {
@@ -68,7 +71,7 @@ standards() {
     for standard in 17 20; do
       echo "== the kernel layer: $compiler, C++$standard"
       printf '%s\n' csrc/common/*.cpp csrc/cpu/*.cpp |
-        xargs -P 2 -I{} "$compiler" "-std=c++$standard" -Wall -Wextra -Werror -O1 -Icsrc -c {} -o /dev/null
+        xargs -P 2 -I{} "$compiler" "-std=c++$standard" -Wall -Wextra -Werror -O0 -Icsrc -c {} -o /dev/null
     done
   done
 }
