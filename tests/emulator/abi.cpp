@@ -17,6 +17,13 @@ struct CallOperand {
   int64_t row_strides[kDims];
 };
 
+struct CallIndex {
+  const void* data;  // null: `value` for every row
+  int32_t type;
+  int64_t value;
+  int64_t row_strides[kDims];
+};
+
 struct Call {
   int32_t operation;
   int32_t strategy;
@@ -29,8 +36,9 @@ struct Call {
   int32_t input_count;
   CallOperand output;
   CallOperand inputs[kMaxInputs];
-  CallOperand lengths;
-  CallOperand starts;
+  CallIndex lengths;
+  CallIndex starts;
+  int64_t packed_longest;  // negative: rows are padded
 };
 
 Operand operand_of(const CallOperand& from) {
@@ -42,10 +50,11 @@ Operand operand_of(const CallOperand& from) {
   return to;
 }
 
-RowIndex index_of(const CallOperand& from) {
+RowIndex index_of(const CallIndex& from) {
   RowIndex to;
   to.data = from.data;
   to.type = static_cast<ElementType>(from.type);
+  to.value = from.value;
   std::memcpy(to.row_strides, from.row_strides, sizeof(from.row_strides));
   return to;
 }
@@ -71,6 +80,8 @@ extern "C" int masked_softmax_emulate(const Call* call, char* message, size_t me
   }
   problem.lengths = index_of(call->lengths);
   problem.starts = index_of(call->starts);
+  problem.packing.is_packed = call->packed_longest >= 0;
+  problem.packing.longest = call->packed_longest;
   const emulator::Emulation done =
       emulator::emulate(problem, static_cast<cuda::Strategy>(call->strategy),
                         call->has_clusters != 0 ? emulator::kWithClusters : emulator::kWithoutClusters, call->seed);

@@ -12,3 +12,22 @@ import pytest
 def machine() -> list[Path]:
     """The objects of the emulator itself."""
     return emulator.build_machine(emulator.BUILD / "machine")
+
+
+@pytest.fixture(scope="session")
+def library(machine: list[Path]) -> Path:
+    """All kernels, every access looked up."""
+    return _build("kernels", machine, is_checked=True)
+
+
+@pytest.fixture(scope="session")
+def plain_library() -> Path:
+    """All kernels as they are: ten times as fast."""
+    machine = emulator.build_machine(emulator.BUILD / "plain_machine", is_checked=False)
+    return _build("plain_kernels", machine, is_checked=False)
+
+
+def _build(folder: str, machine: list[Path], *, is_checked: bool) -> Path:
+    kernels = emulator.ROOT / "csrc"
+    files = emulator.kernel_files(kernels)
+    return emulator.build(emulator.BUILD / folder, kernels, files, machine, is_checked=is_checked)

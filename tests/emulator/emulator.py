@@ -41,6 +41,7 @@ ELEMENT_TYPES = (
 DIMS = 8
 
 FLAGS = ["-std=c++17", "-Wno-unknown-pragmas", "-ffp-contract=off", "-fPIC", "-g1", "-O1"]
+# Every load and store is announced, and looked up; without this, kernels run as they are.
 CHECKED = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
 
 
@@ -49,6 +50,15 @@ class CallOperand(ctypes.Structure):
         ("data", ctypes.c_void_p),
         ("type", ctypes.c_int32),
         ("col_stride", ctypes.c_int64),
+        ("row_strides", ctypes.c_int64 * DIMS),
+    )
+
+
+class CallIndex(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("type", ctypes.c_int32),
+        ("value", ctypes.c_int64),
         ("row_strides", ctypes.c_int64 * DIMS),
     )
 
@@ -66,8 +76,9 @@ class Call(ctypes.Structure):
         ("input_count", ctypes.c_int32),
         ("output", CallOperand),
         ("inputs", CallOperand * 3),
-        ("lengths", CallOperand),
-        ("starts", CallOperand),
+        ("lengths", CallIndex),
+        ("starts", CallIndex),
+        ("packed_longest", ctypes.c_int64),
     )
 
 
@@ -86,15 +97,19 @@ class Emulator:
         operation: str,
         inputs: list[Tensor],
         output: Tensor,
-        lengths: Tensor,
-        starts: Tensor | None = None,
+        lengths: int | Tensor,
+        starts: int | Tensor = 0,
         *,
         scale: float = 1.0,
         strategy: str = "automatic",
+        packed: int | None = None,
         has_clusters: bool = True,
         seed: int = 0,
     ) -> Emulation:
-        """Fills `output`. Columns are the last dimension; lengths and starts are of rows' shape."""
+        """Fills `output`. Columns are the last dimension; lengths and starts are of rows' shape.
+
+        `packed`: rows lie end to end, so that all begin at the same address, and none is longer.
+        """
         rows = output.shape[:-1]
         call = Call(
             operation=OPERATIONS.index(operation),
@@ -109,7 +124,8 @@ class Emulator:
             output=_operand(output),
             inputs=(CallOperand * 3)(*map(_operand, inputs)),
             lengths=_index(lengths),
-            starts=CallOperand() if starts is None else _index(starts),
+            starts=_index(starts),
+            packed_longest=-1 if packed is None else packed,
         )
         message = ctypes.create_string_buffer(4096)
         ran = self._emulate(ctypes.byref(call), message, ctypes.c_size_t(len(message)))
@@ -117,24 +133,37 @@ class Emulator:
 
 
 def _operand(tensor: Tensor) -> CallOperand:
-    operand = _index(tensor[..., 0])
-    operand.col_stride = tensor.stride(-1)
-    return operand
-
-
-def _index(tensor: Tensor) -> CallOperand:
     return CallOperand(
         data=tensor.data_ptr(),
         type=ELEMENT_TYPES.index(tensor.dtype),
-        row_strides=(ctypes.c_int64 * DIMS)(*tensor.stride()),
+        col_stride=tensor.stride(-1),
+        row_strides=(ctypes.c_int64 * DIMS)(*tensor.stride()[:-1]),
     )
 
 
-def build(folder: Path, kernels: Path, kernel_files: list[str], machine: list[Path]) -> Path:
+def _index(index: int | Tensor) -> CallIndex:
+    if isinstance(index, int):
+        return CallIndex(value=index)
+    return CallIndex(
+        data=index.data_ptr(),
+        type=ELEMENT_TYPES.index(index.dtype),
+        row_strides=(ctypes.c_int64 * DIMS)(*index.stride()),
+    )
+
+
+def build(
+    folder: Path,
+    kernels: Path,
+    kernel_files: list[str],
+    machine: list[Path],
+    *,
+    is_checked: bool = True,
+) -> Path:
     """Compiles `kernel_files` of a folder like csrc/, links them with the emulator's objects."""
     folder.mkdir(parents=True, exist_ok=True)
     sources = [kernels / "cuda" / name for name in kernel_files]
-    objects = _compile(folder, sources, [*CHECKED, f"-I{kernels}", "-x", "c++"])
+    checks = CHECKED if is_checked else []
+    objects = _compile(folder, sources, [*checks, f"-I{kernels}", "-x", "c++"])
     library = folder / "emulator.so"
     _run(
         ["g++", "-shared", *map(str, [*objects, *machine]), "-ldl", "-lpthread", "-o", str(library)]
@@ -142,13 +171,15 @@ def build(folder: Path, kernels: Path, kernel_files: list[str], machine: list[Pa
     return library
 
 
-def build_machine(folder: Path) -> list[Path]:
+def build_machine(folder: Path, *, is_checked: bool = True) -> list[Path]:
     """The objects of the emulator itself, which know no kernel."""
     folder.mkdir(parents=True, exist_ok=True)
     names = ("fibers", "collectives", "checker", "tsan_hooks", "emulate", "abi")
     sources = [ROOT / "tests" / "emulator" / f"{name}.cpp" for name in names]
     return _compile(
-        folder, sources, [f"-I{ROOT / 'csrc'}", "-DMASKED_SOFTMAX_EMULATOR_IS_CHECKED=1"]
+        folder,
+        sources,
+        [f"-I{ROOT / 'csrc'}", f"-DMASKED_SOFTMAX_EMULATOR_IS_CHECKED={int(is_checked)}"],
     )
 
 

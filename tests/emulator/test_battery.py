@@ -6,17 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import emulator
 import pytest
-from emulator import BUILD
 
 BATTERY = Path(__file__).with_name("battery.py")
-
-
-@pytest.fixture(scope="session")
-def library(machine: list[Path]) -> Path:
-    kernels = emulator.ROOT / "csrc"
-    return emulator.build(BUILD / "kernels", kernels, emulator.kernel_files(kernels), machine)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])

@@ -18,6 +18,7 @@ class GuardedBuffer {
     mapped_bytes_ = inner + 2 * page;
     mapping_ = static_cast<char*>(
         mmap(nullptr, static_cast<size_t>(mapped_bytes_), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    inner_bytes_ = inner;
     mprotect(mapping_ + page, static_cast<size_t>(inner), PROT_READ | PROT_WRITE);
     data_ = at_end ? mapping_ + page + inner - size_bytes : mapping_ + page;
   }
@@ -26,10 +27,14 @@ class GuardedBuffer {
   ~GuardedBuffer() { munmap(mapping_, static_cast<size_t>(mapped_bytes_)); }
 
   char* data() const { return data_; }
+  void forbid_writing() const {
+    mprotect(mapping_ + sysconf(_SC_PAGESIZE), static_cast<size_t>(inner_bytes_), PROT_READ);
+  }
 
  private:
   char* mapping_;
   char* data_;
+  int64_t inner_bytes_;
   int64_t mapped_bytes_;
 };
 

@@ -1,5 +1,6 @@
-// Whole batches whose rows each end, or begin, at an unreadable page: any operand types, any column stride, rows that
-// are empty, and the arrays of lengths and starts themselves.
+// Batches whose every row ends, or begins, at an unreadable page, on both sides of the call: inputs, which nothing may
+// write to either, the output, lengths and starts. Any operand types and column stride, rows that are empty, rows side
+// by side, packed rows, in place.
 #include <memory>
 
 #include "cases.h"
@@ -12,35 +13,34 @@ namespace {
 
 constexpr int64_t kPadding = 100;  // columns on the unreadable side: more than any vector holds, less than a page
 
-// Rows of `longest` + kPadding columns. With padding behind, every row's valid range ends at column `longest`, the page
-// boundary; with padding before it begins at column kPadding, the page boundary. Empty rows have no readable memory.
+// Rows whose neighbourhood cannot be touched. With padding behind, every row's valid range ends at column `longest`,
+// the page boundary; with padding before it begins at column `padding_before`, the page boundary. Empty rows have no
+// readable memory.
 class GuardedRows {
  public:
-  GuardedRows(ElementType type, const std::vector<int64_t>& lengths, int64_t col_stride, bool padding_behind)
-      : type_(type), col_stride_(col_stride), page_(sysconf(_SC_PAGESIZE)) {
+  GuardedRows(ElementType type, const std::vector<int64_t>& lengths, int64_t col_stride, bool padding_behind,
+              int64_t padding_before = kPadding, int64_t row_elems = 0)
+      : type_(type), lengths_(lengths), col_stride_(col_stride), page_(sysconf(_SC_PAGESIZE)) {
     int64_t longest = 1;
     for (int64_t length : lengths) {
       longest = std::max(longest, length);
     }
     const int64_t elem_bytes = size_of(type);
     const int64_t step = std::abs(col_stride);
-    const int64_t readable = (((longest - 1) * step + 1) * elem_bytes + page_ - 1) / page_ * page_;
+    readable_bytes_ = (((longest - 1) * step + 1) * elem_bytes + page_ - 1) / page_ * page_;
     // Unreadable between two rows: all columns of padding, as far as the stride spreads them.
-    const int64_t unreadable = (kPadding * step * elem_bytes + page_ - 1) / page_ * page_;
-    row_bytes_ = readable + unreadable;
-    mapped_bytes_ = unreadable + row_bytes_ * static_cast<int64_t>(lengths.size());
+    unreadable_bytes_ = (kPadding * step * elem_bytes + page_ - 1) / page_ * page_;
+    row_bytes_ = row_elems > 0 ? row_elems * elem_bytes : readable_bytes_ + unreadable_bytes_;
+    mapped_bytes_ = unreadable_bytes_ + row_bytes_ * static_cast<int64_t>(lengths.size());
     mapping_ = static_cast<char*>(
         mmap(nullptr, static_cast<size_t>(mapped_bytes_), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    for (size_t row = 0; row < lengths.size(); ++row) {
-      if (lengths[row] > 0) {
-        char* first = mapping_ + unreadable + static_cast<int64_t>(row) * row_bytes_;
-        mprotect(first, static_cast<size_t>(readable), PROT_READ | PROT_WRITE);
-        std::memset(first, Matrix::kPoison, static_cast<size_t>(readable));
-      }
-    }
-    const int64_t anchored_col = padding_behind ? longest - 1 : kPadding;
+    for_each_readable([&](char* first, int64_t) {
+      mprotect(first, static_cast<size_t>(readable_bytes_), PROT_READ | PROT_WRITE);
+      std::memset(first, Matrix::kPoison, static_cast<size_t>(readable_bytes_));
+    });
+    const int64_t anchored_col = padding_behind ? longest - 1 : padding_before;
     const bool at_end = padding_behind == (col_stride > 0);
-    char* anchor = mapping_ + unreadable + (at_end ? readable - elem_bytes : 0);
+    char* anchor = mapping_ + unreadable_bytes_ + (at_end ? readable_bytes_ - elem_bytes : 0);
     first_ = anchor - anchored_col * col_stride * elem_bytes;
   }
   GuardedRows(const GuardedRows&) = delete;
@@ -49,6 +49,24 @@ class GuardedRows {
 
   void set(int64_t row, int64_t col, const std::string& bits) {
     std::memcpy(first_ + row * row_bytes_ + col * col_stride_ * size_of(type_), bits.data(), bits.size());
+  }
+  // Of columns that are adjacent.
+  std::string bytes(int64_t row, int64_t col, int64_t count) const {
+    return {first_ + row * row_bytes_ + col * size_of(type_), static_cast<size_t>(count * size_of(type_))};
+  }
+  void forbid_writing() {
+    for_each_readable([&](char* first, int64_t) { mprotect(first, static_cast<size_t>(readable_bytes_), PROT_READ); });
+  }
+  // Of columns that are adjacent: whether whatever else can be touched holds the poison still.
+  bool is_untouched_beside(int64_t first_col, int64_t count) const {
+    bool is_untouched = true;
+    const auto is_poison = [](char byte) { return byte == static_cast<char>(Matrix::kPoison); };
+    for_each_readable([&](const char* begin, int64_t row) {
+      const char* own = first_ + row * row_bytes_ + first_col * size_of(type_);
+      is_untouched = is_untouched && std::all_of(begin, own, is_poison) &&
+                     std::all_of(own + count * size_of(type_), begin + readable_bytes_, is_poison);
+    });
+    return is_untouched;
   }
   Operand operand() const {
     Operand result;
@@ -60,29 +78,69 @@ class GuardedRows {
   }
 
  private:
+  template <class Visitor>
+  void for_each_readable(const Visitor& visit) const {
+    for (int64_t row = 0; row < static_cast<int64_t>(lengths_.size()); ++row) {
+      if (lengths_[static_cast<size_t>(row)] > 0) {
+        visit(mapping_ + unreadable_bytes_ + row * row_bytes_, row);
+      }
+    }
+  }
+
   ElementType type_;
+  std::vector<int64_t> lengths_;
   int64_t col_stride_;
   int64_t page_;
+  int64_t readable_bytes_;
+  int64_t unreadable_bytes_;
   int64_t row_bytes_;
   int64_t mapped_bytes_;
   char* mapping_;
   char* first_;
 };
 
-// The same integers, the last of them at the end of readable memory.
+// The same integers in the `turn`-th of the types that hold them, at the end of readable memory or at its beginning,
+// and nothing may write to them.
 class GuardedIntegers {
  public:
-  explicit GuardedIntegers(const std::vector<int64_t>& values)
-      : buffer_(static_cast<int64_t>(values.size() * sizeof(int64_t)), true) {
-    std::memcpy(buffer_.data(), values.data(), values.size() * sizeof(int64_t));
+  GuardedIntegers(const std::vector<int64_t>& values, unsigned turn, bool at_end)
+      : type_(type_for(values, turn)), buffer_(static_cast<int64_t>(values.size()) * size_of(type_), at_end) {
+    visit_element_type(type_, [&](auto element) {
+      using T = decltype(element);
+      if constexpr (std::is_integral_v<T>) {
+        std::copy(values.begin(), values.end(), reinterpret_cast<T*>(buffer_.data()));
+      }
+    });
+    buffer_.forbid_writing();
   }
-  const void* data() const { return buffer_.data(); }
+  void guard(RowIndex& index) const {
+    index.data = buffer_.data();
+    index.type = type_;
+  }
 
  private:
+  static ElementType type_for(const std::vector<int64_t>& values, unsigned turn) {
+    const int64_t largest = *std::max_element(values.begin(), values.end());
+    std::vector<ElementType> types{ElementType::kInt64, ElementType::kInt32};
+    if (largest <= 32767) {
+      types.push_back(ElementType::kInt16);
+    }
+    if (largest <= 127) {
+      types.push_back(ElementType::kInt8);
+      types.push_back(ElementType::kUInt8);
+    }
+    return types[turn % types.size()];
+  }
+
+  ElementType type_;
   GuardedBuffer buffer_;
 };
 
-constexpr int64_t kGap = 3;  // elements between two rows of an output, where nothing may be written
+// For the types of lengths and starts, each in its turn.
+unsigned next_turn() {
+  static unsigned turn = 0;
+  return turn++;
+}
 
 // The bytes of `count` elements of one row, whose columns are adjacent.
 std::string bytes_at(Matrix& matrix, int64_t row, int64_t col, int64_t count) {
@@ -92,14 +150,56 @@ std::string bytes_at(Matrix& matrix, int64_t row, int64_t col, int64_t count) {
           static_cast<size_t>(count * size_of(operand.type))};
 }
 
+// Ones in rows of adjacent columns, which end at column `end`, or begin at column 0 where that is 0.
+void fill_with_ones(GuardedRows& rows, ElementType type, const std::vector<int64_t>& lengths, int64_t end = 0) {
+  Matrix one(type, 1, 1);
+  one.set(0, 0, 1.0);
+  for (size_t row = 0; row < lengths.size(); ++row) {
+    const int64_t first = end > 0 ? end - lengths[row] : 0;
+    for (int64_t col = first; col < first + lengths[row]; ++col) {
+      rows.set(static_cast<int64_t>(row), col, one.bits(0, 0));
+    }
+  }
+}
+
+// Whether no element of such rows holds the poison.
+bool is_written(const GuardedRows& rows, ElementType type, const std::vector<int64_t>& lengths, int64_t end) {
+  const std::string poison(static_cast<size_t>(size_of(type)), static_cast<char>(Matrix::kPoison));
+  for (size_t row = 0; row < lengths.size(); ++row) {
+    const int64_t first = end > 0 ? end - lengths[row] : 0;
+    for (int64_t col = first; col < first + lengths[row]; ++col) {
+      if (rows.bytes(static_cast<int64_t>(row), col, 1) == poison) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
 struct Types {
   ElementType first_input;
   ElementType other_inputs;
   ElementType output;
 };
 
+// Which end of a row's valid columns is at an unreadable page, and how its start is given.
+enum class Side { kEnd, kBeginning, kBeginningAtColumn0 };
+
+constexpr Side kSides[] = {Side::kEnd, Side::kBeginning, Side::kBeginningAtColumn0};
+
+const char* side_name(Side side) {
+  switch (side) {
+    case Side::kEnd: return "padding behind";
+    case Side::kBeginning: return "padding before";
+    case Side::kBeginningAtColumn0: return "no starts";
+  }
+  return "";
+}
+
 void check_batch(const CpuCapability& capability, Operation operation, const Types& types,
-                 const std::vector<int64_t>& lengths, int64_t col_stride, bool padding_behind) {
+                 const std::vector<int64_t>& lengths, int64_t col_stride, Side side) {
+  const bool padding_behind = side == Side::kEnd;
+  const int64_t padding_before = side == Side::kBeginning ? kPadding : 0;
   const auto rows = static_cast<int64_t>(lengths.size());
   int64_t longest = 1;
   for (int64_t length : lengths) {
@@ -108,12 +208,12 @@ void check_batch(const CpuCapability& capability, Operation operation, const Typ
   const int64_t cols = longest + kPadding;
   Bounds bounds{{}, lengths};
   for (int64_t length : lengths) {
-    bounds.starts.push_back(padding_behind ? longest - length : kPadding);
+    bounds.starts.push_back(padding_behind ? longest - length : padding_before);
   }
   const std::string what = std::string(capability.name) + ' ' + name_of(operation) + " of " +
                            name_of(types.first_input) + " and " + name_of(types.other_inputs) + " to " +
                            name_of(types.output) + ", stride " + std::to_string(col_stride) + ", " +
-                           std::to_string(rows) + " rows, padding " + (padding_behind ? "behind" : "before");
+                           std::to_string(rows) + " rows, " + side_name(side);
   const FaultReport report(what);
 
   std::vector<Matrix> inputs;
@@ -121,34 +221,155 @@ void check_batch(const CpuCapability& capability, Operation operation, const Typ
     inputs.emplace_back(k == 0 ? types.first_input : types.other_inputs, rows, cols);
   }
   fill_inputs(operation, inputs, bounds, 91);
-  Matrix expected(types.output, rows, cols, 1, 0, kGap);
-  capability.run_rows(make_problem(operation, expected, inputs, bounds), 0, rows);
+  Matrix expected(types.output, rows, cols);
+  Problem problem = make_problem(operation, expected, inputs, bounds);
+  capability.run_rows(problem, 0, rows);
 
-  Matrix output(types.output, rows, cols, 1, 0, kGap);
-  Problem problem = make_problem(operation, output, inputs, bounds);
   std::vector<std::unique_ptr<GuardedRows>> guarded;
   for (size_t k = 0; k < inputs.size(); ++k) {
-    guarded.push_back(std::make_unique<GuardedRows>(inputs[k].type(), lengths, col_stride, padding_behind));
+    guarded.push_back(
+        std::make_unique<GuardedRows>(inputs[k].type(), lengths, col_stride, padding_behind, padding_before));
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t start = bounds.starts[static_cast<size_t>(row)];
       for (int64_t col = start; col < start + lengths[static_cast<size_t>(row)]; ++col) {
         guarded[k]->set(row, col, bytes_at(inputs[k], row, col, 1));
       }
     }
+    guarded[k]->forbid_writing();
     problem.inputs[k] = guarded[k]->operand();
   }
-  const GuardedIntegers guarded_lengths(bounds.lengths);
-  const GuardedIntegers guarded_starts(bounds.starts);
-  problem.lengths.data = guarded_lengths.data();
-  problem.starts.data = guarded_starts.data();
+  const GuardedIntegers guarded_lengths(bounds.lengths, next_turn(), side != Side::kBeginning);
+  const GuardedIntegers guarded_starts(bounds.starts, next_turn(), padding_behind);
+  guarded_lengths.guard(problem.lengths);
+  guarded_starts.guard(problem.starts);
+  if (side == Side::kBeginningAtColumn0) {
+    problem.starts = RowIndex{};
+    problem.starts.row_strides[0] = 0;
+  }
+  const std::vector<int64_t> all_columns(lengths.size(), cols);
+  const GuardedRows output(types.output, all_columns, 1, padding_behind, 0);
+  problem.output = output.operand();
   capability.run_rows(problem, 0, rows);
 
-  const std::string poison(static_cast<size_t>(kGap * size_of(types.output)), static_cast<char>(Matrix::kPoison));
   for (int64_t row = 0; row < rows; ++row) {
-    CHECK(bytes_at(output, row, 0, cols) == bytes_at(expected, row, 0, cols),
+    CHECK(output.bytes(row, 0, cols) == bytes_at(expected, row, 0, cols),
           what << ", row " << row << " of " << lengths[static_cast<size_t>(row)]);
-    CHECK(bytes_at(output, row, cols, kGap) == poison, what << ", written behind row " << row);
   }
+  CHECK(output.is_untouched_beside(0, cols), what << ", written beside a row");
+}
+
+// Every operand's rows lie side by side: their elements of one column border an unreadable page, and in a column of
+// padding there is nothing else.
+void check_side_by_side(const CpuCapability& capability, Operation operation, ElementType input_type,
+                        ElementType output_type, int64_t width, bool at_end) {
+  constexpr int64_t kCols = 21;
+  const std::vector<int64_t> lengths = {17, 0, 1, kCols};
+  const std::vector<int64_t> starts = {3, 5, 20, 0};
+  const auto groups = static_cast<int64_t>(lengths.size());
+  const FaultReport report(std::string(capability.name) + ' ' + name_of(operation) + " of " + name_of(input_type) +
+                           " to " + name_of(output_type) + ", " + std::to_string(width) + " rows side by side, " +
+                           (at_end ? "the last" : "the first") + " at the page's end");
+  std::vector<int64_t> readable;  // elements of each group's columns
+  for (size_t group = 0; group < lengths.size(); ++group) {
+    for (int64_t col = 0; col < kCols; ++col) {
+      readable.push_back(starts[group] <= col && col < starts[group] + lengths[group] ? width : 0);
+    }
+  }
+  const auto laid_side_by_side = [&](const GuardedRows& columns) {
+    Operand operand = columns.operand();
+    operand.col_stride = operand.row_strides[0];
+    operand.row_strides[0] = kCols * operand.col_stride;
+    operand.row_strides[1] = 1;
+    return operand;
+  };
+
+  Problem problem;
+  problem.operation = operation;
+  problem.rows = groups * width;
+  problem.cols = kCols;
+  problem.row_ndim = 2;
+  problem.row_sizes[0] = groups;
+  problem.row_sizes[1] = width;
+  problem.input_count = input_count(operation);
+  std::vector<std::unique_ptr<GuardedRows>> inputs;
+  for (int k = 0; k < problem.input_count; ++k) {
+    inputs.push_back(std::make_unique<GuardedRows>(input_type, readable, 1, at_end, 0));
+    fill_with_ones(*inputs.back(), input_type, readable);
+    inputs.back()->forbid_writing();
+    problem.inputs[k] = laid_side_by_side(*inputs.back());
+  }
+  const GuardedIntegers guarded_lengths(lengths, next_turn(), at_end);
+  const GuardedIntegers guarded_starts(starts, next_turn(), at_end);
+  for (RowIndex* index : {&problem.lengths, &problem.starts}) {
+    index->row_strides[0] = 1;
+    index->row_strides[1] = 0;
+  }
+  guarded_lengths.guard(problem.lengths);
+  guarded_starts.guard(problem.starts);
+  const std::vector<int64_t> all_columns(readable.size(), width);
+  const GuardedRows output(output_type, all_columns, 1, at_end, 0);
+  problem.output = laid_side_by_side(output);
+  capability.run_rows(problem, 0, problem.rows);
+  CHECK(is_written(output, output_type, all_columns, 0), capability.name << ' ' << name_of(operation));
+  CHECK(output.is_untouched_beside(0, width), capability.name << ' ' << name_of(operation) << ", beside the rows");
+}
+
+// Packed rows, `width` of them side by side (a power of two), with unreadable pages between one group and the next:
+// nothing of them is padding.
+void check_packed(const CpuCapability& capability, Operation operation, ElementType input_type, ElementType output_type,
+                  const std::vector<int64_t>& lengths, int64_t width, bool at_end) {
+  constexpr int64_t kRowElems = 4096;  // whole pages of any type, more than the rows of a group have
+  const FaultReport report(std::string(capability.name) + ' ' + name_of(operation) + " of " + name_of(input_type) +
+                           " to " + name_of(output_type) + ", packed rows, " + std::to_string(width) +
+                           " side by side, " + (at_end ? "ending" : "beginning") + " at a page");
+  std::vector<int64_t> elems;
+  int64_t longest = 0;
+  int64_t total = 0;
+  for (int64_t length : lengths) {
+    elems.push_back(length * width);
+    longest = std::max(longest, length);
+    total += length * width;
+  }
+  Problem problem;
+  problem.operation = operation;
+  problem.rows = static_cast<int64_t>(lengths.size()) * width;
+  problem.row_ndim = 2;
+  problem.row_sizes[0] = static_cast<int64_t>(lengths.size());
+  problem.row_sizes[1] = width;
+  problem.packing = {true, longest, total};
+  problem.input_count = input_count(operation);
+  const auto packed = [&](const GuardedRows& rows) {
+    Operand operand = rows.operand();
+    operand.col_stride = width;
+    operand.row_strides[0] = 0;
+    operand.row_strides[1] = 1;
+    return operand;
+  };
+  std::vector<std::unique_ptr<GuardedRows>> inputs;
+  for (int k = 0; k < problem.input_count; ++k) {
+    inputs.push_back(std::make_unique<GuardedRows>(input_type, elems, 1, at_end, 0, kRowElems));
+    fill_with_ones(*inputs.back(), input_type, elems, at_end ? longest * width : 0);
+    inputs.back()->forbid_writing();
+    problem.inputs[k] = packed(*inputs.back());
+  }
+  const GuardedRows output(output_type, elems, 1, at_end, 0, kRowElems);
+  problem.output = packed(output);
+  std::vector<int64_t> starts;
+  for (int64_t length : lengths) {
+    starts.push_back(static_cast<int64_t>(starts.size()) * kRowElems / width + (at_end ? longest - length : 0));
+  }
+  problem.cols = static_cast<int64_t>(lengths.size()) * kRowElems / width;
+  const GuardedIntegers guarded_lengths(lengths, next_turn(), at_end);
+  const GuardedIntegers guarded_starts(starts, next_turn(), at_end);
+  for (RowIndex* index : {&problem.lengths, &problem.starts}) {
+    index->row_strides[0] = 1;
+    index->row_strides[1] = 0;
+  }
+  guarded_lengths.guard(problem.lengths);
+  guarded_starts.guard(problem.starts);
+  capability.run_rows(problem, 0, problem.rows);
+  CHECK(is_written(output, output_type, elems, at_end ? longest * width : 0),
+        capability.name << ' ' << name_of(operation) << ", packed rows");
 }
 
 // Every remainder of every vector width, empty rows among them.
@@ -172,9 +393,9 @@ TEST("guard pages: batches of rows, every one between unreadable pages, every pa
       for (Operation operation : kOperations) {
         for (ElementType input_type : kFloatingTypes) {
           for (ElementType output_type : kFloatingTypes) {
-            for (bool padding_behind : {true, false}) {
+            for (Side side : kSides) {
               const Types types{input_type, input_type, output_type};
-              check_batch(capability, operation, types, short_lengths(), 1, padding_behind);
+              check_batch(capability, operation, types, short_lengths(), 1, side);
             }
           }
         }
@@ -188,14 +409,14 @@ TEST("guard pages: long rows, and rows with strided or reversed columns") {
     for_each_capability([&](const CpuCapability& capability) {
       for (Operation operation : kOperations) {
         for (ElementType type : kFloatingTypes) {
-          for (bool padding_behind : {true, false}) {
+          for (Side side : kSides) {
             const Types types{type, type, type};
-            check_batch(capability, operation, types, kLongLengths, 1, padding_behind);
+            check_batch(capability, operation, types, kLongLengths, 1, side);
             if (type == ElementType::kFloat32 || operation == Operation::kSoftmax) {
-              check_batch(capability, operation, types, kLongestLengths, 1, padding_behind);
+              check_batch(capability, operation, types, kLongestLengths, 1, side);
             }
             for (int64_t col_stride : {3, -1, -2}) {
-              check_batch(capability, operation, types, short_lengths(), col_stride, padding_behind);
+              check_batch(capability, operation, types, short_lengths(), col_stride, side);
             }
           }
         }
@@ -211,8 +432,79 @@ TEST("guard pages: derivatives whose inputs differ in type") {
         for (ElementType type : kFloatingTypes) {
           if (!is_forward(operation) && type != ElementType::kFloat32) {
             check_batch(capability, operation, {ElementType::kFloat32, type, ElementType::kFloat32}, short_lengths(), 1,
-                        true);
-            check_batch(capability, operation, {type, ElementType::kFloat32, type}, short_lengths(), 1, false);
+                        Side::kEnd);
+            check_batch(capability, operation, {type, ElementType::kFloat32, type}, short_lengths(), 1,
+                        Side::kBeginning);
+          }
+        }
+      }
+    });
+  });
+}
+
+TEST("guard pages: rows side by side, between unreadable pages at both ends of every column") {
+  for_each_writing([&] {
+    for_each_capability([&](const CpuCapability& capability) {
+      for (Operation operation : kOperations) {
+        for (ElementType input_type : kFloatingTypes) {
+          for (ElementType output_type : kFloatingTypes) {
+            for (bool at_end : {true, false}) {
+              check_side_by_side(capability, operation, input_type, output_type, 37, at_end);
+              if (input_type == output_type) {
+                check_side_by_side(capability, operation, input_type, output_type, 3, at_end);
+              }
+            }
+          }
+        }
+      }
+    });
+  });
+}
+
+TEST("guard pages: packed rows, with unreadable pages between them") {
+  for_each_writing([&] {
+    for_each_capability([&](const CpuCapability& capability) {
+      for (Operation operation : kOperations) {
+        for (ElementType input_type : kFloatingTypes) {
+          for (ElementType output_type : kFloatingTypes) {
+            for (bool at_end : {true, false}) {
+              check_packed(capability, operation, input_type, output_type, {5, 0, 64, 1, 33, 17, 70}, 1, at_end);
+              check_packed(capability, operation, input_type, output_type, {5, 0, 9, 1, 33}, 32, at_end);
+            }
+            check_packed(capability, operation, input_type, output_type, {5, 0, 9, 1, 33}, 2, true);
+          }
+        }
+      }
+    });
+  });
+}
+
+TEST("guard pages: in place") {
+  for_each_writing([&] {
+    for_each_capability([&](const CpuCapability& capability) {
+      for (ElementType type : kFloatingTypes) {
+        for (bool at_end : {true, false}) {
+          for (int64_t cols : {1, 7, 31, 64, 171, 1030}) {
+            const FaultReport report(std::string(capability.name) + " of " + name_of(type) + ", in place, " +
+                                     std::to_string(cols) + " columns");
+            Bounds bounds{{0, 0, cols / 3, cols}, {cols, cols / 2, cols - cols / 3, 0}};
+            std::vector<Matrix> inputs{Matrix(type, 4, cols)};
+            fill_inputs(Operation::kSoftmax, inputs, bounds, 92);
+            Matrix expected(type, 4, cols);
+            Problem problem = make_problem(Operation::kSoftmax, expected, inputs, bounds);
+            capability.run_rows(problem, 0, 4);
+
+            GuardedRows rows(type, std::vector<int64_t>(4, cols), 1, at_end, 0);
+            for (int64_t row = 0; row < 4; ++row) {
+              rows.set(row, 0, bytes_at(inputs[0], row, 0, cols));
+            }
+            problem.inputs[0] = problem.output = rows.operand();
+            capability.run_rows(problem, 0, 4);
+            for (int64_t row = 0; row < 4; ++row) {
+              CHECK(rows.bytes(row, 0, cols) == bytes_at(expected, row, 0, cols),
+                    capability.name << ' ' << name_of(type) << " in place, row " << row << " of " << cols);
+            }
+            CHECK(rows.is_untouched_beside(0, cols), capability.name << ' ' << name_of(type) << " in place");
           }
         }
       }
