@@ -53,7 +53,7 @@ sanitizer-test: build
 	tests/sanitizers/run.sh thread
 
 # Inputs that nobody thought of, for so many seconds each: the kernel layer, and the Python interface.
-FUZZ_SECONDS ?= 60
+FUZZ_SECONDS ?= 30
 fuzz: build $(VENV)/fuzz.stamp
 	tests/fuzz/run.sh kernel $(FUZZ_SECONDS)
 	tests/fuzz/run.sh python $(FUZZ_SECONDS)

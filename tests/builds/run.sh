@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 PYTHON=$PWD/.venv/bin/python
-TESTS=(tests/test_article.py tests/test_edges.py tests/test_threads.py tests/test_build.py::test_one_openmp_library)
+TESTS=(tests/test_article.py tests/test_threads.py tests/test_build.py::test_one_openmp_library)
 
 # The packages of .venv, under those that are installed on top, and a copy of the tree.
 make_environment() {
