@@ -65,21 +65,26 @@ def convert_options(
         raise TypeError(
             f"{name}(): expected dtype to be a torch.dtype, but got {type(dtype).__name__}"
         )
-    if scale is not None and not isinstance(scale, float):
-        # A tensor is refused, not converted: its gradient would be lost without a word.
-        if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
-            raise TypeError(
-                f"{name}(): expected scale to be a number, but got {type(scale).__name__} "
-                f"(multiply {what} by it instead)"
-            )
-        try:
-            scale = float(scale)
-        except OverflowError:
-            raise ValueError(
-                f"{name}(): expected scale to be a number that a float can hold, but got a "
-                f"{type(scale).__name__} beyond that"
-            ) from None
-    return int(dim), scale, dtype
+    return int(dim), convert_scale(f"{name}(): ", what, scale), dtype
+
+
+def convert_scale(prefix: str, what: str, scale: float | None) -> float | None:
+    """The scale as the operators take it."""
+    if scale is None or isinstance(scale, float):
+        return scale
+    # A tensor is refused, not converted: its gradient would be lost without a word.
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise TypeError(
+            f"{prefix}expected scale to be a number, but got {type(scale).__name__} "
+            f"(multiply {what} by it instead)"
+        )
+    try:
+        return float(scale)
+    except OverflowError:
+        raise ValueError(
+            f"{prefix}expected scale to be a number that a float can hold, but got a "
+            f"{type(scale).__name__} beyond that"
+        ) from None
 
 
 def check_dim(dim: int, ndim: int) -> None:

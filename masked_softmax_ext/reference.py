@@ -12,6 +12,8 @@ import numbers
 import torch
 from torch import Tensor
 
+from masked_softmax_ext._arguments import convert_scale
+
 
 def masked_softmax(
     input: Tensor,
@@ -190,6 +192,7 @@ def _masked_logits(
     result = _result_dtype(input, dtype)
     compute = torch.promote_types(torch.promote_types(input.dtype, result), torch.float32)
     logits = input.to(compute)
+    scale = convert_scale("", "input", scale)
     if scale is not None:
         logits = logits * scale
     logits = logits.masked_fill(~valid, -math.inf)

@@ -495,6 +495,19 @@ def test_out_whose_windows_overlap(
     assert_same_bits(buffer, before)
 
 
+def test_windows_that_overlap_in_a_negated_view(log: bool) -> None:
+    """The imaginary part of a conjugate, which is computed apart and copied."""
+    buffer = random_input((40, 2), torch.float32, seed=5)
+    windows = torch.view_as_complex(buffer).conj().imag.unfold(0, 5, 3)
+    assert windows.is_neg()
+    before = buffer.clone()
+    with pytest.raises(ValueError, match="memory of their own"):
+        masked_softmax_(windows, 3)
+    with pytest.raises(ValueError, match="memory of their own"):
+        forward(torch.zeros(windows.shape), 3, log=log, out=windows)
+    assert_same_bits(buffer, before)
+
+
 @pytest.mark.parametrize(
     ("shape", "strides"),
     [

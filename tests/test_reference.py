@@ -301,6 +301,8 @@ ERRORS: list[tuple[str, type[Exception], str, dict[str, Any]]] = [
     ("integer input", TypeError, "dtype=", {"lengths": 5, "input": torch.zeros(3, 5).long()}),
     ("out's shape", ValueError, r"\(3, 5\)", {"lengths": 5, "out": torch.zeros(4, 3, 5)}),
     ("bool that is no int", TypeError, "int or a tensor .* got bool", {"lengths": True}),
+    ("scale that is none", TypeError, "number, but got str", {"lengths": 5, "scale": "2"}),
+    ("scale beyond floats", ValueError, "float can hold", {"lengths": 5, "scale": 10**400}),
     ("no tensor", TypeError, "Tensor, but got list", {"lengths": 5, "input": [[0.0] * 5] * 3}),
     ("beyond 64 bits", ValueError, str(2**64), {"lengths": 2**64}),
     ("below 64 bits", ValueError, str(-(2**64)), {"lengths": 5, "starts": -(2**64)}),

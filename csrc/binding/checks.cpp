@@ -265,6 +265,12 @@ void check_row_arguments(const at::Tensor& input, const RowArguments& arguments)
   }
 }
 
+void check_own_elements(const at::Tensor& output, const char* name) {
+  TORCH_CHECK_VALUE(at::has_internal_overlap(output) == at::MemOverlap::No || !shares_own_elements(output), name,
+                    "(): expected an output whose elements each have memory of their own, but got one of shape ",
+                    output.sizes(), " with strides ", output.strides());
+}
+
 void check_output(const at::Tensor& output, const at::Tensor& input, at::ScalarType dtype,
                   const RowArguments& arguments) {
   TORCH_CHECK_TYPE(output.scalar_type() == dtype, arguments.name, "(): expected out of ", dtype, ", but got ",
@@ -277,10 +283,7 @@ void check_output(const at::Tensor& output, const at::Tensor& input, at::ScalarT
     return;  // no memory to overlap
   }
   output.mutable_data_ptr();  // a lazy clone gets memory of its own now, and shares none from here on
-  TORCH_CHECK_VALUE(at::has_internal_overlap(output) == at::MemOverlap::No || !shares_own_elements(output),
-                    arguments.name,
-                    "(): expected an output whose elements each have memory of their own, but got one of shape ",
-                    output.sizes(), " with strides ", output.strides());
+  check_own_elements(output, arguments.name);
   const auto check_apart = [&](const char* what, const at::Tensor& other, bool may_be_same) {
     TORCH_CHECK_VALUE((may_be_same && same_layout(output, other)) || !shares_elements(output, other), arguments.name,
                       "(): expected the output's memory apart from that of ", what,

@@ -49,6 +49,9 @@ void check_row_arguments(const at::Tensor& input, const RowArguments& arguments)
 void check_output(const at::Tensor& output, const at::Tensor& input, at::ScalarType dtype,
                   const RowArguments& arguments);
 
+// Of these checks, that no element of the output lies where another does.
+void check_own_elements(const at::Tensor& output, const char* name);
+
 // A tensor that a derivative takes beside the saved output: the same shape, a floating type, the same device.
 void check_like_output(const char* what, const at::Tensor& tensor, const at::Tensor& output,
                        const RowArguments& arguments);
