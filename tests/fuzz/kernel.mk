@@ -1,0 +1,22 @@
+# Builds the kernel fuzzer, from the repository's root: make -f tests/fuzz/kernel.mk (run.sh does).
+CLANG ?= clang++
+FOLDER := build/fuzz/kernel
+SANITIZERS := address,undefined
+FLAGS := -std=c++17 -O1 -gline-tables-only -Wall -Wextra -Werror -ffp-contract=off -fno-math-errno \
+	-fsanitize=fuzzer-no-link,$(SANITIZERS) -fno-sanitize-recover=all -Icsrc -Itests/kernel -Itests/fuzz
+SOURCES := $(wildcard csrc/common/*.cpp csrc/cpu/*.cpp) tests/fuzz/kernel_fuzzer.cpp
+OBJECTS := $(SOURCES:%.cpp=$(FOLDER)/%.o)
+
+# Four kinds of check stand before every access to memory; with them the instruction sets take three times as long to
+# compile. AddressSanitizer and unreadable pages see what three of them see, gcc's sanitizers (tests/kernel/run.sh) the
+# fourth, alignment.
+$(FOLDER)/csrc/cpu/isa_%.o: FLAGS += -fno-sanitize=null,object-size,pointer-overflow,alignment
+
+$(FOLDER)_fuzzer: $(OBJECTS)
+	$(CLANG) -fsanitize=fuzzer,$(SANITIZERS) $^ -o $@
+
+$(FOLDER)/%.o: %.cpp tests/fuzz/kernel.mk
+	@mkdir -p $(@D)
+	$(CLANG) $(FLAGS) -MMD -MP -c $< -o $@
+
+-include $(OBJECTS:.o=.d)

@@ -1,0 +1,303 @@
+"""The Python interface under atheris: any arguments to any public function, and to the operators.
+
+What holds for every call: it returns a result of the right shape and type, or raises an exception
+of a type that callers expect, with a message in words. The process never crashes. A failed call
+leaves its arguments alone. Where the reference gives a result too, the two agree.
+
+    tests/fuzz/run.sh python [SECONDS]
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import atheris
+import torch
+from cases import FLOATING, valid_like
+from torch import Tensor
+from torch._subclasses import FakeTensorMode  # no public spelling
+
+# Which way an argument was drawn is as good a guide as which way the package took with it.
+with atheris.instrument_imports(include=["masked_softmax_ext", "draw"]):
+    from draw import Draw, is_plain, shape_of
+
+    import masked_softmax_ext
+    from masked_softmax_ext import _operators, reference
+
+OPERATORS = torch.ops.masked_softmax_ext
+
+FORWARD = {
+    "masked_softmax": masked_softmax_ext.masked_softmax,
+    "masked_log_softmax": masked_softmax_ext.masked_log_softmax,
+    "masked_softmax_": masked_softmax_ext.masked_softmax_,
+    "packed_softmax": masked_softmax_ext.packed_softmax,
+    "packed_log_softmax": masked_softmax_ext.packed_log_softmax,
+    "MaskedSoftmax": masked_softmax_ext.MaskedSoftmax,
+    "MaskedLogSoftmax": masked_softmax_ext.MaskedLogSoftmax,
+    "reference.masked_softmax": reference.masked_softmax,
+    "reference.masked_log_softmax": reference.masked_log_softmax,
+    "reference.valid_mask": reference.valid_mask,
+}
+REFERENCES = [function for name, function in FORWARD.items() if name.startswith("reference.")]
+
+# Operators, and how many tensors of scores each takes.
+SCORES = {"masked_softmax_": 1, **_operators.SCORES}
+
+EXPECTED = (TypeError, ValueError, IndexError, RuntimeError)  # the last is NotImplementedError too
+UNEXPECTED = (UnicodeError, RecursionError)  # though they derive from one of those
+BAD_WORDS = ("INTERNAL ASSERT", "incompatible function arguments")
+
+# Of the comparison with the reference, which is held to its own accuracy: for softmax relative, for
+# log_softmax, which the reference takes as a difference, absolute.
+RELATIVE = {torch.float32: 1e-4, torch.float64: 1e-11, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+SMALLEST = {torch.float32: 2e-38, torch.float64: 1e-300, torch.bfloat16: 2e-38, torch.float16: 1e-7}
+
+
+def bits(x: Tensor) -> bytes:
+    plain = x.detach().as_subclass(Tensor).resolve_neg()
+    adjacent = plain.clone(memory_format=torch.contiguous_format).view(-1)
+    return bytes(adjacent.view(torch.uint8).numpy())
+
+
+def attempt(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """The result, or the exception if it is one that callers expect."""
+    try:
+        return function(*arguments, **options)
+    except EXPECTED as error:
+        if isinstance(error, UNEXPECTED):
+            raise
+        message = str(error)
+        words = re.findall(r"[a-z]{2,}", message)
+        assert len(words) >= 3, f"a message of words: {message!r}"
+        assert not any(bad in message for bad in BAD_WORDS), f"a message for users: {message}"
+        return error
+
+
+def call(mode: Any, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Calls it in that mode, and looks whether anything was written that must not be."""
+    given = [*arguments, *options.values()]
+    before = [(x, bits(x)) for x in given if is_plain(x)]
+    with mode or nullcontext():
+        result = attempt(function, *arguments, **options)
+    if function in REFERENCES:
+        return result  # it writes to out= by copy_(), which has errors of its own
+    in_place = function in (FORWARD["masked_softmax_"], OPERATORS.masked_softmax_)
+    output = arguments[0] if in_place else options.get("out")
+    may_write = is_plain(output) and not isinstance(result, Exception)
+    written = output.untyped_storage().data_ptr() if may_write else None
+    for x, old in before:
+        is_written = x.untyped_storage().data_ptr() == written
+        assert is_written or bits(x) == old, "an argument is left alone"
+    return result
+
+
+def check_result(
+    name: str, result: Any, mode: Any, arguments: list[Any], options: dict[str, Any]
+) -> None:
+    input = arguments[0]
+    assert isinstance(result, Tensor), f"a tensor, but got {type(result)}"
+    if name.startswith("reference.") or not is_plain(input) or not is_plain(result):
+        return
+    assert result.shape == input.shape, f"{tuple(result.shape)} for {tuple(input.shape)}"
+    dtype = options.get("dtype")
+    if isinstance(dtype, torch.dtype):
+        assert result.dtype == dtype
+    elif not isinstance(mode, torch.autocast):
+        assert dtype is float or result.dtype == input.dtype
+    if options.get("out") is None and not name.endswith("_"):
+        assert result.is_contiguous()
+
+
+def compare(
+    log: bool, before: Tensor, result: Tensor, arguments: list[Any], options: dict[str, Any]
+) -> None:
+    """With the reference, and exactly in the padding."""
+    dim = arguments[2] if len(arguments) > 2 else -1
+    lengths, starts = arguments[1], options.get("starts")
+    if any(isinstance(index, Tensor) and not is_plain(index) for index in (lengths, starts)):
+        return
+    valid = valid_like(result, lengths, int(dim), starts)
+    padding = result.detach()[~valid]
+    expected_padding = torch.full_like(padding, float("-inf") if log else 0.0)
+    assert bits(padding) == bits(expected_padding), "padding is exact"
+    scale = options.get("scale")
+    if scale is not None and not 1e-2 <= abs(float(scale)) <= 10:
+        return
+    if not bool(before[valid].double().abs().le(1e3).all()):
+        return
+    given = {"starts": starts, "scale": None if scale is None else float(scale)}
+    function = reference.masked_log_softmax if log else reference.masked_softmax
+    with torch.no_grad():
+        expected = attempt(function, before, lengths, dim, dtype=result.dtype, **given)
+    if isinstance(expected, Exception):
+        raise AssertionError("the reference gives a result too") from expected
+    relative = RELATIVE[result.dtype]
+    tolerance = {"rtol": relative, "atol": relative if log else SMALLEST[result.dtype]}
+    torch.testing.assert_close(result.detach(), expected, equal_nan=True, **tolerance)
+
+
+def differentiate(draw: Draw, result: Tensor, input: Tensor) -> None:
+    grad = (
+        torch.ones_like(result)
+        if draw.one_in(2)
+        else draw.tensor(tuple(result.shape), result.dtype)
+    )
+    create_graph = draw.one_in(3)
+    if draw.one_in(12):
+        grad = draw.thing()
+    gradients = attempt(
+        torch.autograd.grad, result, input, grad, create_graph=create_graph, allow_unused=True
+    )
+    if isinstance(gradients, Exception):
+        return
+    (gradient,) = gradients
+    if gradient is None:
+        return
+    assert gradient.shape == input.shape
+    assert gradient.dtype == input.dtype
+    if create_graph and gradient.requires_grad:
+        attempt(torch.autograd.grad, gradient.sum(), input, allow_unused=True)
+
+
+def call_masked(draw: Draw, name: str) -> None:
+    input = draw.thing() if draw.one_in(16) else draw.tensor(draw.shape(), draw.dtype())
+    arguments: list[Any] = [input]
+    options: dict[str, Any] = {}
+    shape = shape_of(input, (2, 3))
+    ndim = len(shape)
+    dim = draw.dim(ndim) if draw.one_in(3) else -1
+    if draw.one_in(3):
+        cols = shape[dim] if type(dim) is int and -ndim <= dim < ndim else 3
+        half = cols // 2
+        arguments.append(draw.index(input, dim, half))
+        options["starts"] = draw.index(input, dim, cols - half)
+    else:
+        arguments.append(draw.index(input, dim))
+    if type(dim) is not int or dim != -1 or draw.one_in(2):
+        arguments.append(dim)
+    in_place = name.endswith("_")
+    options.update(draw.options(input, with_out=not in_place))
+    if in_place:
+        options.pop("dtype", None)
+    function = FORWARD[name]
+    if name.startswith("Masked"):
+        module = attempt(
+            function, *arguments[2:], **{k: v for k, v in options.items() if k == "scale"}
+        )
+        if isinstance(module, Exception):
+            return
+        repr(module)
+        attempt(module, *arguments[:2], options.get("starts"))
+        return
+    before = input.detach().clone() if is_plain(input) else None
+    mode = draw.mode()
+    if draw.one_in(24) and function not in REFERENCES:
+        draw.shrink_storage([*arguments, *options.values()])
+    result = call(mode, function, *arguments, **options)
+    if isinstance(result, Exception) or name == "reference.valid_mask":
+        return
+    check_result(name, result, mode, arguments, options)
+    if isinstance(mode, FakeTensorMode) or function in REFERENCES:
+        return
+    if before is not None and is_plain(result):
+        compare(name == "masked_log_softmax", before, result, arguments, options)
+    if isinstance(input, Tensor) and result.requires_grad and input.requires_grad:
+        differentiate(draw, result, input)
+
+
+def call_packed(draw: Draw, name: str) -> None:
+    values = draw.thing() if draw.one_in(16) else draw.tensor(draw.shape(), draw.dtype())
+    dim = draw.dim(len(shape_of(values, (3,))), 0) if draw.one_in(2) else 0
+    arguments = [values, draw.offsets(values, dim), dim]
+    options = draw.options(values, with_out=False)
+    if draw.one_in(4):
+        options["max_length"] = draw.thing() if draw.one_in(3) else draw.up_to(130)
+    mode = draw.mode()
+    result = call(mode, FORWARD[name], *arguments, **options)
+    if isinstance(result, Exception):
+        return
+    check_result(name, result, mode, arguments, options)
+    if isinstance(values, Tensor) and result.requires_grad and values.requires_grad:
+        differentiate(draw, result, values)
+
+
+def call_operator(draw: Draw, name: str) -> None:
+    shape, dtype = draw.shape(), draw.dtype()
+    scores = []
+    for _ in range(SCORES[name]):
+        own_shape = draw.shape() if draw.one_in(12) else shape
+        own_dtype = draw.dtype() if draw.one_in(8) else dtype
+        scores.append(draw.thing() if draw.one_in(24) else draw.tensor(own_shape, own_dtype))
+    dim = draw.dim(len(shape)) if draw.one_in(2) else -1
+    rows: list[Any] = [
+        draw.index(scores[-1], dim),
+        dim,
+        draw.index(scores[-1], dim, 0) if draw.one_in(2) else None,
+    ]
+    options: dict[str, Any] = {}
+    if SCORES[name] > 1:
+        rows.append(draw.scale())
+        if name in ("masked_softmax_backward", "masked_log_softmax_backward"):
+            rows.append(draw.dtype())
+        if draw.one_in(4):
+            rows.append(draw.one_of((-1, 0, 1, 5, 2**40, None)))
+    else:
+        options = draw.options(scores[0], with_out=name != "masked_softmax_")
+        options.pop("starts", None)  # given already; torch's words for that are a bug report
+        if name == "masked_softmax_":
+            options.pop("dtype", None)
+        elif draw.one_in(4):
+            options["packed"] = draw.one_of((-1, 0, 1, 5, 2**40, None))
+    call(draw.mode(), getattr(OPERATORS, name), *scores, *rows, **options)
+
+
+def call_transformed(draw: Draw, name: str) -> None:
+    """vmap and forward-mode differentiation of a call that fits."""
+    shape = draw.shape()
+    x = draw.laid_out(draw.values(shape, draw.one_of(FLOATING)))
+    if draw.one_in(2):
+        lengths = draw.index(x, -1)
+        function = lambda tensor: FORWARD[name](tensor, lengths)  # noqa: E731
+        tangent = draw.tensor(shape, x.dtype)
+        attempt(torch.func.jvp, function, (x,), (tangent,))
+        return
+    lengths = draw.index(x, -1)
+    in_dims = (draw.one_of((0, None, -1, 1)), draw.one_of((0, None, -1)))
+    attempt(torch.func.vmap(FORWARD[name], in_dims=in_dims), x, lengths)
+
+
+def fuzz_one_input(data: bytes) -> None:
+    call_something(Draw(data))
+    assert torch.is_grad_enabled(), "no call leaves a mode behind"
+    assert not torch.is_inference_mode_enabled(), "no call leaves a mode behind"
+    assert not torch.is_autocast_enabled("cpu"), "no call leaves a mode behind"
+
+
+def call_something(draw: Draw) -> None:
+    target = draw.up_to(3 + len(FORWARD))
+    if target == 0:
+        return call_operator(draw, draw.one_of(tuple(SCORES)))
+    if target == 1:
+        return call_transformed(draw, draw.one_of(("masked_softmax", "masked_log_softmax")))
+    if target == 2:
+        return call_packed(draw, draw.one_of(("packed_softmax", "packed_log_softmax")))
+    name = tuple(FORWARD)[target - 4]
+    if name.startswith("packed"):
+        return call_packed(draw, name)
+    return call_masked(draw, name)
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(2)
+    atheris.Setup(sys.argv, fuzz_one_input)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
