@@ -67,11 +67,15 @@ def find_torch():
         sys.path.append(sysconfig.get_path("platlib"))
         try:
             import torch
-        except ModuleNotFoundError:
-            raise CannotBuild(
-                f"found no torch to build against; install torch, then type: {INSTALL} "
-                "(for a wheel: python -m build --no-isolation)"
-            ) from None
+        except ImportError as error:
+            if error.name == "torch":
+                raise CannotBuild(
+                    f"found no torch to build against; install torch, then type: {INSTALL} "
+                    "(for a wheel: python -m build --no-isolation)"
+                ) from None
+            raise CannotBuild(f"torch does not import ({error}); install it anew") from None
+    except (ImportError, OSError) as error:
+        raise CannotBuild(f"torch does not import ({error}); install it anew") from None
     found = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
     if found < OLDEST_TORCH:
         raise CannotBuild(
@@ -95,7 +99,7 @@ def find_pybind11() -> str:
 
 def check_compiler() -> None:
     """Where something lacks, the error would be a traceback, or a page of the compiler's."""
-    asked = os.environ.get("CXX")
+    asked = os.environ.get("CXX", "").strip()
     # What torch compiles with, and what setuptools links with.
     for command in [asked] if asked else ["c++", sysconfig.get_config_var("CXX") or "c++"]:
         compiler = shlex.split(command)[0]
@@ -125,9 +129,17 @@ def find_nvcc() -> str | None:
             f"found {nvcc}, but no cuda_runtime.h in {CUDA_HOME}/include; set CUDA_HOME to the "
             f"CUDA toolkit's folder, or {CUDA_SWITCH}=0 for a build without CUDA"
         )
-    printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    try:
+        printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    except OSError as error:
+        printed = str(error)
     found = re.search(r"release (\d+\.\d+)", printed)
-    return found[1] if found else None
+    if found is None:
+        raise CannotBuild(
+            f"expected '{nvcc} --version' to name its release, but got '{printed.strip()}'; set "
+            f"CUDA_HOME to the CUDA toolkit's folder, or {CUDA_SWITCH}=0 for a build without CUDA"
+        )
+    return found[1]
 
 
 def builds_with_cuda(torch) -> bool:

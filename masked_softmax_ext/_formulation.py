@@ -137,7 +137,8 @@ def _is_view(index: Any) -> bool:
 def _arange(node: Node) -> _Columns | None:
     if name_of(node) != "arange":
         return None
-    names = ("end",) if len(node.args) == 1 else ("start", "end", "step")
+    is_end_alone = len(node.args) == 1 and "end" not in node.kwargs
+    names = ("end",) if is_end_alone else ("start", "end", "step")
     given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     end = given["end"]
     if given.get("start", 0) != 0 or given.get("step", 1) != 1:

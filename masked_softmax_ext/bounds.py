@@ -217,7 +217,11 @@ def intersect_bounds(*bounds: Bounds) -> tuple[Tensor, Tensor]:
     ]
     common = _broadcast(name, lengths + starts)
     lengths, starts = common[: len(pairs)], common[len(pairs) :]
-    ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+    # Cut where the sum would be more than an int64 holds.
+    ends = [
+        start + torch.minimum(length, torch.iinfo(torch.int64).max - start.clamp(min=0))
+        for start, length in zip(starts, lengths, strict=True)
+    ]
     start, end = reduce(torch.maximum, starts), reduce(torch.minimum, ends)
     is_refused = reduce(torch.logical_or, [length < 0 for length in lengths])
     return torch.where(is_refused, _REFUSED, (end - start).clamp(min=0)), start
@@ -267,6 +271,8 @@ def _raise_unless(is_run: Tensor, rows: Tensor) -> None:
     try:
         if bool(is_run.all()):
             return
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
     except RuntimeError:  # vmap, meta and fake tensors: they have none
         return
     row = tuple((~is_run).nonzero()[0].tolist())

@@ -10,10 +10,12 @@ the fused operator's own. What is found is ``softmax`` or ``log_softmax`` over `
 where the mask is ``arange(x.size(dim)) < lengths``, or its complement, along ``dim``, and lengths
 are integers. Masks may be negated, viewed, expanded and copied on the way. What is not proven to be
 this is left as it is: masks made outside of the program, or by ``tril``, ``<=`` or ``&``; what
-``masked_fill_`` fills in place; whatever is inside of ``vmap`` or ``grad``.
+``masked_fill_`` fills in place; programs that use ``Tensor.data``; whatever is inside of ``vmap``
+or ``grad``.
 
 Empty rows become zeros (``-inf`` for log_softmax) where they were NaN, and a NaN stays in the valid
-columns of its row. Lengths outside of the columns are cut to them, as the comparison did.
+columns of its row. NaN and infinities of the padding, which an additive mask lets through, no
+longer reach the row. Lengths outside of the columns are cut to them, as the comparison did.
 """
 
 from __future__ import annotations
@@ -87,6 +89,8 @@ def replace(graph_module: GraphModule, *, max_fill: float = -math.inf) -> int:
     for module in graph_module.modules():
         if not isinstance(module, GraphModule):
             continue
+        if any(getattr(n.target, "__name__", "") == "_get_data_attr" for n in module.graph.nodes):
+            continue  # what is written to Tensor.data shows nowhere else
         before = count
         for node in list(module.graph.nodes):
             match = find(node, max_fill)
@@ -139,7 +143,7 @@ def _row_index(rows: Dims, ndim: int) -> tuple[Any, ...]:
 
 def _erase_unused(node: Node) -> None:
     """And what only it used, of the operations known here: they do nothing else."""
-    if name_of(node) is not None and not node.users:
+    if name_of(node) is not None and not node.users and node in node.graph.nodes:
         inputs = node.all_input_nodes
         node.graph.erase_node(node)
         for used in inputs:

@@ -139,7 +139,7 @@ def _mask(
 def columns_between(length: Tensor, start: Tensor, dim: int, column: Tensor) -> Tensor:
     """The mask of these columns of rows as :func:`per_row` lays them out."""
     column = column.reshape((-1,) + (1,) * (length.dim() - 1 - dim))
-    return (start <= column) & (column < start + length)
+    return (start <= column) & (column - start < length)
 
 
 def are_invalid(length: Tensor, start: Tensor, cols: int) -> Tensor:

@@ -304,6 +304,14 @@ def test_what_the_softmax_refuses_is_not_lost() -> None:
     assert lengths.tolist() == [-1, 2]
 
 
+def test_what_lies_beyond_every_column_is_cut() -> None:
+    """Also where a sum of start and length would be more than an int64 holds."""
+    most = 2**63 - 1
+    assert mask_from_lengths(most, 3, starts=1).tolist() == [False, True, True]
+    bounds = intersect_bounds((torch.tensor([most]), torch.tensor([1])), torch.tensor([2]))
+    assert [bound.tolist() for bound in bounds] == [[1], [1]]
+
+
 def test_intersect_bounds_errors() -> None:
     with pytest.raises(ValueError, match="at least one of bounds, but got none"):
         intersect_bounds()

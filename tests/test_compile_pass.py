@@ -435,6 +435,18 @@ def written_bias(x: Tensor, n: Tensor) -> Tensor:
     return (x + bias).softmax(-1)
 
 
+def written_data(x: Tensor, n: Tensor) -> Tensor:
+    padding = ~valid(x, n)
+    padding.data.zero_()
+    return x.masked_fill(padding, -INF).softmax(-1)
+
+
+def written_masked_data(x: Tensor, n: Tensor) -> Tensor:
+    masked = x.masked_fill(~valid(x, n), -INF)
+    masked.data.zero_()
+    return masked.softmax(-1)
+
+
 def without_gradient(x: Tensor, n: Tensor) -> Tensor:
     """The masking has one."""
     masked = x.masked_fill(~valid(x, n), -INF)
@@ -449,6 +461,7 @@ NEAR_MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "lt is padding": lambda x, n: columns(x) < n[:, None],
     "twice negated": lambda x, n: ~~valid(x, n),
     "arange from 1": lambda x, n: torch.arange(1, x.size(1) + 1) >= n[:, None],
+    "arange from 1, end by name": lambda x, n: torch.arange(1, end=x.size(1) + 1) >= n[:, None],
     "arange by 2": lambda x, n: torch.arange(0, 2 * x.size(1), 2) >= n[:, None],
     "arange down": lambda x, n: torch.arange(x.size(1) - 1, -1, -1) >= n[:, None],
     "shifted": lambda x, n: columns(x) + 1 >= n[:, None],
@@ -525,7 +538,10 @@ def test_near_fills(fill: Program) -> None:
     assert_untouched(lambda x, n: fill(x, valid(x, n)), scores(), LENGTHS)
 
 
-@pytest.mark.parametrize("function", [written_masked, written_bias, without_gradient])
+@pytest.mark.parametrize(
+    "function",
+    [written_masked, written_bias, written_data, written_masked_data, without_gradient],
+)
 def test_near_programs(function: Program) -> None:
     assert_untouched(function, scores().requires_grad_(), LENGTHS)
 

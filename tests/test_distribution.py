@@ -92,7 +92,9 @@ def test_the_wheel_is_the_package_alone(wheel: dict[str, bytes], source: dict[st
     (compiled,) = made - {"masked_softmax_ext/_built_for.py"}
     assert re.fullmatch(r"masked_softmax_ext/_C\..*\.so", compiled)
     information = {name.partition(".dist-info/")[2] for name in wheel} - {""}
-    assert information == {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE", "top_level.txt"}
+    assert information == {
+        *("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt")
+    }
 
 
 def test_the_wheel_names_its_torch(wheel: dict[str, bytes], source: dict[str, bytes]) -> None:

@@ -141,8 +141,11 @@ class Faults:
         self._library.fail_allocation.restype = None
         self._library.stop_failing.restype = ctypes.c_long
 
-    def run(self, number: int, call: Call) -> tuple[bool, str]:
-        """That allocation fails: whether there was one, and the name of the error that came."""
+    def run(self, number: int, call: Call, expected: object = None) -> tuple[bool, str]:
+        """That allocation fails: whether there was one, and the name of the error that came.
+
+        Where none came, the result is the expected one.
+        """
         start = partial(self._library.fail_allocation, ctypes.c_long(number))
         if call.node is not None:
             call.node.register_prehook(lambda _: start())
@@ -157,6 +160,9 @@ class Faults:
             error = type(raised).__name__
         finally:
             count = self._stop()
+        if not error and isinstance(expected, Tensor):
+            assert isinstance(result, Tensor)
+            assert_same_bits(result, expected, f"allocation {number}")
         del result
         return count >= number, error
 
@@ -298,18 +304,18 @@ def child_failing_allocations(library: str) -> None:
     faults = Faults(library)
     start_threads()
     for make in MAKERS:
-        make().work()
+        expected = make().work()
         raised = 0
         for number in itertools.count(1):
             call = make()
-            was_injected, error = faults.run(number, call)
+            was_injected, error = faults.run(number, call, expected)
             if not was_injected:
                 break
             if error:
                 raised += 1
                 call.assert_untouched(f"{make.__name__}, allocation {number}, {error}")
         child.stage(f"{make.__name__}: {number - 1} faults, {raised} errors")
-        assert number > 1, "no fault was injected"
+        assert raised > 0, "no fault was noticed"
 
 
 # How a process that makes its first call ends.
