@@ -290,8 +290,16 @@ TEST("bounds: packed rows whose starts differ where they were one stay in their 
     }
     problem.lengths = index_over(lengths);
     problem.starts = index_over(starts);
+    const Matrix before = result;
     capability.run_rows(problem, 0, kWidth);
     CHECK(result.surroundings_are_untouched(), capability.name << ": around the rows");
+    // A buffer of 12 columns begins at the first start, and ends what is written.
+    for (int64_t position = 12; position < kTotal; ++position) {
+      for (int64_t column = 0; column < kWidth; ++column) {
+        CHECK(result.bits(position, column) == before.bits(position, column),
+              capability.name << ": position " << position << ", column " << column);
+      }
+    }
   });
 }
 
