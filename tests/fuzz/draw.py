@@ -162,7 +162,7 @@ class Draw:
             with torch.inference_mode():
                 return x.clone()
         if kind == 10 and x.dtype in FLOATING:
-            return torch._neg_view(x)
+            return torch._neg_view(x.clone())  # of a leaf that is a view, torch trips over itself
         if kind == 11:
             return torch._lazy_clone(x)
         if kind == 12 and not x.is_complex():
