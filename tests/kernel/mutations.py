@@ -189,6 +189,12 @@ MUTATIONS = (
         "if (column >= bounds.start) {",
     ),
     Mutation(
+        "a strip's column read before a row begins",
+        "cpu/column_strips.h",
+        "if (column >= bounds.start && column < bounds.end) {",
+        "if (column < bounds.end) {",
+    ),
+    Mutation(
         "a strip whose rows are not cut to its buffer",
         "cpu/column_strips.h",
         "      bounds[r].end = bounds[r].end < last ? bounds[r].end : last;\n",
@@ -274,7 +280,9 @@ def main() -> int:
         assert count == 1, f"{mutation.name}: found {count} times in {mutation.file}"
         path.write_text(original.replace(mutation.before, mutation.after))
         changed = affected(mutation)
-        failure = compile_all(sorted({*stale, *changed})) or first_failure()
+        mistakes = compile_all(sorted({*stale, *changed}))
+        assert not mistakes, f"{mutation.name}: does not compile\n{mistakes}"
+        failure = first_failure()
         survivors += not failure
         print(f"| {mutation.name} | {failure or '**survives**'} |", flush=True)
         path.write_text(original)

@@ -314,6 +314,64 @@ void check_side_by_side(const CpuCapability& capability, Operation operation, El
   CHECK(output.is_untouched_beside(0, width), capability.name << ' ' << name_of(operation) << ", beside the rows");
 }
 
+// Rows side by side that end, or begin, one column earlier from each row to the next: in every column the last row that
+// is valid there, or the first, borders an unreadable page. So no row's padding can be read along with its neighbours.
+void check_stairs(const CpuCapability& capability, Operation operation, ElementType type, int64_t width, bool at_end) {
+  constexpr int64_t kCols = 21;
+  const FaultReport report(std::string(capability.name) + ' ' + name_of(operation) + " of " + name_of(type) + ", " +
+                           std::to_string(width) + " rows side by side, each " + (at_end ? "ending" : "beginning") +
+                           " a column before the last");
+  std::vector<int64_t> lengths;
+  std::vector<int64_t> starts;
+  std::vector<int64_t> readable(kCols, 0);  // elements of each column
+  for (int64_t row = 0; row < width; ++row) {
+    const int64_t start = at_end ? 0 : std::min(kCols, width - 1 - row);
+    const int64_t end = at_end ? std::min(kCols, width - row) : kCols;
+    starts.push_back(start);
+    lengths.push_back(end - start);
+    for (int64_t col = start; col < end; ++col) {
+      ++readable[static_cast<size_t>(col)];
+    }
+  }
+
+  Problem problem;
+  problem.operation = operation;
+  problem.rows = width;
+  problem.cols = kCols;
+  problem.row_ndim = 1;
+  problem.row_sizes[0] = width;
+  problem.input_count = input_count(operation);
+  Matrix one(type, 1, 1);
+  one.set(0, 0, 1.0);
+  std::vector<std::unique_ptr<GuardedRows>> inputs;
+  for (int k = 0; k < problem.input_count; ++k) {
+    inputs.push_back(std::make_unique<GuardedRows>(type, readable, 1, at_end, width - 1));
+    for (int64_t row = 0; row < width; ++row) {
+      const int64_t start = starts[static_cast<size_t>(row)];
+      for (int64_t col = start; col < start + lengths[static_cast<size_t>(row)]; ++col) {
+        inputs.back()->set(col, col + row, one.bits(0, 0));
+      }
+    }
+    inputs.back()->forbid_writing();
+    problem.inputs[k] = inputs.back()->operand();
+    problem.inputs[k].col_stride = problem.inputs[k].row_strides[0] + 1;
+    problem.inputs[k].row_strides[0] = 1;
+  }
+  const GuardedIntegers guarded_lengths(lengths, next_turn(), at_end);
+  const GuardedIntegers guarded_starts(starts, next_turn(), at_end);
+  guarded_lengths.guard(problem.lengths);
+  guarded_starts.guard(problem.starts);
+  problem.lengths.row_strides[0] = problem.starts.row_strides[0] = 1;
+  const std::vector<int64_t> all_columns(kCols, width);
+  const GuardedRows output(type, all_columns, 1, at_end, 0);
+  problem.output = output.operand();
+  problem.output.col_stride = problem.output.row_strides[0];
+  problem.output.row_strides[0] = 1;
+  capability.run_rows(problem, 0, problem.rows);
+  CHECK(is_written(output, type, all_columns, 0), capability.name << ' ' << name_of(operation) << ", stairs");
+  CHECK(output.is_untouched_beside(0, width), capability.name << ' ' << name_of(operation) << ", beside the stairs");
+}
+
 // Packed rows, `width` of them side by side (a power of two), with unreadable pages between one group and the next:
 // nothing of them is padding.
 void check_packed(const CpuCapability& capability, Operation operation, ElementType input_type, ElementType output_type,
@@ -453,6 +511,22 @@ TEST("guard pages: rows side by side, between unreadable pages at both ends of e
               if (input_type == output_type) {
                 check_side_by_side(capability, operation, input_type, output_type, 3, at_end);
               }
+            }
+          }
+        }
+      }
+    });
+  });
+}
+
+TEST("guard pages: rows side by side, whose ends are at an unreadable page in every column") {
+  for_each_writing([&] {
+    for_each_capability([&](const CpuCapability& capability) {
+      for (Operation operation : kOperations) {
+        for (ElementType type : kFloatingTypes) {
+          for (bool at_end : {true, false}) {
+            for (int64_t width : {4, 16, 37}) {
+              check_stairs(capability, operation, type, width, at_end);
             }
           }
         }
