@@ -307,10 +307,36 @@ def test_validate_that_is_no_bool(call: Call, wrong: Any, lengths: int | Tensor)
     )
 
 
+NOT_DENSE: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "sparse": (Tensor.to_sparse, "Sparse"),
+    "csr": (Tensor.to_sparse_csr, "SparseCsr"),
+    "mkldnn": (Tensor.to_mkldnn, "Mkldnn"),
+    "quantized": (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "quantized"),
+}
+
+
 @every(CALLS)
-def test_sparse_input(call: Call) -> None:
-    with pytest.raises((TypeError, ValueError, NotImplementedError)):
-        call(torch.eye(4).to_sparse(), torch.tensor([1]))
+@pytest.mark.parametrize("kind", NOT_DENSE)
+@pytest.mark.filterwarnings("ignore")  # torch's, of such tensors
+def test_tensors_that_are_not_dense(call: Call, kind: str) -> None:
+    convert, word = NOT_DENSE[kind]
+    other = convert(torch.eye(4))
+    one = torch.tensor(1)
+    assert_raises(NotImplementedError, ("input", "dense", word), call, other, one)
+    assert_raises(NotImplementedError, ("lengths", "dense", word), call, scores(), other)
+
+
+@every(CALLS)
+def test_starts_out_and_gradients_that_are_not_dense(call: Call) -> None:
+    x, one = scores(), torch.ones(4, dtype=torch.int64)
+    starts = one.to_sparse()
+    assert_raises(NotImplementedError, ("starts", "dense"), call, x, one, starts=starts)
+    if not call.__name__.endswith("_"):
+        out = x.to_sparse()
+        function = getattr(call, "out", call)
+        assert_raises(NotImplementedError, ("out", "dense"), function, x, one, out=out)
+        y = call(scores().requires_grad_(), one)
+        assert_raises(NotImplementedError, ("grad_output", "dense"), y.backward, out)
 
 
 # lengths and starts: type, shape, device

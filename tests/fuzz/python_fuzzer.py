@@ -51,7 +51,7 @@ SCORES = {"masked_softmax_": 1, **_operators.SCORES}
 
 EXPECTED = (TypeError, ValueError, IndexError, RuntimeError)  # the last is NotImplementedError too
 UNEXPECTED = (UnicodeError, RecursionError)  # though they derive from one of those
-BAD_WORDS = ("INTERNAL ASSERT", "incompatible function arguments")
+BAD_WORDS = ("INTERNAL ASSERT", "incompatible function arguments", "Could not run 'masked")
 
 # Of the comparison with the reference, which is held to its own accuracy: for softmax relative, for
 # log_softmax, which the reference takes as a difference, absolute.
@@ -107,6 +107,9 @@ def check_result(
     assert isinstance(result, Tensor), f"a tensor, but got {type(result)}"
     if name.startswith("reference.") or not is_plain(input) or not is_plain(result):
         return
+    tensors = [x for x in (*arguments, *options.values()) if isinstance(x, Tensor)]
+    if isinstance(mode, FakeTensorMode) and not all(map(is_plain, tensors)):
+        return  # where one is sparse and out= is given, torch calls nothing at all
     assert result.shape == input.shape, f"{tuple(result.shape)} for {tuple(input.shape)}"
     dtype = options.get("dtype")
     if isinstance(dtype, torch.dtype):
