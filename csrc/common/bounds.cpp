@@ -19,11 +19,11 @@ uint64_t run_violation(const T* lengths, int64_t stride, int64_t count, int64_t 
   uint64_t found = 0;
   if (stride == 1) {
     for (int64_t i = 0; i < count; ++i) {
-      found |= violation(0, static_cast<int64_t>(lengths[i]), cols);
+      found |= violation(0, static_cast<int64_t>(read_element(lengths + i)), cols);
     }
   } else {
     for (int64_t i = 0; i < count; ++i) {
-      found |= violation(0, static_cast<int64_t>(lengths[i * stride]), cols);
+      found |= violation(0, static_cast<int64_t>(read_element(lengths + i * stride)), cols);
     }
   }
   return found;

@@ -47,6 +47,18 @@ inline To bit_cast(const From& from) {
   return to;
 }
 
+// One element in memory, which may begin at any address: a framework's tensors do.
+template <class T>
+inline T read_element(const T* p) {
+  T value;
+  std::memcpy(&value, p, sizeof(T));
+  return value;
+}
+template <class T>
+inline void write_element(T* p, T value) {
+  std::memcpy(p, &value, sizeof(T));
+}
+
 inline float bfloat16_to_float(bfloat16_t value) { return bit_cast<float>(uint32_t{value.bits} << 16); }
 
 // To nearest, ties to even. Every NaN becomes the same one, as it does where vectors convert.

@@ -43,7 +43,7 @@ class RowRun {
         const int64_t step = lengths_.step;
         const int64_t start = starts_index_->value;
         for (int64_t i = 0; i < count; ++i) {
-          to[i] = cut(start, static_cast<int64_t>(lengths[i * step]));
+          to[i] = cut(start, static_cast<int64_t>(read_element(lengths + i * step)));
         }
       }
     });
@@ -61,7 +61,8 @@ class RowRun {
         const T* lengths = static_cast<const T*>(lengths_index_->data) + lengths_.at(ahead);
         const int64_t step = lengths_.step;
         for (int64_t i = 0; i < count; ++i) {
-          to[i] = static_cast<int32_t>(std::clamp<int64_t>(static_cast<int64_t>(lengths[i * step]), 0, cols_));
+          to[i] = static_cast<int32_t>(
+              std::clamp<int64_t>(static_cast<int64_t>(read_element(lengths + i * step)), 0, cols_));
         }
       }
     });

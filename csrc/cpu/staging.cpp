@@ -13,11 +13,11 @@ void gather_any(const void* row, ElementType type, int64_t stride, int64_t count
     const T* from = static_cast<const T*>(row);
     if (stride == 1) {  // said apart so that the compiler vectorises it
       for (int64_t i = 0; i < count; ++i) {
-        buffer[i] = to_acc<acc_t>(from[i]);
+        buffer[i] = to_acc<acc_t>(read_element(from + i));
       }
     } else {
       for (int64_t i = 0; i < count; ++i) {
-        buffer[i] = to_acc<acc_t>(from[i * stride]);
+        buffer[i] = to_acc<acc_t>(read_element(from + i * stride));
       }
     }
   });
@@ -39,7 +39,7 @@ void scatter_any(const acc_t* buffer, int64_t count, void* row, ElementType type
     using T = decltype(element);
     T* to = static_cast<T*>(row);
     for (int64_t i = 0; i < count; ++i) {
-      to[i * stride] = from_acc<T>(buffer[i]);
+      write_element(to + i * stride, from_acc<T>(buffer[i]));
     }
   });
 }
@@ -72,7 +72,7 @@ void scatter_value(double value, int64_t count, void* row, ElementType type, int
       return;
     }
     for (int64_t i = 0; i < count; ++i) {
-      to[i * stride] = converted;
+      write_element(to + i * stride, converted);
     }
   });
 }

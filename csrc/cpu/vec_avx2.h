@@ -24,9 +24,11 @@ struct Avx2Float {
 
   static Avx2Float broadcast(float value) { return {_mm256_set1_ps(value)}; }
 
-  static float element(const float* p) { return *p; }
-  static float element(const bfloat16_t* p) { return to_acc<float>(*p); }
-  static float element(const float16_t* p) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(p->bits))); }
+  static float element(const float* p) { return read_element(p); }
+  static float element(const bfloat16_t* p) { return to_acc<float>(read_element(p)); }
+  static float element(const float16_t* p) {
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(read_element(p).bits)));
+  }
 
   static Avx2Float load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static Avx2Float load(const bfloat16_t* p) { return from_bfloat16(_mm_loadu_si128(as_vector(p))); }
@@ -61,12 +63,12 @@ struct Avx2Float {
       p += 4;
     }
     if (count & 2) {
-      _mm_storel_pi(reinterpret_cast<__m64*>(p), rest);
+      _mm_storel_epi64(as_vector(p), _mm_castps_si128(rest));
       rest = _mm_movehl_ps(rest, rest);
       p += 2;
     }
     if (count & 1) {
-      _mm_store_ss(p, rest);
+      write_element(p, _mm_cvtss_f32(rest));
     }
   }
   void store_partial(bfloat16_t* p, int count) const { store_16bit(p, count, to_bfloat16<true>()); }
@@ -108,7 +110,7 @@ struct Avx2Float {
       constexpr T kNone{};
       const T* const last = length > 0 ? row + (length - 1) : &kNone;
       result.last_column = _mm_set1_epi16(static_cast<int16_t>(length - 1));
-      result.last_element = _mm_set1_epi16(static_cast<int16_t>(last->bits));
+      result.last_element = _mm_set1_epi16(static_cast<int16_t>(read_element(last).bits));
     }
     return result;
   }
@@ -266,7 +268,7 @@ struct Avx2Double {
 
   static Avx2Double broadcast(double value) { return {_mm256_set1_pd(value)}; }
 
-  static double element(const double* p) { return *p; }
+  static double element(const double* p) { return read_element(p); }
 
   static Avx2Double load(const double* p) { return {_mm256_loadu_pd(p)}; }
   static Avx2Double load_partial(const double* p, int count, double fill) {
@@ -283,7 +285,7 @@ struct Avx2Double {
       p += 2;
     }
     if (count & 1) {
-      _mm_store_sd(p, rest);
+      write_element(p, _mm_cvtsd_f64(rest));
     }
   }
 

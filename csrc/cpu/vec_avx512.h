@@ -23,9 +23,11 @@ struct Avx512Float {
 
   static Avx512Float broadcast(float value) { return {_mm512_set1_ps(value)}; }
 
-  static float element(const float* p) { return *p; }
-  static float element(const bfloat16_t* p) { return to_acc<float>(*p); }
-  static float element(const float16_t* p) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(p->bits))); }
+  static float element(const float* p) { return read_element(p); }
+  static float element(const bfloat16_t* p) { return to_acc<float>(read_element(p)); }
+  static float element(const float16_t* p) {
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(read_element(p).bits)));
+  }
 
   static Avx512Float load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static Avx512Float load(const bfloat16_t* p) { return from_bfloat16(_mm256_loadu_si256(as_vector(p))); }
@@ -228,7 +230,7 @@ struct Avx512Double {
 
   static Avx512Double broadcast(double value) { return {_mm512_set1_pd(value)}; }
 
-  static double element(const double* p) { return *p; }
+  static double element(const double* p) { return read_element(p); }
 
   static Avx512Double load(const double* p) { return {_mm512_loadu_pd(p)}; }
   static Avx512Double load_partial(const double* p, int count, double fill) {

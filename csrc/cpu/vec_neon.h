@@ -26,7 +26,7 @@ struct NeonFloat {
 
   template <class T>
   static float element(const T* p) {
-    return to_acc<float>(*p);
+    return to_acc<float>(read_element(p));
   }
 
   static NeonFloat load(const float* p) { return {vld1q_f32(p)}; }
@@ -40,7 +40,7 @@ struct NeonFloat {
   static NeonFloat load_partial(const T* p, int count, float fill) {
     float lanes[kLanes];
     for (int i = 0; i < kLanes; ++i) {
-      lanes[i] = i < count ? to_acc<float>(p[i]) : fill;
+      lanes[i] = i < count ? to_acc<float>(read_element(p + i)) : fill;
     }
     return load(lanes);
   }
@@ -60,7 +60,7 @@ struct NeonFloat {
     T lanes[kLanes];
     store(lanes);
     for (int i = 0; i < count; ++i) {
-      p[i] = lanes[i];
+      write_element(p + i, lanes[i]);
     }
   }
 
@@ -116,17 +116,17 @@ struct NeonDouble {
 
   static NeonDouble broadcast(double value) { return {vdupq_n_f64(value)}; }
 
-  static double element(const double* p) { return *p; }
+  static double element(const double* p) { return read_element(p); }
 
   static NeonDouble load(const double* p) { return {vld1q_f64(p)}; }
   static NeonDouble load_partial(const double* p, int count, double fill) {
-    const double lanes[kLanes] = {count > 0 ? p[0] : fill, fill};
+    const double lanes[kLanes] = {count > 0 ? read_element(p) : fill, fill};
     return load(lanes);
   }
   void store(double* p) const { vst1q_f64(p, v); }
   void store_partial(double* p, int count) const {
     if (count > 0) {
-      p[0] = vgetq_lane_f64(v, 0);
+      write_element(p, vgetq_lane_f64(v, 0));
     }
   }
 

@@ -45,16 +45,16 @@ struct ScalarVec {
 
   template <class E>
   static T element(const E* p) {
-    return to_acc<T>(*p);
+    return to_acc<T>(read_element(p));
   }
 
   template <class E>
   static ScalarVec load(const E* p) {
-    return each([&](int i) { return to_acc<T>(p[i]); });
+    return each([&](int i) { return to_acc<T>(read_element(p + i)); });
   }
   template <class E>
   static ScalarVec load_partial(const E* p, int count, T fill) {
-    return each([&](int i) { return i < count ? to_acc<T>(p[i]) : fill; });
+    return each([&](int i) { return i < count ? to_acc<T>(read_element(p + i)) : fill; });
   }
   template <class E>
   void store(E* p) const {
@@ -63,7 +63,7 @@ struct ScalarVec {
   template <class E>
   void store_partial(E* p, int count) const {
     for (int i = 0; i < count; ++i) {
-      p[i] = from_acc<E>(v[i]);
+      write_element(p + i, from_acc<E>(v[i]));
     }
   }
 

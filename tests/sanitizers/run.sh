@@ -15,8 +15,7 @@ PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
 mode=${1-}
 case $mode in
   address)
-    # Not alignment: a tensor may begin anywhere (test_strides.py has such), and kernels read it as torch's own do.
-    FLAGS="-O0 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all -fno-sanitize=alignment"
+    FLAGS="-O0 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
     # What reaches every path. Those that repeat a path for many numbers prove nothing more here; those that measure
     # memory have other needs, torch's compilers take minutes, and threads are the other mode's.
     TESTS=(tests/test_{article,edges,strides,errors,padding,gradients,broadcasting,packed}.py
