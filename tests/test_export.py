@@ -127,6 +127,10 @@ def test_export_of_packed_rows() -> None:
     assert_same_bits(program.module()(values, offsets), packed_softmax(values, offsets, scale=0.5))
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11."),
+    reason="torch 2.11's AOTInductor hands a dtype to an operator in the numbering of another enum",
+)
 def test_aot_inductor(tmp_path: Path) -> None:
     package = torch._inductor.aoti_compile_and_package(
         exported(), package_path=str(tmp_path / "model.pt2")

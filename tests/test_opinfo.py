@@ -107,7 +107,7 @@ BAD_CALLS: dict[str, Callable[[Callable[..., Tensor]], Tensor]] = {
     "dim too large": lambda f: f(X, 2),
     "dim too small": lambda f: f(X, -3),
     "dim of a scalar": lambda f: f(X[0, 0], 1),
-    "dim no int": lambda f: f(X, "a"),
+    "dim no int": lambda f: f(X, 0.5),
     "input no tensor": lambda f: f(3, 0),
     "integer input": lambda f: f(X.long(), 1),
     "bool input": lambda f: f(X > 0, 1),

@@ -43,7 +43,9 @@ def peak_memory_bytes(work: Work, device: torch.device) -> int:
         work()
         return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler writes its log to stderr
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    cpu = [ProfilerActivity.CPU]
+    # Without acc_events, torch 2.11 warns that it drops what came before: there is nothing before.
+    with profile(activities=cpu, profile_memory=True, acc_events=True) as profiler:
         work()
     with tempfile.TemporaryDirectory() as folder:
         # The trace has every allocation; profiler.events() loses those that an operator both makes
