@@ -47,11 +47,7 @@ def convert_options(
     """dim, scale and dtype as the operators take them."""
     if not isinstance(input, Tensor):
         raise TypeError(f"{name}(): expected {what} to be a Tensor, but got {type(input).__name__}")
-    if input.is_nested:
-        raise TypeError(
-            f"{name}(): expected {what} to be a dense tensor, but got a nested one "
-            "(masked_softmax() and masked_log_softmax() take jagged ones)"
-        )
+    check_dense(name, what, input)
     if isinstance(dim, bool) or not isinstance(dim, numbers.Integral):
         raise TypeError(f"{name}(): expected dim to be an int, but got {type(dim).__name__}")
     check_dim(dim, max(input.dim(), 1))  # the operator knows 64 bits only
@@ -66,6 +62,18 @@ def convert_options(
             f"{name}(): expected dtype to be a torch.dtype, but got {type(dtype).__name__}"
         )
     return int(dim), convert_scale(f"{name}(): ", what, scale), dtype
+
+
+def check_dense(name: str, what: str, tensor: Tensor) -> None:
+    """What the operators would say, where other operations come before them, or a jagged tensor."""
+    if tensor.is_nested:
+        kind = "a nested one (masked_softmax() and masked_log_softmax() take a jagged input)"
+    elif tensor.layout != torch.strided:
+        kind = "one of oneDNN's" if tensor.is_mkldnn else "a sparse one"
+        kind += "; its to_dense() gives a dense one"
+    else:
+        return
+    raise NotImplementedError(f"{name}(): expected {what} to be a dense tensor, but got {kind}")
 
 
 def convert_scale(prefix: str, what: str, scale: float | None) -> float | None:
@@ -98,6 +106,7 @@ def check_dim(dim: int, ndim: int) -> None:
 
 def _as_index(name: str, what: str, index: Index | None, input: Tensor, dim: int) -> Tensor:
     if isinstance(index, Tensor):
+        check_dense(name, what, index)
         return index
     if isinstance(index, bool) or not isinstance(index, int | torch.SymInt | numbers.Integral):
         raise TypeError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -41,7 +40,7 @@ _FUNCTIONS = {
     for name in _NAMES
     if callable(getattr(owner, name, None))
 }
-_SPECIAL_METHOD = re.compile(r"^__(\w+)__$")  # torch 2.11 captures x == 0 as x.__eq__(0)
+_METHODS = {**{name: name for name in _NAMES}, "__eq__": "eq"}  # as torch 2.11 captures x == 0
 
 
 # What is known of a node's values
@@ -274,8 +273,7 @@ def name_of(node: Any) -> str | None:
     if not isinstance(node, Node) or "out" in node.kwargs:
         return None
     if node.op == "call_method":
-        name = _SPECIAL_METHOD.sub(r"\1", str(node.target))
-        return name if name in _NAMES else None
+        return _METHODS.get(str(node.target))
     return _FUNCTIONS.get(node.target) if node.op == "call_function" else None
 
 

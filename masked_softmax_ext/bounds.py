@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from masked_softmax_ext import reference
-from masked_softmax_ext._arguments import Index, check_dim
+from masked_softmax_ext._arguments import Index, check_dense, check_dim
 
 Bounds: TypeAlias = Tensor | tuple[Tensor, Tensor | None]
 
@@ -54,6 +54,7 @@ def lengths_from_mask(
         raise TypeError(
             f"lengths_from_mask(): expected mask to be a Tensor, but got {type(mask).__name__}"
         )
+    check_dense("lengths_from_mask", "mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(
             "lengths_from_mask(): expected mask of torch.bool, True where a column is valid, but "
@@ -96,6 +97,8 @@ def mask_from_lengths(lengths: Index, cols: int, starts: Index | None = None) ->
     """
     _check_sizes("mask_from_lengths", cols=cols)
     given = [index for index in (lengths, starts) if isinstance(index, Tensor)]
+    for index in given:
+        check_dense("mask_from_lengths", "lengths and starts", index)
     rows = _broadcast("mask_from_lengths", given)[0].shape if given else ()
     device = given[0].device if given else None
     scores = torch.empty((), device=device).expand(*rows, cols)  # a shape: nobody reads it
@@ -257,6 +260,7 @@ def _checked(name: str, index: object) -> Tensor:
             f"{name}(): expected lengths, or a pair of lengths and starts, of Tensors, but got "
             f"{type(index).__name__}"
         )
+    check_dense(name, "lengths and starts", index)
     if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
         raise TypeError(
             f"{name}(): expected lengths and starts of an integer type, but got {index.dtype}"

@@ -10,7 +10,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function_unary
 
 from masked_softmax_ext import _C, decompositions
-from masked_softmax_ext._arguments import Index, check_out, convert, is_dtensor
+from masked_softmax_ext._arguments import Index, check_dense, check_out, convert, is_dtensor
 from masked_softmax_ext._operators import call_operator
 from masked_softmax_ext.packed import jagged_softmax
 
@@ -64,6 +64,7 @@ def masked_softmax(
         ValueError: lengths (and starts) outside of the columns, a shape or device that does not
             fit, an ``out`` that overlaps.
         TypeError: a type that does not fit.
+        NotImplementedError: a tensor that is not dense (sparse, quantized, nested unless jagged).
         IndexError: ``dim`` out of range.
 
     Example:
@@ -131,7 +132,7 @@ def masked_log_softmax(
         backward and forward.
 
     Raises:
-        ValueError, TypeError, IndexError: as :func:`masked_softmax`.
+        ValueError, TypeError, NotImplementedError, IndexError: as :func:`masked_softmax`.
 
     Example:
         >>> masked_log_softmax(torch.zeros(2, 3), torch.tensor([1, 2]))
@@ -178,7 +179,8 @@ def masked_softmax_(
         ``input``.
 
     Raises:
-        ValueError, TypeError, IndexError: as :func:`masked_softmax`; ``input`` is then unchanged.
+        ValueError, TypeError, NotImplementedError, IndexError: as :func:`masked_softmax`; ``input``
+            is then unchanged.
         RuntimeError: ``input`` is a leaf that requires grad.
 
     Example:
@@ -254,6 +256,8 @@ def _call(
     )
     if out is not None and not isinstance(out, Tensor):
         raise TypeError(f"{name}(): expected out to be a Tensor, but got {type(out).__name__}")
+    if out is not None:
+        check_dense(name, "out", out)
     is_distributed = is_dtensor(input)
     # A compiler and a DTensor know copy_ as a way to write, not operators that return nothing.
     if out is not None and not is_distributed and not torch.compiler.is_compiling():

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from masked_softmax_ext._arguments import Index, check_dim, convert_options, is_dtensor
+from masked_softmax_ext._arguments import (
+    Index,
+    check_dense,
+    check_dim,
+    convert_options,
+    is_dtensor,
+)
 from masked_softmax_ext._operators import call_operator
 
 _INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -51,6 +57,7 @@ def packed_softmax(
         ValueError: offsets that do not ascend from 0 to ``total``, or of a shape or device that
             does not fit.
         TypeError: a type that does not fit.
+        NotImplementedError: a tensor that is not dense.
         IndexError: ``dim`` out of range.
 
     Example:
@@ -85,7 +92,7 @@ def packed_log_softmax(
         A contiguous tensor of values' shape. Differentiable twice in ``values``.
 
     Raises:
-        ValueError, TypeError, IndexError: as :func:`packed_softmax`.
+        ValueError, TypeError, NotImplementedError, IndexError: as :func:`packed_softmax`.
 
     Example:
         >>> packed_log_softmax(torch.zeros(3), torch.tensor([0, 2, 3]))
@@ -107,7 +114,7 @@ def jagged_softmax(
 ) -> Tensor:
     """The function of that name for a nested tensor: its values are packed rows."""
     if input.layout != torch.jagged:
-        raise ValueError(
+        raise NotImplementedError(
             f"{name}(): expected a dense or a jagged input, but got a nested tensor of layout "
             f"{input.layout}"
         )
@@ -159,6 +166,7 @@ def _packed(
         raise TypeError(
             f"{name}(): expected offsets to be a Tensor, but got {type(offsets).__name__}"
         )
+    check_dense(name, "offsets", offsets)
     if offsets.dtype not in _INTEGER:
         raise TypeError(
             f"{name}(): expected offsets of an integer type (int64, int32, int16, int8 or uint8), "

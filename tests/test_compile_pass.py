@@ -170,6 +170,24 @@ def test_masks(mask: Callable[[Tensor, Tensor], Tensor], dynamic: bool) -> None:
     assert_replaced(function, scores(), LENGTHS, dynamic=dynamic)
 
 
+def test_a_comparison_as_torch_211_captures_it() -> None:
+    """By the name of the special method, which this torch may not use."""
+
+    def function(x: Tensor, lengths: Tensor) -> Tensor:
+        return x.masked_fill(valid(x, lengths) == 0, -INF).softmax(-1)
+
+    def rewritten(graph_module: GraphModule, inputs: list[Any]) -> Any:
+        (node,) = (node for node in graph_module.graph.nodes if node.name.startswith("eq"))
+        node.op, node.target = "call_method", "__eq__"
+        graph_module.recompile()
+        return seen(graph_module, inputs)
+
+    seen = Counting()
+    program = torch.compile(function, fullgraph=True, backend=rewritten)
+    torch.testing.assert_close(program(scores(), LENGTHS), masked_softmax(scores(), LENGTHS))
+    assert seen.count == 1
+
+
 @pytest.mark.parametrize("fill", FILLS.values(), ids=list(FILLS))
 @every_dynamic
 def test_fills(fill: Callable[[Tensor, Tensor], Tensor], dynamic: bool) -> None:

@@ -308,10 +308,12 @@ def test_validate_that_is_no_bool(call: Call, wrong: Any, lengths: int | Tensor)
 
 
 NOT_DENSE: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "sparse": (Tensor.to_sparse, "Sparse"),
-    "csr": (Tensor.to_sparse_csr, "SparseCsr"),
-    "mkldnn": (Tensor.to_mkldnn, "Mkldnn"),
+    "sparse": (Tensor.to_sparse, "sparse"),
+    "csr": (Tensor.to_sparse_csr, "sparse"),
+    "mkldnn": (Tensor.to_mkldnn, "oneDNN"),
     "quantized": (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "quantized"),
+    "nested": (lambda x: torch.nested.nested_tensor(list(x)), "nested"),
+    "meta": (lambda x: torch.sparse_coo_tensor(size=x.shape, device="meta"), "sparse"),
 }
 
 
@@ -337,6 +339,43 @@ def test_starts_out_and_gradients_that_are_not_dense(call: Call) -> None:
         assert_raises(NotImplementedError, ("out", "dense"), function, x, one, out=out)
         y = call(scores().requires_grad_(), one)
         assert_raises(NotImplementedError, ("grad_output", "dense"), y.backward, out)
+
+
+@every(FUNCTIONS)
+@pytest.mark.parametrize("what", ["lengths", "starts", "out"])
+def test_jagged_beside_a_dense_input(call: Call, what: str) -> None:
+    if what == "out" and call is masked_softmax_:
+        pytest.skip("masked_softmax_ has no out=")
+    x, one = scores(2), torch.ones(2, dtype=torch.int64)
+    jagged = torch.nested.nested_tensor([one, one], layout=torch.jagged)
+    options = {"lengths": one, what: jagged}
+    assert_raises(NotImplementedError, (what, "dense", "nested"), call, x, **options)
+
+
+def test_other_functions_on_tensors_that_are_not_dense() -> None:
+    sparse = torch.tensor([0, 2, 4]).to_sparse()
+    calls: dict[str, Call] = {
+        "offsets": lambda: masked_softmax_ext.packed_softmax(torch.ones(4), sparse),
+        "values": lambda: masked_softmax_ext.packed_softmax(sparse.float(), torch.tensor([0, 3])),
+        "lengths": lambda: masked_softmax_ext.mask_from_lengths(sparse, 5),
+        "starts": lambda: masked_softmax_ext.intersect_bounds((torch.tensor([1]), sparse)),
+        "mask": lambda: masked_softmax_ext.lengths_from_mask(sparse.bool()),
+    }
+    for what, call in calls.items():
+        assert_raises(NotImplementedError, (what, "dense", "sparse"), call)
+
+
+def test_every_operator_refuses_tensors_that_are_not_dense() -> None:
+    names = [
+        name
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("masked_softmax_ext::")
+    ]
+    assert len(names) >= 12
+    keys = [k + d for k in ("Sparse", "SparseCsr", "NestedTensor") for d in ("CPU", "CUDA", "Meta")]
+    for key in (*keys, "MkldnnCPU", "QuantizedCPU", "QuantizedCUDA"):
+        for name in names:
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), (name, key)
 
 
 # lengths and starts: type, shape, device

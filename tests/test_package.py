@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import child
 import pytest
 import torch
 from cases import assert_same_bits, random_input
@@ -314,3 +315,31 @@ def test_attention_pooling_composes() -> None:
     torch.testing.assert_close(torch.vmap(pool)(x, lengths), expected)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(pool(x, lengths).float(), expected, rtol=0.05, atol=0.05)
+
+
+WITHOUT_NETWORK = """
+import sys
+import torch
+
+def refuse(event, arguments):
+    if event.split(".")[0] in ("socket", "urllib", "http"):
+        raise AssertionError(f"{event} {arguments}")
+
+sys.addaudithook(refuse)
+import masked_softmax_ext as m
+x, lengths = torch.randn(300, 400, requires_grad=True), torch.arange(300)
+m.masked_softmax(x, lengths).sum().backward()
+m.AttentionPooling(400)(x[None], 200)
+m.packed_log_softmax(x, torch.tensor([0, 100, 300]), dim=0)
+print("nothing was asked for")
+import socket
+socket.socket()
+"""
+
+
+def test_no_network_at_import_or_in_calls() -> None:
+    """That the hook would have noticed, the last lines show."""
+    ran = child.run_python(WITHOUT_NETWORK)
+    assert "nothing was asked for" in ran.stdout, ran.stdout
+    assert ran.returncode != 0
+    assert "socket.__new__" in ran.stdout

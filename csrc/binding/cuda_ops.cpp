@@ -50,6 +50,24 @@ void check_bounds_on_host(Operation operation, const at::Tensor& output,
   check_bounds(problem, output, on_host);
 }
 
+// A GPU cannot load an element from an odd address, and says so by an error that ends every later call too. torch makes
+// no such tensors, but takes them from other libraries.
+void check_alignment(const void* data, ElementType type, const char* what, const char* name) {
+  const int64_t bytes = size_bytes(type);
+  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(bytes) == 0, name, "(): expected ", what,
+                    " at an address that is a multiple of its elements' size, ", bytes, " bytes, but got ", data,
+                    "; its clone() has one");
+}
+
+void check_alignment(const Problem& problem, const char* name) {
+  check_alignment(problem.output.data, problem.output.type, "the output", name);
+  for (int k = 0; k < problem.input_count; ++k) {
+    check_alignment(problem.inputs[k].data, problem.inputs[k].type, "an input", name);
+  }
+  check_alignment(problem.lengths.data, problem.lengths.type, "lengths", name);
+  check_alignment(problem.starts.data, problem.starts.type, "starts", name);
+}
+
 struct Cuda {
   // What no packed row covers, or one whose bounds are invalid, is NaN.
   static at::Tensor empty(const at::Tensor& like, at::ScalarType dtype, const RowArguments& arguments) {
@@ -67,6 +85,7 @@ struct Cuda {
     if (problem.rows == 0 || problem.cols == 0) {
       return;
     }
+    check_alignment(problem, arguments.name);
     const c10::cuda::CUDAGuard guard(output.device());
     if (arguments.packed.has_value() && *arguments.packed < 0) {
       problem.packing.longest = std::clamp<int64_t>(arguments.lengths.max().item<int64_t>(), 0, problem.cols);

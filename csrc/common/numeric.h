@@ -47,7 +47,7 @@ inline To bit_cast(const From& from) {
   return to;
 }
 
-// One element in memory, which may begin at any address: a framework's tensors do.
+// One element in memory, which on a CPU may begin at any address: a framework's tensors do, if others made them.
 template <class T>
 inline T read_element(const T* p) {
   T value;

@@ -1,5 +1,5 @@
-// Elements may begin anywhere in memory, at odd addresses too, as a framework's tensors do: same bits, and nothing that
-// C++ leaves undefined. Proven where UndefinedBehaviorSanitizer watches.
+// Elements may begin anywhere in memory, at odd addresses too, as a framework's tensors do: same bits, and nothing
+// for UndefinedBehaviorSanitizer to report.
 #include <cstring>
 
 #include "cases.h"
@@ -24,70 +24,131 @@ class OddCopy {
 
 enum class Arrangement { kContiguous, kStrided, kSideBySide };
 
-constexpr int64_t kRows = 5;
-constexpr int64_t kCols = 75;
+constexpr Arrangement kArrangements[] = {Arrangement::kContiguous, Arrangement::kStrided, Arrangement::kSideBySide};
+constexpr ElementType kIndexTypes[] = {ElementType::kInt64, ElementType::kInt32, ElementType::kInt16};
+constexpr int64_t kRows = 37;  // side by side, more than any vector holds
 
-void arrange(Operand& operand, Arrangement arrangement) {
+void arrange(Operand& operand, Arrangement arrangement, int64_t cols) {
   operand.col_stride = arrangement == Arrangement::kContiguous ? 1 : arrangement == Arrangement::kStrided ? 2 : kRows;
-  operand.row_strides[0] = arrangement == Arrangement::kSideBySide ? 1 : kCols * operand.col_stride;
+  operand.row_strides[0] = arrangement == Arrangement::kSideBySide ? 1 : cols * operand.col_stride;
 }
 
-void check_odd_addresses(const CpuCapability& capability, Operation operation, ElementType input_type,
-                         ElementType output_type, Arrangement arrangement) {
-  const Bounds bounds{{0, 3, 70, 0, 10}, {75, 20, 5, 0, 64}};
+// Integers of one type behind an odd address.
+class OddIndex {
+ public:
+  OddIndex(const std::vector<int64_t>& values, ElementType type) : type_(type), copy_(values.data(), 0) {
+    std::vector<unsigned char> bytes(values.size() * static_cast<size_t>(size_of(type)));
+    visit_element_type(type, [&](auto element) {
+      using T = decltype(element);
+      if constexpr (std::is_integral_v<T>) {
+        for (size_t i = 0; i < values.size(); ++i) {
+          const T value = static_cast<T>(values[i]);
+          std::memcpy(bytes.data() + i * sizeof(T), &value, sizeof(T));
+        }
+      }
+    });
+    copy_ = OddCopy(bytes.data(), static_cast<int64_t>(bytes.size()));
+  }
+  void put(RowIndex& index) {
+    index.data = copy_.data();
+    index.type = type_;
+  }
+
+ private:
+  ElementType type_;
+  OddCopy copy_;
+};
+
+struct Case {
+  Operation operation;
+  ElementType input_type;
+  ElementType output_type;
+  ElementType index_type;
+  Arrangement arrangement;
+  int64_t cols;
+  bool has_starts;
+};
+
+void check_odd_addresses(const CpuCapability& capability, const Case& c) {
+  Bounds bounds;
+  for (int64_t row = 0; row < kRows; ++row) {
+    bounds.starts.push_back(c.has_starts ? row * 7 % c.cols : 0);
+    bounds.lengths.push_back((c.cols - bounds.starts.back()) * (row % 5) / 4);
+  }
   // Wide enough for every arrangement of the same elements.
   std::vector<Matrix> inputs;
-  for (int k = 0; k < input_count(operation); ++k) {
-    inputs.emplace_back(input_type, kRows, 2 * kCols);
+  for (int k = 0; k < input_count(c.operation); ++k) {
+    inputs.emplace_back(c.input_type, kRows, 2 * c.cols);
     for (int64_t row = 0; row < kRows; ++row) {
-      for (int64_t col = 0; col < 2 * kCols; ++col) {
+      for (int64_t col = 0; col < 2 * c.cols; ++col) {
         inputs.back().set(row, col, 0.01 * static_cast<double>((row * 31 + col * 7 + k) % 100));
       }
     }
   }
-  Matrix output(output_type, kRows, 2 * kCols);
-  Problem problem = make_problem(operation, output, inputs, bounds);
-  problem.cols = kCols;
-  arrange(problem.output, arrangement);
+  Matrix output(c.output_type, kRows, 2 * c.cols);
+  Problem problem = make_problem(c.operation, output, inputs, bounds);
+  problem.cols = c.cols;
+  if (!c.has_starts) {
+    problem.starts = RowIndex{};
+    problem.starts.row_strides[0] = 0;
+  }
+  arrange(problem.output, c.arrangement, c.cols);
   for (int k = 0; k < problem.input_count; ++k) {
-    arrange(problem.inputs[k], arrangement);
+    arrange(problem.inputs[k], c.arrangement, c.cols);
   }
   const Operand even = problem.output;
-  const int64_t output_bytes = kRows * 2 * kCols * size_of(output_type);
+  const int64_t output_bytes = kRows * 2 * c.cols * size_of(c.output_type);
   OddCopy odd_output(even.data, output_bytes);
   capability.run_rows(problem, 0, kRows);
 
   std::vector<OddCopy> odd_inputs;
   for (int k = 0; k < problem.input_count; ++k) {
-    odd_inputs.emplace_back(problem.inputs[k].data, kRows * 2 * kCols * size_of(input_type));
-    problem.inputs[k].data = odd_inputs.back().data();
+    odd_inputs.emplace_back(problem.inputs[k].data, kRows * 2 * c.cols * size_of(c.input_type));
   }
-  const auto index_bytes = static_cast<int64_t>(kRows * sizeof(int64_t));
-  OddCopy odd_lengths(bounds.lengths.data(), index_bytes);
-  OddCopy odd_starts(bounds.starts.data(), index_bytes);
-  problem.lengths.data = odd_lengths.data();
-  problem.starts.data = odd_starts.data();
+  for (int k = 0; k < problem.input_count; ++k) {
+    problem.inputs[k].data = odd_inputs[static_cast<size_t>(k)].data();
+  }
+  OddIndex lengths(bounds.lengths, c.index_type);
+  OddIndex starts(bounds.starts, c.index_type);
+  lengths.put(problem.lengths);
+  if (c.has_starts) {
+    starts.put(problem.starts);
+  }
   problem.output.data = odd_output.data();
-  CHECK(first_invalid_row(problem) < 0, "the bounds are valid");
+  const std::string what = std::string(capability.name) + ' ' + name_of(c.operation) + " of " + name_of(c.input_type) +
+                           " to " + name_of(c.output_type) + ", lengths of " + name_of(c.index_type) +
+                           ", arrangement " + std::to_string(static_cast<int>(c.arrangement)) + ", " +
+                           std::to_string(c.cols) + " columns" + (c.has_starts ? ", starts" : "");
+  CHECK(first_invalid_row(problem) == -1, what);
   capability.run_rows(problem, 0, kRows);
-  CHECK(std::memcmp(odd_output.bytes(), even.data, static_cast<size_t>(output_bytes)) == 0,
-        capability.name << ' ' << name_of(operation) << " of " << name_of(input_type) << " to " << name_of(output_type)
-                        << ", arrangement " << static_cast<int>(arrangement));
+  CHECK(std::memcmp(odd_output.bytes(), even.data, static_cast<size_t>(output_bytes)) == 0, what);
 }
 
 }  // namespace
 
 TEST("addresses: elements, lengths and starts may begin anywhere") {
-  for_each_capability([&](const CpuCapability& capability) {
-    for (Operation operation : kOperations) {
-      for (ElementType input_type : kFloatingTypes) {
-        for (ElementType output_type : kFloatingTypes) {
-          for (Arrangement arrangement : {Arrangement::kContiguous, Arrangement::kStrided, Arrangement::kSideBySide}) {
-            check_odd_addresses(capability, operation, input_type, output_type, arrangement);
+  for_each_writing([&] {
+    for_each_capability([&](const CpuCapability& capability) {
+      unsigned turn = 0;
+      for (Operation operation : kOperations) {
+        for (ElementType input_type : kFloatingTypes) {
+          for (ElementType output_type : kFloatingTypes) {
+            for (Arrangement arrangement : kArrangements) {
+              for (int64_t cols : {33, 64, 75}) {
+                for (bool has_starts : {false, true}) {
+                  const ElementType index_type = kIndexTypes[turn++ % 3];
+                  check_odd_addresses(capability,
+                                      {operation, input_type, output_type, index_type, arrangement, cols, has_starts});
+                }
+              }
+            }
           }
         }
+        const ElementType type = ElementType::kBFloat16;
+        check_odd_addresses(capability,
+                            {operation, type, type, ElementType::kInt64, Arrangement::kContiguous, 9001, true});
       }
-    }
+    });
   });
 }
 

@@ -317,16 +317,16 @@ void check_side_by_side(const CpuCapability& capability, Operation operation, El
 // Rows side by side that end, or begin, one column earlier from each row to the next: in every column the last row that
 // is valid there, or the first, borders an unreadable page. So no row's padding can be read along with its neighbours.
 void check_stairs(const CpuCapability& capability, Operation operation, ElementType type, int64_t width, bool at_end) {
-  constexpr int64_t kCols = 21;
+  const int64_t cols = std::min<int64_t>(21, width);
   const FaultReport report(std::string(capability.name) + ' ' + name_of(operation) + " of " + name_of(type) + ", " +
                            std::to_string(width) + " rows side by side, each " + (at_end ? "ending" : "beginning") +
                            " a column before the last");
   std::vector<int64_t> lengths;
   std::vector<int64_t> starts;
-  std::vector<int64_t> readable(kCols, 0);  // elements of each column
+  std::vector<int64_t> readable(static_cast<size_t>(cols), 0);  // elements of each column
   for (int64_t row = 0; row < width; ++row) {
-    const int64_t start = at_end ? 0 : std::min(kCols, width - 1 - row);
-    const int64_t end = at_end ? std::min(kCols, width - row) : kCols;
+    const int64_t start = at_end ? 0 : std::min<int64_t>(cols, width - 1 - row);
+    const int64_t end = at_end ? std::min<int64_t>(cols, width - row) : cols;
     starts.push_back(start);
     lengths.push_back(end - start);
     for (int64_t col = start; col < end; ++col) {
@@ -337,7 +337,7 @@ void check_stairs(const CpuCapability& capability, Operation operation, ElementT
   Problem problem;
   problem.operation = operation;
   problem.rows = width;
-  problem.cols = kCols;
+  problem.cols = cols;
   problem.row_ndim = 1;
   problem.row_sizes[0] = width;
   problem.input_count = input_count(operation);
@@ -354,6 +354,7 @@ void check_stairs(const CpuCapability& capability, Operation operation, ElementT
     }
     inputs.back()->forbid_writing();
     problem.inputs[k] = inputs.back()->operand();
+    // Column c lies c elements further on in its pages, so that its last valid row, or its first, meets their end.
     problem.inputs[k].col_stride = problem.inputs[k].row_strides[0] + 1;
     problem.inputs[k].row_strides[0] = 1;
   }
@@ -362,7 +363,7 @@ void check_stairs(const CpuCapability& capability, Operation operation, ElementT
   guarded_lengths.guard(problem.lengths);
   guarded_starts.guard(problem.starts);
   problem.lengths.row_strides[0] = problem.starts.row_strides[0] = 1;
-  const std::vector<int64_t> all_columns(kCols, width);
+  const std::vector<int64_t> all_columns(static_cast<size_t>(cols), width);
   const GuardedRows output(type, all_columns, 1, at_end, 0);
   problem.output = output.operand();
   problem.output.col_stride = problem.output.row_strides[0];

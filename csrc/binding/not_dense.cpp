@@ -21,7 +21,8 @@ std::string describe(const at::Tensor& tensor) {
   if (tensor.is_nested()) {
     return "a nested one; torch.nested.to_padded_tensor() gives a dense one";
   }
-  return c10::str("one of layout ", tensor.layout(), "; its to_dense() gives a dense one");
+  const char* const kind = tensor.layout() == at::kMkldnn ? "one of oneDNN's" : "a sparse one";
+  return std::string(kind) + "; its to_dense() gives a dense one";
 }
 
 void refuse(const c10::OperatorHandle& op, c10::DispatchKeySet /*keys*/, torch::jit::Stack* stack) {
@@ -51,12 +52,16 @@ void register_all(torch::Library& library) {
 
 TORCH_LIBRARY_IMPL(masked_softmax_ext, SparseCPU, m) { register_all(m); }
 TORCH_LIBRARY_IMPL(masked_softmax_ext, SparseCUDA, m) { register_all(m); }
+TORCH_LIBRARY_IMPL(masked_softmax_ext, SparseMeta, m) { register_all(m); }
 TORCH_LIBRARY_IMPL(masked_softmax_ext, SparseCsrCPU, m) { register_all(m); }
 TORCH_LIBRARY_IMPL(masked_softmax_ext, SparseCsrCUDA, m) { register_all(m); }
+TORCH_LIBRARY_IMPL(masked_softmax_ext, SparseCsrMeta, m) { register_all(m); }
 TORCH_LIBRARY_IMPL(masked_softmax_ext, MkldnnCPU, m) { register_all(m); }
 TORCH_LIBRARY_IMPL(masked_softmax_ext, QuantizedCPU, m) { register_all(m); }
 TORCH_LIBRARY_IMPL(masked_softmax_ext, QuantizedCUDA, m) { register_all(m); }
+TORCH_LIBRARY_IMPL(masked_softmax_ext, QuantizedMeta, m) { register_all(m); }
 TORCH_LIBRARY_IMPL(masked_softmax_ext, NestedTensorCPU, m) { register_all(m); }
 TORCH_LIBRARY_IMPL(masked_softmax_ext, NestedTensorCUDA, m) { register_all(m); }
+TORCH_LIBRARY_IMPL(masked_softmax_ext, NestedTensorMeta, m) { register_all(m); }
 
 }  // namespace masked_softmax
