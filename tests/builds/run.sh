@@ -58,7 +58,7 @@ no-ninja() {
   compiler=$(command -v g++)
   printf '#!/bin/sh\nexec %s "$@" -O0\n' "$compiler" >"$folder/programs/g++"
   chmod +x "$folder"/programs/*
-  TESTS=(tests/test_article.py)
+  local TESTS=(tests/test_article.py)
   PATH=$folder/programs:$PATH CXX=g++ CFLAGS="-Werror -std=c++17" build_and_test "$folder"
 }
 
