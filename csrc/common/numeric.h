@@ -47,16 +47,20 @@ inline To bit_cast(const From& from) {
   return to;
 }
 
-// One element in memory, which on a CPU may begin at any address: a framework's tensors do, if others made them.
+// One element in memory, which on a CPU may begin at any address: a framework's tensors do, if others made them. Not
+// memcpy, for which it might be part of anything: compilers would look again at what has not changed.
+template <class T>
+struct __attribute__((packed)) Unaligned {
+  T value;
+};
+
 template <class T>
 inline T read_element(const T* p) {
-  T value;
-  std::memcpy(&value, p, sizeof(T));
-  return value;
+  return reinterpret_cast<const Unaligned<T>*>(p)->value;
 }
 template <class T>
 inline void write_element(T* p, T value) {
-  std::memcpy(p, &value, sizeof(T));
+  reinterpret_cast<Unaligned<T>*>(p)->value = value;
 }
 
 inline float bfloat16_to_float(bfloat16_t value) { return bit_cast<float>(uint32_t{value.bits} << 16); }
