@@ -48,9 +48,11 @@ kernel-test:
 	tests/kernel/run.sh
 
 # The extension under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
-sanitizer-test: build
-	tests/sanitizers/run.sh address
-	tests/sanitizers/run.sh thread
+SANITIZER_TESTS := sanitizer-test-address sanitizer-test-thread
+.PHONY: $(SANITIZER_TESTS)
+sanitizer-test: $(SANITIZER_TESTS)
+$(SANITIZER_TESTS): sanitizer-test-%: build
+	tests/sanitizers/run.sh $*
 
 # Inputs that nobody thought of, for so many seconds each: the kernel layer, and the Python interface.
 FUZZ_SECONDS ?= 30

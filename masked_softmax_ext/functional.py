@@ -254,9 +254,9 @@ def _call(
     lengths, dim, starts, scale, dtype = convert(
         name, input, lengths, dim, starts, scale, dtype, validate
     )
-    if out is not None and not isinstance(out, Tensor):
-        raise TypeError(f"{name}(): expected out to be a Tensor, but got {type(out).__name__}")
     if out is not None:
+        if not isinstance(out, Tensor):
+            raise TypeError(f"{name}(): expected out to be a Tensor, but got {type(out).__name__}")
         check_dense(name, "out", out)
     is_distributed = is_dtensor(input)
     # A compiler and a DTensor know copy_ as a way to write, not operators that return nothing.

@@ -81,10 +81,11 @@ def attempt(function: Callable[..., Any], *arguments: Any, **options: Any) -> An
         words = re.findall(r"(?<!\S)[a-z]{2,}", message)  # not the parts of a name
         # Of a jagged tensor, and of a fake one where another is sparse, torch itself says no more
         # than the operator's name.
-        is_torchs = isinstance(function, torch._ops.OpOverloadPacket)
-        is_torchs = is_torchs or type(error).__module__.startswith("torch._subclasses")
+        is_operator = isinstance(function, torch._ops.OpOverloadPacket)
+        is_fake = type(error).__module__.startswith("torch._subclasses")
         is_name = re.fullmatch(r"[\w.]+", message) is not None
-        assert len(words) >= 3 or (is_name and is_torchs), f"a message of words: {message!r}"
+        is_torchs = is_name and (is_operator or is_fake)
+        assert len(words) >= 3 or is_torchs, f"a message of words: {message!r}"
         assert not any(bad in message for bad in BAD_WORDS), f"a message for users: {message}"
         return error
 

@@ -23,6 +23,26 @@ inline int64_t size_of(ElementType type) {
   return size;
 }
 
+// The value, cut to the integer type, at any address.
+inline void store_integer(void* to, ElementType type, int64_t value) {
+  visit_element_type(type, [&](auto element) {
+    using T = decltype(element);
+    if constexpr (std::is_integral_v<T>) {
+      const T stored = static_cast<T>(value);
+      std::memcpy(to, &stored, sizeof(T));
+    }
+  });
+}
+
+// Adjacent integers of that type.
+inline void store_integers(void* to, ElementType type, const std::vector<int64_t>& values) {
+  auto* next = static_cast<unsigned char*>(to);
+  for (int64_t value : values) {
+    store_integer(next, type, value);
+    next += size_of(type);
+  }
+}
+
 inline const char* name_of(ElementType type) {
   switch (type) {
     case ElementType::kFloat64: return "float64";

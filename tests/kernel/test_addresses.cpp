@@ -1,6 +1,7 @@
 // Elements may begin anywhere in memory, at odd addresses too, as a framework's tensors do: same bits, and nothing
 // for UndefinedBehaviorSanitizer to report.
 #include <cstring>
+#include <optional>
 
 #include "cases.h"
 #include "check.h"
@@ -9,14 +10,14 @@
 namespace kernel_tests {
 namespace {
 
-// A copy whose every element lies one byte behind where it should.
-class OddCopy {
+// Memory that begins at an odd address.
+class OddBytes {
  public:
-  OddCopy(const void* data, int64_t bytes) : bytes_(static_cast<size_t>(bytes) + 1) {
-    std::memcpy(bytes_.data() + 1, data, static_cast<size_t>(bytes));
+  explicit OddBytes(int64_t count) : bytes_(static_cast<size_t>(count) + 1) {}
+  OddBytes(const void* data, int64_t count) : OddBytes(count) {
+    std::memcpy(this->data(), data, static_cast<size_t>(count));
   }
   unsigned char* data() { return bytes_.data() + 1; }
-  const unsigned char* bytes() const { return bytes_.data() + 1; }
 
  private:
   std::vector<unsigned char> bytes_;
@@ -33,31 +34,14 @@ void arrange(Operand& operand, Arrangement arrangement, int64_t cols) {
   operand.row_strides[0] = arrangement == Arrangement::kSideBySide ? 1 : cols * operand.col_stride;
 }
 
-// Integers of one type behind an odd address.
-class OddIndex {
- public:
-  OddIndex(const std::vector<int64_t>& values, ElementType type) : type_(type), copy_(values.data(), 0) {
-    std::vector<unsigned char> bytes(values.size() * static_cast<size_t>(size_of(type)));
-    visit_element_type(type, [&](auto element) {
-      using T = decltype(element);
-      if constexpr (std::is_integral_v<T>) {
-        for (size_t i = 0; i < values.size(); ++i) {
-          const T value = static_cast<T>(values[i]);
-          std::memcpy(bytes.data() + i * sizeof(T), &value, sizeof(T));
-        }
-      }
-    });
-    copy_ = OddCopy(bytes.data(), static_cast<int64_t>(bytes.size()));
-  }
-  void put(RowIndex& index) {
-    index.data = copy_.data();
-    index.type = type_;
-  }
-
- private:
-  ElementType type_;
-  OddCopy copy_;
-};
+// The same integers in memory of that type that begins at an odd address.
+OddBytes odd_integers(const std::vector<int64_t>& values, RowIndex& index, ElementType type) {
+  OddBytes memory(static_cast<int64_t>(values.size()) * size_of(type));
+  store_integers(memory.data(), type, values);
+  index.data = memory.data();
+  index.type = type;
+  return memory;
+}
 
 struct Case {
   Operation operation;
@@ -98,21 +82,19 @@ void check_odd_addresses(const CpuCapability& capability, const Case& c) {
   }
   const Operand even = problem.output;
   const int64_t output_bytes = kRows * 2 * c.cols * size_of(c.output_type);
-  OddCopy odd_output(even.data, output_bytes);
+  OddBytes odd_output(even.data, output_bytes);
   capability.run_rows(problem, 0, kRows);
 
-  std::vector<OddCopy> odd_inputs;
+  std::vector<OddBytes> odd_inputs;
+  odd_inputs.reserve(inputs.size());
   for (int k = 0; k < problem.input_count; ++k) {
     odd_inputs.emplace_back(problem.inputs[k].data, kRows * 2 * c.cols * size_of(c.input_type));
+    problem.inputs[k].data = odd_inputs.back().data();
   }
-  for (int k = 0; k < problem.input_count; ++k) {
-    problem.inputs[k].data = odd_inputs[static_cast<size_t>(k)].data();
-  }
-  OddIndex lengths(bounds.lengths, c.index_type);
-  OddIndex starts(bounds.starts, c.index_type);
-  lengths.put(problem.lengths);
+  const OddBytes lengths = odd_integers(bounds.lengths, problem.lengths, c.index_type);
+  std::optional<OddBytes> starts;
   if (c.has_starts) {
-    starts.put(problem.starts);
+    starts = odd_integers(bounds.starts, problem.starts, c.index_type);
   }
   problem.output.data = odd_output.data();
   const std::string what = std::string(capability.name) + ' ' + name_of(c.operation) + " of " + name_of(c.input_type) +
@@ -121,7 +103,7 @@ void check_odd_addresses(const CpuCapability& capability, const Case& c) {
                            std::to_string(c.cols) + " columns" + (c.has_starts ? ", starts" : "");
   CHECK(first_invalid_row(problem) == -1, what);
   capability.run_rows(problem, 0, kRows);
-  CHECK(std::memcmp(odd_output.bytes(), even.data, static_cast<size_t>(output_bytes)) == 0, what);
+  CHECK(std::memcmp(odd_output.data(), even.data, static_cast<size_t>(output_bytes)) == 0, what);
 }
 
 }  // namespace

@@ -25,14 +25,7 @@ struct Integers {
   std::vector<int64_t> memory;  // holds the narrower types' elements too
 
   void store(int64_t position, int64_t value) {
-    visit_element_type(type, [&](auto element) {
-      using T = decltype(element);
-      if constexpr (std::is_integral_v<T>) {
-        const T stored = static_cast<T>(value);
-        std::memcpy(reinterpret_cast<char*>(memory.data()) + position * static_cast<int64_t>(sizeof(T)), &stored,
-                    sizeof(T));
-      }
-    });
+    store_integer(reinterpret_cast<char*>(memory.data()) + position * size_of(type), type, value);
   }
   RowIndex index() const {
     RowIndex result;

@@ -105,12 +105,7 @@ class GuardedIntegers {
  public:
   GuardedIntegers(const std::vector<int64_t>& values, unsigned turn, bool at_end)
       : type_(type_for(values, turn)), buffer_(static_cast<int64_t>(values.size()) * size_of(type_), at_end) {
-    visit_element_type(type_, [&](auto element) {
-      using T = decltype(element);
-      if constexpr (std::is_integral_v<T>) {
-        std::copy(values.begin(), values.end(), reinterpret_cast<T*>(buffer_.data()));
-      }
-    });
+    store_integers(buffer_.data(), type_, values);
     buffer_.forbid_writing();
   }
   void guard(RowIndex& index) const {
