@@ -1,11 +1,11 @@
-// The numbers behind exp(scale * t) = 2^z, z = t * scale * log2(e), on every device.
+// The constants of exp(scale * t) = 2^z, z = t * scale * log2(e), for every device.
 //
 //   2^z = 2^n * 2^f,  n = z rounded to the nearest integer,  f = z - n in [-1/2, 1/2]
 //
-// with z never rounded as a whole: n comes out of adding a number so large that the sum's last bit counts ones, and
-// f = fma(t, c, -n) sees the exact product. 2^f is a polynomial with p(0) = 1, so exp(0) is exactly 1; its other
-// coefficients minimise the largest relative error over the interval (Remez exchange in 50 digits): degree 6 leaves
-// 2.6e-9 (0.02 eps of float32), degree 11 leaves 1.8e-17 (0.08 eps of float64).
+// z itself is never rounded. Adding a magic constant, so large that the last bit of the sum counts integers, gives n;
+// f = fma(t, c, -n) uses the exact product. 2^f is a minimax polynomial (Remez exchange in 50 digits) constrained to
+// p(0) = 1, so that exp(0) is exactly 1. Error budget: degree 6 leaves 2.6e-9 (0.02 eps of float32), degree 11 leaves
+// 1.8e-17 (0.08 eps of float64).
 #pragma once
 
 #include <cmath>
@@ -22,9 +22,10 @@ struct Exp2<float> {
   static constexpr float kCoefficients[kDegree + 1] = {
       1.0f, 0x1.62e430p-1f, 0x1.ebfbe2p-3f, 0x1.c6ae72p-5f, 0x1.3b270ep-7f, 0x1.5f7278p-10f, 0x1.470b52p-13f,
   };
-  // 1.5 * 2^23 rounds the sum to integers; the exponent's bias on top makes its low bits the exponent field of 2^n.
-  static constexpr float kShift = 0x1.8p23f + 127.0f;
-  static constexpr float kSmallestPower = -126.0f;
+  // Adding 1.5 * 2^23 rounds to integers. With the exponent bias on top, the low bits of the sum are the exponent field
+  // of 2^n.
+  static constexpr float kMagic = 0x1.8p23f + 127.0f;
+  static constexpr float kMinExponent = -126.0f;
 };
 
 template <>
@@ -44,24 +45,24 @@ struct Exp2<double> {
       0x1.e605f89c37da9p-28,
       0x1.c062c3e8122dfp-32,
   };
-  static constexpr double kShift = 0x1.8p52 + 1023.0;
-  static constexpr double kSmallestPower = -1022.0;
+  static constexpr double kMagic = 0x1.8p52 + 1023.0;
+  static constexpr double kMinExponent = -1022.0;
 };
 
-// scale * log2(e) in two parts, high + low, so that exp(scale * t) = 2^(t * high + t * low).
+// scale * log2(e) as an unevaluated sum high + low, so that exp(scale * t) = 2^(t * high + t * low).
 template <class acc_t>
-struct Exponent {
+struct ScaledLog2e {
   acc_t high;
   acc_t low;
 
-  explicit Exponent(double scale) {
+  explicit ScaledLog2e(double scale) {
     constexpr double kLog2e = 0x1.71547652b82fep0;
-    constexpr double kLog2eRest = 0x1.777d0ffda0d24p-56;
+    constexpr double kLog2eLow = 0x1.777d0ffda0d24p-56;
     const double product = scale * kLog2e;
-    const double rest = std::fma(scale, kLog2e, -product) + scale * kLog2eRest;
+    const double rest = std::fma(scale, kLog2e, -product) + scale * kLog2eLow;
     high = static_cast<acc_t>(product);
     if (std::isfinite(scale) && !std::isfinite(high)) {
-      high = std::copysign(std::numeric_limits<acc_t>::max(), high);  // 0 * infinity must not make a NaN of the maximum
+      high = std::copysign(std::numeric_limits<acc_t>::max(), high);  // the maximum's 0 * infinity would be NaN
     }
     low = static_cast<acc_t>((product - static_cast<double>(high)) + rest);
     if (!std::isfinite(low)) {
@@ -70,17 +71,18 @@ struct Exponent {
   }
 };
 
-// What the kernels need of a scale.
+// The scale as the forward kernels use it.
 template <class acc_t>
 struct RowScale {
   acc_t scale;
-  Exponent<acc_t> exponent;
+  ScaledLog2e<acc_t> log2e;
 
-  explicit RowScale(double value) : scale(static_cast<acc_t>(value)), exponent(value) {}
+  explicit RowScale(double value) : scale(static_cast<acc_t>(value)), log2e(value) {}
 };
 
-// The rest of a log_softmax is summed times 2^kRestBias: many exponentials below the smallest normal number may add up
-// to one above it, and then it is the maximum's whole result.
-constexpr int kRestBias = 64;
+// log_softmax computes log(sum) as log1p(sum - 1): the row's maxima are counted, and the exponentials of all other
+// elements, the tail, are summed times 2^kTailBias. Without the bias, exponentials below the smallest normal number
+// would be lost, and their sum is the whole result of a row's only maximum.
+constexpr int kTailBias = 64;
 
 }  // namespace masked_softmax

@@ -1,7 +1,7 @@
-// Element types, and their way to and from the type that sums and exponentials run in.
+// Element types, and their conversion to and from the accumulation type, which sums and exponentials run in.
 //
-// float16 and bfloat16 are carried as their bits: this layer must compile with any C++17 compiler, for any
-// processor, and under sanitizers, without a framework's half types.
+// float16 and bfloat16 are carried as their bits: this layer compiles with any C++17 compiler, for any processor and
+// under sanitizers, without a framework's half types.
 #pragma once
 
 #include <cmath>
@@ -13,17 +13,12 @@
 namespace masked_softmax {
 
 enum class ElementType : uint8_t {
-  kFloat32,
-  kFloat64,
-  kBFloat16,
-  kFloat16,
-  kInt8,
-  kUInt8,
-  kInt16,
-  kInt32,
-  kInt64,
-  kBool,
+#define MASKED_SOFTMAX_ELEMENT_TYPE(Name, name, type_t, Scalar, kind) k##Name,
+#include "common/element_types.inc"
+#undef MASKED_SOFTMAX_ELEMENT_TYPE
 };
+
+enum class ElementKind : uint8_t { kFloating, kInteger, kBool };
 
 struct bfloat16_t {
   uint16_t bits;
@@ -33,8 +28,8 @@ struct float16_t {
   uint16_t bits;
 };
 
-// A bool in memory. True is any byte but 0 (a view of other bytes as bools is not looked at), and C++ leaves open what
-// a bool read from a byte that is neither 0 nor 1 is.
+// A bool in memory: any byte but 0 is true. Reading a byte other than 0 and 1 as a C++ bool is undefined behaviour, and
+// a tensor may be a view of such bytes.
 struct bool8_t {
   uint8_t byte;
 };
@@ -47,8 +42,8 @@ inline To bit_cast(const From& from) {
   return to;
 }
 
-// One element in memory, which on a CPU may begin at any address: a framework's tensors do, if others made them. Not
-// memcpy, for which it might be part of anything: compilers would look again at what has not changed.
+// One element in memory at any address: tensors that wrap other libraries' memory may be unaligned. A packed struct
+// keeps the element's type visible to alias analysis; memcpy would force the compiler to reload unrelated values.
 template <class T>
 struct __attribute__((packed)) Unaligned {
   T value;
@@ -106,7 +101,7 @@ inline float16_t float_to_float16(float value) {
   return {static_cast<uint16_t>(sign | ((rounded - (uint32_t{127 - 15} << 23)) >> 13))};
 }
 
-// acc_t -> element and back, one element; the vector types have their own for whole registers.
+// One element to the accumulation type and back. The vector types convert whole registers themselves.
 template <class acc_t, class T>
 inline acc_t to_acc(T value) {
   if constexpr (std::is_same_v<T, bfloat16_t>) {
@@ -150,32 +145,59 @@ inline T from_acc(acc_t value) {
     } else {
       return float_to_float16(narrowed);
     }
+  } else if constexpr (std::is_same_v<T, bool8_t>) {
+    return {static_cast<uint8_t>(value != 0)};
   } else {
     return static_cast<T>(value);
   }
 }
 
-// Calls visit(T{}) with the C++ type that `type` names.
+// What the table says about a type in memory.
+template <class T>
+struct ElementTraits;
+#define MASKED_SOFTMAX_ELEMENT_TYPE(Name, name, type_t, Scalar, kind) \
+  template <>                                                         \
+  struct ElementTraits<type_t> {                                      \
+    static constexpr ElementType kType = ElementType::k##Name;        \
+    static constexpr ElementKind kKind = ElementKind::kind;           \
+  };
+#include "common/element_types.inc"
+#undef MASKED_SOFTMAX_ELEMENT_TYPE
+
+// Calls visit(T{}) with the C++ type of `type`, and returns what it returns.
 template <class Visitor>
-inline void visit_element_type(ElementType type, const Visitor& visit) {
+inline auto visit_element_type(ElementType type, const Visitor& visit) {
   switch (type) {
-    case ElementType::kFloat32: return visit(float{});
-    case ElementType::kFloat64: return visit(double{});
-    case ElementType::kBFloat16: return visit(bfloat16_t{});
-    case ElementType::kFloat16: return visit(float16_t{});
-    case ElementType::kInt8: return visit(int8_t{});
-    case ElementType::kUInt8: return visit(uint8_t{});
-    case ElementType::kInt16: return visit(int16_t{});
-    case ElementType::kInt32: return visit(int32_t{});
-    case ElementType::kInt64: return visit(int64_t{});
-    case ElementType::kBool: return visit(bool{});
+#define MASKED_SOFTMAX_ELEMENT_TYPE(Name, name, type_t, Scalar, kind) \
+  case ElementType::k##Name: return visit(type_t{});
+#include "common/element_types.inc"
+#undef MASKED_SOFTMAX_ELEMENT_TYPE
   }
+  __builtin_unreachable();  // every enumerator has a case
+}
+
+// The same for types of one kind only. Precondition: `type` is of that kind.
+template <ElementKind kKind, class Visitor>
+inline void visit_element_type_of(ElementType type, const Visitor& visit) {
+  visit_element_type(type, [&](auto element) {
+    if constexpr (ElementTraits<decltype(element)>::kKind == kKind) {
+      visit(element);
+    }
+  });
+}
+
+constexpr const char* element_type_name(ElementType type) {
+  switch (type) {
+#define MASKED_SOFTMAX_ELEMENT_TYPE(Name, name, type_t, Scalar, kind) \
+  case ElementType::k##Name: return #name;
+#include "common/element_types.inc"
+#undef MASKED_SOFTMAX_ELEMENT_TYPE
+  }
+  return "";
 }
 
 inline int64_t size_bytes(ElementType type) {
-  int64_t size = 0;
-  visit_element_type(type, [&](auto element) { size = sizeof(element); });
-  return size;
+  return visit_element_type(type, [](auto element) { return static_cast<int64_t>(sizeof(element)); });
 }
 
 }  // namespace masked_softmax

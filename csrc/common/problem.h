@@ -1,35 +1,21 @@
-// One call, described for every device: what is computed, over which memory, with which bounds.
+// One call, described for every device: the operation, its memory, and the bounds of its rows.
 //
-// A call is `rows` independent rows of `cols` columns. The rows are walked over up to kMaxRowDims dimensions (all
-// of the tensor's but the softmax dimension, merged where memory allows), the columns with one stride. All strides
-// count elements of their own operand and may be 0 or negative.
+// A call has `rows` independent rows of `cols` columns. Up to kMaxRowDims dimensions enumerate the rows: all of the
+// tensor's but the softmax dimension, merged where the strides allow. The columns have one stride. Strides are in
+// elements of their own operand and may be 0 or negative.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
 #include "common/numeric.h"
+#include "common/operation.h"
 
 namespace masked_softmax {
 
-// Dimensions of size 1 are dropped, so a tensor with more dimensions than this would hold over 2^40 elements.
+// Dimensions of size 1 are dropped, so a tensor that needs more has over 2^40 elements.
 constexpr int kMaxRowDims = 40;
 constexpr int kMaxInputs = 3;
-
-// The rows of SPEC's table, their derivatives, and the derivatives' derivatives, backward and forward (jvp: along the
-// tangent v). `y` is the forward result, `g` the incoming gradient, p = exp(y) for log_softmax, <a, b> the sum over the
-// row's valid columns.
-enum class Operation : uint8_t {
-  kSoftmax,                 // (x)        exp(scale * (x - max)) / sum
-  kLogSoftmax,              // (x)        scale * (x - max) - log(sum)
-  kSoftmaxBackward,         // (g, y)     scale * y * (g - <g, y>); the Jacobian is symmetric: also its jvp
-  kLogSoftmaxBackward,      // (g, y)     scale * (g - p * <g, 1>)
-  kLogSoftmaxJvp,           // (v, y)     scale * (v - <v, p>)
-  kSoftmaxBackwardWrtY,     // (v, g, y)  scale * (v * (g - <g, y>) - g * <v, y>)
-  kLogSoftmaxBackwardWrtY,  // (v, g, y)  -scale * v * p * <g, 1>; diagonal in v: also its jvp
-  kSoftmaxBackwardJvpWrtY,  // (v, g, y)  scale * (v * (g - <g, y>) - y * <v, g>)
-  kLogSoftmaxJvpJvpWrtY,    // (v, u, y)  -scale * <v * u, p>: of kLogSoftmaxJvp (u, y)
-};
 
 struct Operand {
   void* data = nullptr;
@@ -46,12 +32,12 @@ struct RowIndex {
   int64_t row_strides[kMaxRowDims];
 };
 
-// Rows that lie end to end, without padding: each row's valid columns are all that it has, and `starts` says where in
-// the buffer they begin. Problem::cols is the whole buffer then.
+// Packed rows lie end to end without padding: `starts` holds the offset of each row in the buffer, and Problem::cols is
+// the size of the whole buffer.
 struct Packing {
   bool is_packed = false;
-  int64_t longest = 0;       // no row has more columns
-  int64_t output_elems = 0;  // of all rows together
+  int64_t longest = 0;       // upper bound of the lengths
+  int64_t output_elems = 0;  // sum over all rows
 };
 
 struct Problem {
@@ -63,7 +49,7 @@ struct Problem {
   int input_count = 1;
   int64_t row_sizes[kMaxRowDims];
   Operand output;
-  Operand inputs[kMaxInputs];  // in the order that Operation names them
+  Operand inputs[kMaxInputs];  // in the order of operations.inc
   RowIndex lengths;
   RowIndex starts;
   Packing packing;
@@ -84,30 +70,24 @@ inline int64_t load_index(const RowIndex& index, int64_t offset) {
   if (index.data == nullptr) {
     return index.value;
   }
-  if (index.type == ElementType::kInt64) {  // the usual one first: a row of 64 columns takes 20 ns altogether
+  if (index.type == ElementType::kInt64) {  // the usual type, without a jump table: a row of 64 columns takes 20 ns
     return read_element(static_cast<const int64_t*>(index.data) + offset);
   }
-  switch (index.type) {
-    case ElementType::kInt8: return read_element(static_cast<const int8_t*>(index.data) + offset);
-    case ElementType::kUInt8: return read_element(static_cast<const uint8_t*>(index.data) + offset);
-    case ElementType::kInt16: return read_element(static_cast<const int16_t*>(index.data) + offset);
-    default: return read_element(static_cast<const int32_t*>(index.data) + offset);
-  }
+  int64_t value = 0;
+  visit_element_type_of<ElementKind::kInteger>(index.type, [&](auto element) {
+    value = static_cast<int64_t>(read_element(static_cast<const decltype(element)*>(index.data) + offset));
+  });
+  return value;
 }
 
-constexpr bool is_forward(Operation operation) {
-  return operation == Operation::kSoftmax || operation == Operation::kLogSoftmax;
-}
-
-// Whether scale is so small or so large that x - max, or scale * log2(e), might overflow float32; in a derivative, that
-// it does so itself.
+// Whether scale * log2(e) or, in a forward pass, x - max might overflow float32. Such problems accumulate in float64.
 inline bool is_scale_extreme(const Problem& problem) {
   const double magnitude = std::fabs(problem.scale);
   return magnitude > 0x1p100 || (is_forward(problem.operation) && magnitude < 0x1p-100);
 }
 
-// The type that sums and exponentials run in is the widest of the operands', at least float32.
-inline bool computes_in_double(const Problem& problem) {
+// The accumulation type is the widest of the operands' types, at least float32.
+inline bool accumulates_in_double(const Problem& problem) {
   bool is_double = problem.output.type == ElementType::kFloat64 || is_scale_extreme(problem);
   for (int i = 0; i < problem.input_count; ++i) {
     is_double = is_double || problem.inputs[i].type == ElementType::kFloat64;
@@ -136,10 +116,10 @@ inline bool columns_are_adjacent(const Problem& problem) {
   return adjacent;
 }
 
-// Forward passes see staging_factor * x in place of x, and scale / staging_factor in place of scale. It is -1 where
-// scale is negative: the largest scale * x is then the smallest x. And it is small where scale is so small that
-// x - max might overflow although scale * (x - max) does not.
-inline double staging_factor(const Problem& problem) {
+// Forward passes multiply x by this factor as they load it, and use scale / factor as the scale. It is -1 where scale
+// is negative, so that the maximum of the loaded values is that of scale * x. It is small where scale is tiny: x - max
+// might overflow although scale * (x - max) does not.
+inline double input_factor(const Problem& problem) {
   if (!is_forward(problem.operation)) {
     return 1.0;
   }

@@ -1,4 +1,4 @@
-// Walks a problem's rows in order, a run at a time, and knows every operand's element offset on the way.
+// Walks a problem's rows in order, a run at a time, and keeps every operand's element offset.
 #pragma once
 
 #include <algorithm>
@@ -7,64 +7,47 @@
 
 namespace masked_softmax {
 
-// Rows that follow one another along the innermost dimension, so that every offset moves by a constant step. `ahead`
-// counts them: 0 <= ahead < rows.
+// Consecutive rows along the innermost row dimension, so that every offset advances by a constant step. `i` is a row's
+// position in the run: 0 <= i < rows.
 class RowRun {
  public:
   int64_t rows = 0;
 
-  int64_t output_offset(int64_t ahead) const { return output_.at(ahead); }
-  int64_t input_offset(int input, int64_t ahead) const { return inputs_[input].at(ahead); }
+  int64_t output_offset(int64_t i) const { return output_.at(i); }
+  int64_t input_offset(int input, int64_t i) const { return inputs_[input].at(i); }
 
   int64_t output_step() const { return output_.step; }
   int64_t input_step(int input) const { return inputs_[input].step; }
 
-  // The row's start and length as the caller gave them.
-  int64_t raw_start(int64_t ahead) const { return load_index(*starts_index_, starts_.at(ahead)); }
-  int64_t raw_length(int64_t ahead) const { return load_index(*lengths_index_, lengths_.at(ahead)); }
+  // As the caller gave them.
+  int64_t raw_start(int64_t i) const { return load_index(*starts_index_, starts_.at(i)); }
+  int64_t raw_length(int64_t i) const { return load_index(*lengths_index_, lengths_.at(i)); }
 
-  // The row's bounds, read once and cut to the row: lengths that another thread changes after they were checked must
-  // not lead a kernel out of its row.
-  RowBounds bounds(int64_t ahead) const { return cut(raw_start(ahead), raw_length(ahead)); }
+  // Read once and clamped to the row: if another thread changes lengths after they were checked, the kernels still stay
+  // inside the row.
+  RowBounds bounds(int64_t i) const { return clamp(raw_start(i), raw_length(i)); }
 
-  // The bounds of the rows [ahead, ahead + count), to to[0..count). In a loop of their own: a row of 64 columns takes
-  // 22 ns altogether, and one of them by itself 4.
-  void read_bounds(int64_t ahead, int64_t count, RowBounds* to) const {
+  // bounds() of `count` rows from `first` on. The common case has a loop without branches: a row of 64 columns takes
+  // 22 ns in all, and reading its bounds separately would take 4.
+  void read_bounds(int64_t first, int64_t count, RowBounds* to) const {
     if (lengths_index_->data == nullptr || starts_index_->data != nullptr) {
       for (int64_t i = 0; i < count; ++i) {
-        to[i] = bounds(ahead + i);
+        to[i] = bounds(first + i);
       }
       return;
     }
-    visit_element_type(lengths_index_->type, [&](auto element) {
-      using T = decltype(element);
-      if constexpr (std::is_integral_v<T>) {
-        const T* lengths = static_cast<const T*>(lengths_index_->data) + lengths_.at(ahead);
-        const int64_t step = lengths_.step;
-        const int64_t start = starts_index_->value;
-        for (int64_t i = 0; i < count; ++i) {
-          to[i] = cut(start, static_cast<int64_t>(read_element(lengths + i * step)));
-        }
-      }
-    });
+    const int64_t start = starts_index_->value;
+    for_each_length(first, count, [&](int64_t i, int64_t length) { to[i] = clamp(start, length); });
   }
 
-  // The same of rows that begin at column 0 and are short.
-  void read_lengths(int64_t ahead, int64_t count, int32_t* to) const {
+  // The same for rows that start at column 0 and have less than 2^31 columns.
+  void read_lengths(int64_t first, int64_t count, int32_t* to) const {
     if (lengths_index_->data == nullptr) {
-      std::fill(to, to + count, static_cast<int32_t>(cut(0, lengths_index_->value).end));
+      std::fill(to, to + count, static_cast<int32_t>(clamp(0, lengths_index_->value).end));
       return;
     }
-    visit_element_type(lengths_index_->type, [&](auto element) {
-      using T = decltype(element);
-      if constexpr (std::is_integral_v<T>) {
-        const T* lengths = static_cast<const T*>(lengths_index_->data) + lengths_.at(ahead);
-        const int64_t step = lengths_.step;
-        for (int64_t i = 0; i < count; ++i) {
-          to[i] = static_cast<int32_t>(
-              std::clamp<int64_t>(static_cast<int64_t>(read_element(lengths + i * step)), 0, cols_));
-        }
-      }
+    for_each_length(first, count, [&](int64_t i, int64_t length) {
+      to[i] = static_cast<int32_t>(std::clamp<int64_t>(length, 0, cols_));
     });
   }
 
@@ -75,11 +58,23 @@ class RowRun {
     int64_t first = 0;
     int64_t step = 0;
 
-    int64_t at(int64_t ahead) const { return first + ahead * step; }
+    int64_t at(int64_t i) const { return first + i * step; }
     void move(int64_t steps, int64_t stride) { first += steps * stride; }
   };
 
-  RowBounds cut(int64_t start, int64_t length) const {
+  // Calls visit(i, length) for i in 0..count, with the length of row first + i. Lengths are a tensor.
+  template <class Visitor>
+  void for_each_length(int64_t first, int64_t count, const Visitor& visit) const {
+    visit_element_type_of<ElementKind::kInteger>(lengths_index_->type, [&](auto element) {
+      const auto* lengths = static_cast<const decltype(element)*>(lengths_index_->data) + lengths_.at(first);
+      const int64_t step = lengths_.step;
+      for (int64_t i = 0; i < count; ++i) {
+        visit(i, static_cast<int64_t>(read_element(lengths + i * step)));
+      }
+    });
+  }
+
+  RowBounds clamp(int64_t start, int64_t length) const {
     start = std::clamp<int64_t>(start, 0, cols_);
     return {start, start + std::clamp<int64_t>(length, 0, cols_ - start)};
   }
@@ -95,7 +90,7 @@ class RowRun {
 
 class RowWalker {
  public:
-  // Over the rows [begin, end).
+  // Walks the rows [begin, end).
   RowWalker(const Problem& problem, int64_t begin, int64_t end) : problem_(problem), left_(end - begin) {
     next_.cols_ = problem.cols;
     next_.lengths_index_ = &problem.lengths;
@@ -116,7 +111,7 @@ class RowWalker {
     }
   }
 
-  // Gives the next run; false where there is none.
+  // Sets `run` to the next run; returns false after the last one.
   bool next(RowRun& run) {
     if (left_ <= 0) {
       return false;

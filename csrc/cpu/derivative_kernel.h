@@ -17,7 +17,7 @@ namespace masked_softmax {
 template <class acc_t>
 struct DerivativeTerms {
   acc_t scale;
-  Exponent<acc_t> log2e{1.0};
+  ScaledLog2e<acc_t> log2e{1.0};
 
   explicit DerivativeTerms(double value) : scale(static_cast<acc_t>(value)) {}
 

@@ -46,7 +46,7 @@ constexpr typename V::acc_t rounding_shift() {
   if constexpr (V::kPowerSteps > 1) {
     return 0x1.8p23f / V::kPowerSteps;
   } else {
-    return Exp2<typename V::acc_t>::kShift;
+    return Exp2<typename V::acc_t>::kMagic;
   }
 }
 
@@ -116,17 +116,17 @@ constexpr acc_t kFarToInfinity = sizeof(acc_t) == 4 ? static_cast<acc_t>(0x1p112
 
 template <class V>
 MASKED_SOFTMAX_INLINE RowExponent<typename V::acc_t> exponent_on_grid(typename V::acc_t grid,
-                                                                      const Exponent<typename V::acc_t>& c) {
+                                                                      const ScaledLog2e<typename V::acc_t>& c) {
   using acc_t = typename V::acc_t;
   constexpr acc_t kUnderflows = -200;  // 2^-200 is 0, whatever it is multiplied with here
-  const acc_t least = V::kScalesByPowers ? (grid + kUnderflows) * (1 / c.high) : grid + Exp2<acc_t>::kSmallestPower;
+  const acc_t least = V::kScalesByPowers ? (grid + kUnderflows) * (1 / c.high) : grid + Exp2<acc_t>::kMinExponent;
   return {0, rounding_shift<V>() - grid, least, c.high, c.low};
 }
 
 // A reference too large for the grid, or not finite, makes NaNs of the row's exponentials. No branch depends on it.
 template <class V>
 MASKED_SOFTMAX_INLINE RowExponent<typename V::acc_t> exponent_from_reference(typename V::acc_t reference,
-                                                                             const Exponent<typename V::acc_t>& c) {
+                                                                             const ScaledLog2e<typename V::acc_t>& c) {
   using acc_t = typename V::acc_t;
   const acc_t product = reference * c.high;
   const acc_t far = product * kFarToInfinity<acc_t>;
@@ -137,7 +137,7 @@ MASKED_SOFTMAX_INLINE RowExponent<typename V::acc_t> exponent_from_reference(typ
 
 template <class V>
 MASKED_SOFTMAX_INLINE RowExponent<typename V::acc_t> exponent_from_maximum(typename V::acc_t row_max,
-                                                                           const Exponent<typename V::acc_t>& c) {
+                                                                           const ScaledLog2e<typename V::acc_t>& c) {
   using acc_t = typename V::acc_t;
   const acc_t product = row_max * c.high;
   if (product > -kFarFromGrid<acc_t> && product < kFarFromGrid<acc_t>) {
@@ -168,7 +168,7 @@ MASKED_SOFTMAX_INLINE V exponential_of(V x, const RowExponent<typename V::acc_t>
   V shifted = V::fma(a, high, shift);
   if constexpr (!V::kScalesByPowers) {
     // The largest power there is. Beyond it a term is at least as large, f being positive, and its sum too large.
-    shifted = V::min(V::broadcast(kShift - Exp2<acc_t>::kSmallestPower + 1), shifted);
+    shifted = V::min(V::broadcast(kShift - Exp2<acc_t>::kMinExponent + 1), shifted);
   }
   const V rounded = V::sub(shifted, shift);  // a * c, as a multiple of the grid
   const V f = V::fma(a, V::broadcast(exponent.low), V::fms(a, high, rounded));
@@ -187,7 +187,7 @@ MASKED_SOFTMAX_INLINE V exp2_product(V t, V c, V correction) {
   const V shifted = V::fma(t, c, V::broadcast(kShift));
   const V n = V::sub(shifted, V::broadcast(kShift));
   const V f = V::add(V::fms(t, c, n), correction);
-  return V::zero_where_less(n, V::broadcast(E::kSmallestPower - kBias), power_of_two(shifted, f));
+  return V::zero_where_less(n, V::broadcast(E::kMinExponent - kBias), power_of_two(shifted, f));
 }
 
 }  // namespace masked_softmax

@@ -27,7 +27,7 @@ MASKED_SOFTMAX_NOINLINE void tile_exponentials(const T* x, int64_t count,
 
 template <class V, class T>
 MASKED_SOFTMAX_NOINLINE void tile_rests(const T* x, int64_t count, typename V::acc_t row_max,
-                                        const Exponent<typename V::acc_t>& exponent, RowSums<V, 2>& sums) {
+                                        const ScaledLog2e<typename V::acc_t>& exponent, RowSums<V, 2>& sums) {
   sums.add(count, [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
     using W = typename decltype(as)::type;
     return rest_and_maxima<W>(x + i, row_max, exponent, lanes);
@@ -50,7 +50,7 @@ void forward_long_row(Source& x, Sink& y, int64_t length, const RowScale<typenam
     const acc_t row_max = find_maximum();
     RowSums<V, 2> sums;
     for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-      tile_rests(x.tile(first, count), count, row_max, scale.exponent, sums);
+      tile_rests(x.tile(first, count), count, row_max, scale.log2e, sums);
     });
     const acc_t log_sum = log_of_sum(sums.total(0), sums.total(1));
     for_each_tile<V>(length, [&](int64_t first, int64_t count) {
@@ -79,10 +79,10 @@ void forward_long_row(Source& x, Sink& y, int64_t length, const RowScale<typenam
     };
     const acc_t first = V::element(x.tile(0, 1));
     const acc_t last = V::element(x.tile(length - 1, 1));
-    RowExponent<acc_t> exponent = exponent_from_reference<V>(row_reference(first, last), scale.exponent);
+    RowExponent<acc_t> exponent = exponent_from_reference<V>(row_reference(first, last), scale.log2e);
     acc_t row_sum = add_exponentials(std::false_type(), exponent);
     if (is_sum_too_large(row_sum)) {
-      exponent = exponent_from_maximum<V>(find_maximum(), scale.exponent);
+      exponent = exponent_from_maximum<V>(find_maximum(), scale.log2e);
       row_sum = add_exponentials(std::true_type(), exponent);
     }
     const acc_t factor = 1 / row_sum;

@@ -113,7 +113,7 @@ class NarrowSoftmax {
       references[r] = row_reference(V::element(x), V::element(x + (length > 0 ? length - 1 : 0)));
     }
     for (int r = 0; r < kNarrowRows; ++r) {  // a loop that the compiler makes vectors of
-      const RowExponent<acc_t> exponent = exponent_from_reference<V>(references[r], scale_.exponent);
+      const RowExponent<acc_t> exponent = exponent_from_reference<V>(references[r], scale_.log2e);
       shifts_[r] = exponent.shift;
       leasts_[r] = exponent.least;
     }
@@ -122,7 +122,7 @@ class NarrowSoftmax {
   // To the scratch; returns their sum, spread over the lanes. kWhole: the row has no padding.
   template <bool kWhole, class T>
   MASKED_SOFTMAX_INLINE V exponentials(const T* x, int length, int r) {
-    const RowExponent<acc_t> exponent{0, shifts_[r], leasts_[r], scale_.exponent.high, scale_.exponent.low};
+    const RowExponent<acc_t> exponent{0, shifts_[r], leasts_[r], scale_.log2e.high, scale_.log2e.low};
     const auto extent = V::extent(x, length);
     V chains[kChains];
     for (V& chain : chains) {

@@ -7,7 +7,7 @@
 // their sum; the results. This file holds the sweeps over elements that lie together in memory; narrow_rows.h,
 // short_rows.h and long_row.h say over what they run.
 //
-// Scale is neither negative nor extreme here: see staging_factor() in common/problem.h for where a caller's is.
+// Scale is neither negative nor extreme here: see input_factor() in common/problem.h for where a caller's is.
 //
 // Precondition: length >= 1.
 #pragma once
@@ -61,20 +61,20 @@ MASKED_SOFTMAX_INLINE LaneSums<W> exponential(const T* x, const RowExponent<type
 // (TwoSum) and of the exponent along.
 template <class W, class T, class Lanes>
 MASKED_SOFTMAX_INLINE LaneSums<W, 2> rest_and_maxima(const T* x, typename W::acc_t row_max,
-                                                     const Exponent<typename W::acc_t>& c, Lanes lanes) {
+                                                     const ScaledLog2e<typename W::acc_t>& c, Lanes lanes) {
   const W m = W::broadcast(row_max);
   const W exponent = W::broadcast(c.high);
   const W a = load<W>(x, lanes, 0);
   const W t = W::sub(a, m);
   const W part = W::sub(t, a);
   const W error = W::sub(W::sub(a, W::sub(t, part)), W::add(m, part));
-  const W e = exp2_product<W, kRestBias>(t, exponent, W::fma(t, W::broadcast(c.low), W::mul(error, exponent)));
+  const W e = exp2_product<W, kTailBias>(t, exponent, W::fma(t, W::broadcast(c.low), W::mul(error, exponent)));
   return {{filled_lanes(W::zero_where_zero(t, e), lanes), filled_lanes(W::one_where_zero(t), lanes)}};
 }
 
 template <class acc_t>
 MASKED_SOFTMAX_INLINE acc_t log_of_sum(acc_t rest, acc_t maxima) {
-  const double others = (static_cast<double>(maxima) - 1.0) + std::ldexp(static_cast<double>(rest), -kRestBias);
+  const double others = (static_cast<double>(maxima) - 1.0) + std::ldexp(static_cast<double>(rest), -kTailBias);
   return static_cast<acc_t>(std::log1p(others));
 }
 

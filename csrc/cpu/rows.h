@@ -74,7 +74,7 @@ struct StagedAccess {
   static constexpr int64_t kLongestShortRow = kMostBatchElems;
   static constexpr bool kStaged = true;
 
-  explicit StagedAccess(const Problem& problem) : factor_(static_cast<acc_t>(staging_factor(problem))) {}
+  explicit StagedAccess(const Problem& problem) : factor_(static_cast<acc_t>(input_factor(problem))) {}
 
   StagedSource<V> source(const Operand& operand, int64_t offset) const {
     return {element_at(operand.data, operand.type, offset), operand.type, operand.col_stride, factor_};
@@ -186,7 +186,7 @@ struct Kernel {
 template <class V, class Access, Operation kOperation>
 MASKED_SOFTMAX_NOINLINE void run_swept_rows(const Problem& problem, int64_t begin, int64_t end) {
   using K = Kernel<V, Access, kOperation>;
-  const typename K::Parameters parameters(problem.scale / staging_factor(problem));
+  const typename K::Parameters parameters(problem.scale / input_factor(problem));
   const Operand& output = problem.output;
   Access access(problem);
   const bool is_packed = problem.packing.is_packed;
@@ -298,7 +298,7 @@ void run_staged(const Problem& problem, int64_t begin, int64_t end) {
   }
   Strips::run(problem, begin, end, K::kPadding, [](const Problem& strip) {
     if constexpr (has_direct_kernel(kOperation)) {
-      if (staging_factor(strip) == 1 && !is_scale_extreme(strip)) {
+      if (input_factor(strip) == 1 && !is_scale_extreme(strip)) {
         return run_rows<V, DirectAccess<V, typename V::acc_t, typename V::acc_t>, kOperation>(strip, 0, strip.rows);
       }
     }
@@ -308,7 +308,7 @@ void run_staged(const Problem& problem, int64_t begin, int64_t end) {
 
 template <class Isa, Operation kOperation>
 void run_indirect(const Problem& problem, int64_t begin, int64_t end) {
-  if (computes_in_double(problem)) {
+  if (accumulates_in_double(problem)) {
     run_staged<typename Isa::Double, kOperation>(problem, begin, end);
   } else {
     run_staged<typename Isa::Float, kOperation>(problem, begin, end);
@@ -357,7 +357,7 @@ template <class Isa, Operation kOperation>
 void run_operation(const Problem& problem, int64_t begin, int64_t end) {
   if constexpr (has_direct_kernel(kOperation)) {
     const bool may_be_direct = columns_are_adjacent(problem) && input_types_agree(problem) &&
-                               !is_scale_extreme(problem) && staging_factor(problem) == 1;
+                               !is_scale_extreme(problem) && input_factor(problem) == 1;
     if (may_be_direct && run_direct<Isa, kOperation>(problem, begin, end)) {
       return;
     }

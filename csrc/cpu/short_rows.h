@@ -119,7 +119,7 @@ MASKED_SOFTMAX_NOINLINE void sweep_maxima(Batch<V>& batch) {
 // they should be without it.
 template <class V, class T>
 MASKED_SOFTMAX_NOINLINE typename V::acc_t exponentials_from_maximum(const T* x, int64_t length,
-                                                                    const Exponent<typename V::acc_t>& scale,
+                                                                    const ScaledLog2e<typename V::acc_t>& scale,
                                                                     typename V::acc_t* scratch) {
   const auto exponent = exponent_from_maximum<V>(find_maxima<V>(x, length).reduce_max(), scale);
   RowSums<V> sum;
@@ -148,12 +148,11 @@ MASKED_SOFTMAX_NOINLINE void sweep_exponentials(Batch<V>& batch, const Batch<V>&
       sums.add(length, [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
         using W = typename decltype(as)::type;
         ahead.ask_for(i, W::kLanes);
-        return rest_and_maxima<W>(x + i, row_max, scale.exponent, lanes);
+        return rest_and_maxima<W>(x + i, row_max, scale.log2e, lanes);
       });
     } else {
       const acc_t reference = row_reference(V::element(x), V::element(x + length - 1));
-      const auto exponent =
-          length == 1 ? exponent_of_single<V>() : exponent_from_reference<V>(reference, scale.exponent);
+      const auto exponent = length == 1 ? exponent_of_single<V>() : exponent_from_reference<V>(reference, scale.log2e);
       sums.add(length, [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
         using W = typename decltype(as)::type;
         ahead.ask_for(i, W::kLanes);
@@ -172,8 +171,8 @@ MASKED_SOFTMAX_NOINLINE void sweep_exponentials(Batch<V>& batch, const Batch<V>&
     e = scratch;
     for (int r = 0; r < batch.rows; ++r) {
       if (is_sum_too_large(batch.sums[0][r]) && batch.lengths[r] > 1) {
-        batch.sums[0][r] = exponentials_from_maximum<V>(static_cast<const T*>(batch.inputs[0][r]), batch.lengths[r],
-                                                        scale.exponent, e);
+        batch.sums[0][r] =
+            exponentials_from_maximum<V>(static_cast<const T*>(batch.inputs[0][r]), batch.lengths[r], scale.log2e, e);
       }
       e += batch.scratch_elems(batch.lengths[r]);
     }

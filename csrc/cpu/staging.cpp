@@ -8,8 +8,7 @@ namespace {
 template <class acc_t>
 void gather_any(const void* row, ElementType type, int64_t stride, int64_t count, acc_t* buffer) {
   visit_element_type(type, [&](auto element) {
-    using element_t = decltype(element);
-    using T = std::conditional_t<std::is_same_v<element_t, bool>, bool8_t, element_t>;
+    using T = decltype(element);
     const T* from = static_cast<const T*>(row);
     if (stride == 1) {  // said apart so that the compiler vectorises it
       for (int64_t i = 0; i < count; ++i) {
@@ -23,19 +22,9 @@ void gather_any(const void* row, ElementType type, int64_t stride, int64_t count
   });
 }
 
-template <class Visitor>
-void visit_floating_type(ElementType type, const Visitor& visit) {
-  visit_element_type(type, [&](auto element) {
-    using T = decltype(element);
-    if constexpr (!std::is_integral_v<T>) {
-      visit(element);
-    }
-  });
-}
-
 template <class acc_t>
 void scatter_any(const acc_t* buffer, int64_t count, void* row, ElementType type, int64_t stride) {
-  visit_floating_type(type, [&](auto element) {
+  visit_element_type_of<ElementKind::kFloating>(type, [&](auto element) {
     using T = decltype(element);
     T* to = static_cast<T*>(row);
     for (int64_t i = 0; i < count; ++i) {
@@ -63,7 +52,7 @@ void scatter(const double* buffer, int64_t count, void* row, ElementType type, i
 }
 
 void scatter_value(double value, int64_t count, void* row, ElementType type, int64_t stride) {
-  visit_floating_type(type, [&](auto element) {
+  visit_element_type_of<ElementKind::kFloating>(type, [&](auto element) {
     using T = decltype(element);
     T* to = static_cast<T*>(row);
     const T converted = from_acc<T>(value);

@@ -28,13 +28,13 @@ MASKED_SOFTMAX_DEVICE acc_t exp2_polynomial(acc_t f) {
 template <int kBias = 0, class acc_t>
 MASKED_SOFTMAX_DEVICE acc_t exp2_product(acc_t t, acc_t c, acc_t correction = 0) {
   using E = Exp2<acc_t>;
-  constexpr acc_t kShift = E::kShift + kBias;
+  constexpr acc_t kShift = E::kMagic + kBias;
   constexpr int kFractionBits = std::numeric_limits<acc_t>::digits - 1;
   const acc_t shifted = fused_multiply_add(t, c, kShift);
   const acc_t n = shifted - kShift;
   const acc_t f = fused_multiply_add(t, c, -n) + correction;
   const acc_t power = bits_float(float_bits(shifted) << kFractionBits);  // 2^(n + kBias)
-  return n < E::kSmallestPower - kBias ? acc_t{0} : exp2_polynomial(f) * power;
+  return n < E::kMinExponent - kBias ? acc_t{0} : exp2_polynomial(f) * power;
 }
 
 // What a kernel needs of the scale, in the type that it computes in.
@@ -86,10 +86,10 @@ MASKED_SOFTMAX_DEVICE acc_t exponential(const Distance<acc_t>& distance, const S
   }
 }
 
-// The same times 2^kRestBias.
+// The same times 2^kTailBias.
 template <class acc_t>
 MASKED_SOFTMAX_DEVICE acc_t rest_term(const Distance<acc_t>& distance, const Scaling<acc_t>& scaling) {
-  return exp2_product<kRestBias>(distance.t, scaling.exponent, exponent_correction(distance, scaling));
+  return exp2_product<kTailBias>(distance.t, scaling.exponent, exponent_correction(distance, scaling));
 }
 
 // exp(y) for a saved log_softmax y, whose error does not grow with |y|.
@@ -102,11 +102,11 @@ MASKED_SOFTMAX_DEVICE acc_t exponential_of_log(acc_t y, const Scaling<acc_t>& lo
   }
 }
 
-// log(sum(e)) from the sum of all but the maxima, times 2^kRestBias, and how many maxima there are.
+// log(sum(e)) from the sum of all but the maxima, times 2^kTailBias, and how many maxima there are.
 template <class acc_t>
 MASKED_SOFTMAX_DEVICE acc_t log_of_sum(acc_t rest, acc_t maxima) {
   constexpr acc_t kUnbias = 0x1p-64;
-  static_assert(kRestBias == 64, "kUnbias takes the bias away again");
+  static_assert(kTailBias == 64, "kUnbias takes the bias away again");
   return log_one_plus(fused_multiply_add(rest, kUnbias, maxima - 1));
 }
 

@@ -54,11 +54,11 @@ KernelProblem make_kernel_problem(const Problem& problem, const LaunchPlan& plan
     result.row_sizes[dim] = make_divisor(problem.row_sizes[dim]);
   }
   result.output_rows_are_aligned = output_rows_are_aligned(problem);
-  result.factor = staging_factor(problem);
+  result.factor = input_factor(problem);
   result.scale = problem.scale / result.factor;
   const double exponent = is_forward(problem.operation) ? result.scale : 1.0;
-  result.exponent_float = Exponent<float>(exponent);
-  result.exponent_double = Exponent<double>(exponent);
+  result.exponent_float = ScaledLog2e<float>(exponent);
+  result.exponent_double = ScaledLog2e<double>(exponent);
   return result;
 }
 

@@ -24,11 +24,11 @@ struct KernelProblem {
   Divisor row_sizes[kMaxRowDims];
   // Whether every row of the output begins, with its valid columns, at a multiple of 16 bytes.
   bool output_rows_are_aligned = false;
-  double factor = 1.0;  // forward passes: see staging_factor()
+  double factor = 1.0;  // forward passes: see input_factor()
 
   // RowScale and log2(e), in both computing types.
-  Exponent<float> exponent_float{1.0};
-  Exponent<double> exponent_double{1.0};
+  ScaledLog2e<float> exponent_float{1.0};
+  ScaledLog2e<double> exponent_double{1.0};
   double scale = 1.0;
 
   SumOrder order;

@@ -76,7 +76,7 @@ bool is_side_by_side(const Problem& problem) {
 // What 16 bytes hold of the narrowest operand; of types that no strategy holds in registers, of the computing type.
 int elems_per_vector(const Problem& problem) {
   const RegisterTypes* types = find_register_types(problem);
-  return types != nullptr ? types->elems_per_vector : computes_in_double(problem) ? 2 : 4;
+  return types != nullptr ? types->elems_per_vector : accumulates_in_double(problem) ? 2 : 4;
 }
 
 template <class acc_t>
@@ -100,7 +100,7 @@ LaunchPlan plan_problem(const Problem& problem, const DeviceProperties& device, 
   shape.rows = problem.rows;
   shape.cols = problem.longest();
   shape.elems_per_vector = elems_per_vector(problem);
-  shape.acc_bytes = computes_in_double(problem) ? 8 : 4;
+  shape.acc_bytes = accumulates_in_double(problem) ? 8 : 4;
   shape.inputs = problem.input_count;
   shape.fits_registers = find_register_types(problem) != nullptr && columns_are_adjacent(problem);
   shape.is_side_by_side = is_side_by_side(problem);
@@ -113,7 +113,7 @@ Status launch_problem(const Problem& problem, const LaunchPlan& plan, void* work
     case Strategy::kAutomatic: return kInvalidLaunch;
     case Strategy::kColumn:
     case Strategy::kStrided:
-      return computes_in_double(problem) ? launch_strided<double>(kernel_problem, plan, stream)
+      return accumulates_in_double(problem) ? launch_strided<double>(kernel_problem, plan, stream)
                                          : launch_strided<float>(kernel_problem, plan, stream);
     default: return find_register_types(problem)->launch(kernel_problem, plan, stream);
   }

@@ -17,20 +17,11 @@ namespace kernel_tests {
 
 using namespace masked_softmax;
 
-inline int64_t size_of(ElementType type) {
-  int64_t size = 0;
-  visit_element_type(type, [&](auto element) { size = sizeof(element); });
-  return size;
-}
-
 // The value, cut to the integer type, at any address.
 inline void store_integer(void* to, ElementType type, int64_t value) {
-  visit_element_type(type, [&](auto element) {
-    using T = decltype(element);
-    if constexpr (std::is_integral_v<T>) {
-      const T stored = static_cast<T>(value);
-      std::memcpy(to, &stored, sizeof(T));
-    }
+  visit_element_type_of<ElementKind::kInteger>(type, [&](auto element) {
+    const auto stored = static_cast<decltype(element)>(value);
+    std::memcpy(to, &stored, sizeof(stored));
   });
 }
 
@@ -39,61 +30,15 @@ inline void store_integers(void* to, ElementType type, const std::vector<int64_t
   auto* next = static_cast<unsigned char*>(to);
   for (int64_t value : values) {
     store_integer(next, type, value);
-    next += size_of(type);
+    next += size_bytes(type);
   }
 }
 
-inline const char* name_of(ElementType type) {
-  switch (type) {
-    case ElementType::kFloat64: return "float64";
-    case ElementType::kFloat32: return "float32";
-    case ElementType::kBFloat16: return "bfloat16";
-    case ElementType::kFloat16: return "float16";
-    default: return "integer";
-  }
-}
-
-inline const char* name_of(Operation operation) {
-  switch (operation) {
-    case Operation::kSoftmax: return "softmax";
-    case Operation::kLogSoftmax: return "log_softmax";
-    case Operation::kSoftmaxBackward: return "softmax_backward";
-    case Operation::kLogSoftmaxBackward: return "log_softmax_backward";
-    case Operation::kLogSoftmaxJvp: return "log_softmax_jvp";
-    case Operation::kSoftmaxBackwardWrtY: return "softmax_backward_wrt_y";
-    case Operation::kLogSoftmaxBackwardWrtY: return "log_softmax_backward_wrt_y";
-    case Operation::kSoftmaxBackwardJvpWrtY: return "softmax_backward_jvp_wrt_y";
-    case Operation::kLogSoftmaxJvpJvpWrtY: return "log_softmax_jvp_jvp_wrt_y";
-  }
-  return "";
-}
-
-constexpr Operation kOperations[] = {
-    Operation::kSoftmax,
-    Operation::kLogSoftmax,
-    Operation::kSoftmaxBackward,
-    Operation::kLogSoftmaxBackward,
-    Operation::kLogSoftmaxJvp,
-    Operation::kSoftmaxBackwardWrtY,
-    Operation::kLogSoftmaxBackwardWrtY,
-    Operation::kSoftmaxBackwardJvpWrtY,
-    Operation::kLogSoftmaxJvpJvpWrtY,
-};
+inline const char* name_of(ElementType type) { return element_type_name(type); }
+inline const char* name_of(Operation operation) { return info_of(operation).name; }
 
 constexpr ElementType kFloatingTypes[] = {ElementType::kFloat64, ElementType::kFloat32, ElementType::kBFloat16,
                                           ElementType::kFloat16};
-
-inline int input_count(Operation operation) {
-  switch (operation) {
-    case Operation::kSoftmax:
-    case Operation::kLogSoftmax: return 1;
-    case Operation::kSoftmaxBackwardWrtY:
-    case Operation::kLogSoftmaxBackwardWrtY:
-    case Operation::kSoftmaxBackwardJvpWrtY:
-    case Operation::kLogSoftmaxJvpJvpWrtY: return 3;
-    default: return 2;
-  }
-}
 
 // A matrix of any type: rows of cols elements, `col_stride` apart, beginning `shift` elements into its memory. Every
 // byte that is no element of it holds the poison.
@@ -102,39 +47,32 @@ class Matrix {
   Matrix(ElementType type, int64_t rows, int64_t cols, int64_t col_stride = 1, int64_t shift = 0, int64_t row_gap = 0)
       : type_(type), rows_(rows), cols_(cols), col_stride_(col_stride), shift_(shift) {
     row_stride_ = cols * col_stride + row_gap;
-    bytes_.assign(static_cast<size_t>((shift + rows * row_stride_ + kSlack) * size_of(type)), kPoison);
+    bytes_.assign(static_cast<size_t>((shift + rows * row_stride_ + kSlack) * size_bytes(type)), kPoison);
   }
 
   static constexpr unsigned char kPoison = 0xff;  // as an element of any floating type: NaN
 
   double get(int64_t row, int64_t col) const {
     double value = 0;
-    visit_element_type(type_, [&](auto element) {
-      using T = decltype(element);
-      if constexpr (!std::is_integral_v<T>) {
-        T stored;
-        std::memcpy(&stored, at(row, col), sizeof(T));
-        value = to_acc<double>(stored);
-      }
+    visit_element_type_of<ElementKind::kFloating>(type_, [&](auto element) {
+      std::memcpy(&element, at(row, col), sizeof(element));
+      value = to_acc<double>(element);
     });
     return value;
   }
   void set(int64_t row, int64_t col, double value) {
-    visit_element_type(type_, [&](auto element) {
-      using T = decltype(element);
-      if constexpr (!std::is_integral_v<T>) {
-        const T stored = from_acc<T>(value);
-        std::memcpy(const_cast<unsigned char*>(at(row, col)), &stored, sizeof(T));
-      }
+    visit_element_type_of<ElementKind::kFloating>(type_, [&](auto element) {
+      element = from_acc<decltype(element)>(value);
+      std::memcpy(const_cast<unsigned char*>(at(row, col)), &element, sizeof(element));
     });
   }
   std::string bits(int64_t row, int64_t col) const {
-    return {reinterpret_cast<const char*>(at(row, col)), static_cast<size_t>(size_of(type_))};
+    return {reinterpret_cast<const char*>(at(row, col)), static_cast<size_t>(size_bytes(type_))};
   }
 
   Operand operand() {
     Operand result;
-    result.data = bytes_.data() + shift_ * size_of(type_);
+    result.data = bytes_.data() + shift_ * size_bytes(type_);
     result.type = type_;
     result.col_stride = col_stride_;
     result.row_strides[0] = row_stride_;
@@ -147,7 +85,7 @@ class Matrix {
     for (int64_t row = 0; row < rows_; ++row) {
       for (int64_t col = 0; col < cols_; ++col) {
         const auto first = static_cast<size_t>(at(row, col) - bytes_.data());
-        for (int64_t byte = 0; byte < size_of(type_); ++byte) {
+        for (int64_t byte = 0; byte < size_bytes(type_); ++byte) {
           ours[first + static_cast<size_t>(byte)] = true;
         }
       }
@@ -168,7 +106,7 @@ class Matrix {
   static constexpr int64_t kSlack = 80;  // elements: more than any vector holds
 
   const unsigned char* at(int64_t row, int64_t col) const {
-    return bytes_.data() + (shift_ + row * row_stride_ + col * col_stride_) * size_of(type_);
+    return bytes_.data() + (shift_ + row * row_stride_ + col * col_stride_) * size_bytes(type_);
   }
 
   ElementType type_;

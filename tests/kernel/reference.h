@@ -17,18 +17,18 @@ struct Expected {
   real tolerance;
 };
 
-inline real epsilon_of(bool computes_in_double) {
-  return computes_in_double ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
+inline real epsilon_of(bool accumulates_in_double) {
+  return accumulates_in_double ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
 }
 
 // Half a unit in the last place where the result is narrower than the computing type, which is rounded once; and the
 // smallest normal number, below which no relative accuracy is promised.
-inline real rounding_of(ElementType type, bool computes_in_double, real value) {
+inline real rounding_of(ElementType type, bool accumulates_in_double, real value) {
   const real magnitude = std::fabs(value);
   switch (type) {
     case ElementType::kBFloat16: return std::fmax(magnitude * 0x1p-8L, 0x1p-126L);
     case ElementType::kFloat16: return std::fmax(magnitude * 0x1p-11L, 0x1p-25L);
-    case ElementType::kFloat32: return std::fmax(computes_in_double ? magnitude * 0x1p-24L : 0, 0x1p-126L);
+    case ElementType::kFloat32: return std::fmax(accumulates_in_double ? magnitude * 0x1p-24L : 0, 0x1p-126L);
     default: return std::numeric_limits<double>::min();
   }
 }
@@ -161,22 +161,22 @@ inline std::vector<Expected> expected_derivative(Operation operation, const RowV
 // The results of one row's valid columns.
 inline std::vector<Expected> expected_row(Operation operation, const std::vector<Matrix>& inputs, int64_t row,
                                           const Bounds& bounds, double scale, ElementType output_type) {
-  bool computes_in_double = output_type == ElementType::kFloat64;
+  bool accumulates_in_double = output_type == ElementType::kFloat64;
   RowValues values(inputs.size());
   for (size_t k = 0; k < inputs.size(); ++k) {
-    computes_in_double = computes_in_double || inputs[k].type() == ElementType::kFloat64;
+    accumulates_in_double = accumulates_in_double || inputs[k].type() == ElementType::kFloat64;
     for (int64_t i = 0; i < bounds.lengths[static_cast<size_t>(row)]; ++i) {
       values[k].push_back(inputs[k].get(row, bounds.starts[static_cast<size_t>(row)] + i));
     }
   }
-  const real eps = epsilon_of(computes_in_double);
+  const real eps = epsilon_of(accumulates_in_double);
   std::vector<Expected> results;
   if (!values[0].empty()) {
     results = is_forward(operation) ? expected_forward(values[0], operation == Operation::kLogSoftmax, scale, eps)
                                     : expected_derivative(operation, values, scale, eps);
   }
   for (Expected& result : results) {
-    result.tolerance += rounding_of(output_type, computes_in_double, result.value);
+    result.tolerance += rounding_of(output_type, accumulates_in_double, result.value);
   }
   return results;
 }

@@ -36,7 +36,7 @@ void arrange(Operand& operand, Arrangement arrangement, int64_t cols) {
 
 // The same integers in memory of that type that begins at an odd address.
 OddBytes odd_integers(const std::vector<int64_t>& values, RowIndex& index, ElementType type) {
-  OddBytes memory(static_cast<int64_t>(values.size()) * size_of(type));
+  OddBytes memory(static_cast<int64_t>(values.size()) * size_bytes(type));
   store_integers(memory.data(), type, values);
   index.data = memory.data();
   index.type = type;
@@ -81,14 +81,14 @@ void check_odd_addresses(const CpuCapability& capability, const Case& c) {
     arrange(problem.inputs[k], c.arrangement, c.cols);
   }
   const Operand even = problem.output;
-  const int64_t output_bytes = kRows * 2 * c.cols * size_of(c.output_type);
+  const int64_t output_bytes = kRows * 2 * c.cols * size_bytes(c.output_type);
   OddBytes odd_output(even.data, output_bytes);
   capability.run_rows(problem, 0, kRows);
 
   std::vector<OddBytes> odd_inputs;
   odd_inputs.reserve(inputs.size());
   for (int k = 0; k < problem.input_count; ++k) {
-    odd_inputs.emplace_back(problem.inputs[k].data, kRows * 2 * c.cols * size_of(c.input_type));
+    odd_inputs.emplace_back(problem.inputs[k].data, kRows * 2 * c.cols * size_bytes(c.input_type));
     problem.inputs[k].data = odd_inputs.back().data();
   }
   const OddBytes lengths = odd_integers(bounds.lengths, problem.lengths, c.index_type);

@@ -25,11 +25,11 @@ struct Integers {
   std::vector<int64_t> memory;  // holds the narrower types' elements too
 
   void store(int64_t position, int64_t value) {
-    store_integer(reinterpret_cast<char*>(memory.data()) + position * size_of(type), type, value);
+    store_integer(reinterpret_cast<char*>(memory.data()) + position * size_bytes(type), type, value);
   }
   RowIndex index() const {
     RowIndex result;
-    result.data = reinterpret_cast<const char*>(memory.data()) + first * size_of(type);
+    result.data = reinterpret_cast<const char*>(memory.data()) + first * size_bytes(type);
     result.type = type;
     std::copy(strides, strides + 3, result.row_strides);
     return result;
@@ -200,9 +200,9 @@ TEST("lengths: out of range they are cut to the row, and nothing beside it is re
     for (Operation operation : kOperations) {
       for (ElementType type : kFloatingTypes) {
         for (bool at_end : {true, false}) {
-          GuardedBuffer first(kFew * size_of(type), at_end);
-          GuardedBuffer second(kFew * size_of(type), at_end);
-          GuardedBuffer third(kFew * size_of(type), at_end);
+          GuardedBuffer first(kFew * size_bytes(type), at_end);
+          GuardedBuffer second(kFew * size_bytes(type), at_end);
+          GuardedBuffer third(kFew * size_bytes(type), at_end);
           char* const guarded[] = {first.data(), second.data(), third.data()};
           std::vector<Matrix> inputs;
           for (int k = 0; k < input_count(operation); ++k) {
@@ -222,7 +222,7 @@ TEST("lengths: out of range they are cut to the row, and nothing beside it is re
               Matrix output(type, 1, kFew, 1, 5);
               Problem problem = make_problem(operation, output, inputs, outside);
               for (int k = 0; k < problem.input_count; ++k) {
-                std::memcpy(guarded[k], problem.inputs[k].data, static_cast<size_t>(kFew * size_of(type)));
+                std::memcpy(guarded[k], problem.inputs[k].data, static_cast<size_t>(kFew * size_bytes(type)));
                 problem.inputs[k].data = guarded[k];
               }
               capability.run_rows(problem, 0, 1);

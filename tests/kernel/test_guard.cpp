@@ -25,7 +25,7 @@ class GuardedRows {
     for (int64_t length : lengths) {
       longest = std::max(longest, length);
     }
-    const int64_t elem_bytes = size_of(type);
+    const int64_t elem_bytes = size_bytes(type);
     const int64_t step = std::abs(col_stride);
     readable_bytes_ = (((longest - 1) * step + 1) * elem_bytes + page_ - 1) / page_ * page_;
     // Unreadable between two rows: all columns of padding, as far as the stride spreads them.
@@ -48,11 +48,11 @@ class GuardedRows {
   ~GuardedRows() { munmap(mapping_, static_cast<size_t>(mapped_bytes_)); }
 
   void set(int64_t row, int64_t col, const std::string& bits) {
-    std::memcpy(first_ + row * row_bytes_ + col * col_stride_ * size_of(type_), bits.data(), bits.size());
+    std::memcpy(first_ + row * row_bytes_ + col * col_stride_ * size_bytes(type_), bits.data(), bits.size());
   }
   // Of columns that are adjacent.
   std::string bytes(int64_t row, int64_t col, int64_t count) const {
-    return {first_ + row * row_bytes_ + col * size_of(type_), static_cast<size_t>(count * size_of(type_))};
+    return {first_ + row * row_bytes_ + col * size_bytes(type_), static_cast<size_t>(count * size_bytes(type_))};
   }
   void forbid_writing() {
     for_each_readable([&](char* first, int64_t) { mprotect(first, static_cast<size_t>(readable_bytes_), PROT_READ); });
@@ -62,9 +62,9 @@ class GuardedRows {
     bool is_untouched = true;
     const auto is_poison = [](char byte) { return byte == static_cast<char>(Matrix::kPoison); };
     for_each_readable([&](const char* begin, int64_t row) {
-      const char* own = first_ + row * row_bytes_ + first_col * size_of(type_);
+      const char* own = first_ + row * row_bytes_ + first_col * size_bytes(type_);
       is_untouched = is_untouched && std::all_of(begin, own, is_poison) &&
-                     std::all_of(own + count * size_of(type_), begin + readable_bytes_, is_poison);
+                     std::all_of(own + count * size_bytes(type_), begin + readable_bytes_, is_poison);
     });
     return is_untouched;
   }
@@ -73,7 +73,7 @@ class GuardedRows {
     result.data = first_;
     result.type = type_;
     result.col_stride = col_stride_;
-    result.row_strides[0] = row_bytes_ / size_of(type_);
+    result.row_strides[0] = row_bytes_ / size_bytes(type_);
     return result;
   }
 
@@ -104,7 +104,7 @@ class GuardedRows {
 class GuardedIntegers {
  public:
   GuardedIntegers(const std::vector<int64_t>& values, unsigned turn, bool at_end)
-      : type_(type_for(values, turn)), buffer_(static_cast<int64_t>(values.size()) * size_of(type_), at_end) {
+      : type_(type_for(values, turn)), buffer_(static_cast<int64_t>(values.size()) * size_bytes(type_), at_end) {
     store_integers(buffer_.data(), type_, values);
     buffer_.forbid_writing();
   }
@@ -141,8 +141,8 @@ unsigned next_turn() {
 std::string bytes_at(Matrix& matrix, int64_t row, int64_t col, int64_t count) {
   const Operand operand = matrix.operand();
   const int64_t first = row * operand.row_strides[0] + col;
-  return {static_cast<const char*>(operand.data) + first * size_of(operand.type),
-          static_cast<size_t>(count * size_of(operand.type))};
+  return {static_cast<const char*>(operand.data) + first * size_bytes(operand.type),
+          static_cast<size_t>(count * size_bytes(operand.type))};
 }
 
 // Ones in rows of adjacent columns, which end at column `end`, or begin at column 0 where that is 0.
@@ -159,7 +159,7 @@ void fill_with_ones(GuardedRows& rows, ElementType type, const std::vector<int64
 
 // Whether no element of such rows holds the poison.
 bool is_written(const GuardedRows& rows, ElementType type, const std::vector<int64_t>& lengths, int64_t end) {
-  const std::string poison(static_cast<size_t>(size_of(type)), static_cast<char>(Matrix::kPoison));
+  const std::string poison(static_cast<size_t>(size_bytes(type)), static_cast<char>(Matrix::kPoison));
   for (size_t row = 0; row < lengths.size(); ++row) {
     const int64_t first = end > 0 ? end - lengths[row] : 0;
     for (int64_t col = first; col < first + lengths[row]; ++col) {
@@ -589,7 +589,7 @@ TEST("guard pages: neither results nor padding are written beside the output") {
       for (Operation operation : kOperations) {
         for (ElementType type : kFloatingTypes) {
           // One row that fills its pages: its first and its last column border unreadable ones.
-          const int64_t cols = page / size_of(type);
+          const int64_t cols = page / size_bytes(type);
           GuardedBuffer memory(page, true);
           for (int64_t length = 0; length <= 70; ++length) {
             for (int64_t start : {int64_t{0}, int64_t{1}, length % 19, cols - length - 1, cols - length}) {

@@ -57,20 +57,20 @@ class LaidOut {
         break;
       default: break;
     }
-    bytes_.assign(static_cast<size_t>((rows * 3 * (cols + 2) + shift) * size_of(type)), Matrix::kPoison);
-    operand_.data = bytes_.data() + first * size_of(type);
+    bytes_.assign(static_cast<size_t>((rows * 3 * (cols + 2) + shift) * size_bytes(type)), Matrix::kPoison);
+    operand_.data = bytes_.data() + first * size_bytes(type);
   }
 
   const Operand& operand() const { return operand_; }
   void set(int64_t row, int64_t col, const std::string& bits) { std::memcpy(at(row, col), bits.data(), bits.size()); }
   std::string bits(int64_t row, int64_t col) const {
-    return {at(row, col), static_cast<size_t>(size_of(operand_.type))};
+    return {at(row, col), static_cast<size_t>(size_bytes(operand_.type))};
   }
 
  private:
   char* at(int64_t row, int64_t col) const {
     return static_cast<char*>(operand_.data) +
-           (row * operand_.row_strides[0] + col * operand_.col_stride) * size_of(operand_.type);
+           (row * operand_.row_strides[0] + col * operand_.col_stride) * size_bytes(operand_.type);
   }
 
   Operand operand_;

@@ -20,7 +20,7 @@ real tolerance_of(const Expected& want, const Problem& problem) {
   if (!is_forward(problem.operation)) {
     return want.tolerance;
   }
-  const bool is_double = computes_in_double(problem) && !is_scale_extreme(problem);
+  const bool is_double = accumulates_in_double(problem) && !is_scale_extreme(problem);
   const real relative = (4 + kLargestDistance) * epsilon_of(is_double);
   return std::fmin(want.tolerance,
                    relative * std::fabs(want.value) + rounding_of(problem.output.type, is_double, want.value));

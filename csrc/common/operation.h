@@ -1,0 +1,77 @@
+// What a call computes: the table of operations as an enumeration, and what follows from a row of it.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+namespace masked_softmax {
+
+enum class Operation : uint8_t {
+#define MASKED_SOFTMAX_OPERATION(Name, name, Signature, Kernels) k##Name,
+#include "common/operations.inc"
+#undef MASKED_SOFTMAX_OPERATION
+};
+
+enum class Signature : uint8_t { kForward, kBackward, kJvp, kSecondOrder };
+enum class Kernels : uint8_t { kTuned, kGeneric };
+
+struct OperationInfo {
+  const char* name;         // of the operator
+  const char* packed_name;  // of the Python function for packed rows; forward operations only
+  Signature signature;
+  Kernels kernels;
+};
+
+constexpr Operation kOperations[] = {
+#define MASKED_SOFTMAX_OPERATION(Name, name, Signature, Kernels) Operation::k##Name,
+#include "common/operations.inc"
+#undef MASKED_SOFTMAX_OPERATION
+};
+
+constexpr OperationInfo info_of(Operation operation) {
+  switch (operation) {
+#define MASKED_SOFTMAX_OPERATION(Name, name, Signature_, Kernels_) \
+  case Operation::k##Name: return {"masked_" #name, "packed_" #name, Signature::k##Signature_, Kernels::Kernels_};
+#include "common/operations.inc"
+#undef MASKED_SOFTMAX_OPERATION
+  }
+  return {};
+}
+
+constexpr int input_count(Signature signature) {
+  switch (signature) {
+    case Signature::kForward: return 1;
+    case Signature::kBackward: return 2;
+    case Signature::kJvp: return 2;
+    case Signature::kSecondOrder: return 3;
+  }
+  return 0;
+}
+constexpr int input_count(Operation operation) { return input_count(info_of(operation).signature); }
+
+constexpr bool is_forward(Operation operation) { return info_of(operation).signature == Signature::kForward; }
+
+constexpr bool is_tuned(Operation operation) { return info_of(operation).kernels == Kernels::kTuned; }
+
+// What padding holds in the result.
+constexpr double padding_value(Operation operation) {
+  return operation == Operation::kLogSoftmax ? -std::numeric_limits<double>::infinity() : 0.0;
+}
+
+template <Operation kOperation>
+using OperationConstant = std::integral_constant<Operation, kOperation>;
+
+// Calls visit(OperationConstant<operation>()), and returns what it returns.
+template <class Visitor>
+inline auto visit_operation(Operation operation, const Visitor& visit) {
+  switch (operation) {
+#define MASKED_SOFTMAX_OPERATION(Name, name, Signature, Kernels) \
+  case Operation::k##Name: return visit(OperationConstant<Operation::k##Name>());
+#include "common/operations.inc"
+#undef MASKED_SOFTMAX_OPERATION
+  }
+  __builtin_unreachable();  // every enumerator has a case
+}
+
+}  // namespace masked_softmax
