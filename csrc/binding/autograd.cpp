@@ -1,94 +1,106 @@
-// Derivatives, backward and forward: of the two functions, and of their own derivatives, so that all second derivatives
-// exist in every mode. Third ones do not.
+// Derivatives in reverse and forward mode: of the two functions, and of their first derivatives. So all second
+// derivatives exist in every mode; third derivatives do not.
 //
-// A function's node saves its output and the lengths (and starts, where given), nothing else. Writes are counted below
-// (in_place.cpp).
+// A forward node saves its output, lengths and starts, nothing else. Writes are counted one level below (in_place.cpp).
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
-#include "binding/operators.h"
-#include "binding/rows_node.h"
+#include "binding/autograd_node.h"
 
 namespace masked_softmax {
 namespace {
 
 using torch::autograd::variable_list;
 
-const Operators& operators_of(bool is_log) { return is_log ? log_softmax_operators() : softmax_operators(); }
+// The derivatives of a forward operation. Formulas: common/formulas.h.
+template <Operation kForward>
+struct DerivativesOf;
 
-at::Tensor call_backward(const Rows& rows, const at::Tensor& g, const at::Tensor& y, at::ScalarType input_dtype) {
-  return operators_of(rows.is_log)
-      .backward.call(g, y, rows.lengths, rows.dim, rows.starts, rows.scale, input_dtype, rows.packed);
-}
+template <>
+struct DerivativesOf<Operation::kSoftmax> {
+  static constexpr auto kBackward = Operation::kSoftmaxBackward;
+  static constexpr auto kJvp = Operation::kSoftmaxBackward;  // the Jacobian is symmetric
+  static constexpr auto kBackwardWrtY = Operation::kSoftmaxBackwardWrtY;
+  static constexpr auto kBackwardJvpWrtY = Operation::kSoftmaxBackwardJvpWrtY;
+  static constexpr const char* kNodeName = "MaskedSoftmaxExtBackward";
+  static constexpr const char* kBackwardNodeName = "MaskedSoftmaxExtBackwardBackward";
+};
 
-// Of the function's output y along a tangent of its input; it has y's type.
-at::Tensor call_jvp(const Rows& rows, const at::Tensor& tangent, const at::Tensor& y) {
-  if (!rows.is_log) {
-    return call_backward(rows, tangent, y, y.scalar_type());
+template <>
+struct DerivativesOf<Operation::kLogSoftmax> {
+  static constexpr auto kBackward = Operation::kLogSoftmaxBackward;
+  static constexpr auto kJvp = Operation::kLogSoftmaxJvp;
+  static constexpr auto kBackwardWrtY = Operation::kLogSoftmaxBackwardWrtY;
+  static constexpr auto kBackwardJvpWrtY = Operation::kLogSoftmaxBackwardWrtY;  // it is diagonal
+  static constexpr const char* kNodeName = "MaskedLogSoftmaxExtBackward";
+  static constexpr const char* kBackwardNodeName = "MaskedLogSoftmaxExtBackwardBackward";
+};
+
+// The jvp of `kOperation`'s family: the tangent of the output y from a tangent of the input. It has y's type.
+template <Operation kJvp>
+at::Tensor call_jvp(const SavedCall& c, const at::Tensor& tangent, const at::Tensor& y) {
+  if constexpr (info_of(kJvp).signature == Signature::kBackward) {
+    return call<kJvp>(tangent, y, c.rows(), y.scalar_type(), c.packed);
+  } else {
+    return call<kJvp>(tangent, y, c.rows(), c.packed);
   }
-  return masked_log_softmax_jvp().call(tangent, y, rows.lengths, rows.dim, rows.starts, rows.scale, rows.packed);
 }
 
-at::Tensor call_second_order(const c10::TypedOperatorHandle<SecondOrder>& of, const Rows& rows,
-                             const at::Tensor& tangent, const at::Tensor& g, const at::Tensor& y) {
-  return of.call(tangent, g, y, rows.lengths, rows.dim, rows.starts, rows.scale, rows.packed);
-}
+template <Operation kForward>
+constexpr GradientFormula kForwardFormula = {
+    DerivativesOf<kForward>::kNodeName, 1,
+    // saved: output
+    [](const SavedCall& c, const at::Tensor& grad, const variable_list& saved, const std::vector<bool>&) {
+      return variable_list{call<DerivativesOf<kForward>::kBackward>(grad, saved[0], c.rows(), c.input_dtype, c.packed)};
+    }};
 
-at::Tensor call_backward_wrt_output(const Rows& rows, const at::Tensor& grad, const at::Tensor& g,
-                                    const at::Tensor& y) {
-  return call_second_order(operators_of(rows.is_log).backward_wrt_output, rows, grad, g, y);
-}
+template <Operation kForward>
+constexpr GradientFormula kBackwardFormula = {
+    DerivativesOf<kForward>::kBackwardNodeName, 2,
+    // saved: grad_output, output
+    [](const SavedCall& c, const at::Tensor& grad, const variable_list& saved, const std::vector<bool>& is_needed) {
+      using D = DerivativesOf<kForward>;
+      const at::Tensor& g = saved[0];
+      const at::Tensor& y = saved[1];
+      variable_list result(2);
+      if (is_needed[0]) {
+        // The transposed Jacobian of backward in g is that of the jvp.
+        if constexpr (D::kJvp == D::kBackward) {
+          result[0] = call<D::kBackward>(grad, y, c.rows(), g.scalar_type(), c.packed);
+        } else {
+          result[0] = call<D::kJvp>(grad, y, c.rows(), c.packed);
+        }
+      }
+      if (is_needed[1]) {
+        result[1] = call<D::kBackwardWrtY>(grad, g, y, c.rows(), c.packed);
+      }
+      return result;
+    }};
 
-// saved: the output.
-variable_list forward_gradients(const Rows& rows, at::ScalarType input_dtype, const at::Tensor& grad,
-                                const variable_list& saved, const std::vector<bool>& /*is_needed*/) {
-  return {call_backward(rows, grad, saved[0], input_dtype)};
-}
+constexpr GradientFormula kLogSoftmaxJvpFormula = {
+    "MaskedLogSoftmaxExtJvpBackward", 2,
+    // saved: tangent, output
+    [](const SavedCall& c, const at::Tensor& grad, const variable_list& saved, const std::vector<bool>& is_needed) {
+      const at::Tensor& tangent = saved[0];
+      const at::Tensor& y = saved[1];
+      variable_list result(2);
+      if (is_needed[0]) {
+        result[0] = call<Operation::kLogSoftmaxBackward>(grad, y, c.rows(), tangent.scalar_type(), c.packed);
+      }
+      if (is_needed[1]) {
+        result[1] = call<Operation::kLogSoftmaxBackwardWrtY>(tangent, grad, y, c.rows(), c.packed);
+      }
+      return result;
+    }};
 
-// Of the backward operators. saved: grad_output, output.
-variable_list backward_gradients(const Rows& rows, at::ScalarType /*input_dtype*/, const at::Tensor& grad,
-                                 const variable_list& saved, const std::vector<bool>& is_needed) {
-  const at::Tensor& g = saved[0];
-  const at::Tensor& y = saved[1];
-  variable_list result(2);
-  if (is_needed[0]) {
-    result[0] = rows.is_log ? call_jvp(rows, grad, y) : call_backward(rows, grad, y, g.scalar_type());
-  }
-  if (is_needed[1]) {
-    result[1] = call_backward_wrt_output(rows, grad, g, y);
-  }
-  return result;
-}
-
-// Of log_softmax's jvp. saved: tangent, output.
-variable_list jvp_gradients(const Rows& rows, at::ScalarType /*input_dtype*/, const at::Tensor& grad,
-                            const variable_list& saved, const std::vector<bool>& is_needed) {
-  const at::Tensor& tangent = saved[0];
-  const at::Tensor& y = saved[1];
-  variable_list result(2);
-  if (is_needed[0]) {
-    result[0] = call_backward(rows, grad, y, tangent.scalar_type());
-  }
-  if (is_needed[1]) {
-    result[1] = call_backward_wrt_output(rows, tangent, grad, y);
-  }
-  return result;
-}
-
-constexpr Formula kForward[] = {{"MaskedSoftmaxExtBackward", 1, forward_gradients},
-                                {"MaskedLogSoftmaxExtBackward", 1, forward_gradients}};
-constexpr Formula kBackward[] = {{"MaskedSoftmaxExtBackwardBackward", 2, backward_gradients},
-                                 {"MaskedLogSoftmaxExtBackwardBackward", 2, backward_gradients}};
-constexpr Formula kLogSoftmaxJvp = {"MaskedLogSoftmaxExtJvpBackward", 2, jvp_gradients};
-
-// The result of an operator that takes two tensors, and its node.
-void set_history(const at::Tensor& result, const Formula& formula, const Rows& rows, const at::Tensor& first,
-                 const at::Tensor& second) {
-  RowsNode::Pointer owner;
-  if (RowsNode* node = node_for(formula, rows, result.scalar_type(), {&first, &second}, owner)) {
+// The history of the result of an operator that takes two tensors.
+void set_history(const at::Tensor& result, const GradientFormula& formula, const SavedCall& call,
+                 const at::Tensor& first, const at::Tensor& second) {
+  OperatorNode::Pointer owner;
+  if (OperatorNode* node = OperatorNode::create(formula, call, {&first, &second}, owner)) {
     node->save(first);
     node->save(second);
     torch::autograd::set_history(result, owner);
@@ -99,15 +111,14 @@ at::Tensor tangent_of(const at::Tensor& tensor) { return tensor._fw_grad(/*level
 
 bool has_tangent(const at::Tensor& tensor) { return tangent_of(tensor).defined(); }
 
-// Without its tangent.
 at::Tensor primal_of(const at::Tensor& tensor) { return has_tangent(tensor) ? tensor._fw_primal(/*level=*/0) : tensor; }
 
 void set_tangent(const at::Tensor& tensor, const at::Tensor& tangent, bool is_in_place) {
   tensor._set_fw_grad(tangent, /*level=*/0, is_in_place);
 }
 
-// The tangent of an operator that takes two tensors: what along_first(tangent, second) and along_second(tangent, first)
-// make of those that have one.
+// The tangent of the result of an operator that takes two tensors: the sum of along_first(tangent of first, second) and
+// along_second(tangent of second, first), for those that have one.
 template <class AlongFirst, class AlongSecond>
 void set_tangent_of(const at::Tensor& result, const at::Tensor& first, const at::Tensor& second,
                     const AlongFirst& along_first, const AlongSecond& along_second) {
@@ -124,22 +135,27 @@ void set_tangent_of(const at::Tensor& result, const at::Tensor& first, const at:
   }
 }
 
-template <bool kIsLog>
-at::Tensor forward(const at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
-                   OptionalScale scale, OptionalType dtype, bool validate, OptionalInt packed) {
+SavedCall saved_call(const RowArguments& rows, OptionalInt packed, at::ScalarType input_dtype) {
+  return {{rows.dim, rows.scale, packed, input_dtype}, rows.lengths, rows.starts};
+}
+
+template <Operation kForward>
+at::Tensor forward(const at::Tensor& input, const RowArguments& rows, OptionalType dtype, bool validate,
+                   OptionalInt packed) {
   at::Tensor output;
   {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    output = operators_of(kIsLog).forward.call(input, lengths, dim, starts, scale, dtype, validate, packed);
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    output = call<kForward>(input, rows, dtype, validate, packed);
   }
-  const Rows rows{{kIsLog, dim, scale, packed}, lengths, starts};
-  RowsNode::Pointer owner;
-  RowsNode* const node = node_for(kForward[kIsLog], rows, input.scalar_type(), {&input}, owner);
+  const SavedCall saved = saved_call(rows, packed, input.scalar_type());
+  OperatorNode::Pointer owner;
+  OperatorNode* const node = OperatorNode::create(kForwardFormula<kForward>, saved, {&input}, owner);
   if (node != nullptr) {
     torch::autograd::set_history(output, owner);
   }
   if (has_tangent(input)) {
-    set_tangent(output, call_jvp(rows, tangent_of(input), output), /*is_in_place=*/false);
+    set_tangent(output, call_jvp<DerivativesOf<kForward>::kJvp>(saved, tangent_of(input), output),
+                /*is_in_place=*/false);
   }
   if (node != nullptr) {
     node->save_output(output, /*is_in_place=*/false);
@@ -147,80 +163,77 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& lengths, int64_t d
   return output;
 }
 
-template <bool kIsLog>
-at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, const at::Tensor& lengths, int64_t dim,
-                    const OptionalTensor& starts, OptionalScale scale, at::ScalarType input_dtype, OptionalInt packed) {
-  const Rows rows{{kIsLog, dim, scale, packed}, lengths, starts};
+template <Operation kForward>
+at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, const RowArguments& rows,
+                    at::ScalarType input_dtype, OptionalInt packed) {
+  using D = DerivativesOf<kForward>;
+  const auto compute = [&](const at::Tensor& g, const at::Tensor& y) {
+    return call<D::kBackward>(g, y, rows, input_dtype, packed);
+  };
   at::Tensor result;
   {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    result = call_backward(rows, grad_output, output, input_dtype);
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    result = compute(grad_output, output);
   }
-  set_history(result, kBackward[kIsLog], rows, grad_output, output);
-  set_tangent_of(
-      result, grad_output, output,
-      [&](const at::Tensor& tangent, const at::Tensor& y) { return call_backward(rows, tangent, y, input_dtype); },
-      [&](const at::Tensor& tangent, const at::Tensor& g) {
-        return call_second_order(operators_of(kIsLog).backward_jvp_wrt_output, rows, tangent, g, primal_of(output));
-      });
+  set_history(result, kBackwardFormula<kForward>, saved_call(rows, packed, result.scalar_type()), grad_output, output);
+  set_tangent_of(result, grad_output, output, compute, [&](const at::Tensor& tangent, const at::Tensor& g) {
+    return call<D::kBackwardJvpWrtY>(tangent, g, primal_of(output), rows, packed);
+  });
   return result;
 }
 
-at::Tensor log_softmax_jvp(const at::Tensor& tangent, const at::Tensor& output, const at::Tensor& lengths, int64_t dim,
-                           const OptionalTensor& starts, OptionalScale scale, OptionalInt packed) {
-  const Rows rows{{/*is_log=*/true, dim, scale, packed}, lengths, starts};
+at::Tensor log_softmax_jvp(const at::Tensor& tangent, const at::Tensor& output, const RowArguments& rows,
+                           OptionalInt packed) {
+  const auto compute = [&](const at::Tensor& v, const at::Tensor& y) {
+    return call<Operation::kLogSoftmaxJvp>(v, y, rows, packed);
+  };
   at::Tensor result;
   {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    result = call_jvp(rows, tangent, output);
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    result = compute(tangent, output);
   }
-  set_history(result, kLogSoftmaxJvp, rows, tangent, output);
-  set_tangent_of(
-      result, tangent, output, [&](const at::Tensor& along, const at::Tensor& y) { return call_jvp(rows, along, y); },
-      [&](const at::Tensor& along, const at::Tensor& u) {
-        return call_second_order(masked_log_softmax_jvp_jvp_wrt_output(), rows, along, u, primal_of(output));
-      });
+  set_history(result, kLogSoftmaxJvpFormula, saved_call(rows, packed, result.scalar_type()), tangent, output);
+  set_tangent_of(result, tangent, output, compute, [&](const at::Tensor& along, const at::Tensor& u) {
+    return call<Operation::kLogSoftmaxJvpJvpWrtY>(along, u, primal_of(output), rows, packed);
+  });
   return result;
 }
 
-template <bool kIsLog>
-void forward_out(const at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
-                 OptionalScale scale, OptionalType dtype, bool validate, at::Tensor& out) {
-  const Operators& operators = operators_of(kIsLog);
-  TORCH_CHECK(!torch::autograd::compute_requires_grad(input, out), operators.name,
+template <Operation kForward>
+void forward_out(const at::Tensor& input, const RowArguments& rows, OptionalType dtype, bool validate,
+                 at::Tensor& out) {
+  constexpr const char* kName = info_of(kForward).name;
+  TORCH_CHECK(!torch::autograd::compute_requires_grad(input, out), kName,
               "(): functions with out=... arguments don't support automatic differentiation, but one of the arguments "
               "requires grad.");
-  TORCH_CHECK_NOT_IMPLEMENTED(!has_tangent(input) && !has_tangent(out), operators.name,
+  TORCH_CHECK_NOT_IMPLEMENTED(!has_tangent(input) && !has_tangent(out), kName,
                               "(): functions with out=... arguments don't support forward-mode differentiation, but "
                               "one of the arguments has a tangent.");
-  at::AutoDispatchBelowAutograd below_autograd;
-  operators.forward_out.call(input, lengths, dim, starts, scale, dtype, validate, out);
+  const at::AutoDispatchBelowAutograd below_autograd;
+  call_operator<OutOperator<kForward>>(input, rows, dtype, validate, out);
 }
 
-void softmax_in_place(at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
-                      OptionalScale scale, bool validate) {
+void softmax_in_place(at::Tensor& input, const RowArguments& rows, bool validate) {
   torch::autograd::check_inplace(input, torch::autograd::compute_requires_grad(input));
-  const Rows rows{{/*is_log=*/false, dim, scale, std::nullopt}, lengths, starts};
-  RowsNode::Pointer owner;
-  // Before anything is written: lengths may be what cannot be saved.
-  RowsNode* const node = node_for(kForward[0], rows, input.scalar_type(), {&input}, owner);
+  const SavedCall saved = saved_call(rows, std::nullopt, input.scalar_type());
+  OperatorNode::Pointer owner;
+  // Whatever can fail comes before the write: saving lengths, and allocating memory for the tangent.
+  OperatorNode* const node = OperatorNode::create(kForwardFormula<Operation::kSoftmax>, saved, {&input}, owner);
   at::Tensor tangent;
   if (has_tangent(input)) {
-    // Before anything is written as well: it takes memory that there may not be.
     const at::Tensor primal = primal_of(input);
-    const at::Tensor y = softmax_operators().forward.call(primal, lengths, dim, starts, scale, primal.scalar_type(),
-                                                          validate, std::nullopt);
-    tangent = call_jvp(rows, tangent_of(input), y);
+    const at::Tensor y = call<Operation::kSoftmax>(primal, rows, primal.scalar_type(), validate, std::nullopt);
+    tangent = call_jvp<Operation::kSoftmaxBackward>(saved, tangent_of(input), y);
   }
   {
-    at::AutoDispatchBelowAutograd below_autograd;
-    masked_softmax_in_place().call(input, lengths, dim, starts, scale, validate);
+    const at::AutoDispatchBelowAutograd below_autograd;
+    call_operator<SoftmaxInPlaceOperator>(input, rows, validate);
   }
   if (node != nullptr) {
     torch::autograd::rebase_history(input, owner);
   }
   if (tangent.defined()) {
-    // Into the tangent's own memory: a view of input, or what input is a view of, may have a view of it.
+    // Into the tangent's own memory, which a view of input, or the base of input, may share.
     set_tangent(input, tangent_of(input).copy_(tangent), /*is_in_place=*/true);
   }
   if (node != nullptr) {
@@ -228,19 +241,24 @@ void softmax_in_place(at::Tensor& input, const at::Tensor& lengths, int64_t dim,
   }
 }
 
+template <Operation kForward>
+void register_family(torch::Library& library) {
+  library.impl(info_of(kForward).name, Forward::kernel<forward<kForward>>);
+  library.impl(full_name(OutOperator<kForward>()).c_str(), ForwardOut::kernel<forward_out<kForward>>);
+  library.impl(info_of(DerivativesOf<kForward>::kBackward).name, Backward::kernel<backward<kForward>>);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(masked_softmax_ext, Autograd, m) {
-  m.impl("masked_softmax", forward<false>);
-  m.impl("masked_softmax.out", forward_out<false>);
-  m.impl("masked_softmax_", softmax_in_place);
-  m.impl("masked_log_softmax", forward<true>);
-  m.impl("masked_log_softmax.out", forward_out<true>);
-  m.impl("masked_softmax_backward", backward<false>);
-  m.impl("masked_log_softmax_backward", backward<true>);
-  m.impl("masked_log_softmax_jvp", log_softmax_jvp);
-  for (const char* name : kSecondOrderNames) {
-    m.impl(name, torch::autograd::autogradNotImplementedFallback());
+  register_family<Operation::kSoftmax>(m);
+  register_family<Operation::kLogSoftmax>(m);
+  m.impl(SoftmaxInPlaceOperator::kName, InPlace::kernel<softmax_in_place>);
+  m.impl(info_of(Operation::kLogSoftmaxJvp).name, Jvp::kernel<log_softmax_jvp>);
+  for (Operation operation : kOperations) {
+    if (info_of(operation).signature == Signature::kSecondOrder) {
+      m.impl(info_of(operation).name, torch::autograd::autogradNotImplementedFallback());
+    }
   }
 }
 

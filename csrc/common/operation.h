@@ -74,4 +74,12 @@ inline auto visit_operation(Operation operation, const Visitor& visit) {
   __builtin_unreachable();  // every enumerator has a case
 }
 
+// Calls visit(OperationConstant<operation>()) for every operation.
+template <class Visitor>
+inline void for_each_operation(const Visitor& visit) {
+#define MASKED_SOFTMAX_OPERATION(Name, name, Signature, Kernels) visit(OperationConstant<Operation::k##Name>());
+#include "common/operations.inc"
+#undef MASKED_SOFTMAX_OPERATION
+}
+
 }  // namespace masked_softmax
