@@ -201,7 +201,7 @@ def broadcasting() -> Any:
 
 
 def empty_rows() -> Any:
-    """The result of each formulation for a row without valid columns."""
+    """An empty row as masked_fill with two fill values and masked_softmax compute it."""
     ways = (
         ("masked_fill(-inf), softmax", "NaN", "and NaN gradients for the whole model"),
         ("masked_fill(-1e9), softmax", "0.25", "weights that sum to 1, all in padding"),
