@@ -1,6 +1,6 @@
 """Attention for Hugging Face transformers that takes lengths instead of a mask.
 
-It takes two functions, registered under one name through the library's own interface. Other
+Two functions, registered under one name through the library's own interface, are enough. Other
 implementations build a mask of shape (batch, 1, queries, keys). Here the mask function returns the
 start and the number of each query's valid keys, and the attention function passes both to
 masked_softmax_. Every model that supports the interface can use it. This example runs a BERT with
@@ -99,7 +99,7 @@ def attention(
         key, value = key.repeat_interleave(group_size, 1), value.repeat_interleave(group_size, 1)
     scale = query.size(-1) ** -0.5 if scaling is None else scaling
     scores = query @ key.transpose(2, 3)
-    weights = masked_softmax_(scores, lengths, starts=starts, scale=scale)  # in place
+    weights = masked_softmax_(scores, lengths, starts=starts, scale=scale)  # saves memory
     weights = nn.functional.dropout(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
