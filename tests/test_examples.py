@@ -61,7 +61,7 @@ def test_attention_pooling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     arguments = ["--quick", *(["--plot", str(picture)] if plots else [])]
     assert load("attention_pooling").main(arguments) == 0
     printed = capsys.readouterr().out
-    curves = re.findall(r"^  (?:formulation|this package)((?: +\d\.\d{4}){5})", printed, re.M)
+    curves = re.findall(r"^  (?:unfused|this package)((?: +\d\.\d{4}){5})", printed, re.M)
     first, second = (list(map(float, curve.split())) for curve in curves)
     assert first == pytest.approx(second, abs=1e-4)  # of what is printed, the last digit may differ
     assert first[-1] < first[0] / 2
@@ -124,7 +124,7 @@ def test_attention_pooling_notices(wrong: Wrong, monkeypatch: pytest.MonkeyPatch
     example = load("attention_pooling")
     few = [(words.split(), label) for label, words in enumerate(("a b c", "d e", "f g h i", "j k"))]
     monkeypatch.setattr(example, "read_examples", lambda *_: (few, few))
-    monkeypatch.setattr(example, "LEAST_ACCURACY", 0.0)
+    monkeypatch.setattr(example, "MIN_ACCURACY", 0.0)
     assert example.main([]) == 0
     monkeypatch.setattr(example, "masked_softmax", wrong(masked_softmax_ext.masked_softmax))
     assert example.main([]) == 1
