@@ -27,7 +27,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from bench.peers import formulation, old_masked_softmax
+from bench.baselines import formulation, old_masked_softmax
 from masked_softmax_ext import _C, build_info, masked_softmax
 
 ROTATING_BYTES = 512 << 20

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.baselines import Peer, Prepared
 from bench.cases import Case, Data
-from bench.peers import Peer, Prepared
 
 SERVER = Path(__file__).with_name("mxnet_server.py")
 

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.baselines import COPIES, OURS
 from bench.cases import Case
 from bench.mxnet_client import MXNet
-from bench.peers import COPIES, OURS
 from bench.targets import Verdict, copy_seconds
 from bench.timing import Figure
 

@@ -29,6 +29,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 import torch
 
 from bench import machine, plot
+from bench.baselines import OURS, Ours, Peer, copies
 from bench.cases import (
     SEED,
     Case,
@@ -40,8 +41,7 @@ from bench.cases import (
     without_repeats,
 )
 from bench.check import Truth, WrongResultError, check, truth_of
-from bench.optional_peers import all_peers
-from bench.peers import OURS, Ours, Peer, copies
+from bench.optional_baselines import all_peers
 from bench.progress import Progress
 from bench.report import Report, Result, duration, results_table, targets_table
 from bench.targets import Target, all_targets, evaluate

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from bench.baselines import COPY, COPY_ON_ONE_THREAD, MEMCPY, OURS
 from bench.cases import DTYPES, OUTPUTS, SCORES, SHAPES, SMALL, SOFTMAX_ALONG_1, Case
-from bench.peers import COPY, COPY_ON_ONE_THREAD, MEMCPY, OURS
 from bench.timing import Figure
 
 COPY_LIMIT = "a copy"

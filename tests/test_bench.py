@@ -18,6 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 import child
 
 from bench import machine, plot, run
+from bench.baselines import COPY, COPY_ON_ONE_THREAD, MEMCPY, OURS, TORCH_PEERS, Ours, Peer
 from bench.cases import (
     LENGTHS,
     Case,
@@ -30,8 +31,7 @@ from bench.cases import (
     without_repeats,
 )
 from bench.check import WrongResultError, check, truth_of
-from bench.optional_peers import all_peers
-from bench.peers import COPY, COPY_ON_ONE_THREAD, MEMCPY, OURS, TORCH_PEERS, Ours, Peer
+from bench.optional_baselines import all_peers
 from bench.report import Report
 from bench.targets import COPY_LIMIT, ONE_THREAD, Target, all_targets, evaluate
 from bench.timing import Figure, Turns, calling, measure

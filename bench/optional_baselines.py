@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.baselines import TORCH_PEERS, Peer, Prepared, Work, packing, unpacked
 from bench.cases import Case, Data
 from bench.mxnet_client import MXNet
-from bench.peers import TORCH_PEERS, Peer, Prepared, Work, packing, unpacked
 from bench.timing import calling
 from masked_softmax_ext import _C, cpu_capability
 

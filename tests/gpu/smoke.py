@@ -1,6 +1,6 @@
 """A few calls that reach every CUDA strategy, forwards and backwards: what compute-sanitizer runs.
 
-python bench/gpu_smoke.py [cpu]
+python tests/gpu/smoke.py [cpu]
 """
 
 from __future__ import annotations

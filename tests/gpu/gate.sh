@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # What must hold on a machine with a GPU: build, tests, compute-sanitizer, benchmark; within 9 minutes.
 #
-#   bench/gpu_gate.sh [OUT]              reports go to OUT (default: build/gpu_gate)
-#   bench/gpu_gate.sh --rehearse [OUT]   on the CPU, with the build that is there: everything that needs no GPU
+#   tests/gpu/gate.sh [OUT]              reports go to OUT (default: build/gpu_gate)
+#   tests/gpu/gate.sh --rehearse [OUT]   on the CPU, with the build that is there: everything that needs no GPU
 #
 # PYTHON names an interpreter that has torch (2.11 or later), numpy, pybind11, ninja and pytest. No network is needed.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
 rehearse=
 if [[ ${1-} == --rehearse ]]; then
@@ -53,18 +53,18 @@ sanitize() {
   local tool=$1
   shift
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-    --kernel-regex kns=masked_softmax "$@" "$PYTHON" bench/gpu_smoke.py
+    --kernel-regex kns=masked_softmax "$@" "$PYTHON" tests/gpu/smoke.py
 }
 
 say environment "$(environment)"
 if [[ -n $rehearse ]]; then
   export MASKED_SOFTMAX_EXT_TEST_DEVICE=cpu
-  step smoke 120 "$PYTHON" bench/gpu_smoke.py cpu
+  step smoke 120 "$PYTHON" tests/gpu/smoke.py cpu
   step tests 600 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cuda.py
   step benchmark 120 "$PYTHON" bench/gpu_bench.py --rehearse --json "$OUT/benchmark.json"
 else
   MASKED_SOFTMAX_EXT_CUDA=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} step build 200 "$PYTHON" setup.py build_ext --inplace
-  step smoke 60 "$PYTHON" bench/gpu_smoke.py
+  step smoke 60 "$PYTHON" tests/gpu/smoke.py
   step tests 150 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cuda.py
   if command -v compute-sanitizer >/dev/null; then
     sanitize memcheck

@@ -1,6 +1,6 @@
 """What the compiled CUDA kernels use, seen without a GPU: registers, memory, width of access.
 
-    python bench/inspect_cuda.py [--write FILE.md]
+    python tests/gpu/inspect_kernels.py [--write FILE.md]
 
 Disassembles the built extension for every architecture in it. Fails where a kernel spills or uses
 local memory, or where one that holds rows in registers has fewer 128-bit accesses than vectors.
