@@ -1,6 +1,7 @@
-"""Ours, and what torch itself offers in its place. Nothing beyond torch is imported.
+"""Our softmax, and the alternatives that torch itself offers.
 
-A peer is written as its users write it, at its best: see README.md beside this file.
+Each baseline is written as its users write it, at its best: README.md, "The baselines". Other
+libraries: optional_baselines.py.
 """
 
 from __future__ import annotations
@@ -17,18 +18,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bench.cases import Case, Data
-from bench.timing import Run, calling
+from bench import machine, names
+from bench.cases import DTYPES, Case, Data, Output
+from bench.timing import Call, Run, timed_loop
 from masked_softmax_ext import masked_softmax
 
-OURS = "masked_softmax"
-COPY = "copy"
-COPY_ON_ONE_THREAD = "copy, 1 thread"
-MEMCPY = "memcpy"
-FRESH_COPY = "fresh copy"
-COPIES = (COPY, COPY_ON_ONE_THREAD, MEMCPY, FRESH_COPY)
 Softmax = Callable[..., Tensor]
-Work = Callable[[], object]
 
 
 def padding_mask(x: Tensor, lengths: Tensor, dim: int = -1) -> Tensor:
@@ -38,18 +33,18 @@ def padding_mask(x: Tensor, lengths: Tensor, dim: int = -1) -> Tensor:
     return cols >= lengths.view(-1, *[1] * (x.dim() - 1))
 
 
-def formulation(x: Tensor, lengths: Tensor, dim: int = -1) -> Tensor:
-    """What everyone writes: a mask from the lengths, in every call."""
+def unfused_softmax(x: Tensor, lengths: Tensor, dim: int = -1) -> Tensor:
+    """The usual formulation: a mask from the lengths, masked_fill, softmax."""
     return torch.softmax(x.masked_fill(padding_mask(x, lengths, dim), float("-inf")), dim)
 
 
-def old_masked_softmax(x: Tensor, lengths: Tensor, dim: int = -1) -> Tensor:
-    """torch's private masked softmax; it takes a mask of x's own shape."""
+def torch_private_masked_softmax(x: Tensor, lengths: Tensor, dim: int = -1) -> Tensor:
+    """torch._masked_softmax; it takes a mask of x's own shape."""
     mask = padding_mask(x, lengths, dim).expand(x.shape).contiguous()
     return torch._masked_softmax(x, mask, dim % x.dim(), 2)
 
 
-def prototype_masked_softmax(x: Tensor, lengths: Tensor, dim: int = -1) -> Tensor:
+def torch_masked_softmax(x: Tensor, lengths: Tensor, dim: int = -1) -> Tensor:
     """torch.masked.softmax; its mask is True at valid elements."""
     mask = ~padding_mask(x, lengths, dim)
     result: Tensor = torch.masked.softmax(x, dim, mask=mask)
@@ -58,9 +53,11 @@ def prototype_masked_softmax(x: Tensor, lengths: Tensor, dim: int = -1) -> Tenso
 
 @dataclass
 class Prepared:
-    """A peer, ready for a case.
+    """A candidate with a case's tensors bound to it.
 
-    run: takes a turn. result: the dense result for the first input, to be checked.
+    Attributes:
+        run: Times its calls.
+        result: The dense result for the first input, to be checked.
     """
 
     run: Run
@@ -68,70 +65,92 @@ class Prepared:
     threads: int
 
 
-class Peer(ABC):
+class Baseline(ABC):
     """One way to compute the softmax.
 
-    name: as the cases, the table and the plots have it. masked: whether it heeds the lengths.
+    Attributes:
+        name: From names.py.
+        uses_lengths: False if it computes the softmax of all columns.
+        outputs: Where it can write results.
+        packages: Installed packages whose versions the results record.
     """
 
     name: ClassVar[str]
-    masked: ClassVar[bool] = True
-    version: str | None = None
-    """Where Python's own list of packages does not have it."""
+    uses_lengths: ClassVar[bool] = True
+    outputs: ClassVar[tuple[Output, ...]] = ("fresh",)
+    packages: ClassVar[tuple[str, ...]] = ()
 
-    def why_missing(self) -> str | None:
-        """None where it can be used here, else the reason in words."""
+    def missing_reason(self) -> str | None:
+        """Why it cannot run here; None if it can."""
         return None
 
-    def why_not(self, case: Case) -> str | None:
-        """None where the case is one for it, else the reason in words."""
-        return None
+    def skip_reason(self, case: Case) -> str | None:
+        """Why it does not run this case; None if it does."""
+        if case.output in self.outputs:
+            return None
+        return "has no out=" if case.output == "out=" else "writes only to a given output"
+
+    def versions(self) -> dict[str, str | None]:
+        return {package: machine.installed_version(package) for package in self.packages}
 
     @abstractmethod
-    def prepare(self, data: Data, turn: int) -> Prepared: ...
+    def prepare(self, data: Data, first: int) -> Prepared:
+        """Binds the case's tensors; timing starts at buffer `first`."""
 
-    def finish(self) -> None:  # noqa: B027 (most make nothing that outlives them)
-        """After a case: drops what was made for it."""
+    def finish(self) -> None:  # noqa: B027 (few hold resources)
+        """Releases what `prepare` acquired."""
 
 
-class TorchPeer(Peer):
-    """A function of (x, lengths, dim); or of (x, dim) where `masked` is false."""
+class RowBaseline(Baseline):
+    """Measured on rows of a matrix, forward only."""
+
+    dtypes: ClassVar[tuple[str, ...]] = ("float32",)
+
+    def skip_reason(self, case: Case) -> str | None:
+        if case.dtype not in self.dtypes:
+            return f"measured in {', '.join(self.dtypes)} only"
+        if len(case.shape) != 2 or case.dim != -1:
+            return "measured on rows of a matrix only"
+        if case.direction != "forward" or case.grad:
+            return "measured forward only"
+        return super().skip_reason(case)
+
+
+class TorchBaseline(Baseline):
+    """A function of (x, lengths, dim), or of (x, dim) if it does not use lengths."""
 
     function: ClassVar[Softmax]
-    takes_out: ClassVar[bool] = False
     has_gradient: ClassVar[bool] = True
 
-    def why_not(self, case: Case) -> str | None:
-        if case.output == "out=" and not self.takes_out:
-            return "has no out="
+    def skip_reason(self, case: Case) -> str | None:
         if (case.direction != "forward" or case.grad) and not self.has_gradient:
             return "has no gradient for a boolean mask of this type"
-        return None
+        return super().skip_reason(case)
 
     def arguments(self, data: Data) -> tuple[Any, ...]:
-        """What follows the input; dim alone where that is not the last one, or must be given."""
-        dim = () if self.masked and data.case.dim == -1 else (data.case.dim,)
-        return (data.lengths, *dim) if self.masked else dim
+        """Those after the input. `dim` is left at its default where there is one and it fits."""
+        dim = () if self.uses_lengths and data.case.dim == -1 else (data.case.dim,)
+        return (data.lengths, *dim) if self.uses_lengths else dim
 
-    def made_for(self, data: Data) -> Softmax:
+    def function_for(self, data: Data) -> Softmax:
         return self.function
 
-    def prepare(self, data: Data, turn: int) -> Prepared:
+    def prepare(self, data: Data, first: int) -> Prepared:
         case = data.case
-        function, arguments = self.made_for(data), self.arguments(data)
+        function, arguments = self.function_for(data), self.arguments(data)
         if case.direction == "forward":
-            works = forward_works(function, arguments, data)
+            calls = forward_calls(function, arguments, data)
 
             def result() -> Tensor:
-                value = works[0]()
+                value = calls[0]()
                 assert isinstance(value, Tensor)
                 return value
         else:
-            works, result = backward_works(function, arguments, data)
-        return Prepared(calling(works, turn), result, case.threads)
+            calls, result = backward_calls(function, arguments, data)
+        return Prepared(timed_loop(calls, first), result, case.threads)
 
 
-def forward_works(function: Softmax, arguments: tuple[Any, ...], data: Data) -> list[Work]:
+def forward_calls(function: Softmax, arguments: tuple[Any, ...], data: Data) -> list[Call]:
     case = data.case
     if case.output == "out=":
         pairs = zip(data.inputs, data.outputs, strict=True)
@@ -142,88 +161,80 @@ def forward_works(function: Softmax, arguments: tuple[Any, ...], data: Data) -> 
     return [partial(function, x, *arguments) for x in data.inputs]
 
 
-def backward_works(
+def backward_calls(
     function: Softmax, arguments: tuple[Any, ...], data: Data
-) -> tuple[list[Work], Callable[[], Tensor]]:
+) -> tuple[list[Call], Callable[[], Tensor]]:
     g = data.gradient
     leaves = [x.detach().requires_grad_() for x in data.inputs]
 
-    def both(x: Tensor) -> Tensor:
+    def forward_and_backward(x: Tensor) -> Tensor:
         return torch.autograd.grad(function(x, *arguments), x, g)[0]
 
     if data.case.direction == "forward+backward":
-        works: list[Work] = [partial(both, x) for x in leaves]
+        calls: list[Call] = [partial(forward_and_backward, x) for x in leaves]
     else:
         results = [function(x, *arguments) for x in leaves]
-        works = [
+        calls = [
             partial(torch.autograd.grad, y, x, g, retain_graph=True)
             for x, y in zip(leaves, results, strict=True)
         ]
-    return works, lambda: both(leaves[0])
+    return calls, lambda: forward_and_backward(leaves[0])
 
 
-class Ours(TorchPeer):
-    name = OURS
+class Ours(TorchBaseline):
+    name = names.OURS
+    outputs = ("fresh", "out=")
     function = staticmethod(masked_softmax)
-    takes_out = True
 
 
-class Formulation(TorchPeer):
-    name = "formulation"
-    function = staticmethod(formulation)
+class Unfused(TorchBaseline):
+    name = names.UNFUSED
+    function = staticmethod(unfused_softmax)
 
 
-class CompiledFormulation(TorchPeer):
-    """For this shape alone: the first call compiles, before any timing."""
+class Compiled(TorchBaseline):
+    """Compiled for the case's shape alone, before any timing."""
 
-    name = "compiled formulation"
+    name = names.COMPILED
 
-    def why_missing(self) -> str | None:
+    def missing_reason(self) -> str | None:
         compiler = os.environ.get("CXX", "g++")
         return None if shutil.which(compiler) else f"no C++ compiler: {compiler}"
 
-    def made_for(self, data: Data) -> Softmax:
-        torch.compiler.reset()  # or the eighth shape would be compiled for any shape
-        torch.set_num_threads(data.case.threads)  # compiled in
-        compiled: Softmax = torch.compile(formulation, dynamic=False)
+    def function_for(self, data: Data) -> Softmax:
+        torch.compiler.reset()  # after eight shapes, torch would compile for dynamic shapes
+        torch.set_num_threads(data.case.threads)  # the compiler bakes in the number of threads
+        compiled: Softmax = torch.compile(unfused_softmax, dynamic=False)
         return compiled
 
 
-class DenseSoftmax(TorchPeer):
-    """Of all columns: it knows no lengths, and does not compute the same."""
+class TorchSoftmax(TorchBaseline):
+    """Softmax of all columns, so another result than ours."""
 
-    name = "torch.softmax"
-    masked = False
-    takes_out = True
+    name = names.TORCH_SOFTMAX
+    uses_lengths = False
+    outputs = ("fresh", "out=")
     function = staticmethod(torch.softmax)
 
 
-class OldMaskedSoftmax(TorchPeer):
-    name = "torch._masked_softmax"
+class TorchPrivateMasked(TorchBaseline):
+    name = names.TORCH_PRIVATE_MASKED
     has_gradient = False
-    function = staticmethod(old_masked_softmax)
+    function = staticmethod(torch_private_masked_softmax)
 
 
-class PrototypeMaskedSoftmax(TorchPeer):
-    name = "torch.masked.softmax"
-    function = staticmethod(prototype_masked_softmax)
+class TorchMasked(TorchBaseline):
+    name = names.TORCH_MASKED
+    function = staticmethod(torch_masked_softmax)
 
 
-class NestedTensor(Peer):
-    """Softmax of a jagged tensor, which is given as such: packing it is not timed."""
+class NestedTensor(RowBaseline):
+    """torch.softmax of a jagged tensor; packing it is not timed."""
 
-    name = "nested tensor"
+    name = names.NESTED
+    dtypes = DTYPES
 
-    def why_not(self, case: Case) -> str | None:
-        if len(case.shape) != 2 or case.dim != -1:
-            return "jagged in one dimension of two"
-        if case.output == "out=":
-            return "has no out="
-        if case.direction != "forward" or case.grad:
-            return "measured forward only"
-        return None
-
-    def prepare(self, data: Data, turn: int) -> Prepared:
+    def prepare(self, data: Data, first: int) -> Prepared:
         valid, offsets = packing(data)
         packed = [
             torch.nested.nested_tensor_from_jagged(
@@ -231,16 +242,16 @@ class NestedTensor(Peer):
             )
             for x in data.inputs
         ]
-        works: list[Work] = [partial(torch.softmax, x, 1) for x in packed]
+        calls: list[Call] = [partial(torch.softmax, x, 1) for x in packed]
 
         def result() -> Tensor:
             return unpacked(torch.softmax(packed[0], 1).values(), valid)
 
-        return Prepared(calling(works, turn), result, data.case.threads)
+        return Prepared(timed_loop(calls, first), result, data.case.threads)
 
 
 def packing(data: Data) -> tuple[Tensor, Tensor]:
-    """Which elements are valid, and where each row begins among them."""
+    """The mask of valid elements, and the offsets of the packed rows."""
     valid = ~padding_mask(data.inputs[0], data.lengths)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), data.lengths.cumsum(0)])
     return valid, offsets
@@ -253,63 +264,64 @@ def unpacked(values: Tensor, valid: Tensor) -> Tensor:
 
 
 class OursOnOneThread(Ours):
-    name = f"{OURS}, 1 thread"
+    name = names.OURS_ON_ONE_THREAD
 
-    def prepare(self, data: Data, turn: int) -> Prepared:
-        prepared = super().prepare(data, turn)
+    def prepare(self, data: Data, first: int) -> Prepared:
+        prepared = super().prepare(data, first)
         prepared.threads = 1
         return prepared
 
 
-class OursOnShuffledLengths(Ours):
-    """The same lengths in another order."""
+class OursShuffled(Ours):
+    """The same rows and lengths in random order."""
 
-    name = f"{OURS}, shuffled lengths"
+    name = names.OURS_SHUFFLED
 
-    def why_not(self, case: Case) -> str | None:
-        return None if case.lengths == "sorted" else "for sorted lengths"
+    def skip_reason(self, case: Case) -> str | None:
+        return None if case.lengths == "sorted" else "for sorted lengths only"
 
-    def prepare(self, data: Data, turn: int) -> Prepared:
+    def prepare(self, data: Data, first: int) -> Prepared:
         generator = torch.Generator().manual_seed(len(data.lengths))
         order = torch.randperm(len(data.lengths), generator=generator)
         inputs = [x[order] for x in data.inputs]
         shuffled = Data(data.case, data.lengths[order], inputs, data.outputs, data.gradient)
-        prepared = super().prepare(shuffled, turn)
-        back = order.argsort()
+        prepared = super().prepare(shuffled, first)
+        inverse = order.argsort()
         result = prepared.result
-        prepared.result = lambda: result()[back]
+        prepared.result = lambda: result()[inverse]
         return prepared
 
 
-TORCH_PEERS: tuple[Peer, ...] = (
-    Formulation(),
-    CompiledFormulation(),
-    DenseSoftmax(),
-    OldMaskedSoftmax(),
-    PrototypeMaskedSoftmax(),
+TORCH_BASELINES: tuple[Baseline, ...] = (
+    Unfused(),
+    Compiled(),
+    TorchSoftmax(),
+    TorchPrivateMasked(),
+    TorchMasked(),
     NestedTensor(),
     OursOnOneThread(),
-    OursOnShuffledLengths(),
+    OursShuffled(),
 )
 
 
-def copies(data: Data, turn: int) -> dict[str, Prepared]:
-    """The limits: a copy of the whole tensor; to fresh memory too where the output is fresh."""
+def copies(data: Data, first: int) -> dict[str, Prepared]:
+    """Copies of the whole tensor, the lower bound; also to fresh memory for a fresh output."""
     pairs = list(zip(data.inputs, data.outputs, strict=True))
-    copying = [partial(y.copy_, x) for x, y in pairs]
+    copy_calls = [partial(y.copy_, x) for x, y in pairs]
     threads = data.case.threads
 
     def result() -> Tensor:
         return data.inputs[0]
 
-    found = {COPY: Prepared(calling(copying, turn), result, threads)}
+    found = {names.COPY: Prepared(timed_loop(copy_calls, first), result, threads)}
     if threads > 1:
-        found[COPY_ON_ONE_THREAD] = Prepared(calling(copying, turn + 1), result, 1)
+        one_thread = timed_loop(copy_calls, first + 1)
+        found[names.COPY_ON_ONE_THREAD] = Prepared(one_thread, result, 1)
     else:
         size = data.case.tensor_bytes
-        moving = [partial(ctypes.memmove, y.data_ptr(), x.data_ptr(), size) for x, y in pairs]
-        found[MEMCPY] = Prepared(calling(moving, turn + 1), result, threads)
+        memcpy_calls = [partial(ctypes.memmove, y.data_ptr(), x.data_ptr(), size) for x, y in pairs]
+        found[names.MEMCPY] = Prepared(timed_loop(memcpy_calls, first + 1), result, threads)
     if data.case.output == "fresh":
-        fresh = [partial(torch.clone, x) for x in data.inputs]
-        found[FRESH_COPY] = Prepared(calling(fresh, turn + 2), result, threads)
+        clone_calls = [partial(torch.clone, x) for x in data.inputs]
+        found[names.FRESH_COPY] = Prepared(timed_loop(clone_calls, first + 2), result, threads)
     return found

@@ -1,4 +1,4 @@
-"""A few calls that reach every CUDA strategy, forwards and backwards: what compute-sanitizer runs.
+"""Calls every CUDA strategy, forward and backward; gate.sh runs it under compute-sanitizer.
 
 python tests/gpu/smoke.py [cpu]
 """
@@ -26,7 +26,7 @@ def main() -> None:
     for strategy, sizes in COLS.items():
         if device == "cuda":
             if strategy == "cluster" and torch.cuda.get_device_capability()[0] < 9:
-                print("cluster: SKIPPED, this GPU has none")
+                print("cluster: SKIPPED, this GPU has no thread block clusters")
                 continue
             _C.set_cuda_strategy(strategy)
         for cols in sizes:
