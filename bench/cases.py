@@ -6,17 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from bench.names import (
-    ALL_BASELINES,
-    DEFAULT_BASELINES,
-    DENSE_BASELINES,
-    FAST_BASELINES,
-)
+from bench import names
 from masked_softmax_ext.demo.text import LONGEST_SENTENCE, read_sentences
 
 SEED = 20
@@ -24,8 +19,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 LENGTHS = ("full", "uniform", "10%", "zipf", "sorted", "sentences")
 Direction = Literal["forward", "backward", "forward+backward"]
 Output = Literal["fresh", "out="]
-DIRECTIONS: tuple[Direction, ...] = ("forward", "backward", "forward+backward")
-OUTPUTS: tuple[Output, ...] = ("fresh", "out=")
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+OUTPUTS: tuple[Output, ...] = get_args(Output)
 SHAPES = ((4096, 64), (4096, 512), (4096, 2048), (8192, 4096))
 SWEPT_ROWS = 4096
 SWEPT_COLS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -61,7 +56,7 @@ class Case:
     threads: int = 1
     dim: int = -1
     grad: bool = False
-    baselines: tuple[str, ...] = DEFAULT_BASELINES
+    baselines: tuple[str, ...] = names.DEFAULT_BASELINES
 
     def __post_init__(self) -> None:
         if self.output == "out=" and self.direction != "forward":
@@ -190,9 +185,9 @@ def make_data(case: Case, llc_bytes: int, seed: int = SEED) -> Data:
 
 def default_cases() -> Iterator[Case]:
     """Measured by `make bench` besides the targets; 10 minutes in all."""
-    yield Case((4096, 512), baselines=ALL_BASELINES)
-    yield Case((4096, 512), output="out=", baselines=ALL_BASELINES)
-    yield Case((4096, 2048), baselines=ALL_BASELINES)
+    yield Case((4096, 512), baselines=names.ALL_BASELINES)
+    yield Case((4096, 512), output="out=", baselines=names.ALL_BASELINES)
+    yield Case((4096, 2048), baselines=names.ALL_BASELINES)
     yield from column_sweep()
     yield from padding_sweep()
     for kind in ("10%", "zipf", "sorted", "sentences"):
@@ -209,7 +204,7 @@ def default_cases() -> Iterator[Case]:
 def column_sweep() -> Iterator[Case]:
     """For the plot of elements per second over columns."""
     for kind, output in COLUMN_SWEEPS:
-        baselines = FAST_BASELINES if output == "out=" else DEFAULT_BASELINES
+        baselines = names.FAST_BASELINES if output == "out=" else names.DEFAULT_BASELINES
         for cols in SWEPT_COLS:
             yield Case((SWEPT_ROWS, cols), kind, output=output, baselines=baselines)
 
@@ -223,8 +218,8 @@ def padding_sweep() -> Iterator[Case]:
 def quick_cases() -> Iterator[Case]:
     """The usual shapes, and both plots with fewer points; 2 minutes."""
     for shape in ((4096, 64), (4096, 512), (4096, 2048)):
-        yield Case(shape, "full", output="out=", baselines=FAST_BASELINES)
-        yield Case(shape, output="out=", baselines=FAST_BASELINES)
+        yield Case(shape, "full", output="out=", baselines=names.FAST_BASELINES)
+        yield Case(shape, output="out=", baselines=names.FAST_BASELINES)
         yield Case(shape)
     for share in ("full", "75%", "25%", "10%"):
         yield Case((4096, 512), share)
@@ -232,7 +227,7 @@ def quick_cases() -> Iterator[Case]:
         yield Case((4096, 512), kind)
     yield Case((4096, 64), "sentences")
     for dtype in ("bfloat16", "float16"):
-        yield Case((4096, 512), "full", dtype, output="out=", baselines=DENSE_BASELINES)
+        yield Case((4096, 512), "full", dtype, output="out=", baselines=names.DENSE_BASELINES)
     yield Case((4096, 512), direction="backward")
     yield Case((4096, 512), direction="forward+backward")
     yield Case((4096, 512), threads=2)
@@ -247,7 +242,9 @@ def all_cases() -> Iterator[Case]:
         for output, threads in product(OUTPUTS, (1, 2)):
             if output == "out=" and direction != "forward":
                 continue
-            yield Case(shape, kind, dtype, direction, output, threads, baselines=ALL_BASELINES)
+            yield Case(
+                shape, kind, dtype, direction, output, threads, baselines=names.ALL_BASELINES
+            )
     yield Case(SOFTMAX_ALONG_1, dim=1)
     yield Case(SMALL)
     yield Case(SMALL, grad=True)

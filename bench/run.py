@@ -111,15 +111,15 @@ def chosen_targets(options: argparse.Namespace) -> list[Target]:
 
 
 def chosen_cases(options: argparse.Namespace) -> list[Case]:
-    of_targets = (target.case for target in chosen_targets(options))
+    target_cases = (target.case for target in chosen_targets(options))
     if options.quick:
         cases = without_repeats(quick_cases())
     elif options.all:
         cases = without_repeats(all_cases())
     elif options.targets:
-        cases = without_repeats(of_targets)
+        cases = without_repeats(target_cases)
     else:
-        cases = without_repeats(chain(of_targets, default_cases()))
+        cases = without_repeats(chain(target_cases, default_cases()))
     words = (options.filter or "").split()
     return [case for case in cases if all(word in case.label for word in words)]
 

@@ -11,7 +11,7 @@ import torch
 
 from masked_softmax_ext import _C, masked_log_softmax, masked_softmax
 
-COLS = {
+COLS_OF_STRATEGY = {
     "lanes": (3, 65, 500),
     "block": (600, 5000),
     "cluster": (2000, 40000),
@@ -23,7 +23,7 @@ COLS = {
 
 def main() -> None:
     device = sys.argv[1] if len(sys.argv) > 1 else "cuda"
-    for strategy, sizes in COLS.items():
+    for strategy, sizes in COLS_OF_STRATEGY.items():
         if device == "cuda":
             if strategy == "cluster" and torch.cuda.get_device_capability()[0] < 9:
                 print("cluster: SKIPPED, this GPU has no thread block clusters")
