@@ -1,5 +1,5 @@
-"""The benchmark harness: its cases are what they say, it checks what it times, it reports what it
-has. Nothing here depends on how fast anything is."""
+"""The benchmark: its cases are as defined, every timed result is checked, every figure is reported.
+No test depends on speed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import child
 
-from bench import machine, plot, run
+from bench import machine, names, plot, report, run
+from bench.baselines import TORCH_BASELINES, Baseline, Ours
 from bench.cases import (
     LENGTHS,
     Case,
@@ -30,20 +31,19 @@ from bench.cases import (
     without_repeats,
 )
 from bench.check import WrongResultError, check, truth_of
-from bench.optional_peers import all_peers
-from bench.peers import COPY, COPY_ON_ONE_THREAD, MEMCPY, OURS, TORCH_PEERS, Ours, Peer
+from bench.optional_baselines import all_baselines
 from bench.report import Report
-from bench.targets import COPY_LIMIT, ONE_THREAD, Target, all_targets, evaluate
-from bench.timing import Figure, Turns, calling, measure
+from bench.targets import FASTEST_COPY, Target, all_targets, evaluate
+from bench.timing import Candidate, Figure, measure, timed_loop
 
 ROOT = machine.ROOT
 COLS = 512
 COUNT = 4096
-PEERS = all_peers(run.parse([]).mxnet_python)
-OF_TORCH = [peer.name for peer in TORCH_PEERS]
-OPTIONAL = [name for name in PEERS if name not in OF_TORCH]
-# One for each way in which a peer may be called; all small.
-PEER_CASES = (
+BASELINES = all_baselines(run.parse([]).mxnet_python)
+OF_TORCH = [baseline.name for baseline in TORCH_BASELINES]
+OPTIONAL = [name for name in BASELINES if name not in OF_TORCH]
+# One small case for each way in which a baseline is called.
+BASELINE_CASES = (
     Case((9, 40)),
     Case((9, 40), output="out="),
     Case((9, 40), "sorted", threads=2),
@@ -125,7 +125,7 @@ def test_data_is_of_the_case_and_repeats() -> None:
     assert data.inputs[0].dtype == torch.bfloat16
     valid = int(data.lengths.sum())
     assert data.valid_elems == valid
-    assert data.bytes_that_must_move == (2 * valid + 128) * 2
+    assert data.bytes_moved == (2 * valid + 128) * 2
 
 
 def test_one_length_for_many_rows_counts_for_each() -> None:
@@ -135,12 +135,11 @@ def test_one_length_for_many_rows_counts_for_each() -> None:
     assert data.valid_elems == 7 * int(data.lengths.sum())
 
 
-def test_what_exceeds_the_cache_rotates_unless_the_case_says_otherwise() -> None:
+def test_buffers_larger_than_the_cache_rotate() -> None:
     assert buffers_of(Case((64, 64)), 32 << 20) == 1
     big = Case((4096, 2048))
     assert buffers_of(big, 32 << 20) * big.tensor_bytes >= 4 * (32 << 20)
-    assert buffers_of(Case((4096, 2048), cache="in"), 32 << 20) == 1
-    data = make_data(Case((64, 64)), last_level_bytes=1 << 14)
+    data = make_data(Case((64, 64)), llc_bytes=1 << 14)
     assert len({x.data_ptr() for x in data.inputs}) == len(data.inputs) > 1
 
 
@@ -148,19 +147,19 @@ def test_lists_have_no_label_twice() -> None:
     for cases in (quick_cases(), default_cases(), all_cases()):
         merged = without_repeats(cases)
         assert len({case.label for case in merged}) == len(merged)
-    assert {name for case in all_cases() for name in case.peers} <= set(PEERS)
+    assert {name for case in all_cases() for name in case.baselines} <= set(BASELINES)
 
 
-def test_cases_that_differ_in_peers_alone_become_one() -> None:
-    cases = [Case((4, 4), peers=("MLAS",)), Case((4, 4), peers=("JAX", "MLAS"))]
-    assert without_repeats(iter(cases)) == [Case((4, 4), peers=("MLAS", "JAX"))]
+def test_cases_that_differ_only_in_baselines_are_merged() -> None:
+    cases = [Case((4, 4), baselines=("MLAS",)), Case((4, 4), baselines=("JAX", "MLAS"))]
+    assert without_repeats(iter(cases)) == [Case((4, 4), baselines=("MLAS", "JAX"))]
 
 
-# Peers
+# Baselines
 
 
-@pytest.mark.parametrize("name", [OURS, *OF_TORCH])
-def test_peer_of_torch_agrees_with_float64(name: str) -> None:
+@pytest.mark.parametrize("name", [names.OURS, *OF_TORCH])
+def test_baseline_of_torch_agrees_with_float64(name: str) -> None:
     threads = torch.get_num_threads()
     try:
         outcome = checked(name)
@@ -171,18 +170,18 @@ def test_peer_of_torch_agrees_with_float64(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, str]:
-    """Of the optional peers. Their libraries bring threads, which tests that fork must not meet."""
-    printed = child.call("test_bench", "check_optional_peers", timeout_s=600)
+    """Of the optional baselines, in a child process: their threads would break tests that fork."""
+    printed = child.call("test_bench", "check_optional_baselines", timeout_s=600)
     lines = (line.partition("outcome ")[2] for line in printed.splitlines())
     return dict(line.split(": ", 1) for line in lines if line)
 
 
 @pytest.mark.parametrize("name", OPTIONAL)
-def test_optional_peer_agrees_with_float64(name: str, outcomes: dict[str, str]) -> None:
+def test_optional_baseline_agrees_with_float64(name: str, outcomes: dict[str, str]) -> None:
     report_outcome(outcomes[name])
 
 
-def check_optional_peers() -> None:
+def check_optional_baselines() -> None:
     for name in OPTIONAL:
         child.stage(f"checking {name}")
         child.stage(f"outcome {name}: {checked(name)}")
@@ -195,19 +194,19 @@ def report_outcome(outcome: str) -> None:
 
 
 def checked(name: str) -> str:
-    peer = Ours() if name == OURS else PEERS[name]
-    reason = peer.why_missing()
+    baseline = Ours() if name == names.OURS else BASELINES[name]
+    reason = baseline.missing_reason()
     if reason is not None:
         return f"skipped: {name}: {reason}"
-    cases = [case for case in PEER_CASES if peer.why_not(case) is None]
-    for case in cases[:1] if name == "compiled formulation" else cases:
+    cases = [case for case in BASELINE_CASES if baseline.skip_reason(case) is None]
+    for case in cases[:1] if name == names.COMPILED else cases:
         try:
-            turns = run.prepared_turns(peer, make_data(case, 1 << 30), 1, {})
-            assert turns.run(2) > 0
+            candidate = run.checked_candidate(baseline, make_data(case, 1 << 30), 1, {})
+            assert candidate.run(2) > 0
         except WrongResultError as error:
             return str(error)
         finally:
-            peer.finish()
+            baseline.finish()
     return "agrees" if cases else "has no case"
 
 
@@ -215,22 +214,22 @@ def checked(name: str) -> str:
 def test_check_refuses_zeros_and_the_wrong_lengths(direction: str) -> None:
     case = Case((8, 64), "75%", direction=direction)  # type: ignore[arg-type]
     data = make_data(case, 1 << 30)
-    truth, dense = truth_of(data, masked=True), truth_of(data, masked=False)
-    check("truth", truth.value.float(), truth, case, is_peer=False)
+    truth, dense = truth_of(data, uses_lengths=True), truth_of(data, uses_lengths=False)
+    check("truth", truth.value.float(), truth, case, is_baseline=False)
     for wrong in (torch.zeros(8, 64), dense.value.float()):
-        for is_peer in (False, True):
+        for is_baseline in (False, True):
             with pytest.raises(WrongResultError, match=r"^wrong on 8x64 75% .* are wrong"):
-                check("wrong", wrong, truth, case, is_peer)
+                check("wrong", wrong, truth, case, is_baseline)
 
 
 def test_padding_of_ours_must_be_zero() -> None:
     case = Case((8, 64))
     data = make_data(case, 1 << 30)
-    truth = truth_of(data, masked=True)
+    truth = truth_of(data, uses_lengths=True)
     got = torch.where(truth.valid, truth.value, torch.nan).float()
-    check("a peer", got, truth, case, is_peer=True)
+    check("a baseline", got, truth, case, is_baseline=True)
     with pytest.raises(WrongResultError):
-        check(OURS, got, truth, case, is_peer=False)
+        check(names.OURS, got, truth, case, is_baseline=False)
 
 
 # Timing
@@ -239,14 +238,14 @@ def test_padding_of_ours_must_be_zero() -> None:
 def test_candidates_take_turns() -> None:
     turns: list[str] = []
 
-    def candidate(name: str, seconds: float) -> Turns:
+    def candidate(name: str, seconds: float) -> Candidate:
         def take(calls: int) -> float:
             turns.append(name)
             return seconds * calls
 
-        return Turns(take)
+        return Candidate(take)
 
-    figures = measure({"a": candidate("a", 1.0), "b": candidate("b", 3.0)}, 0.0, least_rounds=5)
+    figures = measure({"a": candidate("a", 1.0), "b": candidate("b", 3.0)}, 0.0, min_rounds=5)
     assert "".join(turns).endswith("ab" * 5)
     assert figures["a"].seconds == 1.0
     assert figures["b"].seconds == 3.0
@@ -256,8 +255,8 @@ def test_candidates_take_turns() -> None:
 
 def test_buffers_rotate_from_call_to_call() -> None:
     seen: list[int] = []
-    works = [lambda number=number: seen.append(number) for number in range(3)]
-    turn = calling(works, first=4)
+    calls = [lambda number=number: seen.append(number) for number in range(3)]
+    turn = timed_loop(calls, first=4)
     turn(1)
     turn(2)
     turn(2)
@@ -267,94 +266,95 @@ def test_buffers_rotate_from_call_to_call() -> None:
 # Targets
 
 
-TARGET = Target("title", Case((4, 4)), "peer", avx2=2.0, avx512=3.0)
+TARGET = Target("title", Case((4, 4)), "baseline", avx2=2.0, avx512=3.0)
 
 
 def test_a_bad_ratio_is_not_met() -> None:
-    figures = {OURS: figure(1.0), "peer": figure(2.5)}
+    figures = {names.OURS: figure(1.0), "baseline": figure(2.5)}
     assert evaluate(TARGET, figures, "avx2", in_cache=True).word == "met"
     verdict = evaluate(TARGET, figures, "avx512", in_cache=True)
     assert (verdict.word, verdict.ratio, verdict.bound) == ("not met", 2.5, 3.0)
 
 
-def test_at_most_is_the_other_way_round() -> None:
-    target = Target("title", Case((4, 4)), COPY_LIMIT, 1.0, 1.15, "at most")
-    figures = {OURS: figure(1.1), COPY: figure(1.2), MEMCPY: figure(1.0)}
+def test_at_most_inverts_the_ratio() -> None:
+    target = Target("title", Case((4, 4)), FASTEST_COPY, 1.0, 1.15, "at most")
+    figures = {names.OURS: figure(1.1), names.COPY: figure(1.2), names.MEMCPY: figure(1.0)}
     assert evaluate(target, figures, "avx2", in_cache=False).word == "not met"
     verdict = evaluate(target, figures, "avx512", in_cache=False)
-    assert (verdict.word, verdict.ratio) == ("met", 1.1)  # of the faster copy
+    assert (verdict.word, verdict.ratio) == ("met", 1.1)  # against the faster copy
 
 
-def test_out_of_cache_two_threads_need_what_a_copy_gains() -> None:
-    target = Target("title", Case((4, 4)), ONE_THREAD, 1.8, 1.8)
+def test_out_of_cache_two_threads_must_gain_as_much_as_a_copy() -> None:
+    target = Target("title", Case((4, 4)), names.OURS_ON_ONE_THREAD, 1.8, 1.8)
     figures = {
-        OURS: figure(1.0),
-        ONE_THREAD: figure(1.5),
-        COPY: figure(1.0),
-        COPY_ON_ONE_THREAD: figure(1.4),
+        names.OURS: figure(1.0),
+        names.OURS_ON_ONE_THREAD: figure(1.5),
+        names.COPY: figure(1.0),
+        names.COPY_ON_ONE_THREAD: figure(1.4),
     }
     assert evaluate(target, figures, "avx2", in_cache=True).word == "not met"
     verdict = evaluate(target, figures, "avx2", in_cache=False)
     assert verdict.word == "met"
     assert verdict.bound == pytest.approx(1.4)
-    figures |= {COPY: figure(2.0), ONE_THREAD: figure(0.9)}  # never less than one thread
+    # The bound is never below 1.
+    figures |= {names.COPY: figure(2.0), names.OURS_ON_ONE_THREAD: figure(0.9)}
     assert evaluate(target, figures, "avx2", in_cache=False).word == "not met"
 
 
-def test_what_was_not_measured_is_not_met() -> None:
-    reasons = {"peer": "not installed"}
-    verdict = evaluate(TARGET, {OURS: figure(1.0)}, "avx2", True, reasons)
+def test_an_unmeasured_target_is_not_met() -> None:
+    reasons = {"baseline": "not installed"}
+    verdict = evaluate(TARGET, {names.OURS: figure(1.0)}, "avx2", True, reasons)
     assert (verdict.word, verdict.met, verdict.note) == ("not measured", False, "not installed")
     assert evaluate(TARGET, None, "avx2", True).word == "not measured"
 
 
-def test_each_target_has_a_peer_that_its_case_measures() -> None:
+def test_each_target_has_a_baseline_that_its_case_measures() -> None:
     targets = all_targets()
-    assert len({(t.title, t.peer) for t in targets}) == len(targets)
+    assert len({(t.title, t.baseline) for t in targets}) == len(targets)
     for target in targets:
-        if target.peer != COPY_LIMIT:
-            assert target.peer in target.case.peers
-            assert PEERS[target.peer].why_not(target.case) is None, target.title
+        if target.baseline != FASTEST_COPY:
+            assert target.baseline in target.case.baselines
+            assert BASELINES[target.baseline].skip_reason(target.case) is None, target.title
 
 
 # The whole
 
 
-class Absent(Peer):
+class Absent(Baseline):
     name = "absent"
 
-    def why_missing(self) -> str | None:
+    def missing_reason(self) -> str | None:
         return "not installed"
 
-    def prepare(self, data: object, turn: int) -> object:  # type: ignore[override]
-        raise AssertionError("it is not there")
+    def prepare(self, data: object, first: int) -> object:  # type: ignore[override]
+        raise AssertionError("a missing baseline was prepared")
 
 
-class Broken(Peer):
+class Broken(Baseline):
     name = "broken"
 
-    def prepare(self, data: object, turn: int) -> object:  # type: ignore[override]
+    def prepare(self, data: object, first: int) -> object:  # type: ignore[override]
         raise RuntimeError("no such kernel")
 
 
-def test_an_absent_peer_is_reported_as_skipped(tmp_path: Path) -> None:
-    peers = {"absent": Absent(), "broken": Broken(), **PEERS}
-    case = Case((4, 8), peers=("absent", "broken", "torch.softmax"))
-    missing = run.missing_peers([case], peers)
+def test_an_absent_baseline_is_reported_as_skipped(tmp_path: Path) -> None:
+    baselines = {"absent": Absent(), "broken": Broken(), **BASELINES}
+    case = Case((4, 8), baselines=("absent", "broken", "torch.softmax"))
+    missing = run.missing_baselines([case], baselines)
     assert missing == {"absent": "not installed"}
-    result = run.measure_case(case, peers, missing, seconds=0.0, seed=1)
+    result = run.measure_case(case, baselines, missing, seconds=0.0, seed=1)
     assert result.skipped["absent"] == "not installed"
     assert "no such kernel" in result.skipped["broken"]
     assert set(result.ratios()) == {"torch.softmax"}
-    report = Report(machine.describe(), {}, missing, [result])
-    assert "absent: skipped: not installed" in report.markdown()
+    saved = Report(machine.describe(), {}, missing, [result]).to_json()
+    assert "absent: skipped: not installed" in report.markdown(saved)
     assert "skipped: broken: failed: RuntimeError: no such kernel" in run.line_of(result)
 
 
 def test_a_wrong_result_of_ours_fails_the_case(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ours, "function", staticmethod(lambda x, lengths: torch.zeros_like(x)))
     with pytest.raises(WrongResultError):
-        run.measure_case(Case((4, 8)), PEERS, {}, seconds=0.0, seed=1)
+        run.measure_case(Case((4, 8)), BASELINES, {}, seconds=0.0, seed=1)
 
 
 def test_a_small_run_leaves_json_a_table_and_plots(
@@ -370,8 +370,8 @@ def test_a_small_run_leaves_json_a_table_and_plots(
     assert saved["machine"]["processor"] in path.name
     assert [result["label"] for result in saved["results"]] == [case.label for case in cases]
     for result in saved["results"]:
-        assert set(result["ratios"]) == {"formulation", "torch.softmax"}
-        assert result["seconds"][OURS]["low"] <= result["seconds"][OURS]["seconds"]
+        assert set(result["ratios"]) == {names.UNFUSED, names.TORCH_SOFTMAX}
+        assert result["seconds"][names.OURS]["low"] <= result["seconds"][names.OURS]["seconds"]
         assert 0 < result["valid_elems"] < result["elems"]
         assert result["share_of_copy"] > 0
     table = path.with_suffix(".md").read_text(encoding="utf-8")
@@ -382,6 +382,30 @@ def test_a_small_run_leaves_json_a_table_and_plots(
         assert picture.read_bytes().startswith(b"\x89PNG")
         picture.unlink()
     assert len(plot.write_plots(saved, tmp_path / path.stem)) == 2
+
+
+STORED = sorted((ROOT / "bench/results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+def test_stored_results_are_as_the_report_writes_them(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    saved = json.loads(text)
+    assert saved["finished"]
+    assert report.json_text(saved) == text
+    assert report.markdown(saved) == path.with_suffix(".md").read_text(encoding="utf-8")
+    for result in saved["results"]:
+        case = result["case"]
+        lists = {"shape": tuple(case["shape"]), "baselines": tuple(case["baselines"])}
+        assert Case(**(case | lists)).label == result["label"]
+
+
+def test_json_has_one_line_for_each_record() -> None:
+    document = {"machine": {"name": "a", "caches": {}}, "missing": {}, "results": [{"x": 1}, {}]}
+    text = report.json_text(document)
+    assert json.loads(text) == document
+    lines = [line.strip().rstrip(",") for line in text.splitlines()]
+    assert {'"name": "a"', '"missing": {}', '{"x": 1}', "{}"} <= set(lines)
 
 
 def test_an_interrupted_run_keeps_what_it_has(

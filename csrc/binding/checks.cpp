@@ -183,7 +183,7 @@ at::ScalarType result_dtype(const char* name, at::ScalarType input, OptionalType
                    names_of(ElementKind::kFloating), ", or of an integer type, but got ", input);
   TORCH_CHECK_TYPE(
       is_floating(input) || dtype.has_value(), name,
-      "(): expected input of a floating point type, or dtype= with the type of the result, but got input of ", input);
+      "(): expected input of a floating point type, or dtype= to name the type of the result, but got input of ", input);
   TORCH_CHECK_TYPE(!dtype.has_value() || is_floating(*dtype), name, "(): expected dtype to be ",
                    names_of(ElementKind::kFloating), ", but got ", *dtype);
   return dtype.value_or(input);

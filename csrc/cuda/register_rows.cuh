@@ -14,7 +14,7 @@
 // and never read. Backward reads twice as much. 16-bit types: half of either.
 //
 // On paper, for an H200 (a copy moves 4.3 TB/s over 132 multiprocessors, 32.6 GB/s each; with 600 ns of latency that
-// asks for 20 KiB in flight on each). Registers as compiled for 9.0; all counts: bench/inspect_cuda.py.
+// asks for 20 KiB in flight on each). Registers as compiled for 9.0; all counts: tests/gpu/inspect_kernels.py.
 //
 //   lanes     56 to 128 registers, no shared memory: 9 to 4 blocks of 128 threads, with 18 KiB (8 lanes, a vector each)
 //             to 64 KiB (8 vectors each) in flight. Expected: 0.9 of a copy, 0.85 for rows of up to 32 floats.

@@ -1,14 +1,15 @@
-"""What the compiled CUDA kernels use, seen without a GPU: registers, memory, width of access.
+"""Inspects the compiled CUDA kernels without a GPU: registers, memory, access width, occupancy.
 
-    python bench/inspect_cuda.py [--write FILE.md]
+    python tests/gpu/inspect_kernels.py [--write FILE.md]
 
-Disassembles the built extension for every architecture in it. Fails where a kernel spills or uses
-local memory, or where one that holds rows in registers has fewer 128-bit accesses than vectors.
+Disassembles the built extension for each architecture in it. Fails if a kernel spills or uses local
+memory, or if one that holds rows in registers has fewer 128-bit accesses than vectors.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import shutil
@@ -21,26 +22,13 @@ from pathlib import Path
 
 from masked_softmax_ext import _C, build_info
 
-# Of a multiprocessor: compute capability 8.0, 9.0 and 10.0 alike.
-REGISTERS = 65536
-WARPS = 64
-SHARED_BYTES = 227 * 1024
+# Limits of an SM of compute capability 8.0, 9.0 and 10.0.
+SM_REGISTERS = 65536
+SM_WARPS = 64
+SM_SHARED_BYTES = 227 * 1024
 WARP_THREADS = 32
-REGISTERS_PER_ALLOCATION = 256  # of a warp
-
-# Threads of a block, as csrc/cuda/launch_plan.h has them; block and cluster: the widest.
-BLOCK_THREADS = {
-    "lanes_per_row": 128,
-    "block_per_row": 1024,
-    "cluster_per_row": 1024,
-    "split_maxima": 512,
-    "split_sums": 512,
-    "split_results": 512,
-    "strided_lanes": 256,
-    "strided_rows": 256,
-    "column_rows": 256,
-}
-BLOCK_RESERVED_BYTES = 1024  # of shared memory, by the system
+REGISTERS_PER_ALLOCATION = 256  # granularity, per warp
+BLOCK_RESERVED_BYTES = 1024  # shared memory that CUDA reserves in each block
 
 
 @dataclass
@@ -52,6 +40,7 @@ class Kernel:
     registers: int
     stack_bytes: int
     shared_bytes: int
+    block_threads: int = 0  # the widest block, from the launch bounds
     accesses: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
     @property
@@ -63,16 +52,17 @@ class Kernel:
         return self.name[self.name.index("<") + 1 : -1].split(", ")
 
     @property
-    def blocks_per_multiprocessor(self) -> int:
-        warps = BLOCK_THREADS[self.strategy] // WARP_THREADS
-        of_warp = -(-self.registers * WARP_THREADS // REGISTERS_PER_ALLOCATION)
-        by_registers = REGISTERS // (of_warp * REGISTERS_PER_ALLOCATION) // warps
-        by_shared = SHARED_BYTES // (self.shared_bytes + BLOCK_RESERVED_BYTES)
-        return min(by_registers, by_shared, WARPS // warps)
+    def blocks_per_sm(self) -> int:
+        """Occupancy with the widest block."""
+        warps = self.block_threads // WARP_THREADS
+        allocations = -(-self.registers * WARP_THREADS // REGISTERS_PER_ALLOCATION)
+        by_registers = SM_REGISTERS // (allocations * REGISTERS_PER_ALLOCATION) // warps
+        by_shared = SM_SHARED_BYTES // (self.shared_bytes + BLOCK_RESERVED_BYTES)
+        return min(by_registers, by_shared, SM_WARPS // warps)
 
     @property
-    def expected_vectors(self) -> int:
-        """How many 16-byte loads of valid elements a thread makes at the least."""
+    def min_vectors(self) -> int:
+        """Lower bound on a thread's 16-byte loads of valid elements."""
         if self.strategy in ("strided_lanes", "strided_rows", "column_rows"):
             return 0
         arguments = self.arguments
@@ -81,10 +71,10 @@ class Kernel:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the architecture lacks what the strategy needs, so that no plan launches it."""
+        """Whether the architecture lacks clusters, so that this kernel is never launched."""
         return self.strategy == "cluster_per_row" and int(self.architecture[3:]) < 90
 
-    def mistakes(self) -> Iterator[str]:
+    def problems(self) -> Iterator[str]:
         if self.is_empty:
             return
         if self.stack_bytes > 0:
@@ -92,22 +82,17 @@ class Kernel:
         for instruction in ("LDL", "STL"):
             if self.accesses[instruction] > 0:
                 yield f"{self.accesses[instruction]} accesses to local memory ({instruction})"
-        if self.accesses["LDG.128"] < self.expected_vectors:
-            yield (
-                f"{self.accesses['LDG.128']} loads of 128 bits, expected {self.expected_vectors}"
-            )
-        writes_rows = self.expected_vectors > 0 and self.strategy not in (
-            "split_maxima",
-            "split_sums",
-        )
+        if self.accesses["LDG.128"] < self.min_vectors:
+            yield f"expected {self.min_vectors} 128-bit loads, got {self.accesses['LDG.128']}"
+        writes_rows = self.min_vectors > 0 and self.strategy not in ("split_maxima", "split_sums")
         if writes_rows and self.accesses["STG.128"] == 0:
-            yield "no store of 128 bits"
-        if self.blocks_per_multiprocessor == 0:
-            yield "no block fits a multiprocessor"
+            yield "expected 128-bit stores, got none"
+        if self.blocks_per_sm == 0:
+            yield "a block does not fit an SM"
 
 
 def find_cuobjdump() -> str:
-    """On the PATH, in the CUDA toolkit, or in triton's wheel."""
+    """Searches the PATH, the CUDA toolkit and triton's wheel."""
     found = shutil.which("cuobjdump")
     places = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "cuobjdump")]
     for folder in map(Path, sys.path):
@@ -116,7 +101,9 @@ def find_cuobjdump() -> str:
         if found is None and place.exists():
             found = str(place)
     if found is None:
-        raise SystemExit("expected cuobjdump on the PATH, in CUDA_HOME/bin or in triton's wheel")
+        raise SystemExit(
+            "expected cuobjdump on the PATH, in CUDA_HOME/bin or in triton's wheel; found none"
+        )
     return found
 
 
@@ -138,8 +125,7 @@ def demangled(names: list[str]) -> dict[str, str]:
 def read_kernels(library: str) -> list[Kernel]:
     cuobjdump = find_cuobjdump()
     kernels: dict[tuple[str, str], Kernel] = {}
-    architecture = ""
-    name = ""
+    architecture = name = attribute = ""
     for line in output_of(cuobjdump, "-res-usage", library).splitlines():
         if found := re.search(r"arch = (sm_\d+)", line):
             architecture = found[1]
@@ -147,6 +133,16 @@ def read_kernels(library: str) -> list[Kernel]:
             name = found[1]
         elif found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
             kernels[architecture, name] = Kernel(name, architecture, *map(int, found.groups()))
+    for line in output_of(cuobjdump, "-elf", library).splitlines():
+        if found := re.search(r"arch = (sm_\d+)", line):
+            architecture = found[1]
+        elif found := re.fullmatch(r"\.nv\.info\.(\w+)", line):
+            name = found[1]
+        elif "EIATTR_" in line:
+            attribute = line.split()[-1]
+        elif attribute == "EIATTR_MAX_THREADS" and (found := re.search(r"Value:(.*)", line)):
+            sizes = [int(size, 16) for size in found[1].split()]
+            kernels[architecture, name].block_threads = math.prod(sizes)
     for line in output_of(cuobjdump, "-sass", library).splitlines():
         if found := re.search(r"arch = (sm_\d+)", line):
             architecture = found[1]
@@ -159,6 +155,10 @@ def read_kernels(library: str) -> list[Kernel]:
     names = demangled(sorted({name for _, name in kernels}))
     for kernel in kernels.values():
         kernel.name = names[kernel.name]
+        if kernel.block_threads == 0:
+            raise SystemExit(
+                f"expected launch bounds (EIATTR_MAX_THREADS) of {kernel.name}, got none"
+            )
     return list(kernels.values())
 
 
@@ -167,20 +167,21 @@ def table(kernels: list[Kernel]) -> str:
     by_name: dict[str, dict[str, Kernel]] = defaultdict(dict)
     for kernel in kernels:
         by_name[kernel.name][kernel.architecture] = kernel
-    heads = [f"registers {a}" for a in architectures] + [f"blocks {a}" for a in architectures]
+    heads = [f"registers {a}" for a in architectures]
+    heads += [f"blocks per SM {a}" for a in architectures]
     lines = [
-        "| kernel | threads of a block | " + " | ".join(heads) + " | shared bytes | 128-bit loads, "
-        "stores (of all) " + architectures[-1] + " |",
+        "| kernel | max threads per block | " + " | ".join(heads) + " | shared bytes | 128-bit "
+        "loads, stores (of all) " + architectures[-1] + " |",
         "|---" * (len(heads) + 4) + "|",
     ]
-    for name, of_name in sorted(by_name.items()):
-        last = of_name[architectures[-1]]
+    for name, by_architecture in sorted(by_name.items()):
+        last = by_architecture[architectures[-1]]
         counts = last.accesses
         loads = sum(counts[i] for i in ("LDG", "LDG.128", "LD", "LD.128"))
         stores = sum(counts[i] for i in ("STG", "STG.128", "ST", "ST.128"))
-        cells = [f"`{name}`", str(BLOCK_THREADS[last.strategy])]
-        cells += [str(of_name[a].registers) for a in architectures]
-        cells += [str(of_name[a].blocks_per_multiprocessor) for a in architectures]
+        cells = [f"`{name}`", str(last.block_threads)]
+        cells += [str(by_architecture[a].registers) for a in architectures]
+        cells += [str(by_architecture[a].blocks_per_sm) for a in architectures]
         cells.append(str(last.shared_bytes))
         cells.append(f"{counts['LDG.128']} ({loads}), {counts['STG.128']} ({stores})")
         lines.append("| " + " | ".join(cells) + " |")
@@ -191,26 +192,28 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--write", type=Path, metavar="FILE.md", help="where the table goes")
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE.md", help="write the table to this file"
+    )
     arguments = parser.parse_args()
     info = build_info()
     if info["cuda"] is None:
         raise SystemExit("the extension was built without CUDA; see the README")
     kernels = read_kernels(_C.__file__)
-    wrong = [f"{k.name} {k.architecture}: {m}" for k in kernels for m in k.mistakes()]
+    problems = [f"{k.name} {k.architecture}: {p}" for k in kernels for p in k.problems()]
     text = (
         f"# The compiled CUDA kernels\n\nnvcc {info['cuda']}, architectures "
-        f"{info['cuda_architectures']}. Blocks: how many fit a multiprocessor at once.\nLoads and "
-        "stores: instructions, of global memory.\n\n"
+        f"{info['cuda_architectures']}. Blocks per SM: occupancy with the widest block.\n"
+        "Loads and stores: instructions that access global memory.\n\n"
         f"{table(kernels)}\n"
     )
     if arguments.write is not None:
         arguments.write.write_text(text)
     else:
         print(text)
-    print("\n".join(wrong))
-    print(f"{len(kernels)} kernels, {len(wrong)} mistakes")
-    return 1 if wrong else 0
+    print("\n".join(problems))
+    print(f"{len(kernels)} kernels, {len(problems)} problems")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Other libraries, each imported when it is first asked for, and skipped where it is missing."""
+"""Other libraries, each imported when it is first used and skipped where it is missing."""
 
 from __future__ import annotations
 
@@ -14,16 +14,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench import names
+from bench.baselines import (
+    TORCH_BASELINES,
+    Baseline,
+    Prepared,
+    RowBaseline,
+    packing,
+    unpacked,
+)
 from bench.cases import Case, Data
 from bench.mxnet_client import MXNet
-from bench.peers import TORCH_PEERS, Peer, Prepared, Work, packing, unpacked
-from bench.timing import calling
+from bench.timing import Call, timed_loop
 from masked_softmax_ext import _C, cpu_capability
 
 
 @cache
-def module(name: str) -> ModuleType | str:
-    """The module, or the reason why there is none."""
+def import_or_reason(name: str) -> ModuleType | str:
+    """The module, or the reason why it cannot be imported."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -32,41 +40,27 @@ def module(name: str) -> ModuleType | str:
         return f"does not load: {str(error).splitlines()[0]}"
 
 
-def why_not_rows(case: Case) -> str | None:
-    """The others take float32 rows, and are measured forward."""
-    if case.dtype != "float32":
-        return "measured in float32 only"
-    if len(case.shape) != 2 or case.dim != -1:
-        return "measured on rows of a matrix only"
-    if case.direction != "forward" or case.grad:
-        return "measured forward only"
-    return None
+class CTranslate2(RowBaseline):
+    """The kernel of its wheel, called through ctypes: the library exports the symbol."""
 
-
-class CTranslate2(Peer):
-    """The kernel of its wheel, which exports it as a plain symbol; called through ctypes."""
-
-    name = "CTranslate2"
-    # Its template's argument: CpuIsa::AVX2, CpuIsa::AVX512, or CpuIsa::GENERIC.
+    name = names.CTRANSLATE2
+    outputs = ("out=",)
+    packages = ("ctranslate2",)
+    # Values of CTranslate2's enum CpuIsa, the kernel's template argument.
     isa = {"avx2": 2, "avx512": 3}  # noqa: RUF012
     symbol = "_ZN11ctranslate23cpu7softmaxILNS0_6CpuIsaE{}EEEvPKfPKiPfllb"
 
-    def why_missing(self) -> str | None:
+    def missing_reason(self) -> str | None:
         found = self._library()
         return found if isinstance(found, str) else None
 
-    def why_not(self, case: Case) -> str | None:
-        if case.output == "fresh":
-            return "its kernel writes to a given output"
-        return why_not_rows(case)
-
     @cache  # noqa: B019
     def _library(self) -> tuple[ctypes.CDLL, ctypes.CDLL | None] | str:
-        package = module("ctranslate2")
+        package = import_or_reason("ctranslate2")
         if isinstance(package, str):
             return package
         if cpu_capability() not in self.isa:
-            return f"no symbol of it is known for {cpu_capability()}"
+            return f"its symbol for {cpu_capability()} is not known"
         folder = Path(str(package.__file__)).parent.parent / "ctranslate2.libs"
         found = sorted(folder.glob("libctranslate2*"))
         if not found:
@@ -74,11 +68,11 @@ class CTranslate2(Peer):
         library = ctypes.CDLL(str(found[0]))
         if not hasattr(library, self.symbol.format(self.isa[cpu_capability()])):
             return "this version does not export the kernel"
-        # Its own copy of OpenMP, apart from torch's.
+        # The wheel bundles its own OpenMP runtime, separate from torch's.
         openmp = sorted(folder.glob("libgomp*")) + sorted(folder.glob("lib*omp*"))
         return library, ctypes.CDLL(str(openmp[0])) if openmp else None
 
-    def prepare(self, data: Data, turn: int) -> Prepared:
+    def prepare(self, data: Data, first: int) -> Prepared:
         found = self._library()
         assert not isinstance(found, str)
         library, openmp = found
@@ -89,38 +83,37 @@ class CTranslate2(Peer):
         kernel.argtypes = [pointer, pointer, pointer, size, size, ctypes.c_bool]
         kernel.restype = None
         rows, cols = data.case.shape
-        self._lengths = lengths = data.lengths.int()  # the pointers keep nothing alive
-        works: list[Work] = [
+        self._lengths = lengths = data.lengths.int()  # kept alive for the raw pointer
+        calls: list[Call] = [
             partial(kernel, x.data_ptr(), lengths.data_ptr(), y.data_ptr(), rows, cols, False)
             for x, y in zip(data.inputs, data.outputs, strict=True)
         ]
 
         def result() -> Tensor:
-            works[0]()
+            calls[0]()
             return data.outputs[0]
 
-        return Prepared(calling(works, turn), result, data.case.threads)
+        return Prepared(timed_loop(calls, first), result, data.case.threads)
 
 
-class Mlas(Peer):
-    """ONNX Runtime's Softmax on full rows, bound to memory that is given."""
+class Mlas(RowBaseline):
+    """ONNX Runtime's Softmax of all columns, its inputs and outputs bound to torch's memory."""
 
-    name = "MLAS"
-    masked = False
+    name = names.MLAS
+    uses_lengths = False
+    outputs = ("fresh", "out=")
+    packages = ("onnxruntime", "onnx")
 
-    def why_missing(self) -> str | None:
-        for name in ("onnxruntime", "onnx"):
-            found = module(name)
+    def missing_reason(self) -> str | None:
+        for name in self.packages:
+            found = import_or_reason(name)
             if isinstance(found, str):
                 return f"{name} {found}"
         if cpu_capability() != _C.cpu_capabilities()[-1]:
-            return f"it cannot be held to {cpu_capability()}, and takes more on this processor"
+            return f"cannot be limited to {cpu_capability()}; it uses the best instruction set"
         return None
 
-    def why_not(self, case: Case) -> str | None:
-        return why_not_rows(case)
-
-    def prepare(self, data: Data, turn: int) -> Prepared:
+    def prepare(self, data: Data, first: int) -> Prepared:
         session = self._session(data.case.threads)
         shape = list(data.case.shape)
 
@@ -137,17 +130,17 @@ class Mlas(Peer):
         bindings = [
             bound(x, y if given else None) for x, y in zip(data.inputs, data.outputs, strict=True)
         ]
-        works: list[Work] = [partial(session.run_with_iobinding, b) for b in bindings]
+        calls: list[Call] = [partial(session.run_with_iobinding, b) for b in bindings]
 
         def result() -> Tensor:
-            works[0]()
+            calls[0]()
             return torch.from_numpy(bindings[0].copy_outputs_to_cpu()[0])
 
-        return Prepared(calling(works, turn), result, data.case.threads)
+        return Prepared(timed_loop(calls, first), result, data.case.threads)
 
     @staticmethod
     def _session(threads: int) -> Any:
-        onnx, runtime = module("onnx"), module("onnxruntime")
+        onnx, runtime = import_or_reason("onnx"), import_or_reason("onnxruntime")
         assert not isinstance(onnx, str)
         assert not isinstance(runtime, str)
         helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
@@ -161,7 +154,7 @@ class Mlas(Peer):
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        # Threads that wait for work would take the processor from the other candidates.
+        # Spinning threads would take the processor from the other candidates.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         return runtime.InferenceSession(
@@ -169,21 +162,20 @@ class Mlas(Peer):
         )
 
 
-class Jax(Peer):
-    """jax.nn.softmax(where=), jitted, its inputs in place before the timing."""
+class Jax(RowBaseline):
+    """jax.nn.softmax(where=), jitted; its inputs are placed before the timing."""
 
-    name = "JAX"
+    name = names.JAX
+    packages = ("jax", "jaxlib")
 
-    def why_missing(self) -> str | None:
+    def missing_reason(self) -> str | None:
         found = self._library()
         return found if isinstance(found, str) else None
 
-    def why_not(self, case: Case) -> str | None:
-        if case.output == "out=":
-            return "has no out="
+    def skip_reason(self, case: Case) -> str | None:
         if case.threads != 1:
-            return "its number of threads is fixed when it starts: one"
-        return why_not_rows(case)
+            return "its number of threads is fixed at start: one"
+        return super().skip_reason(case)
 
     @cache  # noqa: B019
     def _library(self) -> ModuleType | str:
@@ -192,10 +184,10 @@ class Jax(Peer):
         if cpu_capability() == "avx2":
             flags = os.environ.get("XLA_FLAGS", "")
             os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_max_isa=AVX2".strip()
-        jax = module("jax")
+        jax = import_or_reason("jax")
         if isinstance(jax, str):
             return jax
-        # It starts one thread for every processor that it may use: let that be one.
+        # It starts one thread for each processor in the affinity mask.
         allowed = os.sched_getaffinity(0)
         os.sched_setaffinity(0, {max(allowed)})
         try:
@@ -204,7 +196,7 @@ class Jax(Peer):
             os.sched_setaffinity(0, allowed)
         return jax
 
-    def prepare(self, data: Data, turn: int) -> Prepared:
+    def prepare(self, data: Data, first: int) -> Prepared:
         jax = self._library()
         assert not isinstance(jax, str)
         numpy = jax.numpy
@@ -221,46 +213,42 @@ class Jax(Peer):
         inputs = [place(x) for x in data.inputs]
         lengths = place(data.lengths.int())
 
-        def work(x: Any) -> None:
+        def call(x: Any) -> None:
             softmax(x, lengths).block_until_ready()
 
         def result() -> Tensor:
             return torch.from_numpy(np.array(softmax(inputs[0], lengths)))
 
-        works: list[Work] = [partial(work, x) for x in inputs]
-        return Prepared(calling(works, turn), result, 1)
+        calls: list[Call] = [partial(call, x) for x in inputs]
+        return Prepared(timed_loop(calls, first), result, 1)
 
 
-class Fbgemm(Peer):
-    """jagged_softmax of packed values; packing them is not timed."""
+class Fbgemm(RowBaseline):
+    """jagged_softmax of packed values; packing is not timed."""
 
-    name = "FBGEMM"
+    name = names.FBGEMM
+    packages = ("fbgemm-gpu-cpu",)
 
-    def why_missing(self) -> str | None:
-        found = module("fbgemm_gpu")
+    def missing_reason(self) -> str | None:
+        found = import_or_reason("fbgemm_gpu")
         return found if isinstance(found, str) else None
 
-    def why_not(self, case: Case) -> str | None:
-        if case.output == "out=":
-            return "has no out="
-        return why_not_rows(case)
-
-    def prepare(self, data: Data, turn: int) -> Prepared:
+    def prepare(self, data: Data, first: int) -> Prepared:
         valid, offsets = packing(data)
         jagged_softmax = torch.ops.fbgemm.jagged_softmax.default
-        works: list[Work] = [
+        calls: list[Call] = [
             partial(jagged_softmax, x[valid].view(-1, 1), offsets, data.case.cols)
             for x in data.inputs
         ]
 
         def result() -> Tensor:
-            value: Any = works[0]()
+            value: Any = calls[0]()
             return unpacked(value[0], valid)
 
-        return Prepared(calling(works, turn), result, data.case.threads)
+        return Prepared(timed_loop(calls, first), result, data.case.threads)
 
 
-def all_peers(mxnet_python: str | None) -> dict[str, Peer]:
+def all_baselines(mxnet_python: str | None) -> dict[str, Baseline]:
     """By name, in the order of the table."""
-    optional: tuple[Peer, ...] = (Mlas(), CTranslate2(), Jax(), Fbgemm(), MXNet(mxnet_python))
-    return {peer.name: peer for peer in (*TORCH_PEERS, *optional)}
+    optional: tuple[Baseline, ...] = (Mlas(), CTranslate2(), Jax(), Fbgemm(), MXNet(mxnet_python))
+    return {baseline.name: baseline for baseline in (*TORCH_BASELINES, *optional)}

@@ -1,6 +1,6 @@
-"""A few calls that reach every CUDA strategy, forwards and backwards: what compute-sanitizer runs.
+"""Calls every CUDA strategy, forward and backward; gate.sh runs it under compute-sanitizer.
 
-python bench/gpu_smoke.py [cpu]
+python tests/gpu/smoke.py [cpu]
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 
 from masked_softmax_ext import _C, masked_log_softmax, masked_softmax
 
-COLS = {
+COLS_OF_STRATEGY = {
     "lanes": (3, 65, 500),
     "block": (600, 5000),
     "cluster": (2000, 40000),
@@ -23,10 +23,10 @@ COLS = {
 
 def main() -> None:
     device = sys.argv[1] if len(sys.argv) > 1 else "cuda"
-    for strategy, sizes in COLS.items():
+    for strategy, sizes in COLS_OF_STRATEGY.items():
         if device == "cuda":
             if strategy == "cluster" and torch.cuda.get_device_capability()[0] < 9:
-                print("cluster: SKIPPED, this GPU has none")
+                print("cluster: SKIPPED, this GPU has no thread block clusters")
                 continue
             _C.set_cuda_strategy(strategy)
         for cols in sizes:
