@@ -15,37 +15,53 @@ namespace {
 
 using torch::autograd::variable_list;
 
-// The derivatives of a forward operation. Formulas: common/formulas.h.
-template <Operation kForward>
+// How the derivatives depend on each other. Formulas: common/formulas.h. A derivative d(a, y) is linear in its first
+// input a, so it also is its own jvp along a.
+template <Operation kOperation>
 struct DerivativesOf;
 
 template <>
 struct DerivativesOf<Operation::kSoftmax> {
+  static constexpr const char* kNodeName = "MaskedSoftmaxExtBackward";
   static constexpr auto kBackward = Operation::kSoftmaxBackward;
   static constexpr auto kJvp = Operation::kSoftmaxBackward;  // the Jacobian is symmetric
-  static constexpr auto kBackwardWrtY = Operation::kSoftmaxBackwardWrtY;
-  static constexpr auto kBackwardJvpWrtY = Operation::kSoftmaxBackwardJvpWrtY;
-  static constexpr const char* kNodeName = "MaskedSoftmaxExtBackward";
-  static constexpr const char* kBackwardNodeName = "MaskedSoftmaxExtBackwardBackward";
 };
-
 template <>
 struct DerivativesOf<Operation::kLogSoftmax> {
+  static constexpr const char* kNodeName = "MaskedLogSoftmaxExtBackward";
   static constexpr auto kBackward = Operation::kLogSoftmaxBackward;
   static constexpr auto kJvp = Operation::kLogSoftmaxJvp;
+};
+template <>
+struct DerivativesOf<Operation::kSoftmaxBackward> {
+  static constexpr const char* kNodeName = "MaskedSoftmaxExtBackwardBackward";
+  static constexpr auto kTransposed = Operation::kSoftmaxBackward;
+  static constexpr auto kBackwardWrtY = Operation::kSoftmaxBackwardWrtY;  // (gradient of the result, a, y)
+  static constexpr auto kJvpWrtY = Operation::kSoftmaxBackwardJvpWrtY;    // (tangent of y, a, y)
+};
+template <>
+struct DerivativesOf<Operation::kLogSoftmaxBackward> {
+  static constexpr const char* kNodeName = "MaskedLogSoftmaxExtBackwardBackward";
+  static constexpr auto kTransposed = Operation::kLogSoftmaxJvp;
   static constexpr auto kBackwardWrtY = Operation::kLogSoftmaxBackwardWrtY;
-  static constexpr auto kBackwardJvpWrtY = Operation::kLogSoftmaxBackwardWrtY;  // it is diagonal
-  static constexpr const char* kNodeName = "MaskedLogSoftmaxExtBackward";
-  static constexpr const char* kBackwardNodeName = "MaskedLogSoftmaxExtBackwardBackward";
+  static constexpr auto kJvpWrtY = Operation::kLogSoftmaxBackwardWrtY;  // it is diagonal
+};
+template <>
+struct DerivativesOf<Operation::kLogSoftmaxJvp> {
+  static constexpr const char* kNodeName = "MaskedLogSoftmaxExtJvpBackward";
+  static constexpr auto kTransposed = Operation::kLogSoftmaxBackward;
+  static constexpr auto kBackwardWrtY = Operation::kLogSoftmaxBackwardWrtY;  // (a, gradient of the result, y)
+  static constexpr auto kJvpWrtY = Operation::kLogSoftmaxJvpJvpWrtY;
 };
 
-// The jvp of `kOperation`'s family: the tangent of the output y from a tangent of the input. It has y's type.
-template <Operation kJvp>
-at::Tensor call_jvp(const SavedCall& c, const at::Tensor& tangent, const at::Tensor& y) {
-  if constexpr (info_of(kJvp).signature == Signature::kBackward) {
-    return call<kJvp>(tangent, y, c.rows(), y.scalar_type(), c.packed);
+// A first derivative d(a, y). A jvp always has y's type.
+template <Operation kOperation>
+at::Tensor call_derivative(const at::Tensor& a, const at::Tensor& y, const RowArguments& rows, at::ScalarType dtype,
+                           OptionalInt packed) {
+  if constexpr (info_of(kOperation).signature == Signature::kBackward) {
+    return call<kOperation>(a, y, rows, dtype, packed);
   } else {
-    return call<kJvp>(tangent, y, c.rows(), c.packed);
+    return call<kOperation>(a, y, rows, packed);
   }
 }
 
@@ -57,55 +73,24 @@ constexpr GradientFormula kForwardFormula = {
       return variable_list{call<DerivativesOf<kForward>::kBackward>(grad, saved[0], c.rows(), c.input_dtype, c.packed)};
     }};
 
-template <Operation kForward>
-constexpr GradientFormula kBackwardFormula = {
-    DerivativesOf<kForward>::kBackwardNodeName, 2,
-    // saved: grad_output, output
+template <Operation kDerivative>
+constexpr GradientFormula kDerivativeFormula = {
+    DerivativesOf<kDerivative>::kNodeName, 2,
+    // saved: a, output
     [](const SavedCall& c, const at::Tensor& grad, const variable_list& saved, const std::vector<bool>& is_needed) {
-      using D = DerivativesOf<kForward>;
-      const at::Tensor& g = saved[0];
+      using D = DerivativesOf<kDerivative>;
+      constexpr bool kIsBackward = info_of(kDerivative).signature == Signature::kBackward;
+      const at::Tensor& a = saved[0];
       const at::Tensor& y = saved[1];
       variable_list result(2);
       if (is_needed[0]) {
-        // The transposed Jacobian of backward in g is that of the jvp.
-        if constexpr (D::kJvp == D::kBackward) {
-          result[0] = call<D::kBackward>(grad, y, c.rows(), g.scalar_type(), c.packed);
-        } else {
-          result[0] = call<D::kJvp>(grad, y, c.rows(), c.packed);
-        }
+        result[0] = call_derivative<D::kTransposed>(grad, y, c.rows(), a.scalar_type(), c.packed);
       }
       if (is_needed[1]) {
-        result[1] = call<D::kBackwardWrtY>(grad, g, y, c.rows(), c.packed);
+        result[1] = call<D::kBackwardWrtY>(kIsBackward ? grad : a, kIsBackward ? a : grad, y, c.rows(), c.packed);
       }
       return result;
     }};
-
-constexpr GradientFormula kLogSoftmaxJvpFormula = {
-    "MaskedLogSoftmaxExtJvpBackward", 2,
-    // saved: tangent, output
-    [](const SavedCall& c, const at::Tensor& grad, const variable_list& saved, const std::vector<bool>& is_needed) {
-      const at::Tensor& tangent = saved[0];
-      const at::Tensor& y = saved[1];
-      variable_list result(2);
-      if (is_needed[0]) {
-        result[0] = call<Operation::kLogSoftmaxBackward>(grad, y, c.rows(), tangent.scalar_type(), c.packed);
-      }
-      if (is_needed[1]) {
-        result[1] = call<Operation::kLogSoftmaxBackwardWrtY>(tangent, grad, y, c.rows(), c.packed);
-      }
-      return result;
-    }};
-
-// The history of the result of an operator that takes two tensors.
-void set_history(const at::Tensor& result, const GradientFormula& formula, const SavedCall& call,
-                 const at::Tensor& first, const at::Tensor& second) {
-  OperatorNode::Pointer owner;
-  if (OperatorNode* node = OperatorNode::create(formula, call, {&first, &second}, owner)) {
-    node->save(first);
-    node->save(second);
-    torch::autograd::set_history(result, owner);
-  }
-}
 
 at::Tensor tangent_of(const at::Tensor& tensor) { return tensor._fw_grad(/*level=*/0); }
 
@@ -115,24 +100,6 @@ at::Tensor primal_of(const at::Tensor& tensor) { return has_tangent(tensor) ? te
 
 void set_tangent(const at::Tensor& tensor, const at::Tensor& tangent, bool is_in_place) {
   tensor._set_fw_grad(tangent, /*level=*/0, is_in_place);
-}
-
-// The tangent of the result of an operator that takes two tensors: the sum of along_first(tangent of first, second) and
-// along_second(tangent of second, first), for those that have one.
-template <class AlongFirst, class AlongSecond>
-void set_tangent_of(const at::Tensor& result, const at::Tensor& first, const at::Tensor& second,
-                    const AlongFirst& along_first, const AlongSecond& along_second) {
-  at::Tensor tangent;
-  if (has_tangent(first)) {
-    tangent = along_first(tangent_of(first), primal_of(second));
-  }
-  if (has_tangent(second)) {
-    const at::Tensor other = along_second(tangent_of(second), primal_of(first));
-    tangent = tangent.defined() ? tangent.add(other) : other;
-  }
-  if (tangent.defined()) {
-    set_tangent(result, tangent.to(result.scalar_type()), /*is_in_place=*/false);
-  }
 }
 
 SavedCall saved_call(const RowArguments& rows, OptionalInt packed, at::ScalarType input_dtype) {
@@ -154,8 +121,9 @@ at::Tensor forward(const at::Tensor& input, const RowArguments& rows, OptionalTy
     torch::autograd::set_history(output, owner);
   }
   if (has_tangent(input)) {
-    set_tangent(output, call_jvp<DerivativesOf<kForward>::kJvp>(saved, tangent_of(input), output),
-                /*is_in_place=*/false);
+    const at::Tensor tangent =
+        call_derivative<DerivativesOf<kForward>::kJvp>(tangent_of(input), output, rows, output.scalar_type(), packed);
+    set_tangent(output, tangent, /*is_in_place=*/false);
   }
   if (node != nullptr) {
     node->save_output(output, /*is_in_place=*/false);
@@ -163,40 +131,39 @@ at::Tensor forward(const at::Tensor& input, const RowArguments& rows, OptionalTy
   return output;
 }
 
-template <Operation kForward>
-at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, const RowArguments& rows,
-                    at::ScalarType input_dtype, OptionalInt packed) {
-  using D = DerivativesOf<kForward>;
-  const auto compute = [&](const at::Tensor& g, const at::Tensor& y) {
-    return call<D::kBackward>(g, y, rows, input_dtype, packed);
-  };
+template <Operation kDerivative>
+at::Tensor derivative(const at::Tensor& a, const at::Tensor& y, const RowArguments& rows, at::ScalarType dtype,
+                      OptionalInt packed) {
   at::Tensor result;
   {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    result = compute(grad_output, output);
+    result = call_derivative<kDerivative>(a, y, rows, dtype, packed);
   }
-  set_history(result, kBackwardFormula<kForward>, saved_call(rows, packed, result.scalar_type()), grad_output, output);
-  set_tangent_of(result, grad_output, output, compute, [&](const at::Tensor& tangent, const at::Tensor& g) {
-    return call<D::kBackwardJvpWrtY>(tangent, g, primal_of(output), rows, packed);
-  });
+  OperatorNode::Pointer owner;
+  const SavedCall saved = saved_call(rows, packed, result.scalar_type());
+  if (OperatorNode* node = OperatorNode::create(kDerivativeFormula<kDerivative>, saved, {&a, &y}, owner)) {
+    node->save(a);
+    node->save(y);
+    torch::autograd::set_history(result, owner);
+  }
+  at::Tensor tangent;
+  if (has_tangent(a)) {
+    tangent = call_derivative<kDerivative>(tangent_of(a), primal_of(y), rows, dtype, packed);
+  }
+  if (has_tangent(y)) {
+    const at::Tensor along_y =
+        call<DerivativesOf<kDerivative>::kJvpWrtY>(tangent_of(y), primal_of(a), primal_of(y), rows, packed);
+    tangent = tangent.defined() ? tangent.add(along_y) : along_y;
+  }
+  if (tangent.defined()) {
+    set_tangent(result, tangent.to(result.scalar_type()), /*is_in_place=*/false);
+  }
   return result;
 }
 
 at::Tensor log_softmax_jvp(const at::Tensor& tangent, const at::Tensor& output, const RowArguments& rows,
                            OptionalInt packed) {
-  const auto compute = [&](const at::Tensor& v, const at::Tensor& y) {
-    return call<Operation::kLogSoftmaxJvp>(v, y, rows, packed);
-  };
-  at::Tensor result;
-  {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    result = compute(tangent, output);
-  }
-  set_history(result, kLogSoftmaxJvpFormula, saved_call(rows, packed, result.scalar_type()), tangent, output);
-  set_tangent_of(result, tangent, output, compute, [&](const at::Tensor& along, const at::Tensor& u) {
-    return call<Operation::kLogSoftmaxJvpJvpWrtY>(along, u, primal_of(output), rows, packed);
-  });
-  return result;
+  return derivative<Operation::kLogSoftmaxJvp>(tangent, output, rows, output.scalar_type(), packed);
 }
 
 template <Operation kForward>
@@ -223,7 +190,7 @@ void softmax_in_place(at::Tensor& input, const RowArguments& rows, bool validate
   if (has_tangent(input)) {
     const at::Tensor primal = primal_of(input);
     const at::Tensor y = call<Operation::kSoftmax>(primal, rows, primal.scalar_type(), validate, std::nullopt);
-    tangent = call_jvp<Operation::kSoftmaxBackward>(saved, tangent_of(input), y);
+    tangent = call<Operation::kSoftmaxBackward>(tangent_of(input), y, rows, y.scalar_type(), std::nullopt);
   }
   {
     const at::AutoDispatchBelowAutograd below_autograd;
@@ -241,25 +208,23 @@ void softmax_in_place(at::Tensor& input, const RowArguments& rows, bool validate
   }
 }
 
-template <Operation kForward>
-void register_family(torch::Library& library) {
-  library.impl(info_of(kForward).name, Forward::kernel<forward<kForward>>);
-  library.impl(full_name(OutOperator<kForward>()).c_str(), ForwardOut::kernel<forward_out<kForward>>);
-  library.impl(info_of(DerivativesOf<kForward>::kBackward).name, Backward::kernel<backward<kForward>>);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(masked_softmax_ext, Autograd, m) {
-  register_family<Operation::kSoftmax>(m);
-  register_family<Operation::kLogSoftmax>(m);
-  m.impl(SoftmaxInPlaceOperator::kName, InPlace::kernel<softmax_in_place>);
-  m.impl(info_of(Operation::kLogSoftmaxJvp).name, Jvp::kernel<log_softmax_jvp>);
-  for (Operation operation : kOperations) {
-    if (info_of(operation).signature == Signature::kSecondOrder) {
-      m.impl(info_of(operation).name, torch::autograd::autogradNotImplementedFallback());
+  for_each_operation([&](auto operation) {
+    constexpr Operation kOperation = operation.value;
+    constexpr OperationInfo kInfo = info_of(kOperation);
+    if constexpr (kInfo.signature == Signature::kForward) {
+      m.impl(kInfo.name, Forward::kernel<forward<kOperation>>);
+      m.impl(full_name(OutOperator<kOperation>()).c_str(), ForwardOut::kernel<forward_out<kOperation>>);
+    } else if constexpr (kInfo.signature == Signature::kBackward) {
+      m.impl(kInfo.name, Backward::kernel<derivative<kOperation>>);
+    } else if constexpr (kInfo.signature == Signature::kSecondOrder) {
+      m.impl(kInfo.name, torch::autograd::autogradNotImplementedFallback());
     }
-  }
+  });
+  m.impl(info_of(Operation::kLogSoftmaxJvp).name, Jvp::kernel<log_softmax_jvp>);
+  m.impl(SoftmaxInPlaceOperator::kName, InPlace::kernel<softmax_in_place>);
 }
 
 }  // namespace masked_softmax

@@ -54,28 +54,17 @@ std::vector<c10::SymInt> row_shape(const at::Tensor& input, int64_t dim) {
   return shape;
 }
 
-bool broadcasts(c10::IntArrayRef index, c10::IntArrayRef input, int64_t dim) {
-  const auto row_ndim = static_cast<int64_t>(input.size()) - (input.empty() ? 0 : 1);
-  if (static_cast<int64_t>(index.size()) > row_ndim) {
+// Whether `index` is aligned with the leading dimensions of `input` without `dim`, or broadcast to them. Comparing
+// symbolic sizes adds a guard to the compiled program.
+template <class Size>
+bool broadcasts(c10::ArrayRef<Size> index, c10::ArrayRef<Size> input, int64_t dim) {
+  const size_t row_ndim = input.empty() ? 0 : input.size() - 1;
+  if (index.size() > row_ndim) {
     return false;
   }
   for (size_t k = 0; k < index.size(); ++k) {
-    const int64_t size = input[k + (static_cast<int64_t>(k) >= dim ? 1 : 0)];
-    if (index[k] != 1 && index[k] != size) {
-      return false;
-    }
-  }
-  return true;
-}
-
-// The same for symbolic sizes: each comparison becomes a guard of the compiled program.
-bool broadcasts_symbolically(const at::Tensor& index, const std::vector<c10::SymInt>& rows) {
-  const auto sizes = index.sym_sizes();
-  if (sizes.size() > rows.size()) {
-    return false;
-  }
-  for (size_t k = 0; k < sizes.size(); ++k) {
-    if (!(sizes[k] == 1) && !(sizes[k] == rows[k])) {
+    const Size& size = input[k + (static_cast<int64_t>(k) >= dim ? 1 : 0)];
+    if (!(index[k] == 1) && !(index[k] == size)) {
       return false;
     }
   }
@@ -91,7 +80,7 @@ void check_row_index(const char* what, const at::Tensor& index, const at::Tensor
                     input.device(), ", but got ", what, " on ", index.device());
   const bool symbolic = input.unsafeGetTensorImpl()->has_symbolic_sizes_strides() ||
                         index.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
-  if (symbolic ? broadcasts_symbolically(index, row_shape(input, dim))
+  if (symbolic ? broadcasts(index.sym_sizes(), input.sym_sizes(), dim)
                : broadcasts(index.sizes(), input.sizes(), dim)) {
     return;
   }
@@ -183,7 +172,8 @@ at::ScalarType result_dtype(const char* name, at::ScalarType input, OptionalType
                    names_of(ElementKind::kFloating), ", or of an integer type, but got ", input);
   TORCH_CHECK_TYPE(
       is_floating(input) || dtype.has_value(), name,
-      "(): expected input of a floating point type, or dtype= to name the type of the result, but got input of ", input);
+      "(): expected input of a floating point type, or dtype= to name the type of the result, but got input of ",
+      input);
   TORCH_CHECK_TYPE(!dtype.has_value() || is_floating(*dtype), name, "(): expected dtype to be ",
                    names_of(ElementKind::kFloating), ", but got ", *dtype);
   return dtype.value_or(input);

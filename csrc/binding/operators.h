@@ -1,17 +1,9 @@
 // The operators' C++ signatures and schemas, and typed calls of them through torch's dispatcher.
 //
-// Every operator takes its score-shaped tensors first, then the row arguments, then its options:
-//
-//   masked_softmax            (input | lengths, dim, starts, scale | dtype, validate, packed) -> Tensor
-//   masked_softmax.out        (input | lengths, dim, starts, scale | dtype, validate, out) -> ()
-//   masked_softmax_           (input | lengths, dim, starts, scale | validate) -> ()
-//   masked_softmax_backward   (grad_output, output | lengths, dim, starts, scale | input_dtype, packed) -> Tensor
-//   ..._jvp                   (tangent, output | lengths, dim, starts, scale | packed) -> Tensor
-//   ..._wrt_output            (tangent, grad_output, output | lengths, dim, starts, scale | packed) -> Tensor
-//
+// Every operator takes its score-shaped tensors first, then the row arguments, then its options; the schemas name them.
 // `output` is the saved result of the forward pass. `packed` is None for padded rows. For packed rows, which lie end to
 // end in dimension `dim`, it is an upper bound of their lengths, or negative if the bound is unknown; lengths and
-// starts are then one-dimensional, one element a row. Operators that write to an argument return nothing: torch
+// starts are then one-dimensional, one element a row. Operators that write to an argument return nothing, because torch
 // functionalizes no others.
 #pragma once
 
@@ -63,50 +55,37 @@ struct OperatorSignature<Result, Scores<Tensors...>, Options...> {
   }
 };
 
-constexpr const char* kForwardRowSchema = "Tensor lengths, int dim=-1, Tensor? starts=None, *, float? scale=None";
-constexpr const char* kDerivativeRowSchema = "Tensor lengths, int dim, Tensor? starts, float? scale";
+#define MASKED_SOFTMAX_FORWARD_ROWS "Tensor lengths, int dim=-1, Tensor? starts=None, *, float? scale=None"
+#define MASKED_SOFTMAX_DERIVATIVE_ROWS "Tensor lengths, int dim, Tensor? starts, float? scale"
+using InputTensor = const at::Tensor&;
 
-struct Forward : OperatorSignature<at::Tensor, Scores<const at::Tensor&>, OptionalType, bool, OptionalInt> {
-  static std::string schema() {
-    return std::string("(Tensor input, ") + kForwardRowSchema +
-           ", ScalarType? dtype=None, bool validate=False, int? packed=None) -> Tensor";
-  }
+struct Forward : OperatorSignature<at::Tensor, Scores<InputTensor>, OptionalType, bool, OptionalInt> {
+  static constexpr const char* kSchema = "(Tensor input, " MASKED_SOFTMAX_FORWARD_ROWS
+                                         ", ScalarType? dtype=None, bool validate=False, int? packed=None) -> Tensor";
 };
-
-struct ForwardOut : OperatorSignature<void, Scores<const at::Tensor&>, OptionalType, bool, at::Tensor&> {
-  static std::string schema() {
-    return std::string("(Tensor input, ") + kForwardRowSchema +
-           ", ScalarType? dtype=None, bool validate=False, Tensor(a!) out) -> ()";
-  }
+struct ForwardOut : OperatorSignature<void, Scores<InputTensor>, OptionalType, bool, at::Tensor&> {
+  static constexpr const char* kSchema = "(Tensor input, " MASKED_SOFTMAX_FORWARD_ROWS
+                                         ", ScalarType? dtype=None, bool validate=False, Tensor(a!) out) -> ()";
 };
-
 struct InPlace : OperatorSignature<void, Scores<at::Tensor&>, bool> {
-  static std::string schema() {
-    return std::string("(Tensor(a!) input, ") + kForwardRowSchema + ", bool validate=False) -> ()";
-  }
+  static constexpr const char* kSchema =
+      "(Tensor(a!) input, " MASKED_SOFTMAX_FORWARD_ROWS ", bool validate=False) -> ()";
 };
-
-struct Backward
-    : OperatorSignature<at::Tensor, Scores<const at::Tensor&, const at::Tensor&>, at::ScalarType, OptionalInt> {
-  static std::string schema() {
-    return std::string("(Tensor grad_output, Tensor output, ") + kDerivativeRowSchema +
-           ", ScalarType input_dtype, int? packed=None) -> Tensor";
-  }
+struct Backward : OperatorSignature<at::Tensor, Scores<InputTensor, InputTensor>, at::ScalarType, OptionalInt> {
+  static constexpr const char* kSchema = "(Tensor grad_output, Tensor output, " MASKED_SOFTMAX_DERIVATIVE_ROWS
+                                         ", ScalarType input_dtype, int? packed=None) -> Tensor";
 };
-
-struct Jvp : OperatorSignature<at::Tensor, Scores<const at::Tensor&, const at::Tensor&>, OptionalInt> {
-  static std::string schema() {
-    return std::string("(Tensor tangent, Tensor output, ") + kDerivativeRowSchema + ", int? packed=None) -> Tensor";
-  }
+struct Jvp : OperatorSignature<at::Tensor, Scores<InputTensor, InputTensor>, OptionalInt> {
+  static constexpr const char* kSchema =
+      "(Tensor tangent, Tensor output, " MASKED_SOFTMAX_DERIVATIVE_ROWS ", int? packed=None) -> Tensor";
 };
-
-struct SecondOrder
-    : OperatorSignature<at::Tensor, Scores<const at::Tensor&, const at::Tensor&, const at::Tensor&>, OptionalInt> {
-  static std::string schema() {
-    return std::string("(Tensor tangent, Tensor grad_output, Tensor output, ") + kDerivativeRowSchema +
-           ", int? packed=None) -> Tensor";
-  }
+struct SecondOrder : OperatorSignature<at::Tensor, Scores<InputTensor, InputTensor, InputTensor>, OptionalInt> {
+  static constexpr const char* kSchema =
+      "(Tensor tangent, Tensor grad_output, Tensor output, " MASKED_SOFTMAX_DERIVATIVE_ROWS
+      ", int? packed=None) -> Tensor";
 };
+#undef MASKED_SOFTMAX_FORWARD_ROWS
+#undef MASKED_SOFTMAX_DERIVATIVE_ROWS
 
 // The operator of an operation: its name and signature, from the table of operations.
 template <Operation kOperation>
