@@ -32,7 +32,7 @@ bench: build $(VENV)/bench.stamp
 bench-quick: build $(VENV)/bench.stamp
 	$(BIN)/python bench/run.py --quick $(BENCH)
 
-# MXNet, a further baseline of make bench. It needs Python 3.8 to 3.11, and a separate environment because of numpy 1.23.
+# MXNet, a further baseline of make bench. It needs Python 3.8 to 3.11 and, for numpy 1.23, a separate environment.
 bench-mxnet:
 	$(PYTHON) -m venv $(MXNET_VENV)
 	$(MXNET_VENV)/bin/python -m pip install --quiet "mxnet==1.9.1" "numpy<1.24"
@@ -83,8 +83,8 @@ cuda-test:
 	$(CUDA_BIN)/pytest tests/test_cuda_build.py tests/test_article.py
 	$(CUDA_BIN)/python bench/inspect_cuda.py --write build/cuda_kernels.md
 
-# Builds and checks the source distribution and the wheel for TORCH, in dist/. Another torch needs a separate environment:
-# make dist VENV=.venv-2.11 TORCH=torch==2.11.0
+# Builds and checks the source distribution and the wheel for TORCH, in dist/. Another torch needs a separate
+# environment: make dist VENV=.venv-2.11 TORCH=torch==2.11.0
 dist: $(VENV)/dist.stamp
 	tests/builds/dist.sh $(BIN)/python
 
@@ -96,7 +96,9 @@ lint: $(VENV)/lint.stamp
 
 build: $(VENV)/build.stamp
 
-SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+# __init__.py has the version.
+SOURCES := setup.py pyproject.toml masked_softmax_ext/__init__.py \
+	$(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
 $(VENV)/build.stamp: $(VENV)/tools.stamp $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .

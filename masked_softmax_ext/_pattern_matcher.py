@@ -52,8 +52,8 @@ _METHODS = {**{name: name for name in _NAMES}, "__eq__": "eq"}  # torch 2.11 cap
 # Properties of a node's values
 
 _COLUMN = -1
-# What the values vary with along each dimension of a tensor: _COLUMN is the column index, a
-# number of at least 0 is that dimension of lengths, None is nothing.
+# For each dimension of a tensor, what its values vary with: the column index (_COLUMN), a dimension
+# of lengths (its number), or nothing (None).
 Dims: TypeAlias = tuple[int | None, ...]
 
 
@@ -98,18 +98,16 @@ def _match_bias(node: Any, max_fill: float) -> Mask | None:
 def _match_through_copies(
     node: Any, match_origin: Callable[[Node], _Matched | None], dtypes: tuple[torch.dtype, ...]
 ) -> _Matched | None:
-    """Matches an origin, or views, expansions and copies of one, all of these types."""
+    """Matches an origin, or a view, expansion or copy of one, each of these types."""
     tensor = _unwritten_tensor(node)
     if tensor is None or tensor.dtype not in dtypes:
         return None
     matched = match_origin(node)
-    if matched is None and op_name(node) in _VALUE_PRESERVING:
-        matched = _match_through_copies(_source(node), match_origin, dtypes)
-        dims = None if matched is None else _propagate_dims(node, matched.dims)
-        matched = (
-            None if matched is None or dims is None else dataclasses.replace(matched, dims=dims)
-        )
-    return matched
+    if matched is not None or op_name(node) not in _VALUE_PRESERVING:
+        return matched
+    matched = _match_through_copies(_source(node), match_origin, dtypes)
+    dims = None if matched is None else _propagate_dims(node, matched.dims)
+    return None if matched is None or dims is None else dataclasses.replace(matched, dims=dims)
 
 
 def _propagate_dims(node: Node, dims: Dims) -> Dims | None:

@@ -195,7 +195,7 @@ def masked_softmax_(
         name, input, lengths, dim, starts, scale, None, validate
     )
     if torch.compiler.is_compiling() or is_dtensor(input):  # see _call()
-        dtype = input.dtype if input.is_floating_point() else None  # not autocast's
+        dtype = input.dtype if input.is_floating_point() else None  # takes precedence over autocast
         return input.copy_(
             _call("masked_softmax", input, lengths, dim, starts, scale, dtype, validate, None)
         )

@@ -121,9 +121,7 @@ def jagged_softmax(
         )
     for argument, given in (("lengths", lengths), ("starts", starts), ("out", out)):
         if given is not None:
-            raise ValueError(
-                f"{name}(): expected no {argument} beside a jagged input, but got some"
-            )
+            raise ValueError(f"{name}(): expected no {argument} with a jagged input, but got some")
     row_dim = ragged_dim(input)
     if isinstance(dim, int):
         check_dim(dim, input.dim())
@@ -135,7 +133,7 @@ def jagged_softmax(
     if input.lengths() is not None:
         raise ValueError(
             f"{name}(): expected a jagged input without gaps between its rows, but got one with "
-            "lengths beside its offsets; input.contiguous() removes the gaps"
+            "lengths in addition to its offsets; input.contiguous() removes the gaps"
         )
     offsets = input.offsets()
     values = _packed(
@@ -170,9 +168,9 @@ def _packed(
         )
     check_dense(name, "offsets", offsets)
     if offsets.dtype not in INTEGER_DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in INTEGER_DTYPES)
+        names = ", ".join(str(allowed).removeprefix("torch.") for allowed in INTEGER_DTYPES)
         raise TypeError(
-            f"{name}(): expected offsets of an integer type ({allowed}), but got {offsets.dtype}"
+            f"{name}(): expected offsets of an integer type ({names}), but got {offsets.dtype}"
         )
     if offsets.dim() != 1 or offsets.size(0) == 0:
         raise ValueError(
