@@ -60,15 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         result = compare(name, batches, embeddings, options.rounds, device)
         agrees = agrees and result.worst_error <= 1.0
         rows.append(result.cells())
-    header = (
-        "batches",
-        "padding",
-        "unfused",
-        "this package",
-        "speed-up",
-        "difference",
-        "error",
-    )
+    header = ("batches", "padding", "unfused", "this package", "speed-up", "difference", "error")
     print(terminal.table(header, rows))
     print(
         "\nTimes: one pass over all batches, medians of interleaved rounds. Unfused: a mask,\n"

@@ -1,6 +1,6 @@
 """Every access to torch's private interfaces from Python.
 
-Read from the sources of torch 2.11 to 2.14. For the next release, check that
+They work with torch 2.11 to 2.14. For the next release, check that
 
 - Dynamo still stores a node's result during capture in ``node.meta["example_value"]``, tensors as
   ``FakeTensor``, and still captures ``Tensor.data`` as a call of ``_get_data_attr``;
