@@ -294,7 +294,7 @@ def test_both_sides_are_within_the_bounds(scores: Tensor, lengths: Tensor) -> No
     """Against float64, so that they differ by no more than twice the bound."""
     for weights in (
         masked_softmax(scores, lengths, scale=SCALE),
-        demo.formulation(scores, lengths),
+        demo.unfused_softmax(scores, lengths),
     ):
         tolerances.assert_forward(weights, scores, lengths, scale=SCALE)
         assert measure.error_in_bounds(weights, scores, lengths, SCALE) <= 1
@@ -350,7 +350,7 @@ def test_memory_of_both_sides(scores: Tensor, lengths: Tensor) -> None:
     size = scores.numel() * 4
     package = partial(masked_softmax, scores, lengths, scale=SCALE)
     assert measure.peak_memory_bytes(package, CPU) == size
-    formulation = partial(demo.formulation, scores, lengths)
+    formulation = partial(demo.unfused_softmax, scores, lengths)
     mask = scores.size(0) * scores.size(-1)
     assert measure.peak_memory_bytes(formulation, CPU) == pytest.approx(2 * size + mask, abs=64)
 

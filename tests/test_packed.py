@@ -392,9 +392,9 @@ def test_jagged_errors(log: bool) -> None:
     for message, call in (
         ("ragged dimension of the jagged input, 1, but got -1", lambda: function(x, None, -1)),
         ("ragged dimension of the jagged input, 1, but got 0", lambda: function(x, None, 0)),
-        ("no lengths beside a jagged input", lambda: function(x, 2, 1)),
-        ("no starts beside a jagged input", lambda: function(x, None, 1, starts=2)),
-        ("no out beside a jagged input", lambda: function(x, None, 1, out=x)),
+        ("no lengths with a jagged input", lambda: function(x, 2, 1)),
+        ("no starts with a jagged input", lambda: function(x, None, 1, starts=2)),
+        ("no out with a jagged input", lambda: function(x, None, 1, out=x)),
         ("without gaps", lambda: function(with_gaps, None, 1)),
     ):
         with pytest.raises(ValueError, match=message):

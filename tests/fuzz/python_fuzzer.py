@@ -47,7 +47,7 @@ FORWARD = {
 REFERENCES = [function for name, function in FORWARD.items() if name.startswith("reference.")]
 
 # Operators, and how many tensors of scores each takes.
-SCORES = {"masked_softmax_": 1, **_operators.SCORES}
+SCORES = {"masked_softmax_": 1, **_operators.SCORE_TENSORS}
 
 EXPECTED = (TypeError, ValueError, IndexError, RuntimeError)  # the last is NotImplementedError too
 UNEXPECTED = (UnicodeError, RecursionError)  # though they derive from one of those
