@@ -7,21 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from masked_softmax_ext import _C
 from masked_softmax_ext._torch_internals import positional_index
 
 # Number of score-shaped tensor arguments that each operator takes first; lengths, dim and starts
-# follow.
-SCORE_TENSORS = {
-    "masked_softmax": 1,
-    "masked_log_softmax": 1,
-    "masked_softmax_backward": 2,
-    "masked_log_softmax_backward": 2,
-    "masked_log_softmax_jvp": 2,
-    "masked_softmax_backward_wrt_output": 3,
-    "masked_log_softmax_backward_wrt_output": 3,
-    "masked_softmax_backward_jvp_wrt_output": 3,
-    "masked_log_softmax_jvp_jvp_wrt_output": 3,
-}
+# follow. From the table of operations, csrc/common/operations.inc.
+SCORE_TENSORS: dict[str, int] = dict(_C.operations())
 
 
 def find_operator(name: str) -> Any:
