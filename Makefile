@@ -81,7 +81,7 @@ cuda-test:
 	$(CUDA_BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	$(CUDA_BIN)/python -m pip install --quiet "$(CUDA_TORCH)" $(BUILD_TOOLS)
 	MASKED_SOFTMAX_EXT_CUDA=1 $(CUDA_BIN)/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
-	$(CUDA_BIN)/pytest tests/test_cuda_build.py tests/test_article.py
+	$(CUDA_BIN)/pytest tests/packaging/test_cuda_build.py tests/numerics/test_article.py
 	$(CUDA_BIN)/python bench/inspect_cuda.py --write build/cuda_kernels.md
 
 # The source distribution and the wheel for TORCH, into dist/, once they are checked. For another torch, an environment of

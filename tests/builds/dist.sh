@@ -45,11 +45,11 @@ tar -xzf "$BUILT"/*.tar.gz -C "$TREE" --strip-components 1
 # Nothing but the installed package is there to import.
 rm -r "$TREE/masked_softmax_ext"
 export MASKED_SOFTMAX_EXT_TEST_DIST=$BUILT
-(cd build/dist && "$VENV/bin/python" -m pytest ../../tests/test_distribution.py)
+(cd build/dist && "$VENV/bin/python" -m pytest ../../tests/packaging/test_distribution.py)
 
 step "the source distribution's tests"
 (cd "$TREE" && "$VENV/bin/python" -m pytest --quiet --collect-only tests | tail -n 3)
-(cd "$TREE" && "$VENV/bin/python" -m pytest tests/test_{article,build,demo,package}.py)
+(cd "$TREE" && "$VENV/bin/python" -m pytest tests/numerics/test_article.py tests/packaging/test_{build,demo,package}.py)
 
 mkdir -p dist
 cp "$BUILT"/* dist

@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 PYTHON=$PWD/.venv/bin/python
-TESTS=(tests/test_article.py tests/test_threads.py tests/test_build.py::test_one_openmp_library)
+TESTS=(tests/numerics/test_article.py tests/semantics/test_threads.py tests/packaging/test_build.py::test_one_openmp_library)
 
 # The packages of .venv, under those that are installed on top, and a copy of the tree.
 make_environment() {
@@ -58,7 +58,7 @@ no-ninja() {
   compiler=$(command -v g++)
   printf '#!/bin/sh\nexec %s "$@" -O0\n' "$compiler" >"$folder/programs/g++"
   chmod +x "$folder"/programs/*
-  local TESTS=(tests/test_article.py)
+  local TESTS=(tests/numerics/test_article.py)
   PATH=$folder/programs:$PATH CXX=g++ CFLAGS="-Werror -std=c++17" build_and_test "$folder"
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,3 +32,13 @@ def forward_backward(
     y = forward(leaf, lengths, dim, log=log, **arguments)
     (gradient,) = torch.autograd.grad(y, leaf, g)
     return y.detach(), gradient
+
+
+class SavedOutput(torch.autograd.graph.saved_tensors_hooks):
+    """Exchanges the output, when the backward pass asks for it, for what `exchange` makes of it."""
+
+    def __init__(self, exchange: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(
+            lambda saved: saved,
+            lambda saved: exchange(saved) if saved.is_floating_point() else saved,
+        )

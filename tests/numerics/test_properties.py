@@ -1,6 +1,6 @@
 """Promise: whatever is asked, the answer is right. Generated cases, thousands of them.
 
-python -m pytest tests/test_properties.py --hypothesis-profile=long runs a hundred times as many.
+--hypothesis-profile=long runs a hundred times as many.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 
 from masked_softmax_ext import build_info
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # What setup.py does before it compiles anything; a module that is None cannot be imported.
 BUILD = """

@@ -20,7 +20,7 @@ import torch
 
 import masked_softmax_ext
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FOLDER = os.environ.get("MASKED_SOFTMAX_EXT_TEST_DIST")
 pytestmark = pytest.mark.skipif(FOLDER is None, reason="make dist builds what is tested here")
 

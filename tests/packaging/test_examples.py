@@ -21,7 +21,7 @@ from torch import Tensor
 
 import masked_softmax_ext
 
-FOLDER = Path(__file__).parent.parent / "examples"
+FOLDER = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ from masked_softmax_ext import (
     reference,
 )
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MODULES = (MaskedSoftmax, MaskedLogSoftmax)
 
 NAMES = {

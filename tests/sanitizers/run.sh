@@ -18,12 +18,13 @@ case $mode in
     FLAGS="-O0 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
     # What reaches every path. Those that repeat a path for many numbers prove nothing more here; those that measure
     # memory have other needs, torch's compilers take minutes, and threads are the other mode's.
-    TESTS=(tests/test_{article,edges,strides,errors,padding,gradients,broadcasting,packed}.py
+    TESTS=(tests/numerics/test_{article,edges,gradients}.py
+      tests/semantics/test_{strides,errors,padding,broadcasting,packed}.py
       -k "not avx2 and not avx512 and not neon and not compiled")
     ;;
   thread)
     FLAGS="-O1 -g1 -fsanitize=thread"
-    TESTS=(tests/sanitizers/test_races.py tests/test_threads.py -k "at_once")
+    TESTS=(tests/sanitizers/test_races.py tests/semantics/test_threads.py -k "at_once")
     ;;
   *) echo "expected address or thread, but got '$mode'" >&2 && exit 2 ;;
 esac
@@ -69,7 +70,7 @@ sanitized() {
   else
     preload=$(g++ -print-file-name=libtsan.so)
   fi
-  # A read of unreadable pages ends the process as ever: tests look for that. Leaks are tests/test_leaks.py's: at its
+  # A read of unreadable pages ends the process as ever: tests look for that. Leaks are tests/semantics/test_leaks.py's: at its
   # end Python leaves much behind. What torch allocates in one way and frees in another is its own affair.
   # ThreadSanitizer knows no code that it did not compile: that of Python and torch is left alone, its locks count.
   # Address randomisation is more than its shadow memory bears.

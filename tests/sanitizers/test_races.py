@@ -109,8 +109,8 @@ def child_calls(is_first: bool) -> None:
 
 def test_calls_of_every_kind_at_once() -> None:
     """Three threads that compute, one that is refused, one that changes settings."""
-    child.call("sanitizers.test_races", "child_calls", False, timeout_s=600)
+    child.call("test_races", "child_calls", False, timeout_s=600)
 
 
 def test_first_calls_at_once() -> None:
-    child.call("sanitizers.test_races", "child_calls", True, timeout_s=600)
+    child.call("test_races", "child_calls", True, timeout_s=600)

@@ -23,7 +23,7 @@ import pytest
 import torch
 from calls import forward
 from cases import assert_same_bits, random_input
-from test_memory import status_bytes
+from memory import status_bytes
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node
@@ -361,7 +361,7 @@ def failing_malloc(tmp_path_factory: pytest.TempPathFactory) -> str:
     if compiler is None:
         pytest.skip("no g++ to compile failing_malloc.cpp")
     library = tmp_path_factory.mktemp("faults") / "failing_malloc.so"
-    source = Path(__file__).with_name("failing_malloc.cpp")
+    source = Path(child.__file__).with_name("failing_malloc.cpp")
     subprocess.run([compiler, "-O1", "-shared", "-fPIC", source, "-o", library], check=True)
     return str(library)
 

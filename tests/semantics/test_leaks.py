@@ -17,7 +17,7 @@ import child
 import pytest
 import torch
 from calls import forward
-from test_memory import status_bytes
+from memory import status_bytes
 from torch import Tensor
 from torch.autograd import forward_ad
 

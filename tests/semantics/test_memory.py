@@ -15,6 +15,7 @@ import pytest
 import torch
 from calls import forward
 from cases import random_input
+from memory import status_bytes
 from torch import Tensor
 
 from masked_softmax_ext import masked_softmax_
@@ -26,14 +27,6 @@ SLACK_BYTES = 4 * MIB  # page tables, the threads' stacks, the allocator's own
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="peak memory is read from Linux's /proc"
 )
-
-
-def status_bytes(field: str) -> int:
-    with open("/proc/self/status") as lines:
-        for line in lines:
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-    raise LookupError(field)
 
 
 def peak_bytes(call: Callable[[], object]) -> int:

@@ -7,16 +7,13 @@ child process, where one load too many is a SIGSEGV.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import child
 import pytest
 import torch
-from calls import forward, forward_backward
+from calls import SavedOutput, forward, forward_backward
 from cases import (
     FLOATING,
     INTEGER,
@@ -31,6 +28,7 @@ from cases import (
     valid_columns,
     valid_like,
 )
+from memory import GuardPages
 from tolerances import assert_forward, assert_gradient
 from torch import Tensor
 
@@ -57,16 +55,6 @@ def poisons(dtype: torch.dtype) -> dict[str, Tensor]:
 
 def with_poison(tensor: Tensor, valid: Tensor, poison: Tensor) -> Tensor:
     return torch.where(valid, tensor, poison)
-
-
-class SavedOutput(torch.autograd.graph.saved_tensors_hooks):
-    """Exchanges the output, when the backward pass asks for it, for what `exchange` makes of it."""
-
-    def __init__(self, exchange: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(
-            lambda saved: saved,
-            lambda saved: exchange(saved) if saved.is_floating_point() else saved,
-        )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -146,42 +134,8 @@ def test_poison_with_dtype_changes_no_bit(capability: str, dtype: torch.dtype, l
 # Pages that cannot be read
 
 
-@dataclass(frozen=True)
-class Fence:
-    """How a tensor lies in pages of memory, some of which are made unreadable.
-
-    Its rows are laid so that the valid columns end where, or begin where, an unreadable page does.
-    """
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    first: int
-    pages: int
-    unreadable: Sequence[int]
-
-    def around(self, tensor: Tensor) -> Tensor:
-        """A copy of the tensor within the fence."""
-        memory = mmap.mmap(-1, self.pages * mmap.PAGESIZE)
-        flat = torch.frombuffer(memory, dtype=tensor.dtype)
-        view = flat.as_strided(self.shape, self.strides, self.first)
-        view.copy_(tensor)
-        protect(flat.data_ptr(), self.unreadable)
-        return view
-
-
-def protect(address: int, pages: Sequence[int]) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    for page in pages:
-        start, size = (
-            ctypes.c_void_p(address + page * mmap.PAGESIZE),
-            ctypes.c_size_t(mmap.PAGESIZE),
-        )
-        if libc.mprotect(start, size, ctypes.c_int(0)) != 0:  # 0: PROT_NONE
-            raise OSError(ctypes.get_errno(), "mprotect failed")
-
-
 def check_fenced(
-    fence: Fence,
+    fence: GuardPages,
     dtype: torch.dtype,
     lengths: Tensor,
     dim: int = -1,
@@ -208,9 +162,9 @@ def interesting_lengths(limit: int) -> list[int]:
     return sorted({length for length in lengths if length <= limit} | {limit - 1, limit})
 
 
-def before_unreadable(length: int, page: int) -> Fence:
+def before_unreadable(length: int, page: int) -> GuardPages:
     """Two rows that end with a readable page; the next page, all padding, is unreadable."""
-    return Fence((2, page), (2 * page, 1), page - length, 4, (1, 3))
+    return GuardPages((2, page), (2 * page, 1), page - length, 4, (1, 3))
 
 
 def last_dim() -> None:
@@ -220,7 +174,7 @@ def last_dim() -> None:
         lengths = torch.tensor(interesting_lengths(page))
         rows = len(lengths)
         unreadable = [3 * row + side for row in range(rows) for side in (0, 2)]
-        fence = Fence((rows, 3 * page), (3 * page, 1), 0, 3 * rows, unreadable)
+        fence = GuardPages((rows, 3 * page), (3 * page, 1), 0, 3 * rows, unreadable)
         for log in (False, True):
             child.stage(f"{dtype}, valid columns end at an unreadable page, log={log}")
             check_fenced(fence, dtype, lengths, starts=2 * page - lengths, log=log)
@@ -251,7 +205,7 @@ def strided() -> None:
         shape, strides = (len(lengths), cols, page), (cols * page, page, 1)
         for log in (False, True):
             child.stage(f"{dtype}, log={log}")
-            fence = Fence(shape, strides, 0, padding.numel(), unreadable)
+            fence = GuardPages(shape, strides, 0, padding.numel(), unreadable)
             check_fenced(fence, dtype, lengths, 1, starts=starts, log=log)
 
 
@@ -274,7 +228,7 @@ def lengths_and_starts() -> None:
         page = mmap.PAGESIZE // dtype.itemsize
         x = random_input((7, 40), torch.float32, seed=1)
         lengths, starts = torch.arange(7).to(dtype), torch.arange(7).flip(0).to(dtype)
-        fence = Fence((7,), (1,), page - 7, 2, (1,))
+        fence = GuardPages((7,), (1,), page - 7, 2, (1,))
         child.stage(f"{dtype}")
         got = forward(x, fence.around(lengths), starts=fence.around(starts))
         assert_same_bits(got, forward(x, lengths, starts=starts))
@@ -283,7 +237,7 @@ def lengths_and_starts() -> None:
 def child_reads_the_fence() -> None:
     """What a read of padding looks like here: it kills the child."""
     page = mmap.PAGESIZE // 4
-    fenced = Fence((2 * page,), (1,), 0, 2, (1,)).around(torch.zeros(2 * page))
+    fenced = GuardPages((2 * page,), (1,), 0, 2, (1,)).around(torch.zeros(2 * page))
     child.stage("reading")
     fenced.sum()
 

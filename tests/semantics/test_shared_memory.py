@@ -19,9 +19,9 @@ from pathlib import Path
 import child
 import pytest
 import torch
-from calls import forward, forward_backward
+from calls import SavedOutput, forward, forward_backward
 from cases import FLOATING, assert_same_bits, generator, random_input, short_name
-from test_padding import Fence, SavedOutput
+from memory import GuardPages
 from torch import Tensor
 
 from masked_softmax_ext import _C, masked_softmax_
@@ -140,7 +140,7 @@ def change_packed(outcomes: Outcomes, dtype: torch.dtype, inner: int) -> None:
     elems = rows * length * inner
     pages = elems * dtype.itemsize // mmap.PAGESIZE
     page = mmap.PAGESIZE // dtype.itemsize
-    fence = Fence((rows * length, inner), (inner, 1), page, pages + 2, (0, pages + 1))
+    fence = GuardPages((rows * length, inner), (inner, 1), page, pages + 2, (0, pages + 1))
     values = fence.around(random_input(fence.shape, dtype, seed=1))
     lengths, starts = torch.full((rows,), length), torch.arange(rows) * length
     operator = torch.ops.masked_softmax_ext.masked_softmax
