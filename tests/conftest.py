@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from cases import CAPABILITIES, FLOATING, short_name
-from tolerances import HAS_LONG_DOUBLE
+from numpy_reference import HAS_LONG_DOUBLE
 
 import masked_softmax_ext
 from masked_softmax_ext import _C

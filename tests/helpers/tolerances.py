@@ -1,162 +1,78 @@
-"""The accuracy that SPEC.md promises, as assertions; test_tolerances.py shows what they reject.
+"""SPEC.md's accuracy as assertions; test_tolerances.py shows which results they reject.
 
-The truth is evaluated in float64 where the kernel computes in float32, and in numpy's long double
-(80 bits or more) where it computes in float64. Every bound scales with the value that it is about:
-an output of zeros is out of it.
+Every bound scales with the value that it belongs to, so an output of zeros exceeds it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 import torch
 from cases import as_rows, bits_of, row_values, valid_columns
+from numpy_reference import (
+    Expected,
+    Wide,
+    accumulation_dtype,
+    expected_derivative,
+    expected_forward,
+    to_wide,
+    total,
+)
 from torch import Tensor
 
-Wide = npt.NDArray[Any]
+# The names that tests/emulator uses.
+Truth = Expected
+computing_dtype = accumulation_dtype
 
-HAS_LONG_DOUBLE = bool(np.finfo(np.longdouble).eps < np.finfo(np.float64).eps)
-
-# Beyond this distance every probability is subnormal, in float64 too. The distance itself, which
-# log_softmax returns, is known to a few eps however large it is; a bound that kept growing with it
-# would end up accepting zeros.
-LARGEST_DISTANCE = 1000.0
-
-
-@dataclass(frozen=True)
-class Truth:
-    """Rows of exact values; `distance` is scale * (x - max), and -inf in the padding."""
-
-    value: Wide
-    distance: Wide
-    valid: npt.NDArray[np.bool_]
-
-
-def computing_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def to_wide(tensor: Tensor, compute: torch.dtype) -> Wide:
-    """Exact, in a type wider than the one the kernel computes in."""
-    if compute == torch.float64 and not HAS_LONG_DOUBLE:
-        raise RuntimeError(
-            "this platform's long double is no wider than float64: no truth to compare with"
-        )
-    tensor = tensor.detach()
-    if tensor.dtype in (torch.bfloat16, torch.float16):
-        tensor = tensor.float()
-    wide = np.float64 if compute == torch.float32 else np.longdouble
-    return tensor.numpy().astype(wide)
-
-
-def true_forward(
-    x: Tensor,
-    lengths: int | Tensor,
-    dim: int = -1,
-    *,
-    starts: int | Tensor | None = None,
-    scale: float | None = None,
-    log: bool = False,
-    compute: torch.dtype,
-) -> Truth:
-    """Of the valid columns. log(sum) is log1p of all but one maximum: exact near 0 too."""
-    valid = valid_columns(x.shape, lengths, dim, starts).numpy()
-    factor = 1.0 if scale is None else scale
-    wide = to_wide(as_rows(x, dim), compute)
-    wide = np.where(valid, -wide if factor < 0 else wide, -np.inf)
-    if wide.size == 0:
-        return Truth(wide, wide, valid)
-    largest = wide.max(axis=1, keepdims=True)
-    with np.errstate(invalid="ignore", under="ignore"):
-        distance = abs(factor) * (wide - np.where(np.isfinite(largest), largest, 0.0))
-        distance = np.where(valid, distance, -np.inf)
-        e = np.exp(distance)
-    others = e.copy()
-    others[np.arange(len(e)), distance.argmax(axis=1)] = 0.0
-    rest = others.sum(axis=1, keepdims=True)
-    value = distance - np.log1p(rest) if log else np.where(valid, e / (1.0 + rest), 0.0)
-    return Truth(value, distance, valid)
-
-
-def true_gradient(
-    y: Tensor,
-    g: Tensor,
-    lengths: int | Tensor,
-    dim: int = -1,
-    *,
-    starts: int | Tensor | None = None,
-    scale: float | None = None,
-    log: bool = False,
-    compute: torch.dtype,
-) -> tuple[Truth, Wide]:
-    """The gradient that y and g stand for, and the bound on its error."""
-    valid = valid_columns(y.shape, lengths, dim, starts).numpy()
-    factor = 1.0 if scale is None else scale
-    wide_y = np.where(valid, to_wide(as_rows(y, dim), compute), -np.inf if log else 0.0)
-    wide_g = np.where(valid, to_wide(as_rows(g, dim), compute), 0.0)
-    with np.errstate(under="ignore"):
-        p = np.exp(wide_y) if log else wide_y
-        weight = (
-            np.ones_like(p) if log else p
-        )  # log_softmax's gradient is g - p * sum(g): no p in front
-        total = (weight * wide_g).sum(axis=1, keepdims=True)
-        size = (weight * np.abs(wide_g)).sum(axis=1, keepdims=True)
-        if log:
-            value = factor * (wide_g - p * total)
-            magnitude = abs(factor) * (np.abs(wide_g) + p * size)
-        else:
-            value = factor * p * (wide_g - total)
-            magnitude = abs(factor) * p * (np.abs(wide_g) + size)
-    bound = 8 * torch.finfo(compute).eps * magnitude
-    return Truth(np.where(valid, value, 0.0), np.where(valid, 0.0, -np.inf), valid), bound
+# Beyond this distance every probability is subnormal, in float64 too. log_softmax returns the
+# distance itself, to within a few eps however large it is: a bound that kept growing with the
+# distance would accept zeros in the end.
+MAX_DISTANCE = 1000.0
 
 
 def half_ulp(value: Wide, dtype: torch.dtype) -> Wide:
     """Half a unit in the last place of the dtype at the value: the error of one rounding."""
     info = torch.finfo(dtype)
     digits = round(-np.log2(info.eps))
-    smallest_exponent = round(np.log2(info.smallest_normal))
+    min_exponent = round(np.log2(info.smallest_normal))
     _, exponent = np.frexp(np.where(np.isfinite(value), value, 0.0))
-    exponent = np.where(value == 0, smallest_exponent, np.maximum(exponent - 1, smallest_exponent))
+    exponent = np.where(value == 0, min_exponent, np.maximum(exponent - 1, min_exponent))
     result: Wide = np.ldexp(np.ones_like(value), exponent - digits - 1)
     return result
 
 
 def assert_within(
-    got: Tensor, truth: Truth, bound: Wide, compute: torch.dtype, dim: int, what: str
+    got: Tensor, expected: Expected, bound: Wide, accumulation: torch.dtype, dim: int, what: str
 ) -> None:
-    """Valid columns: |got - truth| <= bound, plus a rounding where the types differ."""
+    """Valid columns: |got - expected| <= bound, plus one rounding where the types differ."""
     dtype = got.dtype
     info = torch.finfo(dtype)
-    smallest = torch.finfo(compute).smallest_normal
-    wide = to_wide(as_rows(got, dim), compute)
-    if dtype != compute:
-        bound = bound + half_ulp(truth.value, dtype)
-    magnitude = np.abs(truth.value)
+    smallest = torch.finfo(accumulation).smallest_normal
+    wide = to_wide(as_rows(got, dim), accumulation)
+    if dtype != accumulation:
+        bound = bound + half_ulp(expected.value, dtype)
+    magnitude = np.abs(expected.value)
     with np.errstate(invalid="ignore"):
-        close = np.abs(wide - truth.value) <= bound
-        close |= (wide == -np.inf) & (truth.value == -np.inf)
-        # Subnormal in the computing type: the value may have been flushed, but not have grown.
+        close = np.abs(wide - expected.value) <= bound
+        close |= (wide == -np.inf) & (expected.value == -np.inf)
+        # Subnormal in the accumulation type: the value may be flushed to zero, but must not grow.
         close |= (magnitude < smallest) & (np.abs(wide) <= smallest)
-        # What rounds beyond the largest number is infinite; on the very edge either is right.
+        # A value that rounds beyond the largest number is infinite. Where the bound straddles that
+        # limit, the number and infinity are both right.
         largest = np.longdouble(info.max) * (1 + np.longdouble(info.eps) / 4)
         overflow = magnitude + bound >= largest
-        infinite = np.isinf(wide) & (np.sign(wide) == np.sign(truth.value))
+        infinite = np.isinf(wide) & (np.sign(wide) == np.sign(expected.value))
         close = np.where(overflow, infinite | (close & (magnitude - bound < largest)), close)
-    wrong = truth.valid & ~close
+    wrong = expected.valid & ~close
     if wrong.any():
         with np.errstate(all="ignore"):
             excess = np.where(
-                wrong, np.nan_to_num(np.abs(wide - truth.value) / bound, nan=np.inf), -1.0
+                wrong, np.nan_to_num(np.abs(wide - expected.value) / bound, nan=np.inf), -1.0
             )
         row, col = np.unravel_index(int(excess.argmax()), excess.shape)
         raise AssertionError(
-            f"{what}: {wrong.sum()} of {truth.valid.sum()} valid values out of bound; the worst, "
-            f"row {row} column {col}: got {wide[row, col]!r}, true {truth.value[row, col]!r}, "
-            f"allowed error {bound[row, col]!r}"
+            f"{what}: {wrong.sum()} of {expected.valid.sum()} valid values out of bound; the "
+            f"worst, row {row} column {col}: got {wide[row, col]!r}, expected "
+            f"{expected.value[row, col]!r}, allowed error {bound[row, col]!r}"
         )
 
 
@@ -186,21 +102,51 @@ def assert_forward(
     log: bool = False,
     what: str = "",
 ) -> None:
-    """Valid columns within (4 + |d|) * eps of the truth; padding exactly +0.0, or -inf."""
+    """Valid columns within (4 + |d|) * eps of the expected values; padding exactly +0.0 or -inf."""
     assert got.shape == x.shape, (
         f"{what}: shape {tuple(got.shape)} for input of shape {tuple(x.shape)}"
     )
-    compute = computing_dtype(x.dtype, got.dtype)
-    truth = true_forward(x, lengths, dim, starts=starts, scale=scale, log=log, compute=compute)
+    accumulation = accumulation_dtype(x.dtype, got.dtype)
+    expected = expected_forward(
+        x, lengths, dim, starts=starts, scale=scale, log=log, accumulation=accumulation
+    )
     with np.errstate(invalid="ignore"):
-        distance = np.minimum(np.abs(truth.distance), LARGEST_DISTANCE)
+        distance = np.minimum(np.abs(expected.distance), MAX_DISTANCE)
         bound = (
             (4 + distance)
-            * torch.finfo(compute).eps
-            * np.where(np.isfinite(truth.value), np.abs(truth.value), 0.0)
+            * torch.finfo(accumulation).eps
+            * np.where(np.isfinite(expected.value), np.abs(expected.value), 0.0)
         )
-    assert_within(got, truth, bound, compute, dim, f"{what} forward")
+    assert_within(got, expected, bound, accumulation, dim, f"{what} forward")
     assert_padding(got, lengths, dim, starts, float("-inf") if log else 0.0)
+
+
+def assert_derivative(
+    operation: str,
+    got: Tensor,
+    inputs: tuple[Tensor, ...],
+    lengths: int | Tensor,
+    dim: int = -1,
+    *,
+    starts: int | Tensor | None = None,
+    scale: float | None = None,
+    what: str = "",
+) -> None:
+    """Valid columns within 8 eps of the terms' magnitudes; padding exactly +0.0.
+
+    The inputs, of which the last is the saved output, define the expected values.
+    """
+    y = inputs[-1]
+    assert got.shape == y.shape, (
+        f"{what}: derivative of shape {tuple(got.shape)} for output of shape {tuple(y.shape)}"
+    )
+    accumulation = accumulation_dtype(got.dtype, *(x.dtype for x in inputs))
+    expected, magnitude = expected_derivative(
+        operation, inputs, lengths, dim, starts=starts, scale=scale, accumulation=accumulation
+    )
+    bound = 8 * torch.finfo(accumulation).eps * magnitude
+    assert_within(got, expected, bound, accumulation, dim, f"{what} {operation}")
+    assert_padding(got, lengths, dim, starts, 0.0)
 
 
 def assert_gradient(
@@ -215,23 +161,46 @@ def assert_gradient(
     log: bool = False,
     what: str = "",
 ) -> None:
-    """Valid columns within the bound of what y and g stand for; padding exactly +0.0."""
-    assert got.shape == y.shape, (
-        f"{what}: gradient of shape {tuple(got.shape)} for output of shape {tuple(y.shape)}"
+    """assert_derivative of the gradient with respect to the input."""
+    operation = "log_softmax_backward" if log else "softmax_backward"
+    assert_derivative(operation, got, (g, y), lengths, dim, starts=starts, scale=scale, what=what)
+
+
+def assert_gradient_rows_sum_to_zero(
+    got: Tensor,
+    y: Tensor,
+    g: Tensor,
+    lengths: int | Tensor,
+    dim: int = -1,
+    *,
+    starts: int | Tensor | None = None,
+    scale: float | None = None,
+    log: bool = False,
+) -> None:
+    """Adding a number to a row's scores changes no result, so the row's gradient sums to 0.
+
+    The allowed error is that of the elements, and that of p's sum, which is 1 within 8 eps.
+    """
+    accumulation = accumulation_dtype(got.dtype)
+    operation = "log_softmax_backward" if log else "softmax_backward"
+    expected, magnitude = expected_derivative(
+        operation, (g, y), lengths, dim, starts=starts, scale=scale, accumulation=accumulation
     )
-    compute = computing_dtype(got.dtype, y.dtype)
-    truth, bound = true_gradient(
-        y, g, lengths, dim, starts=starts, scale=scale, log=log, compute=compute
+    wide_g, wide_y = (
+        np.where(expected.valid, to_wide(as_rows(x, dim), accumulation), 0.0) for x in (g, y)
     )
-    assert_within(got, truth, bound, compute, dim, f"{what} gradient")
-    assert_padding(got, lengths, dim, starts, 0.0)
+    terms = abs(wide_g) if log else abs(wide_g) * wide_y
+    factor = abs(1.0 if scale is None else scale)
+    bound = torch.finfo(accumulation).eps * (16 * total(magnitude) + 8 * factor * total(terms))
+    sums = total(to_wide(as_rows(got, dim), accumulation))
+    assert (abs(sums) <= bound + 1e-300).all()
 
 
 def assert_rows_sum_to_one(
     got: Tensor, lengths: int | Tensor, dim: int = -1, what: str = ""
 ) -> None:
     """Rows that have a valid column sum to 1 within 8 * eps; summed in a wider type."""
-    sums = to_wide(as_rows(got, dim), computing_dtype(got.dtype)).sum(axis=1)
+    sums = to_wide(as_rows(got, dim), accumulation_dtype(got.dtype)).sum(axis=1)
     filled = (row_values(lengths, got.shape, dim) > 0).numpy()
     error = np.abs(sums - 1)[filled] / torch.finfo(got.dtype).eps
     assert not (~(error <= 8)).any(), f"{what}: a row sums to 1 only within {error.max():.1f} eps"

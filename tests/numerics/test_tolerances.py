@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from cases import mixed_lengths, random_input, valid_columns
+from numpy_reference import (
+    DERIVATIVES,
+    Expected,
+    accumulation_dtype,
+    expected_derivative,
+    expected_forward,
+    softmax,
+    total,
+)
 from tolerances import (
-    Truth,
     assert_forward,
     assert_gradient,
+    assert_gradient_rows_sum_to_zero,
     assert_rows_sum_to_one,
-    computing_dtype,
     half_ulp,
-    true_forward,
-    true_gradient,
 )
 from torch import Tensor
 
@@ -29,9 +36,10 @@ def lengths_of_rows() -> Tensor:
     return lengths
 
 
-def rounded(truth: Truth, dtype: torch.dtype) -> Tensor:
-    """The right result: the truth, rounded by way of the computing type."""
-    return torch.from_numpy(truth.value.astype(np.float64)).to(computing_dtype(dtype)).to(dtype)
+def rounded(expected: Expected, dtype: torch.dtype) -> Tensor:
+    """The right result: the expected values, rounded by way of the accumulation type."""
+    value = torch.from_numpy(expected.value.astype(np.float64))
+    return value.to(accumulation_dtype(dtype)).to(dtype)
 
 
 def right_result(
@@ -39,46 +47,81 @@ def right_result(
 ) -> tuple[Tensor, Tensor, Tensor]:
     lengths = lengths_of_rows() if lengths is None else lengths
     x = random_input((ROWS, COLS), dtype, seed=1)
-    return (
-        rounded(true_forward(x, lengths, log=log, compute=computing_dtype(dtype)), dtype),
-        x,
-        lengths,
-    )
+    expected = expected_forward(x, lengths, log=log, accumulation=accumulation_dtype(dtype))
+    return rounded(expected, dtype), x, lengths
 
 
 def right_gradient(dtype: torch.dtype, log: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y, _, lengths = right_result(dtype, log)
     g = random_input((ROWS, COLS), dtype, seed=2)
-    return (
-        rounded(true_gradient(y, g, lengths, log=log, compute=computing_dtype(dtype))[0], dtype),
-        y,
-        g,
-        lengths,
-    )
+    operation = "log_softmax_backward" if log else "softmax_backward"
+    accumulation = accumulation_dtype(dtype)
+    expected, _ = expected_derivative(operation, (g, y), lengths, accumulation=accumulation)
+    return rounded(expected, dtype), y, g, lengths
 
 
-def test_truth_is_torch_softmax_of_the_valid_slice(log: bool) -> None:
+def test_expected_values_are_torch_softmax_of_the_valid_slice(log: bool) -> None:
     x = random_input((ROWS, COLS), torch.float32, seed=1)
     lengths = lengths_of_rows()
     starts = (COLS - lengths) // 2
-    truth = true_forward(x, lengths, starts=starts, scale=-0.7, log=log, compute=torch.float32)
+    got = expected_forward(
+        x, lengths, starts=starts, scale=-0.7, log=log, accumulation=torch.float32
+    )
     for row in range(ROWS):
         start, length = int(starts[row]), int(lengths[row])
         valid = slice(start, start + length)
         logits = -0.7 * x[row, valid].double()
         expected = torch.log_softmax(logits, 0) if log else torch.softmax(logits, 0)
-        np.testing.assert_allclose(truth.value[row, valid], expected.numpy(), rtol=1e-14)
-        assert truth.valid[row].sum() == length
+        np.testing.assert_allclose(got.value[row, valid], expected.numpy(), rtol=1e-14)
+        assert got.valid[row].sum() == length
 
 
-def test_true_gradient_is_torchs(log: bool) -> None:
+def test_expected_gradient_is_torchs(log: bool) -> None:
     x = random_input((ROWS, COLS), torch.float64, seed=1).requires_grad_()
     g = random_input((ROWS, COLS), torch.float64, seed=2)
     y = torch.log_softmax(3 * x, -1) if log else torch.softmax(3 * x, -1)
     y.backward(g)
     assert x.grad is not None
-    truth, _ = true_gradient(y, g, COLS, scale=3.0, log=log, compute=torch.float32)
-    np.testing.assert_allclose(truth.value, x.grad.numpy(), rtol=1e-9, atol=1e-14)
+    operation = "log_softmax_backward" if log else "softmax_backward"
+    got, _ = expected_derivative(operation, (g, y), COLS, scale=3.0, accumulation=torch.float32)
+    np.testing.assert_allclose(got.value, x.grad.numpy(), rtol=1e-9, atol=1e-14)
+
+
+def test_expected_jvp_is_torchs() -> None:
+    """softmax's is its gradient: the Jacobian is symmetric."""
+    x = random_input((ROWS, COLS), torch.float64, seed=1)
+    v = random_input((ROWS, COLS), torch.float64, seed=2)
+    y, expected = torch.func.jvp(partial(torch.log_softmax, dim=-1), (x,), (v,))
+    got, _ = expected_derivative("log_softmax_jvp", (v, y), COLS, accumulation=torch.float32)
+    np.testing.assert_allclose(got.value, expected.numpy(), rtol=1e-9, atol=1e-14)
+
+
+# Operation, the one whose derivative it is, and whether it is a vjp; others are jvps.
+SECOND_ORDER = [
+    ("softmax_backward_wrt_y", "softmax_backward", True),
+    ("log_softmax_backward_wrt_y", "log_softmax_backward", True),
+    ("softmax_backward_jvp_wrt_y", "softmax_backward", False),
+    ("log_softmax_jvp_jvp_wrt_y", "log_softmax_jvp", False),
+]
+
+
+@pytest.mark.parametrize(("operation", "first_order", "is_vjp"), SECOND_ORDER)
+def test_expected_second_order_is_a_difference_quotient(
+    operation: str, first_order: str, is_vjp: bool
+) -> None:
+    """The derivative of another operation with respect to the saved output."""
+    v, g, w, x = (random_input((ROWS, COLS), torch.float64, seed).numpy() for seed in range(4))
+    y, _ = softmax(x, np.ones_like(x, dtype=bool), log="log" in operation)
+    direction = w if is_vjp else v
+    step = 1e-5
+    after, before = (
+        DERIVATIVES[first_order](g, y + sign * step * direction)[0] for sign in (1, -1)
+    )
+    quotient = (after - before) / (2 * step)
+    got, _ = DERIVATIVES[operation](v, g, y)
+    if is_vjp:
+        got, quotient = total(got * w), total(v * quotient)
+    np.testing.assert_allclose(got, quotient, rtol=1e-7, atol=1e-8)
 
 
 def test_half_ulp_is_the_distance_to_the_neighbour() -> None:
@@ -226,8 +269,8 @@ def test_forward_asks_for_infinity_beyond_the_largest_number() -> None:
 def test_forward_rejects_rounding_twice() -> None:
     """The input rounded to bfloat16 before it is used: what torch.softmax(x, dtype=) does."""
     x = random_input((ROWS, COLS), torch.float32, seed=1)
-    truth = true_forward(x, COLS, compute=torch.float32)
-    assert_forward(rounded(truth, torch.bfloat16), x, COLS)
+    expected = expected_forward(x, COLS, accumulation=torch.float32)
+    assert_forward(rounded(expected, torch.bfloat16), x, COLS)
     with pytest.raises(AssertionError, match="out of bound"):
         assert_forward(torch.softmax(x.bfloat16(), -1), x, COLS)
 
@@ -263,3 +306,11 @@ def test_row_sums_reject_what_is_off_by_nine_eps() -> None:
     for wrong in ([0.5, 0.5 + 9 * eps], [0.5, 0.5 - 9 * eps], [0.0, 0.0], [float("nan"), 0.5]):
         with pytest.raises(AssertionError, match="sums to 1 only"):
             assert_rows_sum_to_one(torch.tensor([wrong, [0.0, 0.0]]), lengths)
+
+
+def test_gradient_row_sums_reject_what_is_not_zero(log: bool) -> None:
+    gradient, y, g, lengths = right_gradient(torch.float32, log)
+    assert_gradient_rows_sum_to_zero(gradient, y, g, lengths, log=log)
+    for wrong in (g, nan_where_valid(gradient, lengths), gradient + 1e-3):
+        with pytest.raises(AssertionError):
+            assert_gradient_rows_sum_to_zero(wrong, y, g, lengths, log=log)

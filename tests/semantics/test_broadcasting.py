@@ -17,6 +17,7 @@ from cases import (
     row_shape,
     short_name,
 )
+from numpy_reference import softmax_with_mask
 from tolerances import assert_forward, assert_gradient
 from torch import Tensor
 
@@ -176,17 +177,12 @@ def test_int_lengths_with_tensor_starts_and_the_other_way(capability: str) -> No
     assert_forward(forward(x, 5, starts=4), x, 5, starts=4)
 
 
-def mask_reference(x: Tensor, mask: Tensor, log: bool) -> Tensor:
-    scores = x.double().masked_fill(~mask, float("-inf"))
-    return torch.log_softmax(scores, -1) if log else torch.softmax(scores, -1).nan_to_num(0.0)
-
-
 def test_causal_mask(capability: str, log: bool) -> None:
     """Lengths 1..Q of shape (1, 1, Q) are torch.tril's mask."""
     x = random_input((B, H, 33, 33), torch.float32, seed=19)
     y = forward(x, torch.arange(1, 34).view(1, 1, 33), log=log)
     mask = torch.ones(33, 33, dtype=torch.bool).tril()
-    torch.testing.assert_close(y.double(), mask_reference(x, mask, log), rtol=1e-5, atol=0)
+    torch.testing.assert_close(y.double(), softmax_with_mask(x, mask, log=log), rtol=1e-5, atol=0)
 
 
 def test_sliding_window(capability: str, log: bool) -> None:
@@ -197,7 +193,7 @@ def test_sliding_window(capability: str, log: bool) -> None:
     lengths = query + 1 - starts
     y = forward(x, lengths.view(1, 1, 33), starts=starts.view(1, 1, 33), log=log)
     mask = torch.ones(33, 33, dtype=torch.bool).tril().triu(-3)
-    torch.testing.assert_close(y.double(), mask_reference(x, mask, log), rtol=1e-5, atol=0)
+    torch.testing.assert_close(y.double(), softmax_with_mask(x, mask, log=log), rtol=1e-5, atol=0)
 
 
 def test_left_padding(capability: str, log: bool) -> None:
@@ -205,7 +201,7 @@ def test_left_padding(capability: str, log: bool) -> None:
     lengths = torch.tensor([11, 3, 1, 6])
     y = forward(x, lengths, starts=11 - lengths, log=log)
     mask = torch.arange(11) >= (11 - lengths)[:, None]
-    torch.testing.assert_close(y.double(), mask_reference(x, mask, log), rtol=1e-5, atol=0)
+    torch.testing.assert_close(y.double(), softmax_with_mask(x, mask, log=log), rtol=1e-5, atol=0)
 
 
 def test_any_shapes(capability: str) -> None:
