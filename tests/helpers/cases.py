@@ -1,6 +1,6 @@
 """Shapes, lengths and dtypes that the tests run over, each with its reason.
 
-And small helpers that lay them out. Nothing here asks the package under test for anything.
+Also small helpers for rows, masks, poison and bits. Nothing here uses the package under test.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ POISONS = {
     "nan": float("nan"),
     "inf": float("inf"),
     "-inf": float("-inf"),
-    "largest": 3.0e38,  # not a special value, yet it would win every maximum
+    "largest": 3.0e38,  # finite, but larger than every valid score
 }
 
-# Bit patterns of NaNs that arithmetic treats apart: quiet and signalling, both signs, smallest and
-# largest payload.
+# NaNs of every kind: quiet and signalling, both signs, smallest and largest payload.
 NAN_BITS = {
     torch.float32: (0x7FC00101, 0x7F800001, 0xFFC00000, 0xFFFFFFFF, 0x7FBFFFFF),
     torch.float64: (0x7FF8000000000101, 0x7FF0000000000001, 0xFFFFFFFFFFFFFFFF),
@@ -54,31 +53,32 @@ def _around(size: int, reason: str) -> tuple[Columns, ...]:
     )
 
 
+# A sum of csrc/cpu has four accumulators of `lanes` elements: 4 * lanes elements are an unrolled
+# iteration, 16 * lanes a flush (four terms for each accumulator), 128 * lanes a tile. `lanes` is 2,
+# 4, 8 or 16.
 COLUMNS = (
     Columns(1, "a row that is its own maximum"),
-    Columns(2, "the smallest row with a sum; a float64 vector of NEON"),
+    Columns(2, "the smallest row with a sum; a vector of 2 lanes (float64 of NEON)"),
     Columns(3, "one below 4"),
-    Columns(4, "a float32 vector of NEON, a float64 vector of AVX2"),
-    Columns(5, "one above 4: the shortest row with a whole vector and a rest"),
-    *_around(8, "a float32 vector of AVX2, a float64 vector of AVX-512"),
-    *_around(16, "a float32 vector of AVX-512, a 16-bit vector of AVX2, four NEON vectors"),
-    *_around(32, "four AVX2 vectors: one round of the unrolled loop; a 16-bit vector of AVX-512"),
-    *_around(64, "four AVX-512 vectors: one round of the unrolled loop"),
-    *_around(
-        128, "the end of memset's profitable range, 512 bytes of float32; a CUDA warp's four float4"
-    ),
-    *_around(256, "a tile of four chains of 16 terms with 4 lanes"),
-    *_around(512, "the same with 8 lanes; Apex and Megatron start to split here"),
-    *_around(1024, "the same with 16 lanes; a CUDA block's threads"),
-    *_around(2048, "the limit of Megatron's first fused kernel"),
-    *_around(4096, "a page of float32; the limit of its second"),
-    *_around(8192, "the scratch row that keeps the exponentials between sweeps"),
-    *_around(16384, "the limit of its third; half of a first-level cache in 16 bits"),
+    Columns(4, "a vector of 4 lanes (float32 of NEON, float64 of AVX2)"),
+    Columns(5, "one above 4: the shortest row with a full vector and a tail"),
+    *_around(8, "a vector of 8 lanes (float32 of AVX2, float64 of AVX-512)"),
+    *_around(16, "a vector of 16 lanes (float32 of AVX-512); an unrolled iteration of 4 lanes"),
+    *_around(32, "an unrolled iteration of 8 lanes; a flush of 2 lanes"),
+    *_around(64, "an unrolled iteration of 16 lanes; a flush of 4 lanes; the widest narrow row"),
+    *_around(128, "a flush of 8 lanes; 512 bytes of float32: memset fills as much padding"),
+    *_around(256, "a flush of 16 lanes; a tile of 2 lanes"),
+    *_around(512, "a tile of 4 lanes; Apex and Megatron start to split here"),
+    *_around(1024, "a tile of 8 lanes"),
+    *_around(2048, "a tile of 16 lanes; the limit of Megatron's first fused kernel"),
+    *_around(4096, "a page of float32; the limit of Megatron's second fused kernel"),
+    *_around(8192, "the longest row whose exponentials are kept between passes"),
+    *_around(16384, "several tiles of every vector; the limit of Megatron's third fused kernel"),
 )
 
-# Every length up to here is tried: a tile of 16 lanes with four chains of 16 terms (1024), and a
-# piece of the next.
-EVERY_LENGTH = 1100
+# Every one of these lengths is tried: up to a tile of 8 lanes (1024) and a few more, and from a
+# tile of 16 lanes (2048) to a flush (256) beyond it.
+EVERY_LENGTH = (range(1101), range(2047, 2306))
 
 
 # rows, cols, generator -> int64 lengths of shape (rows,)
@@ -111,11 +111,11 @@ def _all(length: Callable[[int], int]) -> MakeLengths:
 
 LENGTH_KINDS = (
     LengthKind("full", "no padding at all: torch.softmax", _all(lambda cols: cols)),
-    LengthKind("uniform", "the plain mixture", _uniform),
+    LengthKind("uniform", "every length is as likely", _uniform),
     LengthKind("empty", "rows without a valid column", _all(lambda cols: 0)),
     LengthKind("one", "rows with one valid column", _all(lambda cols: min(1, cols))),
-    LengthKind("all but one", "padding is a vector's last lane", _all(lambda cols: cols - 1)),
-    LengthKind("sorted", "the work is at one end: a partition by rows is uneven", _sorted),
+    LengthKind("all but one", "padding is the last lane of a vector", _all(lambda cols: cols - 1)),
+    LengthKind("sorted", "the work is at one end: equal numbers of rows are unequal work", _sorted),
     LengthKind("zipf", "natural text: many short rows, a few long ones", _zipf),
 )
 
@@ -127,12 +127,12 @@ def generator(seed: int) -> torch.Generator:
 def random_input(
     shape: tuple[int, ...], dtype: torch.dtype, seed: int, spread: float = 3.0
 ) -> Tensor:
-    """Normally distributed values, the same ones for every dtype up to rounding."""
+    """Normally distributed values; a seed gives every dtype the same ones, rounded."""
     return (torch.randn(shape, generator=generator(seed), dtype=torch.float64) * spread).to(dtype)
 
 
 def mixed_lengths(rows: int, cols: int, seed: int) -> Tensor:
-    """Rows of every kind in turn, at least one of each kind where there are enough rows."""
+    """The kinds of length in turn, row by row."""
     lengths = torch.empty(rows, dtype=torch.int64)
     gen = generator(seed)
     for row in range(rows):
@@ -149,7 +149,7 @@ def row_shape(shape: tuple[int, ...] | torch.Size, dim: int) -> tuple[int, ...]:
 
 
 def row_values(index: int | Tensor, shape: tuple[int, ...] | torch.Size, dim: int) -> Tensor:
-    """Lengths or starts, one a row in row-major order: aligned with the leading dimensions."""
+    """Lengths or starts, aligned and broadcast: one per row, in row-major order."""
     rows = row_shape(shape, dim)
     value = torch.as_tensor(index).long()
     value = value.reshape(tuple(value.shape) + (1,) * (len(rows) - value.dim()))
@@ -157,7 +157,7 @@ def row_values(index: int | Tensor, shape: tuple[int, ...] | torch.Size, dim: in
 
 
 def as_rows(tensor: Tensor, dim: int) -> Tensor:
-    """(rows, cols), rows in row-major order; a copy unless the last dimension is `dim`."""
+    """The tensor as (rows, cols), rows in row-major order; a view where that is possible."""
     if tensor.dim() == 0:
         return tensor.reshape(1, 1)
     cols = tensor.shape[dim]
@@ -196,7 +196,7 @@ def poisoned(
     starts: int | Tensor | None = None,
     poison: float = float("nan"),
 ) -> Tensor:
-    """A copy whose padding holds the poison."""
+    """A copy with the poison in its padding."""
     return tensor.clone().masked_fill_(~valid_like(tensor, lengths, dim, starts), poison)
 
 
