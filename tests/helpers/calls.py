@@ -1,4 +1,4 @@
-"""The two functions by name of what they compute, and a forward pass with its backward pass."""
+"""Calls of masked_softmax or masked_log_softmax: forward, and forward with backward."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def forward_backward(
     log: bool = False,
     **arguments: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The result, and the gradient with respect to x for an incoming gradient g."""
+    """The result, and the gradient with respect to x for the incoming gradient g."""
     leaf = x.detach().requires_grad_()
     y = forward(leaf, lengths, dim, log=log, **arguments)
     (gradient,) = torch.autograd.grad(y, leaf, g)
@@ -35,7 +35,7 @@ def forward_backward(
 
 
 class SavedOutput(torch.autograd.graph.saved_tensors_hooks):
-    """Exchanges the output, when the backward pass asks for it, for what `exchange` makes of it."""
+    """Gives the backward pass exchange(output) in place of the saved output."""
 
     def __init__(self, exchange: Callable[[Tensor], Tensor]) -> None:
         super().__init__(

@@ -1,6 +1,6 @@
-"""Runs a function of a test module in a process of its own.
+"""Runs a function of a test module in a child process.
 
-For crashes, peak memory and environment variables.
+For tests of crashes, peak memory and environment variables.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 DONE = "child done"
 
@@ -18,9 +17,9 @@ DONE = "child done"
 def run_python(
     code: str, *, env: Mapping[str, str] | None = None, timeout_s: float = 300.0
 ) -> subprocess.CompletedProcess[str]:
-    """Runs code with this process's module search path; stdout holds stderr's text too."""
-    paths = [str(Path(__file__).parent), *(path for path in sys.path if path)]
-    environment = {**os.environ, **(env or {}), "PYTHONPATH": os.pathsep.join(paths)}
+    """Runs code in a child with this process's module search path; stdout includes stderr."""
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, **(env or {}), "PYTHONPATH": paths}
     return subprocess.run(
         [sys.executable, "-X", "faulthandler", "-c", code],
         env=environment,
@@ -38,10 +37,10 @@ def call(
     env: Mapping[str, str] | None = None,
     timeout_s: float = 300.0,
 ) -> str:
-    """module.function(*args) in a child that must end well; what it printed comes back.
+    """Calls module.function(*args) in a child, which must succeed, and returns what it printed.
 
-    The child prints what it is about to do, so that a crash can be placed: the last line before it
-    is in the message.
+    The function announces its steps with stage(), so the message of a crash ends with the step that
+    crashed.
     """
     code = f"import {module}\n{module}.{function}(*{args!r})\nprint({DONE!r})"
     try:
@@ -61,4 +60,5 @@ def call(
 
 
 def stage(name: str) -> None:
+    """Prints the step that comes next, unbuffered."""
     print(name, flush=True)

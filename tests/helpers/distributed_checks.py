@@ -1,4 +1,4 @@
-"""What test_distributed.py runs in every process of a group; a check is a function of the group."""
+"""The checks of test_distributed.py: each runs in every process of a group of `world` processes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check(function: Callable[[int], None]) -> Callable[[int], None]:
 
 
 def run(rank: int, world: int, port: int, folder: str) -> None:
-    """Runs every check and leaves what went wrong in a file, or nothing."""
+    """Runs every check and writes each one's traceback ("" if it passed) to RANK.json."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=60)
@@ -63,13 +63,13 @@ def run(rank: int, world: int, port: int, folder: str) -> None:
         dist.barrier()
     Path(folder, f"{rank}.json").write_text(json.dumps(errors))
     dist.barrier()
-    # At once: torch takes many groups apart in threads that the end of the interpreter may abort.
+    # Skips the interpreter's shutdown, which may abort the threads in which torch destroys groups.
     os._exit(0)
 
 
 # Operands
 
-X = random_input((5, 7, 9), torch.float32, seed=1)  # all shards are uneven
+X = random_input((5, 7, 9), torch.float32, seed=1)  # no size is divisible by 2 or 4
 G = random_input((5, 7, 9), torch.float32, seed=2)
 LENGTHS = torch.randint(0, 8, (5, 7), generator=generator(3))
 LENGTHS[0] = 0
@@ -77,7 +77,7 @@ STARTS = torch.randint(0, 3, (5, 7), generator=generator(4))
 
 
 def indices(mesh: Any) -> Iterator[tuple[Any, Any, Tensor, Tensor | None]]:
-    """Lengths and starts to give, and what they are without a mesh."""
+    """Lengths and starts for the call on the mesh, then the same as plain tensors."""
     sharded = distribute_tensor(LENGTHS, mesh, [Shard(0)] * mesh.ndim)
     yield LENGTHS, STARTS, LENGTHS, STARTS
     yield sharded, None, LENGTHS, None
@@ -100,7 +100,7 @@ def assert_like_unsharded(
     (gradient,) = torch.autograd.grad(y, x, distribute_tensor(G, mesh, placements))
     assert isinstance(y, DTensor)
     for before, after in zip(placements, y.placements, strict=True):
-        # Replicated scores may follow lengths that are sharded.
+        # Replicated scores may take the placement of sharded lengths.
         assert before == after or before.is_replicate(), f"{placements} became {y.placements}"
     leaf = X.clone().requires_grad_()
     expected = forward(leaf, plain_lengths, dim, starts=plain_starts, log=log, **options)
@@ -119,7 +119,7 @@ def assert_like_unsharded(
 
 @check
 def other_dimensions(world: int) -> None:
-    """The bits of the unsharded call, whatever lengths and starts look like."""
+    """The bits of the unsharded call, for lengths and starts of every kind."""
     mesh = init_device_mesh("cpu", (world,))
     for (dim, placement), log, given in itertools.product(
         ((-1, Shard(0)), (-1, Shard(1)), (-1, Replicate()), (0, Shard(2)), (1, Shard(0))),
@@ -132,7 +132,7 @@ def other_dimensions(world: int) -> None:
 
 @check
 def no_communication(world: int) -> None:
-    """Rows and their lengths are where they are computed, forward and backward."""
+    """Forward and backward communicate nothing: each process has its rows and their lengths."""
     mesh = init_device_mesh("cpu", (world,))
     x = distribute_tensor(X, mesh, [Shard(0)]).requires_grad_()
     g = distribute_tensor(G, mesh, [Shard(0)])
@@ -144,7 +144,7 @@ def no_communication(world: int) -> None:
 
 @check
 def partial_scores(world: int) -> None:
-    """Sums that are yet to be taken are taken first."""
+    """A pending sum of the scores is computed before the softmax."""
     mesh = init_device_mesh("cpu", (world,))
     x = DTensor.from_local(X / world, mesh, [Partial()], run_check=False)
     y = masked_softmax(x, LENGTHS)
@@ -203,7 +203,7 @@ def compiled(world: int) -> None:
 
 @check
 def sharded_rows(world: int) -> None:
-    """Every process has a part of a row; some may have none."""
+    """Each process holds some columns of every row, possibly none."""
     mesh = init_device_mesh("cpu", (world,))
     for dim, log, given in itertools.product((-1, 0, 1), (False, True), indices(mesh)):
         if dim == -1 or not isinstance(given[0], Tensor) or given[0].dim() == 0:
@@ -212,7 +212,7 @@ def sharded_rows(world: int) -> None:
 
 @check
 def sharded_rows_are_not_gathered(world: int) -> None:
-    """What travels is two numbers a row, by sums and maxima."""
+    """Only reductions of one number for each row are communicated: maxima and sums."""
     mesh = init_device_mesh("cpu", (world,))
     x = distribute_tensor(X, mesh, [Shard(2)]).requires_grad_()
     g = distribute_tensor(G, mesh, [Shard(2)])
@@ -229,7 +229,7 @@ def special_values_in_sharded_rows(world: int) -> None:
     mesh = init_device_mesh("cpu", (world,))
     x = torch.zeros(7, 8)
     x[1, :] = -inf  # NaN, as in torch.softmax
-    x[2, :7] = -inf  # all of one process's columns at least
+    x[2, :7] = -inf  # all columns of at least one process
     x[3, 7] = nan
     x[4, 0] = inf
     x[5, :6] = nan  # in the padding
@@ -256,7 +256,7 @@ def types_of_sharded_rows(world: int) -> None:
 
 @check
 def bad_lengths(world: int) -> None:
-    """All processes raise: none waits for one that has."""
+    """Every process raises, so none waits for one that has raised."""
     mesh = init_device_mesh("cpu", (world,))
     for placement, lengths, starts in (
         (Shard(2), LENGTHS + 8, None),
@@ -271,7 +271,7 @@ def bad_lengths(world: int) -> None:
 
 @check
 def accuracy_of_sharded_rows(world: int) -> None:
-    """SPEC.md's bounds: large scores, close ones, and logarithms near 0."""
+    """SPEC.md's bounds for large scores, close scores and logarithms near 0."""
     mesh = init_device_mesh("cpu", (world,))
     x = torch.zeros(4, 8)
     x[0] = torch.tensor([3e38, 3e38, 1, 1, 0, 0, 0, 0])
@@ -298,7 +298,7 @@ def autocast_of_sharded_rows(world: int) -> None:
 
 @check
 def bad_arguments(world: int) -> None:
-    """The same errors whatever is sharded."""
+    """The same errors for every placement."""
     mesh = init_device_mesh("cpu", (world,))
     for placement in (Shard(0), Shard(1), Shard(2)):
         x = distribute_tensor(X, mesh, [placement])
@@ -348,8 +348,8 @@ class Attention(nn.Module):
         return result
 
 
-class ByHand(Attention):
-    """The same with the formulation, on one process."""
+class UnfusedAttention(Attention):
+    """The same with the unfused formulation, on one process."""
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         weights = reference.masked_softmax(self.score(x).squeeze(-1), lengths)
@@ -367,8 +367,8 @@ def trained(model: nn.Module, x: Tensor, lengths: Tensor) -> nn.Module:
 
 
 def assert_trained_alike(model: nn.Module, x: Tensor, lengths: Tensor) -> None:
-    expected = dict(trained(ByHand(), x, lengths).named_parameters())
-    before = dict(ByHand().named_parameters())
+    expected = dict(trained(UnfusedAttention(), x, lengths).named_parameters())
+    before = dict(UnfusedAttention().named_parameters())
     for name, parameter in model.named_parameters():
         got = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         torch.testing.assert_close(got, expected[name])

@@ -1,4 +1,4 @@
-// Lets one allocation fail, as where memory is short. To be preloaded; glibc's own functions do the work.
+// Makes one chosen allocation of the process fail (LD_PRELOAD); all others go to glibc.
 #include <atomic>
 #include <cerrno>
 #include <cstddef>
@@ -16,7 +16,7 @@ std::atomic<bool> is_counting{false};
 std::atomic<long> count{0};
 std::atomic<long> failing{0};
 
-bool fails() { return is_counting.load() && ++count == failing.load(); }
+bool must_fail() { return is_counting.load() && ++count == failing.load(); }
 
 void* out_of_memory() {
   errno = ENOMEM;
@@ -25,27 +25,27 @@ void* out_of_memory() {
 
 }  // namespace
 
-// From now on allocations of all threads count, from 1; that of the given number fails.
+// Numbers the allocations of all threads from 1 on; the given one fails.
 void fail_allocation(long number) {
   count = 0;
   failing = number;
   is_counting = true;
 }
 
-// How many there were. None fails any more.
+// Ends that, and returns the number of allocations.
 long stop_failing() {
   is_counting = false;
   return count;
 }
 
-void* malloc(size_t size) { return fails() ? out_of_memory() : __libc_malloc(size); }
-void* calloc(size_t count, size_t size) { return fails() ? out_of_memory() : __libc_calloc(count, size); }
-void* realloc(void* old, size_t size) { return fails() ? out_of_memory() : __libc_realloc(old, size); }
-void* memalign(size_t alignment, size_t size) { return fails() ? out_of_memory() : __libc_memalign(alignment, size); }
+void* malloc(size_t size) { return must_fail() ? out_of_memory() : __libc_malloc(size); }
+void* calloc(size_t count, size_t size) { return must_fail() ? out_of_memory() : __libc_calloc(count, size); }
+void* realloc(void* old, size_t size) { return must_fail() ? out_of_memory() : __libc_realloc(old, size); }
+void* memalign(size_t alignment, size_t size) { return must_fail() ? out_of_memory() : __libc_memalign(alignment, size); }
 void* aligned_alloc(size_t alignment, size_t size) { return memalign(alignment, size); }
 
 int posix_memalign(void** result, size_t alignment, size_t size) {
-  if (fails()) {
+  if (must_fail()) {
     return ENOMEM;
   }
   *result = __libc_memalign(alignment, size);

@@ -1,6 +1,7 @@
-"""What generated cases are made of: layouts, values, lengths and starts, scales.
+"""Hypothesis strategies for generated cases: layouts, values, lengths and starts, scales.
 
-Hypothesis draws the choices; numbers come from a seed, so that a case is small and repeats.
+Hypothesis draws the choices and a seed; the elements come from that seed, so a case is small and
+can be repeated.
 """
 
 from __future__ import annotations
@@ -18,22 +19,23 @@ SIZES = st.one_of(
     st.sampled_from([7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 129, 257]),
 )
 
-# None is 1. Extreme scales are computed in float64, whatever the types.
+# None is 1. With an extreme scale, every type is computed in float64.
 MODERATE_SCALES = st.one_of(
     st.none(),
     st.floats(-4, 4, allow_nan=False).filter(lambda scale: abs(scale) > 1e-6),
     st.sampled_from([-1.0, 1e-30, -1e-30, 1e30, -1e30]),
 )
-# Up to where scale * log2(e) is a float64: beyond, only differences below 1e-305 could tell.
+# Finite in float64 when multiplied by log2(e). With a larger scale, only differences below 1e-305
+# give a probability other than 0.
 EXTREME_SCALES = [0.0, -0.0, 1e300, -1e300, 1e-300, 1.2e308, -1.2e308, 5e-324, -5e-324]
 SCALES = st.one_of(MODERATE_SCALES, st.floats(-1e-6, 1e-6), st.sampled_from(EXTREME_SCALES))
-# 16 bytes and more, so that a vector that goes too far reads poison and not the next allocation.
+# At least 16 bytes: a vector load that reads past the end meets poison, not the next allocation.
 SLACK_ELEMS = 16
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a tensor lies in its memory. Strides of 0 and overlaps: elements that are shared."""
+    """Strides and offset of a tensor; elements may share memory (strides of 0, overlaps)."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -48,11 +50,11 @@ class Layout:
         return memory.as_strided(self.shape, self.strides, self.offset)
 
     def positions(self) -> Tensor:
-        """Each element's place in the memory."""
+        """Each element's index in the memory."""
         return self.view(torch.arange(self.elems))
 
     def place(self, values: Tensor, valid: Tensor, poison: Tensor | float) -> Tensor:
-        """A view of these valid values; padding, gaps and surroundings hold the poison."""
+        """A view with these valid values, in memory that is otherwise filled with the poison."""
         memory = torch.zeros(self.elems, dtype=values.dtype)
         memory[:] = poison
         memory[self.positions()[valid]] = values[valid]
@@ -63,7 +65,7 @@ class Layout:
 def layouts(
     draw: st.DrawFn, shape: Sequence[int], *, adjacent: int | None = None, may_share: bool = True
 ) -> Layout:
-    """Any order of dimensions, gaps between them, any alignment; `adjacent` has a stride of 1."""
+    """Any order of dimensions, any gaps, any alignment; dimension `adjacent` has unit stride."""
     ndim = len(shape)
     kinds = ["contiguous", "permuted", "permuted", "gaps", *["shared", "overlapping"] * may_share]
     kind = draw(st.sampled_from(kinds))
@@ -92,7 +94,7 @@ def layouts(
 def values(
     draw: st.DrawFn, shape: Sequence[int], dtype: torch.dtype, special: bool = False
 ) -> Tensor:
-    """Of any magnitude from the smallest subnormal number to the largest; special: inf and NaN."""
+    """Values from the smallest subnormal number to the largest; with `special` also inf and NaN."""
     shape = tuple(shape)
     seed = draw(st.integers(0, 2**16))
     if dtype == torch.bool:
@@ -119,7 +121,7 @@ def values(
         x = torch.full_like(x, float(seed % 7 - 3))
     elif kind == "one stands out" and x.numel():
         x.view(-1)[seed % x.numel()] = 80.0
-    elif kind == "any":  # each exponent as likely, up to where the difference of two overflows
+    elif kind == "any":  # exponents uniform, up to where the difference of two values overflows
         power = torch.rand(shape, generator=generator(seed + 1), dtype=torch.float64)
         lowest = torch.tensor(info.smallest_normal * info.eps, dtype=torch.float64).log2()
         highest = torch.tensor(info.max, dtype=torch.float64).log2() - 1
@@ -134,22 +136,22 @@ def values(
 
 
 @st.composite
-def row_indices(draw: st.DrawFn, rows: Sequence[int], most: Tensor | int) -> Tensor:
-    """Lengths or starts of any shape that broadcasts; `most` is a number, or one for each row."""
+def row_indices(draw: st.DrawFn, rows: Sequence[int], max_index: Tensor | int) -> Tensor:
+    """Lengths or starts of any shape that broadcasts to rows, from 0 to max_index (of the row)."""
     rows = tuple(rows)
     ndim = draw(st.integers(0, len(rows)))
     shape = tuple(1 if draw(st.booleans()) and size > 0 else size for size in rows[:ndim])
     seed = draw(st.integers(0, 2**16))
     kind = draw(st.sampled_from(["uniform", "uniform", "none", "all", "one"]))
-    if isinstance(most, Tensor):  # the smallest over what is broadcast
-        limit = most.expand(rows) if rows else most.reshape(())
+    if isinstance(max_index, Tensor):  # one index for several rows: at most their smallest maximum
+        limit = max_index.expand(rows) if rows else max_index.reshape(())
         while limit.dim() > ndim:
             limit = limit.amin(-1) if limit.size(-1) else limit.new_zeros(limit.shape[:-1])
         for d, size in enumerate(shape):
             if size == 1 and limit.size(d) > 1:
                 limit = limit.amin(d, keepdim=True)
     else:
-        limit = torch.full(shape, most)
+        limit = torch.full(shape, max_index)
     limit = limit.reshape(shape)
     if kind == "none":
         result = torch.zeros(shape, dtype=torch.int64)
@@ -171,18 +173,18 @@ def row_indices(draw: st.DrawFn, rows: Sequence[int], most: Tensor | int) -> Ten
 
 
 def aligned(index: Tensor, rows: Sequence[int]) -> Tensor:
-    """Lengths or starts with a dimension for each of the rows', as a view."""
+    """A view of lengths or starts with as many dimensions as rows: ones appended."""
     return index.reshape(tuple(index.shape) + (1,) * (len(rows) - index.dim()))
 
 
 def poison_of(dtype: torch.dtype) -> float:
-    """What no result survives: NaN, or the largest integer."""
+    """A value that would change any result that reads it: NaN, or the largest integer."""
     if dtype.is_floating_point:
         return float("nan")
     return 1 if dtype == torch.bool else torch.iinfo(dtype).max
 
 
 def assert_same(got: Tensor, expected: Tensor, what: str = "") -> None:
-    """The same bits; which NaN a NaN is, arithmetic leaves open."""
+    """The same bits, except that any NaN equals any other."""
     nan = torch.tensor(float("nan"), dtype=got.dtype)
     assert_same_bits(got.where(~got.isnan(), nan), expected.where(~expected.isnan(), nan), what)

@@ -1,4 +1,4 @@
-"""The memory of this process: its size, and tensors next to pages that cannot be read."""
+"""The size of this process's memory, and tensors next to unreadable pages."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 
 def status_bytes(field: str) -> int:
+    """A field of /proc/self/status, such as VmRSS (resident memory)."""
     with open("/proc/self/status") as lines:
         for line in lines:
             if line.startswith(field + ":"):
@@ -21,33 +22,32 @@ def status_bytes(field: str) -> int:
 
 @dataclass(frozen=True)
 class GuardPages:
-    """How a tensor lies in pages of memory, some of which are made unreadable.
+    """The layout of a tensor in mapped pages, some of them unreadable.
 
-    Its rows are laid so that the valid columns end where, or begin where, an unreadable page does.
+    The strides place each row's valid columns directly before or behind an unreadable page.
     """
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    first: int
+    offset: int
     pages: int
     unreadable: Sequence[int]
 
     def around(self, tensor: Tensor) -> Tensor:
-        """A copy of the tensor within the fence."""
+        """A copy of the tensor, in pages of its own."""
         memory = mmap.mmap(-1, self.pages * mmap.PAGESIZE)
         flat = torch.frombuffer(memory, dtype=tensor.dtype)
-        view = flat.as_strided(self.shape, self.strides, self.first)
+        view = flat.as_strided(self.shape, self.strides, self.offset)
         view.copy_(tensor)
         protect(flat.data_ptr(), self.unreadable)
         return view
 
 
 def protect(address: int, pages: Sequence[int]) -> None:
+    """Makes these pages, counted from the address, unreadable."""
     libc = ctypes.CDLL(None, use_errno=True)
     for page in pages:
-        start, size = (
-            ctypes.c_void_p(address + page * mmap.PAGESIZE),
-            ctypes.c_size_t(mmap.PAGESIZE),
-        )
+        start = ctypes.c_void_p(address + page * mmap.PAGESIZE)
+        size = ctypes.c_size_t(mmap.PAGESIZE)
         if libc.mprotect(start, size, ctypes.c_int(0)) != 0:  # 0: PROT_NONE
             raise OSError(ctypes.get_errno(), "mprotect failed")
