@@ -80,7 +80,7 @@ cuda-test:
 	$(CUDA_BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	$(call pip-install,$(CUDA_VENV),build,"$(CUDA_TORCH)" pytest numpy)
 	MASKED_SOFTMAX_EXT_CUDA=1 $(CUDA_BIN)/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
-	$(CUDA_BIN)/pytest tests/test_cuda_build.py tests/test_article.py
+	$(CUDA_BIN)/pytest tests/packaging/test_cuda_build.py tests/numerics/test_article.py
 	$(CUDA_BIN)/python tests/gpu/inspect_kernels.py --write build/cuda_kernels.md
 
 # Builds and checks the source distribution and the wheel for TORCH, in dist/. Another torch needs a separate

@@ -1,0 +1,147 @@
+"""Promise: on torch's own samples for softmax and log_softmax, with full lengths, the same.
+
+Results, gradients, types, layouts; and where torch raises for a bad argument, so does this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from calls import forward
+from cases import as_rows, short_name
+from numpy_reference import expected_derivative
+from torch import Tensor
+
+pytest.importorskip("expecttest", reason="torch's own samples need it")
+
+from torch.testing._internal.common_methods_invocations import op_db
+
+OPS = {
+    f"{op.name} {op.variant_test_name}".strip(): op
+    for op in op_db
+    if op.name in ("softmax", "log_softmax")
+}
+UNSUPPORTED = {torch.complex32, torch.complex64, torch.complex128}  # torch drops imaginary parts
+
+
+def samples() -> Iterator[Any]:
+    for name, op in OPS.items():
+        for dtype in sorted(op.dtypes - UNSUPPORTED, key=str):
+            yield pytest.param(op, dtype, id=f"{name}-{short_name(dtype)}")
+
+
+def true_result(op: Any, x: Tensor, dim: int, **options: Any) -> Tensor:
+    """torch's; of the 16-bit types, whose results of torch's are off by up to 128 units in the
+    last place, the one that it computes in float64 and rounds.
+    """
+    if x.dtype in (torch.bfloat16, torch.float16):
+        dtype = options.pop("dtype", x.dtype)
+        return op(x.double(), dim, **options).to(dtype)  # type: ignore[no-any-return]
+    return op(x, dim, **options)  # type: ignore[no-any-return]
+
+
+def full_lengths(x: Tensor, dim: int) -> int:
+    return x.size(dim) if x.dim() > 0 else 1
+
+
+def test_all_of_them_are_there() -> None:
+    assert sorted(OPS) == [
+        "log_softmax",
+        "log_softmax with_dtype",
+        "softmax",
+        "softmax with_dtype",
+    ]
+
+
+@pytest.mark.parametrize(("op", "dtype"), samples())
+def test_sample(op: Any, dtype: torch.dtype) -> None:
+    requires_grad = dtype.is_floating_point
+    log = op.name == "log_softmax"
+    count = 0
+    for sample in op.sample_inputs("cpu", dtype, requires_grad=requires_grad):
+        x, (dim,) = sample.input, sample.args
+        expected = true_result(op, x, dim, **sample.kwargs)
+        got = forward(x, full_lengths(x, dim), dim, log=log, **sample.kwargs)
+        torch.testing.assert_close(got, expected)
+        theirs = op(x, dim, **sample.kwargs)
+        assert (got.dtype, got.shape, got.stride()) == (theirs.dtype, theirs.shape, theirs.stride())
+        assert got.requires_grad == expected.requires_grad
+        if requires_grad:
+            g = torch.randn_like(got)
+            (gradient,) = torch.autograd.grad(got, x, g)
+            right, _ = expected_derivative(
+                f"{op.name}_backward",
+                (g, got),
+                full_lengths(x, dim),
+                dim,
+                accumulation=torch.float32,
+            )
+            tolerance = 2 * torch.finfo(dtype).eps
+            torch.testing.assert_close(
+                as_rows(gradient, dim).double(),
+                torch.from_numpy(right.value),
+                rtol=tolerance,
+                atol=1e-5,
+            )
+            (theirs,) = torch.autograd.grad(op(x, dim, **sample.kwargs), x, g)
+            assert (gradient.dtype, gradient.shape) == (theirs.dtype, theirs.shape)
+        count += 1
+    assert count >= 7
+
+
+@pytest.mark.parametrize(("op", "dtype"), samples())
+def test_sample_out(op: Any, dtype: torch.dtype) -> None:
+    log = op.name == "log_softmax"
+    for sample in op.sample_inputs("cpu", dtype):
+        x, (dim,) = sample.input, sample.args
+        expected = true_result(op, x, dim, **sample.kwargs)
+        out = torch.full_like(expected, float("nan"))
+        result = forward(x, full_lengths(x, dim), dim, log=log, out=out, **sample.kwargs)
+        assert result is out
+        torch.testing.assert_close(out, expected)
+
+
+X = torch.zeros(3, 4)
+Call = Callable[[Any, Callable[..., Tensor]], Tensor]
+
+# What to call with: torch's function, or ours with full lengths in between.
+BAD_CALLS: dict[str, Callable[[Callable[..., Tensor]], Tensor]] = {
+    "dim too large": lambda f: f(X, 2),
+    "dim too small": lambda f: f(X, -3),
+    "dim of a scalar": lambda f: f(X[0, 0], 1),
+    "dim no int": lambda f: f(X, 0.5),
+    "input no tensor": lambda f: f(3, 0),
+    "integer input": lambda f: f(X.long(), 1),
+    "bool input": lambda f: f(X > 0, 1),
+    "complex input": lambda f: f(X.cfloat(), 1),
+    "integer dtype": lambda f: f(X, 1, dtype=torch.int64),
+    "dtype no dtype": lambda f: f(X, 1, dtype="float"),
+    "out of another type": lambda f: f(X, 1, out=X.double()),
+    "out shares elements": lambda f: f(X, 1, out=X[:1].clone().expand(3, 4)),
+    "sparse input": lambda f: f(X.to_sparse_csr(), 1),
+}
+SAME_WORDS = ("dim too large", "dim too small", "dim of a scalar")
+SAME_TYPE = (*SAME_WORDS, "dim no int", "input no tensor", "dtype no dtype", "sparse input")
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("case", list(BAD_CALLS))
+def test_bad_arguments(case: str, log: bool) -> None:
+    """Both raise; for what torch's argument parser finds, the same error."""
+    theirs = torch.log_softmax if log else torch.softmax
+
+    def ours(x: Any, dim: Any, **options: Any) -> Tensor:
+        lengths = 1 if not isinstance(x, Tensor) or x.dim() == 0 else 3
+        return forward(x, lengths, dim, log=log, **options)
+
+    with pytest.raises(Exception) as expected:  # noqa: PT011
+        BAD_CALLS[case](theirs)
+    with pytest.raises((TypeError, ValueError, IndexError, NotImplementedError)) as caught:
+        BAD_CALLS[case](ours)
+    if case in SAME_TYPE:
+        assert caught.type is expected.type
+    if case in SAME_WORDS:
+        assert str(caught.value) == str(expected.value)
