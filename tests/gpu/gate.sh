@@ -60,12 +60,12 @@ record environment "$(environment)"
 if [[ -n $rehearse ]]; then
   export MASKED_SOFTMAX_EXT_TEST_DEVICE=cpu
   step smoke 120 "$PYTHON" tests/gpu/smoke.py cpu
-  step tests 600 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cuda.py
+  step tests 600 "$PYTHON" -m pytest -q -p no:cacheprovider tests/gpu/test_cuda.py
   step benchmark 120 "$PYTHON" bench/gpu_bench.py --rehearse --json "$OUT/benchmark.json"
 else
   MASKED_SOFTMAX_EXT_CUDA=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} step build 200 "$PYTHON" setup.py build_ext --inplace
   step smoke 60 "$PYTHON" tests/gpu/smoke.py
-  step tests 150 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cuda.py
+  step tests 150 "$PYTHON" -m pytest -q -p no:cacheprovider tests/gpu/test_cuda.py
   if command -v compute-sanitizer >/dev/null; then
     sanitize memcheck
     sanitize racecheck
