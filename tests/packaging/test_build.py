@@ -1,4 +1,4 @@
-"""Promise: a build that cannot succeed fails with one sentence; threads are torch's own."""
+"""Promise: a build that cannot succeed says why in one sentence; the OpenMP library is torch's."""
 
 from __future__ import annotations
 
@@ -161,8 +161,8 @@ def run_after_setup(code: str) -> list[str]:
     return result.stdout.partition("output:\n")[2].splitlines()
 
 
-def test_a_label_names_torch_and_the_kernels() -> None:
-    """The local label of a wheel's version: torch's version, then the device of the kernels."""
+def test_local_version_names_torch_and_the_device() -> None:
+    """The label in a wheel's version: torch's version, then the device that the kernels run on."""
     labels = {
         ("2.13.0+cpu", None, False): "torch2.13.0.cpu",
         ("2.13.0", None, False): "torch2.13.0.cpu",

@@ -1,7 +1,7 @@
 """Promise: the demo, `python -m masked_softmax_ext`, runs on real text, and its figures are right.
 
 The figures are padding, times, agreement and memory. The demo also draws the attention of a
-sentence, writes a plot, and says in one sentence why it cannot run.
+sentence and writes a plot; if it cannot run, it says why in one sentence.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def test_interrupt_ends_cleanly() -> None:
 
 
 def test_plot_writes_a_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib, which --plot draws with, is missing")
+    pytest.importorskip("matplotlib", reason="matplotlib is missing")
     path = tmp_path / "weights.png"
     assert demo.main([*SMALL, "--plot", str(path)]) == 0
     assert f"The picture is in {path}." in capsys.readouterr().out
@@ -242,7 +242,7 @@ def test_plot_without_matplotlib_says_how_to_install_it(
 def test_plot_into_a_missing_folder_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib, which --plot draws with, is missing")
+    pytest.importorskip("matplotlib", reason="matplotlib is missing")
     assert demo.main(["--plot", str(tmp_path / "missing" / "weights.png")]) == 2
     [line] = capsys.readouterr().out.splitlines()
     assert "No such file or directory" in line

@@ -37,7 +37,7 @@ def built(pattern: str) -> Path:
 
 @pytest.fixture(scope="module")
 def source() -> dict[str, bytes]:
-    """The files of the source distribution, by their paths in its only folder."""
+    """The files of the source distribution, by path below its top-level folder."""
     with tarfile.open(built("*.tar.gz")) as archive:
         return {
             member.name.partition("/")[2]: contents.read()

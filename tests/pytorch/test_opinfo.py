@@ -1,7 +1,6 @@
-"""Promise: on torch's own samples for softmax and log_softmax, with full lengths, nothing differs.
+"""Promise: with full lengths, results are torch's on its own samples for softmax and log_softmax.
 
-Results, gradients, dtypes and strides are torch's. Where torch raises for a bad argument, this
-package does too.
+So are gradients, dtypes and strides. Where torch raises for a bad argument, this package does too.
 """
 
 from __future__ import annotations
@@ -142,7 +141,7 @@ SAME_TYPE = (
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
 @pytest.mark.parametrize("case", list(BAD_CALLS))
 def test_bad_arguments(case: str, log: bool) -> None:
-    """Both raise, in the cases above errors of the same type or with the same message."""
+    """Both raise; in the cases SAME_TYPE and SAME_MESSAGE the same type or message."""
     torch_function = torch.log_softmax if log else torch.softmax
 
     def with_full_lengths(x: Any, dim: Any, **options: Any) -> Tensor:

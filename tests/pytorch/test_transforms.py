@@ -113,7 +113,7 @@ def test_transform(
 
 @every_option
 def test_linearize(options: dict[str, Any], log: bool) -> None:
-    """Compared with jvp: linearize does not allow that the reference reads values of lengths."""
+    """Compared with jvp: the reference cannot be linearized, as it reads values of lengths."""
     fused, unfused = fused_and_reference(log, options)
     value, linear = linearize(fused, scores())
     torch.testing.assert_close(value, unfused(scores()))
