@@ -1,4 +1,4 @@
-"""Promise: the best instruction set is used; another one can be asked for by name, at import."""
+"""Promise: the best instruction set is used; an environment variable can select another one."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ else:
 """
 
 
-def test_the_best_one_is_in_use() -> None:
+def test_the_best_instruction_set_is_used() -> None:
     result = run_python(REPORT, env={VARIABLE: ""})
     assert result.stdout.splitlines()[-1] == f"in use: {_C.cpu_capabilities()[-1]}", result.stdout
     assert masked_softmax_ext.cpu_capability() in CAPABILITIES
 
 
-def test_scalar_is_always_there_and_last_is_best() -> None:
+def test_instruction_sets_are_listed_from_scalar_to_best() -> None:
     available = _C.cpu_capabilities()
     assert available == [name for name in CAPABILITIES if name in available]
     assert available[0] == "scalar"
 
 
-def test_processor_features_agree() -> None:
-    """What Linux says about the processor is what is offered."""
+def test_processor_features_are_detected() -> None:
+    """The instruction sets follow from the flags in /proc/cpuinfo."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         pytest.skip("reads /proc/cpuinfo of an x86-64 processor")
     with open("/proc/cpuinfo") as lines:
@@ -57,37 +57,36 @@ def test_processor_features_agree() -> None:
     assert _C.cpu_capabilities() == expected
 
 
-def test_each_can_be_asked_for_at_import(capability: str) -> None:
+def test_each_instruction_set_can_be_selected_at_import(capability: str) -> None:
     result = run_python(REPORT, env={VARIABLE: capability})
     assert result.returncode == 0, result.stdout
     assert result.stdout.splitlines()[-1] == f"in use: {capability}", result.stdout
 
 
-@pytest.mark.parametrize("name", ["sse9", "0"])
-def test_an_unknown_one_is_an_error_at_import(name: str) -> None:
-    """It names what was asked for, and what can be."""
+def assert_import_fails(name: str) -> None:
+    """With a RuntimeError that names the selected instruction set and the available ones."""
     result = run_python(IMPORT, env={VARIABLE: name})
     message = result.stdout
+    assert result.returncode == 0, message
     assert "RuntimeError:" in message
     assert name in message
     for available in _C.cpu_capabilities():
         assert available in message
 
 
+@pytest.mark.parametrize("name", ["sse9", "0"])
+def test_an_unknown_instruction_set_is_an_error_at_import(name: str) -> None:
+    assert_import_fails(name)
+
+
 def unavailable() -> str:
-    """A known instruction set that this machine lacks: no processor is of two architectures."""
+    """An instruction set of another architecture, or one that this processor lacks."""
     return next(name for name in reversed(CAPABILITIES) if name not in _C.cpu_capabilities())
 
 
-def test_one_that_the_processor_lacks_is_an_error_at_import() -> None:
-    """Never an illegal instruction later."""
-    result = run_python(IMPORT, env={VARIABLE: unavailable()})
-    message = result.stdout
-    assert result.returncode == 0, message
-    assert "RuntimeError:" in message
-    assert unavailable() in message
-    for available in _C.cpu_capabilities():
-        assert available in message
+def test_an_unavailable_instruction_set_is_an_error_at_import() -> None:
+    """Not an illegal instruction later."""
+    assert_import_fails(unavailable())
 
 
 def test_switching_in_process(capability: str) -> None:

@@ -25,7 +25,7 @@ def test_every_operator_has_a_kernel(device: str) -> None:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, device), name
 
 
-def test_the_build_says_what_it_was_built_for() -> None:
+def test_build_info_has_cuda_version_and_architectures() -> None:
     info = build_info()
     assert torch.version.cuda is not None
     assert info["cuda"].split(".")[0] == torch.version.cuda.split(".")[0]
@@ -40,6 +40,6 @@ def test_a_strategy_can_be_forced(strategy: str) -> None:
     _C.set_cuda_strategy("automatic")
 
 
-def test_an_unknown_strategy_is_named_beside_those_there_are() -> None:
+def test_an_unknown_strategy_raises() -> None:
     with pytest.raises(ValueError, match=r"lanes, block, cluster.*but got 'warp'"):
         _C.set_cuda_strategy("warp")

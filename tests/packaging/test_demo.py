@@ -1,7 +1,7 @@
 """Promise: the demo, `python -m masked_softmax_ext`, runs on real text, and its figures are right.
 
-Batches, padding shares, agreement, memory, the drawn sentence, the picture, and plain words where
-it cannot run.
+The figures are padding, times, agreement and memory. The demo also draws the attention of a
+sentence and writes a plot; if it cannot run, it says why in one sentence.
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ def run_demo(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def drawn_sentences(seed: int = 0) -> list[list[str]]:
-    """The sentences that the demo takes, in the order in which it takes them."""
+def demo_sentences(seed: int = 0) -> list[list[str]]:
+    """The sentences that the demo uses, in its order."""
     sentences = read_sentences()[:SENTENCES]
     random.Random(seed).shuffle(sentences)
     return sentences
 
 
-def both_orders() -> dict[str, list[PaddedBatch]]:
-    sentences = drawn_sentences()
+def batches_by_order() -> dict[str, list[PaddedBatch]]:
+    sentences = demo_sentences()
     numbers = number_words(sentences)
     return {
         "as they arrive": pad_into_batches(sentences, numbers, BATCH_SIZE),
@@ -76,24 +76,24 @@ def both_orders() -> dict[str, list[PaddedBatch]]:
     }
 
 
-def padding_of(batches: list[PaddedBatch]) -> float:
+def padding_share(batches: list[PaddedBatch]) -> float:
     cells = sum(batch.tokens.size(0) * batch.tokens.size(1) for batch in batches)
     return 1 - sum(int(batch.lengths.sum()) for batch in batches) / cells
 
 
 @pytest.fixture(scope="module")
 def scores() -> Tensor:
-    """What the demo computes its weights from, for one batch."""
-    [batch, *_] = both_orders()["as they arrive"]
-    return Embeddings(len(number_words(drawn_sentences())), 0, CPU).scores(batch)
+    """The demo's scores of its first batch."""
+    [batch, *_] = batches_by_order()["as they arrive"]
+    return Embeddings(len(number_words(demo_sentences())), 0, CPU).scores(batch)
 
 
 @pytest.fixture(scope="module")
 def lengths() -> Tensor:
-    return both_orders()["as they arrive"][0].lengths
+    return batches_by_order()["as they arrive"][0].lengths
 
 
-# What it prints
+# Its output
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +101,10 @@ def printed() -> subprocess.CompletedProcess[str]:
     return run_demo(*SMALL)
 
 
-def cells_of(name: str, text: str) -> re.Match[str]:
+def find_cells(name: str, text: str) -> re.Match[str]:
     time = r"[\d.]+ (?:ms|us)"
     pattern = (
-        rf"^  {name} +(?P<padding>\d+)% +(?P<formulation>{time}) +(?P<package>{time})"
+        rf"^  {name} +(?P<padding>\d+)% +(?P<unfused>{time}) +(?P<package>{time})"
         r" +(?P<speed_up>[\d.]+)x +(?P<difference>\S+) +(?P<error>\S+)$"
     )
     found = re.search(pattern, text, re.MULTILINE)
@@ -112,65 +112,65 @@ def cells_of(name: str, text: str) -> re.Match[str]:
     return found
 
 
-def test_ends_well_and_prints_nothing_beside(printed: subprocess.CompletedProcess[str]) -> None:
+def test_exits_with_0_and_an_empty_stderr(printed: subprocess.CompletedProcess[str]) -> None:
     assert printed.returncode == 0, printed.stdout + printed.stderr
     assert printed.stderr == ""
 
 
 @pytest.mark.parametrize("name", ["as they arrive", "sorted by length"])
 def test_prints_padding_share(name: str, printed: subprocess.CompletedProcess[str]) -> None:
-    share = cells_of(name, printed.stdout)["padding"]
-    assert f"{share}%" == f"{padding_of(both_orders()[name]):.0%}"
+    share = find_cells(name, printed.stdout)["padding"]
+    assert f"{share}%" == f"{padding_share(batches_by_order()[name]):.0%}"
 
 
 @pytest.mark.parametrize("name", ["as they arrive", "sorted by length"])
-def test_prints_times_side_by_side(name: str, printed: subprocess.CompletedProcess[str]) -> None:
-    """Both above zero, and the speed-up is their ratio."""
-    cells = cells_of(name, printed.stdout)
-    unit = {"ms": 1e-3, "us": 1e-6}
+def test_prints_times(name: str, printed: subprocess.CompletedProcess[str]) -> None:
+    """Both are above zero, and the speed-up is their ratio."""
+    cells = find_cells(name, printed.stdout)
+    seconds_per_unit = {"ms": 1e-3, "us": 1e-6}
     seconds = []
-    for column in ("formulation", "package"):
-        number, name_of_unit = cells[column].split()
-        seconds.append(float(number) * unit[name_of_unit])
+    for column in ("unfused", "package"):
+        number, unit = cells[column].split()
+        seconds.append(float(number) * seconds_per_unit[unit])
     assert min(seconds) > 0
     assert float(cells["speed_up"]) == pytest.approx(seconds[0] / seconds[1], rel=0.02, abs=0.06)
 
 
 @pytest.mark.parametrize("name", ["as they arrive", "sorted by length"])
 def test_prints_agreement(name: str, printed: subprocess.CompletedProcess[str]) -> None:
-    """The verdict, and figures that bear it out: y * (4 + |d|) is at most 4, for either side."""
-    cells = cells_of(name, printed.stdout)
+    """The error is within the bound, and the difference within 8 eps, as y * (4 + |d|) <= 4."""
+    cells = find_cells(name, printed.stdout)
     assert 0 < float(cells["error"]) <= 1
     assert float(cells["difference"]) <= 8 * EPS
     assert "all within." in printed.stdout
     assert "EXCEEDED" not in printed.stdout
 
 
-def test_prints_memory_side_by_side(printed: subprocess.CompletedProcess[str]) -> None:
-    """This package: the size of the scores. The formulation: at least twice that."""
+def test_prints_memory(printed: subprocess.CompletedProcess[str]) -> None:
+    """The size of the scores for this package; at least twice that for the unfused formulation."""
     size = r"([\d.]+) MiB"
     found = re.search(rf"^  scores of {size} +{size} +{size}$", printed.stdout, re.MULTILINE)
     assert found is not None, printed.stdout
-    scores, formulation, package = map(float, found.groups())
+    scores, unfused, package = map(float, found.groups())
     assert package == scores > 0
-    assert formulation >= 2 * scores
+    assert unfused >= 2 * scores
 
 
 def test_draws_the_attention_of_one_sentence(printed: subprocess.CompletedProcess[str]) -> None:
-    """A square of a row and a column a word, and the words are a sentence of the text."""
+    """One row and one column for each word; the words are a sentence of the text."""
     lines = re.findall(r"^ +(\S+) \|(.*)\|$", printed.stdout, re.MULTILINE)
     words = [word for word, _ in lines]
-    assert words in drawn_sentences()
+    assert words in demo_sentences()
     for _, cells in lines:
         assert len(cells) == 2 * len(words)
         assert terminal.SHADES[-1] * 2 in cells
     assert len({cells for _, cells in lines}) > 1
 
 
-# Where it cannot run
+# Errors
 
 
-def test_no_cuda_is_one_plain_sentence() -> None:
+def test_missing_cuda_is_reported_in_one_sentence() -> None:
     result = run_demo("--device", "cuda", CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 2, result.stderr
     [line] = (result.stdout + result.stderr).splitlines()
@@ -186,8 +186,9 @@ def test_counts_below_one_are_refused(option: str, capsys: pytest.CaptureFixture
 
 
 def test_interrupt_ends_cleanly() -> None:
-    """Ctrl-C: one word, the shell's usual 130, no traceback."""
-    # A child inherits an ignored SIGINT, as under nohup; any handler becomes the default instead.
+    """Ctrl-C prints "Stopped." and exits with the shell's usual 130, without a traceback."""
+    # If SIGINT is ignored here, as under nohup, the child would ignore it too. With any handler
+    # installed here, the child gets the default.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         running = subprocess.Popen(
@@ -212,11 +213,11 @@ def test_interrupt_ends_cleanly() -> None:
     assert running.returncode == 130
 
 
-# The picture
+# The plot
 
 
 def test_plot_writes_a_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib, which --plot draws with, is missing")
+    pytest.importorskip("matplotlib", reason="matplotlib is missing")
     path = tmp_path / "weights.png"
     assert demo.main([*SMALL, "--plot", str(path)]) == 0
     assert f"The picture is in {path}." in capsys.readouterr().out
@@ -226,10 +227,10 @@ def test_plot_writes_a_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     width, height = struct.unpack(">II", data[16:24])
     assert width >= 600
     assert height >= 200
-    assert len(data) > 8000, "a picture without numbers in it"
+    assert len(data) > 8000, "too small for a plot with numbers in it"
 
 
-def test_plot_without_matplotlib_says_what_to_type(
+def test_plot_without_matplotlib_says_how_to_install_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -238,8 +239,10 @@ def test_plot_without_matplotlib_says_what_to_type(
     assert line.endswith("pip install matplotlib")
 
 
-def test_plot_where_no_file_can_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib, which --plot draws with, is missing")
+def test_plot_into_a_missing_folder_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is missing")
     assert demo.main(["--plot", str(tmp_path / "missing" / "weights.png")]) == 2
     [line] = capsys.readouterr().out.splitlines()
     assert "No such file or directory" in line
@@ -261,10 +264,10 @@ def test_sentences_come_from_pydoc_topics(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("name", ["as they arrive", "sorted by length"])
 def test_batches_hold_each_sentence_once(name: str) -> None:
-    sentences = drawn_sentences()
+    sentences = demo_sentences()
     words = {number: word for word, number in number_words(sentences).items()}
     assert 0 not in words, "0 is padding"
-    batches = both_orders()[name]
+    batches = batches_by_order()[name]
     assert {len(batch.tokens) for batch in batches[:-1]} == {BATCH_SIZE}
     read_back = []
     for batch in batches:
@@ -279,19 +282,19 @@ def test_batches_hold_each_sentence_once(name: str) -> None:
         assert read_back == sentences
 
 
-def test_sorting_saves_padding() -> None:
-    batches = both_orders()
+def test_sorting_by_length_reduces_padding() -> None:
+    batches = batches_by_order()
     by_arrival, by_length = batches["as they arrive"], batches["sorted by length"]
-    assert 0 < padding_of(by_length) < padding_of(by_arrival) < 1
+    assert 0 < padding_share(by_length) < padding_share(by_arrival) < 1
     for batch in (*by_arrival, *by_length):
-        assert batch.padding_share == pytest.approx(padding_of([batch]))
+        assert batch.padding_share == pytest.approx(padding_share([batch]))
 
 
 # Agreement
 
 
-def test_both_sides_are_within_the_bounds(scores: Tensor, lengths: Tensor) -> None:
-    """Against float64, so that they differ by no more than twice the bound."""
+def test_both_results_are_within_the_bounds(scores: Tensor, lengths: Tensor) -> None:
+    """Compared with float64; so they differ by at most twice the bound."""
     for weights in (
         masked_softmax(scores, lengths, scale=SCALE),
         demo.unfused_softmax(scores, lengths),
@@ -300,7 +303,7 @@ def test_both_sides_are_within_the_bounds(scores: Tensor, lengths: Tensor) -> No
         assert measure.error_in_bounds(weights, scores, lengths, SCALE) <= 1
 
 
-def last_padding(weights: Tensor, value: float) -> Tensor:
+def with_last_padding(weights: Tensor, value: float) -> Tensor:
     """The weights with the value in the last column of the last row that has padding."""
     row = int((weights[:, 0, 0, -1] == 0).nonzero()[-1])
     weights = weights.clone()
@@ -308,34 +311,38 @@ def last_padding(weights: Tensor, value: float) -> Tensor:
     return weights
 
 
-BREAKAGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+WRONG_WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "zeros": lambda x, n: torch.zeros_like(x),
     "NaN": lambda x, n: torch.full_like(x, torch.nan),
     "one NaN": lambda x, n: masked_softmax(x, n, scale=SCALE).index_fill_(
         3, torch.tensor([0]), torch.nan
     ),
     "no scale": masked_softmax,
-    "one word less": lambda x, n: masked_softmax(x, n - 1, scale=SCALE),
-    "one word more": lambda x, n: masked_softmax(x, (n + 1).clamp(max=x.size(-1)), scale=SCALE),
+    "lengths one short": lambda x, n: masked_softmax(x, n - 1, scale=SCALE),
+    "lengths one too long": lambda x, n: masked_softmax(
+        x, (n + 1).clamp(max=x.size(-1)), scale=SCALE
+    ),
     "no mask": lambda x, n: torch.softmax(x * SCALE, -1),
     "float16": lambda x, n: masked_softmax(x, n, scale=SCALE, dtype=torch.float16).float(),
-    "one value in padding": lambda x, n: last_padding(masked_softmax(x, n, scale=SCALE), 1e-30),
-    "NaN in padding": lambda x, n: last_padding(masked_softmax(x, n, scale=SCALE), torch.nan),
+    "one value in padding": lambda x, n: with_last_padding(
+        masked_softmax(x, n, scale=SCALE), 1e-30
+    ),
+    "NaN in padding": lambda x, n: with_last_padding(masked_softmax(x, n, scale=SCALE), torch.nan),
 }
 
 
-@pytest.mark.parametrize("breakage", BREAKAGES)
-def test_check_of_agreement_fails_on(breakage: str, scores: Tensor, lengths: Tensor) -> None:
-    broken = BREAKAGES[breakage](scores, lengths)
+@pytest.mark.parametrize("name", WRONG_WEIGHTS)
+def test_check_of_agreement_rejects(name: str, scores: Tensor, lengths: Tensor) -> None:
+    broken = WRONG_WEIGHTS[name](scores, lengths)
     assert measure.error_in_bounds(broken, scores, lengths, SCALE) > 1
 
 
-@pytest.mark.parametrize("breakage", ["zeros", "one NaN", "one word less"])
-def test_wrong_weights_end_the_demo_with_1(
-    breakage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", ["zeros", "one NaN", "lengths one short"])
+def test_wrong_weights_make_the_demo_exit_with_1(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(x: Tensor, n: Tensor, **_: Any) -> Tensor:
-        return BREAKAGES[breakage](x, n)
+        return WRONG_WEIGHTS[name](x, n)
 
     monkeypatch.setattr(demo, "masked_softmax", broken)
     assert demo.main([*SMALL]) == 1
@@ -345,8 +352,8 @@ def test_wrong_weights_end_the_demo_with_1(
 # Memory
 
 
-def test_memory_of_both_sides(scores: Tensor, lengths: Tensor) -> None:
-    """The package's output and nothing else; the formulation also has a mask and a copy."""
+def test_peak_memory(scores: Tensor, lengths: Tensor) -> None:
+    """This package allocates only its output; the unfused formulation also a mask and a copy."""
     size = scores.numel() * 4
     package = partial(masked_softmax, scores, lengths, scale=SCALE)
     assert measure.peak_memory_bytes(package, CPU) == size
@@ -355,7 +362,7 @@ def test_memory_of_both_sides(scores: Tensor, lengths: Tensor) -> None:
     assert measure.peak_memory_bytes(formulation, CPU) == pytest.approx(2 * size + mask, abs=64)
 
 
-def test_memory_is_the_peak_not_the_sum() -> None:
+def test_peak_memory_is_not_the_sum_of_allocations() -> None:
     x = torch.zeros(1 << 16)
 
     def one_after_the_other() -> None:

@@ -1,6 +1,6 @@
-"""Promise: the source distribution is complete; the wheel is the package alone and names its torch.
+"""Promise: the source distribution is complete; the wheel has only the package, for one torch.
 
-`make dist` builds both and runs this on them.
+`make dist` builds both and runs this file on them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import masked_softmax_ext
 
 ROOT = Path(__file__).parents[2]
 FOLDER = os.environ.get("MASKED_SOFTMAX_EXT_TEST_DIST")
-pytestmark = pytest.mark.skipif(FOLDER is None, reason="make dist builds what is tested here")
+pytestmark = pytest.mark.skipif(FOLDER is None, reason="make dist builds the distributions")
 
-# What only a checkout needs.
+# Needed only in a checkout.
 NOT_DISTRIBUTED = (".ci/", ".github/", ".gitignore")
-# What setuptools adds.
+# Added by setuptools.
 ADDED = ("PKG-INFO", "setup.cfg", "masked_softmax_ext.egg-info/")
 
 
@@ -37,7 +37,7 @@ def built(pattern: str) -> Path:
 
 @pytest.fixture(scope="module")
 def source() -> dict[str, bytes]:
-    """The files of the source distribution, without the folder that they are all in."""
+    """The files of the source distribution, by path below its top-level folder."""
     with tarfile.open(built("*.tar.gz")) as archive:
         return {
             member.name.partition("/")[2]: contents.read()
@@ -61,8 +61,8 @@ def torch_requirements(metadata: Message) -> list[str]:
     return [line for line in metadata.get_all("Requires-Dist", []) if line.startswith("torch")]
 
 
-def test_the_source_is_what_git_has(source: dict[str, bytes]) -> None:
-    """Nothing that building and testing need is missing, and nothing that lay about came along."""
+def test_the_source_has_the_files_of_git(source: dict[str, bytes]) -> None:
+    """Everything that builds and tests need, and no other file of the checkout."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     listed = subprocess.run(
@@ -73,7 +73,7 @@ def test_the_source_is_what_git_has(source: dict[str, bytes]) -> None:
 
 
 def test_the_source_fits_any_torch(source: dict[str, bytes]) -> None:
-    """Its version has no label, or an index could not hold it and pip would refuse it there."""
+    """Its version has no local label, which package indexes and pip would reject."""
     metadata = metadata_of(source, "PKG-INFO")
     assert metadata["Version"] == metadata["Version"].partition("+")[0]
     (requirement,) = torch_requirements(metadata)
@@ -81,16 +81,16 @@ def test_the_source_fits_any_torch(source: dict[str, bytes]) -> None:
     assert "<" in requirement
 
 
-def test_the_wheel_is_the_package_alone(wheel: dict[str, bytes], source: dict[str, bytes]) -> None:
-    """Python files and their types, the compiled part, what it was built for: no C++, no tests."""
+def test_the_wheel_has_only_the_package(wheel: dict[str, bytes], source: dict[str, bytes]) -> None:
+    """Python files, type stubs, the extension and its torch version; no C++, no tests."""
     package = {name for name in wheel if ".dist-info/" not in name}
-    written = {name for name in source if name.startswith("masked_softmax_ext/")}
-    assert {"masked_softmax_ext/py.typed", "masked_softmax_ext/_C.pyi"} <= written
-    made = package - written
-    assert package >= written
-    assert "masked_softmax_ext/_built_for.py" in made
-    (compiled,) = made - {"masked_softmax_ext/_built_for.py"}
-    assert re.fullmatch(r"masked_softmax_ext/_C\..*\.so", compiled)
+    sources = {name for name in source if name.startswith("masked_softmax_ext/")}
+    assert {"masked_softmax_ext/py.typed", "masked_softmax_ext/_C.pyi"} <= sources
+    assert package >= sources
+    generated = package - sources
+    assert "masked_softmax_ext/_built_for.py" in generated
+    (extension,) = generated - {"masked_softmax_ext/_built_for.py"}
+    assert re.fullmatch(r"masked_softmax_ext/_C\..*\.so", extension)
     information = {name.partition(".dist-info/")[2] for name in wheel} - {""}
     assert information == {
         *("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt")
@@ -98,7 +98,7 @@ def test_the_wheel_is_the_package_alone(wheel: dict[str, bytes], source: dict[st
 
 
 def test_the_wheel_names_its_torch(wheel: dict[str, bytes], source: dict[str, bytes]) -> None:
-    """In its file name, in its version, and as what it requires: pip installs no other with it."""
+    """In its file name, its version and its requirement, so pip installs no other torch with it."""
     metadata = metadata_of(wheel, r".*\.dist-info/METADATA")
     version, _, label = metadata["Version"].partition("+")
     assert version == metadata_of(source, "PKG-INFO")["Version"]
@@ -107,17 +107,17 @@ def test_the_wheel_names_its_torch(wheel: dict[str, bytes], source: dict[str, by
     assert torch_requirements(metadata) == [f"torch=={importlib.metadata.version('torch')}"]
 
 
-def test_the_compiled_part_names_no_folder_of_the_machine(wheel: dict[str, bytes]) -> None:
-    """The places that error messages name are csrc/... and torch/include/..."""
-    (compiled,) = (contents for name, contents in wheel.items() if name.endswith(".so"))
-    places = set(re.findall(rb"[\w./+-]+\.(?:cpp|cuh?|hp?p?|inc)\b", compiled))
-    assert any(place.startswith(b"csrc/binding/") for place in places)
-    absolute = sorted(place.decode() for place in places if place.startswith(b"/"))
+def test_the_extension_contains_no_path_of_the_build_machine(wheel: dict[str, bytes]) -> None:
+    """The source paths in its error messages are relative: csrc/... and torch/include/..."""
+    (extension,) = (contents for name, contents in wheel.items() if name.endswith(".so"))
+    paths = set(re.findall(rb"[\w./+-]+\.(?:cpp|cuh?|hp?p?|inc)\b", extension))
+    assert any(path.startswith(b"csrc/binding/") for path in paths)
+    absolute = sorted(path.decode() for path in paths if path.startswith(b"/"))
     assert absolute == []
 
 
-def test_the_installed_wheel_is_what_is_imported() -> None:
-    """And its version is the wheel's."""
+def test_the_imported_package_is_the_installed_wheel() -> None:
+    """It lies outside of the checkout and has the wheel's version."""
     assert ROOT / "masked_softmax_ext" not in Path(masked_softmax_ext.__file__).parents
     installed = importlib.metadata.version("masked_softmax_ext")
     assert f"-{installed}-" in built("*.whl").name

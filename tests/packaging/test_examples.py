@@ -1,7 +1,7 @@
-"""Promise: each of examples/ runs on real data, without a network, and its own checks pass.
+"""Promise: each example runs on real data without a network, and its own checks pass.
 
-They end with 0 only where the results are what the usual formulation gives, and what was to be
-learned is learned; here they also meet wrong results, and must say so.
+An example exits with 0 only if its results agree with the unfused formulation and its training
+succeeds. The tests also give each example wrong results, which its checks must reject.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ FOLDER = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(autouse=True)
-def surroundings(monkeypatch: pytest.MonkeyPatch, set_threads: Callable[[int], None]) -> None:
-    """No network; one thread, as many as the examples take, and afterwards those from before."""
+def no_network_and_one_thread(
+    monkeypatch: pytest.MonkeyPatch, set_threads: Callable[[int], None]
+) -> None:
+    """No network, and one thread: the examples set that too, and set_threads restores the count."""
     set_threads(1)
 
     def refuse(*_: Any) -> None:
-        raise AssertionError("an example reached for the network")
+        raise AssertionError("an example connected to the network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
@@ -52,7 +54,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-# They run, and end well
+# Each runs and exits with 0
 
 
 def test_attention_pooling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,10 +65,10 @@ def test_attention_pooling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     printed = capsys.readouterr().out
     curves = re.findall(r"^  (?:unfused|this package)((?: +\d\.\d{4}){5})", printed, re.M)
     first, second = (list(map(float, curve.split())) for curve in curves)
-    assert first == pytest.approx(second, abs=1e-4)  # of what is printed, the last digit may differ
+    assert first == pytest.approx(second, abs=1e-4)  # printed to 4 decimals
     assert first[-1] < first[0] / 2
     if not plots:
-        pytest.skip("matplotlib is missing: ran, but drew nothing")
+        pytest.skip("matplotlib is missing: the example ran without its plot")
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert picture.stat().st_size > 8000
 
@@ -91,13 +93,13 @@ def test_listwise_ranking(capsys: pytest.CaptureFixture[str]) -> None:
     assert learned > baseline
 
 
-def test_readme_names_each() -> None:
+def test_readme_names_every_example() -> None:
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
     for example in FOLDER.glob("*.py"):
         assert f"[`{example.name}`]({example.name})" in text
 
 
-# Their checks fail on what is wrong
+# Their checks reject wrong results
 
 
 def one_column_less(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -107,7 +109,7 @@ def one_column_less(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return wrong
 
 
-def nothing(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def zeros(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda scores, lengths, **_: scores * 0
 
 
@@ -115,12 +117,14 @@ def nan(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda scores, lengths, **_: scores * torch.nan
 
 
-WRONG = pytest.mark.parametrize("wrong", [one_column_less, nothing, nan])
+every_wrong = pytest.mark.parametrize("wrong", [one_column_less, zeros, nan])
 Wrong = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 
 
-@WRONG
-def test_attention_pooling_notices(wrong: Wrong, monkeypatch: pytest.MonkeyPatch) -> None:
+@every_wrong
+def test_attention_pooling_rejects_wrong_weights(
+    wrong: Wrong, monkeypatch: pytest.MonkeyPatch
+) -> None:
     example = load("attention_pooling")
     few = [(words.split(), label) for label, words in enumerate(("a b c", "d e", "f g h i", "j k"))]
     monkeypatch.setattr(example, "read_examples", lambda *_: (few, few))
@@ -130,7 +134,7 @@ def test_attention_pooling_notices(wrong: Wrong, monkeypatch: pytest.MonkeyPatch
     assert example.main([]) == 1
 
 
-def test_attention_pooling_notices_that_nothing_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_pooling_rejects_failed_training(monkeypatch: pytest.MonkeyPatch) -> None:
     example = load("attention_pooling")
     train = [(["a", "a"], label) for label in range(4)]
     monkeypatch.setattr(example, "read_examples", lambda *_: (train, train))
@@ -139,15 +143,15 @@ def test_attention_pooling_notices_that_nothing_is_learned(monkeypatch: pytest.M
 
 @pytest.fixture
 def untimed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """transformers_attention without its times and peaks, which take longest."""
+    """transformers_attention without its slowest part, the measurements of time and memory."""
     example = load("transformers_attention")
     monkeypatch.setattr(example, "figures", lambda *_: [[""] * 4] * len(example.IMPLEMENTATIONS))
     return example
 
 
-@WRONG
+@every_wrong
 @pytest.mark.parametrize("which", [0, 1], ids=["BERT", "Llama"])
-def test_transformers_attention_notices(
+def test_transformers_attention_rejects_wrong_weights(
     wrong: Wrong, which: int, untimed: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     example = untimed
@@ -160,7 +164,7 @@ def test_transformers_attention_notices(
     assert not example.compare("wrong", model, batch, rounds=1)
 
 
-def test_transformers_attention_notices_a_mask(
+def test_transformers_attention_rejects_a_mask(
     untimed: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     example = untimed
@@ -169,30 +173,34 @@ def test_transformers_attention_notices_a_mask(
     batch.mask[0, 5:] = False
     right = example.masked_softmax_
 
-    def with_a_mask(scores: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    def with_mask(scores: Tensor, *arguments: Any, **options: Any) -> Tensor:
         torch.zeros_like(scores[:, :1], dtype=torch.bool)
         return right(scores, *arguments, **options)
 
-    monkeypatch.setattr(example, "masked_softmax_", with_a_mask)
-    assert not example.compare("with a mask", bert, batch, rounds=1)
+    monkeypatch.setattr(example, "masked_softmax_", with_mask)
+    assert not example.compare("with mask", bert, batch, rounds=1)
 
 
-def test_transformers_attention_refuses_what_it_cannot() -> None:
-    """A sliding window, which the library asks for with a mask function of its own."""
+def test_transformers_attention_refuses_other_masks() -> None:
+    """Such as a sliding window, for which transformers passes another mask function."""
     example = load("transformers_attention")
     with pytest.raises(NotImplementedError, match="expected causal or bidirectional"):
         example.valid_keys(1, 4, 4, mask_function=lambda *_: True)
 
 
-@WRONG
-def test_encoder_attention_notices(wrong: Wrong, monkeypatch: pytest.MonkeyPatch) -> None:
+@every_wrong
+def test_encoder_attention_rejects_wrong_weights(
+    wrong: Wrong, monkeypatch: pytest.MonkeyPatch
+) -> None:
     example = load("encoder_attention")
     monkeypatch.setattr(example, "masked_softmax", wrong(masked_softmax_ext.masked_softmax))
     assert example.main(["--quick"]) == 1
 
 
-@WRONG
-def test_listwise_ranking_notices(wrong: Wrong, monkeypatch: pytest.MonkeyPatch) -> None:
+@every_wrong
+def test_listwise_ranking_rejects_wrong_weights(
+    wrong: Wrong, monkeypatch: pytest.MonkeyPatch
+) -> None:
     example = load("listwise_ranking")
     files = [
         [("close", "Closes the file."), ("read", "Reads all of it.")],
@@ -207,8 +215,8 @@ def test_listwise_ranking_notices(wrong: Wrong, monkeypatch: pytest.MonkeyPatch)
     assert not difference <= example.TOLERANCE
 
 
-def test_listwise_ranking_ranks() -> None:
-    """A perfect scorer is at 1, one to which all are alike or NaN never comes first."""
+def test_listwise_ranking_metrics() -> None:
+    """1 for a perfect scorer; no first place for one whose scores are all equal or NaN."""
     example = load("listwise_ranking")
     lists = example.Lists(*(torch.zeros(0),) * 2, torch.tensor([3, 2]))
     assert example.evaluate(lambda _: torch.eye(3).expand(2, 3, 3), [lists]) == (1.0, 1.0)

@@ -1,7 +1,7 @@
-"""Promise: the README's table of migration is true, and so are the differences that the docs name.
+"""Promise: the README's migration table is true, and so are the differences that the docs list.
 
-Both sides of a row are run as they are written. What the left sides call is written here after the
-libraries' documentation, in torch; where a library is installed, it is compared with that.
+Both sides of each row run as written. The other libraries' functions are reimplemented here in
+torch from their documentation; JAX's is compared with the library where it is installed.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from masked_softmax_ext import lengths_from_mask, masked_softmax
 README = Path(__file__).parents[2] / "README.md"
 B, H, Q, K = 3, 2, 5, 7
 SCALE = 0.5
-CLOSE = {"rtol": 1e-11, "atol": 0.0}  # AllenNLP adds 1e-13 to sums, which may be 0.05
-HIDDEN_SCORE = -10000.0  # Megatron's and Apex's, of scaled scores
+CLOSE = {"rtol": 1e-11, "atol": 0.0}  # AllenNLP adds 1e-13 to sums as small as 0.05
+FILL_VALUE = -10000.0  # Megatron's and Apex's, filled in after the scale
 
 
 class Row(SimpleNamespace):
-    """Each side as lines of code, the last one an expression; and what an empty row was."""
+    """Lines of code of each side, the last an expression; `empty`: the old result of empty rows."""
 
     before: list[str]
     after: list[str]
@@ -46,11 +46,11 @@ def table() -> list[Any]:
     return rows
 
 
-# What the libraries compute.
+# The functions of other libraries
 
 
 def d2l_masked_softmax(X: Tensor, valid_lens: Tensor) -> Tensor:
-    """(B, Q, K) with (B,) or (B, Q); -1e6 is written into X."""
+    """X (B, Q, K) with valid_lens (B,) or (B, Q); writes -1e6 into X."""
     rows = valid_lens.reshape(-1) if valid_lens.dim() == 2 else valid_lens.repeat_interleave(Q)
     flat = X.view(-1, X.size(-1))
     flat[torch.arange(X.size(-1)) >= rows[:, None]] = -1e6
@@ -60,7 +60,7 @@ def d2l_masked_softmax(X: Tensor, valid_lens: Tensor) -> Tensor:
 def allennlp_masked_softmax(
     vector: Tensor, mask: Tensor, dim: int = -1, memory_efficient: bool = False
 ) -> Tensor:
-    """Zeros in place of hidden scores, renormalised; or the type's least number in their place."""
+    """Masked scores become 0 and weights are renormalised; memory_efficient fills in finfo.min."""
     mask = mask.view(mask.shape[:1] + (1,) * (vector.dim() - mask.dim()) + mask.shape[1:])
     if memory_efficient:
         return torch.softmax(torch.where(mask, vector, torch.finfo(vector.dtype).min), dim)
@@ -71,7 +71,7 @@ def allennlp_masked_softmax(
 def mxnet_softmax(
     data: Tensor, *, length: Tensor, use_length: bool, axis: int = -1, temperature: float = 1.0
 ) -> Tensor:
-    """Lengths of the rows' whole shape; zeros behind them."""
+    """`length` has the shape of the rows; weights beyond it are zeros."""
     assert use_length
     data = data.movedim(axis, -1)
     assert length.shape == data.shape[:-1]
@@ -82,8 +82,8 @@ def mxnet_softmax(
 
 def keras_softmax(axis: int = -1) -> Any:
     def call(inputs: Tensor, mask: Tensor) -> Tensor:
-        least = -3e4 if inputs.dtype == torch.float16 else -1e9
-        return torch.softmax(torch.where(mask, inputs, least), axis) * mask
+        fill = -3e4 if inputs.dtype == torch.float16 else -1e9
+        return torch.softmax(torch.where(mask, inputs, fill), axis) * mask
 
     return call
 
@@ -93,10 +93,10 @@ def jax_softmax(x: Tensor, axis: int = -1, *, where: Tensor) -> Tensor:
 
 
 def scaled_masked_softmax(inputs: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """True in the mask: hidden. Rows of nothing else are zeros."""
-    scaled = (inputs * scale).masked_fill(mask, HIDDEN_SCORE)
-    is_hidden = scaled.amax(-1, keepdim=True) == HIDDEN_SCORE
-    return torch.softmax(scaled, -1).masked_fill(is_hidden, 0)
+    """The mask is True where scores are masked out; rows without other scores are zeros."""
+    scaled = (inputs * scale).masked_fill(mask, FILL_VALUE)
+    is_empty = scaled.amax(-1, keepdim=True) == FILL_VALUE
+    return torch.softmax(scaled, -1).masked_fill(is_empty, 0)
 
 
 def scaled_upper_triang_masked_softmax(inputs: Tensor, _: None, scale: float) -> Tensor:
@@ -116,7 +116,7 @@ LIBRARIES = {
 OURS = {name: getattr(masked_softmax_ext, name) for name in masked_softmax_ext.__all__}
 
 
-# What the table's names stand for.
+# Values for the table's variables
 
 SHAPES = {
     "x": (B, Q, K),
@@ -133,13 +133,13 @@ def random_scores(*shape: int) -> Tensor:
 
 
 def scores_of(row: Row) -> str:
-    """The name that the row has for its scores."""
+    """The name of the scores in the row's code."""
     [name] = [n for n in SHAPES if re.search(rf"(?<![\w.]){n}(?![\w.]*=)\b", row.before[-1])]
     return name
 
 
 def variables(name: str, scores: Tensor, has_empty_rows: bool) -> dict[str, Any]:
-    """Lengths of 1 to K; some of them 0 where rows may be empty."""
+    """Lengths from 1 to K; with has_empty_rows, those of the first batch entry are 0."""
     shape = {"vector": (B,), "inputs": (B, 1, Q)}.get(name, scores.shape[:-1])
     lengths = torch.arange(B * Q).view(B, Q)[: shape[0], : shape[-1]] * 3 % K + 1
     lengths = (lengths[:, 0] if name == "vector" else lengths).reshape(shape)
@@ -164,7 +164,7 @@ def evaluate(lines: list[str], row: Row, has_empty_rows: bool) -> tuple[Tensor, 
     name = scores_of(row)
     is_causal = "upper_triang" in row.before[-1]
     leaf = random_scores(*SHAPES[name][:-1], Q if is_causal else K).requires_grad_()
-    names = variables(name, leaf * 1, has_empty_rows)  # not the leaf: d2l's writes into its scores
+    names = variables(name, leaf * 1, has_empty_rows)  # a copy: d2l's writes into its scores
     is_empty = (names["lengths"] == 0).expand(leaf.shape[:-1])
     names |= OURS | LIBRARIES | {"torch": torch}
     *statements, expression = lines
@@ -193,17 +193,20 @@ def test_empty_rows(row: Row) -> None:
     before, _, is_empty = evaluate(row.before, row, has_empty_rows=True)
     after, gradient, _ = evaluate(row.after, row, has_empty_rows=True)
     expected = {"NaN": torch.nan, "uniform": 1 / K, "zeros": 0.0}[row.empty]
-    were = before[is_empty]
-    torch.testing.assert_close(were, torch.full_like(were, expected), equal_nan=True)
+    before_empty = before[is_empty]
+    torch.testing.assert_close(
+        before_empty, torch.full_like(before_empty, expected), equal_nan=True
+    )
     assert after[is_empty].count_nonzero() == 0
     assert gradient[is_empty].count_nonzero() == 0
     torch.testing.assert_close(after[~is_empty], before[~is_empty], **CLOSE)
 
 
-# The differences that docs/migration.md names.
+# The differences that docs/migration.md lists
 
 
-def test_d2l_takes_lengths_of_one_or_two_dimensions_and_writes_into_its_scores() -> None:
+def test_d2l_writes_into_its_scores() -> None:
+    """With lengths of one or two dimensions."""
     for lengths in (torch.tensor([1, 7, 3]), torch.arange(1, B * Q + 1).view(B, Q).clamp(max=K)):
         scores = random_scores(B, Q, K)
         ours = scores.clone()
@@ -220,14 +223,14 @@ def test_minus_1e9_does_not_exist_in_float16() -> None:
     assert masked_softmax(scores, torch.tensor([2, 0])).tolist() == [[0.5, 0.5, 0], [0, 0, 0]]
 
 
-def test_an_additive_mask_of_the_least_number_makes_empty_rows_uniform() -> None:
+def test_an_additive_mask_of_finfo_min_makes_empty_rows_uniform() -> None:
     additive_mask = torch.full((1, 4), torch.finfo(torch.float32).min)
     assert torch.softmax(torch.randn(1, 4) + additive_mask, -1).tolist() == [[0.25] * 4]
     lengths, starts = lengths_from_mask(additive_mask == 0)
     assert masked_softmax(torch.randn(1, 4), lengths, starts=starts).tolist() == [[0.0] * 4]
 
 
-def test_nan_to_num_does_not_help_the_gradient() -> None:
+def test_nan_to_num_does_not_repair_the_gradient() -> None:
     scores = torch.zeros(1, 3, requires_grad=True)
     filled = scores * 1 + torch.full((1, 3), -torch.inf)
     torch.softmax(filled, -1).nan_to_num().sum().backward()
@@ -235,7 +238,7 @@ def test_nan_to_num_does_not_help_the_gradient() -> None:
     assert scores.grad.isnan().all()
 
 
-def test_a_fill_value_is_a_score_like_others() -> None:
+def test_a_finite_fill_value_may_exceed_scores() -> None:
     scores, mask = torch.tensor([[-30000.0, 0.0]]), torch.tensor([[False, True]])
     assert scaled_masked_softmax(scores, mask, 1.0).tolist() == [[0.0, 0.0]]
     assert masked_softmax(scores, 1).tolist() == [[1.0, 0.0]]
@@ -244,14 +247,14 @@ def test_a_fill_value_is_a_score_like_others() -> None:
     assert masked_softmax(scores * 1e6, 1).tolist() == [[1.0, 0.0]]
 
 
-def test_allennlp_loses_rows_far_below_zero() -> None:
+def test_allennlp_zeroes_rows_far_below_zero() -> None:
     scores = torch.tensor([[-105.0, -105.0, 0.0]])
     mask = torch.tensor([[True, True, False]])
     assert allennlp_masked_softmax(scores, mask).tolist() == [[0.0, 0.0, 0.0]]
     assert masked_softmax(scores, 2).tolist() == [[0.5, 0.5, 0.0]]
 
 
-def test_mxnets_temperature_is_a_scale_and_its_axis_a_dim() -> None:
+def test_mxnet_temperature_is_a_scale_and_axis_a_dim() -> None:
     scores = random_scores(B, Q, K)
     length = torch.arange(B * K).view(B, K) % Q + 1
     before = mxnet_softmax(scores, length=length, use_length=True, axis=1, temperature=4.0)
@@ -264,8 +267,8 @@ def test_a_mask_with_holes_has_no_lengths() -> None:
         lengths_from_mask(torch.tensor([[True, True, False], [True, False, True]]))
 
 
-def test_jax_is_as_it_is_written_here() -> None:
-    jax = pytest.importorskip("jax", reason="jax, which is compared with, is missing")
+def test_jax_softmax_agrees_with_the_library() -> None:
+    jax = pytest.importorskip("jax", reason="jax is missing")
     scores = random_scores(B, Q, K).float()
     mask = torch.arange(K) < torch.tensor([0, 3, 7])[:, None, None]
     theirs = jax.nn.softmax(jax.numpy.asarray(scores.numpy()), where=mask.numpy())

@@ -58,7 +58,7 @@ def test_everything_public_is_documented() -> None:
 
 
 def test_functions_are_typed() -> None:
-    """py.typed is there, and no argument or result goes without a type."""
+    """py.typed exists, and every argument and result has a type."""
     assert (Path(masked_softmax_ext.__file__).parent / "py.typed").exists()
     for function in (masked_softmax, masked_log_softmax, masked_softmax_):
         signature = inspect.signature(function)
@@ -74,13 +74,13 @@ def arguments_of(function: Any) -> list[tuple[str, Any, Any]]:
 
 
 def test_signatures() -> None:
-    """Names, order, defaults; what follows dim is by keyword only. The reference has the same."""
-    plain, keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-    missing = inspect.Parameter.empty
+    """Names, order and defaults, also of the reference; arguments after dim are keyword-only."""
+    positional, keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    required = inspect.Parameter.empty
     expected = [
-        ("input", plain, missing),
-        ("lengths", plain, missing),
-        ("dim", plain, -1),
+        ("input", positional, required),
+        ("lengths", positional, required),
+        ("dim", positional, -1),
         ("starts", keyword, None),
         ("scale", keyword, None),
         ("dtype", keyword, None),
@@ -100,7 +100,7 @@ def test_signatures() -> None:
     ["", ".bounds", ".compile_pass", ".functional", ".modules", ".packed", ".reference"],
     ids=lambda name: name or "package",
 )
-def test_examples_in_the_documentation(module: str) -> None:
+def test_docstring_examples(module: str) -> None:
     result = doctest.testmod(importlib.import_module("masked_softmax_ext" + module))
     assert result.failed == 0
     if module != ".reference":
@@ -116,7 +116,7 @@ def test_build_info() -> None:
     assert any(name in str(info["compiler"]).lower() for name in ("gcc", "g++", "clang", "msvc"))
 
 
-def test_build_info_is_the_callers_own() -> None:
+def test_build_info_returns_a_copy() -> None:
     masked_softmax_ext.build_info().clear()
     assert "torch" in masked_softmax_ext.build_info()
 
@@ -172,8 +172,8 @@ def test_module_computes_what_the_function_does(module: Any) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_module_takes_torchs_place(module: Any) -> None:
-    """A drop-in: an nn.Module without parameters, buffers or state."""
+def test_module_is_a_drop_in_replacement(module: Any) -> None:
+    """Like nn.Softmax, an nn.Module without parameters, buffers or state."""
     instance = module()
     assert isinstance(instance, nn.Module)
     assert list(instance.parameters()) == []
@@ -183,7 +183,7 @@ def test_module_takes_torchs_place(module: Any) -> None:
     assert instance.train() is instance
     assert instance.to(torch.float64) is instance
     with pytest.raises(TypeError):
-        module(-1, 0.5)  # scale goes by name
+        module(-1, 0.5)  # scale is keyword-only
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -222,7 +222,7 @@ def test_module_has_gradients() -> None:
 
 @pytest.mark.parametrize("hidden", [None, 7], ids=["linear", "hidden"])
 def test_attention_pooling(hidden: int | None) -> None:
-    """A mean of the valid steps by the softmax of their scores; an empty sequence gives zeros."""
+    """The mean of the valid steps, weighted by softmax; zeros for an empty sequence."""
     pool = AttentionPooling(4, hidden, dtype=torch.float64)
     x, lengths = random_input((3, 5, 4), torch.float64, seed=4), torch.tensor([3, 0, 5])
     pooled, weights = pool(x, lengths, return_weights=True)
@@ -241,20 +241,18 @@ def test_attention_pooling(hidden: int | None) -> None:
     assert bool((weights[0, 3:] == 0).all())
 
 
-def test_attention_pooling_over_any_batch() -> None:
+def test_attention_pooling_of_any_batch_shape() -> None:
     pool = AttentionPooling(4, 3)
-    x, lengths = (
-        random_input((2, 3, 5, 4), torch.float32, seed=5),
-        torch.tensor([[1, 2, 3], [0, 5, 4]]),
-    )
+    x = random_input((2, 3, 5, 4), torch.float32, seed=5)
+    lengths = torch.tensor([[1, 2, 3], [0, 5, 4]])
     pooled = pool(x, lengths)
     assert pooled.shape == (2, 3, 4)
     for index, length in enumerate(lengths.flatten().tolist()):
         torch.testing.assert_close(
             pool(x.flatten(0, 1)[index], length), pooled.flatten(0, 1)[index]
         )
-    ends = pool(x.flip(2), lengths, 5 - lengths)  # padding first
-    torch.testing.assert_close(ends, pooled)
+    left_padded = pool(x.flip(2), lengths, 5 - lengths)
+    torch.testing.assert_close(left_padded, pooled)
     torch.testing.assert_close(
         pool(x, torch.tensor([5, 2]))[1], pool(x[1], torch.tensor([2, 2, 2]))
     )
@@ -262,7 +260,7 @@ def test_attention_pooling_over_any_batch() -> None:
 
 
 def test_attention_pooling_gradients() -> None:
-    """Of input and parameters, by gradcheck; none from the padding, nor from an empty sequence."""
+    """gradcheck of input and parameters; padding and empty sequences have gradient 0."""
     pool = AttentionPooling(3, 2, dtype=torch.float64)
     x = random_input((2, 4, 3), torch.float64, seed=6).requires_grad_()
     lengths = torch.tensor([3, 0])
@@ -303,7 +301,7 @@ def test_attention_pooling_copies_and_pickles() -> None:
 
 
 def test_attention_pooling_composes() -> None:
-    """Compiled, exported, under autocast, one sample at a time."""
+    """With torch.compile, torch.export, vmap and autocast."""
     pool = AttentionPooling(4, 3)
     x, lengths = random_input((3, 5, 4), torch.float32, seed=8), torch.tensor([3, 0, 5])
     expected = pool(x, lengths)
@@ -330,15 +328,16 @@ x, lengths = torch.randn(300, 400, requires_grad=True), torch.arange(300)
 m.masked_softmax(x, lengths).sum().backward()
 m.AttentionPooling(400)(x[None], 200)
 m.packed_log_softmax(x, torch.tensor([0, 100, 300]), dim=0)
-print("nothing was asked for")
+print("no network access")
+# The hook notices a socket:
 import socket
 socket.socket()
 """
 
 
 def test_no_network_at_import_or_in_calls() -> None:
-    """That the hook would have noticed, the last lines show."""
+    """The script's last line opens a socket, which its hook must refuse."""
     ran = child.run_python(WITHOUT_NETWORK)
-    assert "nothing was asked for" in ran.stdout, ran.stdout
+    assert "no network access" in ran.stdout, ran.stdout
     assert ran.returncode != 0
     assert "socket.__new__" in ran.stdout

@@ -1,4 +1,8 @@
-"""Promise: the Python examples of README and docs run as they are, and give what they show."""
+"""Promise: the Python examples of README and docs run as written and give the results they show.
+
+Files that the pages name exist, docs/performance.md lists every missed target, and docs/api.rst
+has every public name.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +26,9 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
 
 
 def run_page(page: str, text: str) -> None:
-    """Block after block, later ones with the names of earlier ones.
+    """Runs the page's blocks in order, in one namespace.
 
-    Sessions are compared with what they show; other blocks need only run.
+    Interactive sessions must give the results they show; other blocks need only run.
     """
     names: dict[str, Any] = {"__name__": "page"}
     for line, block in python_blocks(text):
@@ -40,7 +44,7 @@ def run_page(page: str, text: str) -> None:
         names.update(session.globs)
 
 
-def test_there_are_examples() -> None:
+def test_readme_has_examples() -> None:
     assert python_blocks(PAGES[0].read_text(encoding="utf-8"))
 
 
@@ -59,7 +63,7 @@ def test_a_wrong_example_fails(block: str) -> None:
         run_page("page.md", f"text\n\n```python\n{block}```\n")
 
 
-def test_later_blocks_know_the_names_of_earlier_ones() -> None:
+def test_blocks_share_a_namespace() -> None:
     run_page(
         "page.md",
         "```python\n>>> a = 1\n```\n\n```python\nb = a + 1\n```\n\n```python\n>>> b\n2\n```\n",
@@ -80,7 +84,8 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.replace("`", "").strip("|\n ").split("|")]
 
 
-def test_every_missed_target_is_named() -> None:
+def test_every_missed_target_is_listed() -> None:
+    """The targets that bench/results/*.md mark as not met are those of docs/performance.md."""
     missed = sorted(
         (case, against, bound, ratio)
         for results in (ROOT / "bench" / "results").glob("*.md")
@@ -89,16 +94,16 @@ def test_every_missed_target_is_named() -> None:
         for case, against, _, bound, ratio, *_ in [cells(line)]
     )
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    named = sorted(
+    listed = sorted(
         (case, against, bound, ratio)
         for line in page.splitlines()
         if re.search(r"at (least|most) [\d.]+ \|", line)
         for *_, case, against, bound, ratio in [cells(line)]
     )
-    assert named == missed
+    assert listed == missed
 
 
-def test_every_public_name_has_its_place_in_the_api() -> None:
+def test_every_public_name_is_in_the_api_page() -> None:
     text = (ROOT / "docs" / "api.rst").read_text(encoding="utf-8")
     for name in masked_softmax_ext.__all__:
         assert re.search(rf"^\.\. auto\w+:: masked_softmax_ext\.{name}$", text, re.MULTILINE), name

@@ -1,6 +1,6 @@
-"""Promise: compile_pass finds the formulation in every usual spelling, and nothing that is not it.
+"""Promise: compile_pass replaces the unfused formulation in every usual spelling, and nothing else.
 
-Eager torch is the truth: as it stands, but for the empty rows that it makes NaN.
+The expected results are eager torch's, except for empty rows: NaN there, padding here.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def fresh_dynamo() -> None:
     torch._dynamo.reset()
 
 
-class Counting:
-    """The backend, and how many softmaxes it replaced."""
+class CountingBackend:
+    """compile_pass.replace, then aot_eager; counts the replaced softmaxes and keeps the graphs."""
 
     def __init__(self, **options: Any) -> None:
         self.count = 0
@@ -44,7 +44,8 @@ class Counting:
         self.graphs.append(graph_module)
         return self.inner(graph_module, inputs)
 
-    def calls(self, name: str) -> int:
+    def count_calls(self, name: str) -> int:
+        """The number of nodes whose target contains the name."""
         return sum(
             name in str(node.target)
             for graph in self.graphs
@@ -60,9 +61,9 @@ def assert_replaced(
     count: int = 1,
     dynamic: bool | None = None,
     **options: Any,
-) -> Counting:
-    """So many were; results and gradients are those of eager torch."""
-    backend = Counting(**options)
+) -> CountingBackend:
+    """`count` softmaxes are replaced; results and gradients are those of eager torch."""
+    backend = CountingBackend(**options)
     program = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
     results = []
     for run in (program, function):
@@ -92,7 +93,7 @@ def valid(x: Tensor, lengths: Tensor) -> Tensor:
     return columns(x) < lengths[:, None]
 
 
-# The ways of writing it. x is (3, 5), lengths (3,)
+# Spellings of the formulation: x has shape (3, 5), the lengths n (3,); m is True in valid columns
 
 MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "lt": valid,
@@ -106,7 +107,7 @@ MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "not not": lambda x, n: ~~valid(x, n),
     "start": lambda x, n: torch.arange(0, x.shape[1]) < n[:, None],
     "start, step": lambda x, n: torch.arange(0, x.shape[1], 1) < n[:, None],
-    "named": lambda x, n: torch.arange(start=0, end=x.shape[1], step=1) < n[:, None],
+    "keywords": lambda x, n: torch.arange(start=0, end=x.shape[1], step=1) < n[:, None],
     "device": lambda x, n: torch.arange(x.shape[1], device=x.device) < n[:, None],
     "dtype": lambda x, n: torch.arange(x.shape[1], dtype=torch.int32) < n[:, None],
     "to device": lambda x, n: torch.arange(x.shape[1]).to(x.device) < n[:, None].to(x.device),
@@ -123,7 +124,7 @@ MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 FILLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "masked_fill": lambda x, m: x.masked_fill(~m, -INF),
-    "named": lambda x, m: x.masked_fill(mask=~m, value=float("-inf")),
+    "keywords": lambda x, m: x.masked_fill(mask=~m, value=float("-inf")),
     "function": lambda x, m: torch.masked_fill(x, m == 0, -torch.inf),
     "tensor": lambda x, m: x.masked_fill(~m, torch.tensor(-INF)),
     "where": lambda x, m: torch.where(m, x, -INF),
@@ -163,7 +164,7 @@ def scores() -> Tensor:
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=list(MASKS))
 @every_dynamic
-def test_masks(mask: Callable[[Tensor, Tensor], Tensor], dynamic: bool) -> None:
+def test_spellings_of_the_mask(mask: Callable[[Tensor, Tensor], Tensor], dynamic: bool) -> None:
     def function(x: Tensor, lengths: Tensor) -> Tensor:
         return x.masked_fill(~mask(x, lengths), -INF).softmax(-1)
 
@@ -171,26 +172,26 @@ def test_masks(mask: Callable[[Tensor, Tensor], Tensor], dynamic: bool) -> None:
 
 
 def test_a_comparison_as_torch_211_captures_it() -> None:
-    """By the name of the special method, which this torch may not use."""
+    """As a call of the method __eq__, which other releases may not produce."""
 
     def function(x: Tensor, lengths: Tensor) -> Tensor:
         return x.masked_fill(valid(x, lengths) == 0, -INF).softmax(-1)
 
-    def rewritten(graph_module: GraphModule, inputs: list[Any]) -> Any:
+    def as_in_torch_211(graph_module: GraphModule, inputs: list[Any]) -> Any:
         (node,) = (node for node in graph_module.graph.nodes if node.name.startswith("eq"))
         node.op, node.target = "call_method", "__eq__"
         graph_module.recompile()
-        return seen(graph_module, inputs)
+        return counting(graph_module, inputs)
 
-    seen = Counting()
-    program = torch.compile(function, fullgraph=True, backend=rewritten)
+    counting = CountingBackend()
+    program = torch.compile(function, fullgraph=True, backend=as_in_torch_211)
     torch.testing.assert_close(program(scores(), LENGTHS), masked_softmax(scores(), LENGTHS))
-    assert seen.count == 1
+    assert counting.count == 1
 
 
 @pytest.mark.parametrize("fill", FILLS.values(), ids=list(FILLS))
 @every_dynamic
-def test_fills(fill: Callable[[Tensor, Tensor], Tensor], dynamic: bool) -> None:
+def test_spellings_of_the_fill(fill: Callable[[Tensor, Tensor], Tensor], dynamic: bool) -> None:
     def function(x: Tensor, lengths: Tensor) -> Tensor:
         return fill(x, valid(x, lengths)).softmax(-1)
 
@@ -198,14 +199,14 @@ def test_fills(fill: Callable[[Tensor, Tensor], Tensor], dynamic: bool) -> None:
 
 
 @pytest.mark.parametrize("softmax", SOFTMAXES.values(), ids=list(SOFTMAXES))
-def test_softmaxes(softmax: Callable[[Tensor], Tensor]) -> None:
+def test_spellings_of_softmax(softmax: Callable[[Tensor], Tensor]) -> None:
     def function(x: Tensor, lengths: Tensor) -> Tensor:
         return softmax(x.masked_fill(columns(x) >= lengths[:, None], -INF))
 
     assert_replaced(function, scores(), LENGTHS)
 
 
-def test_everything_by_name() -> None:
+def test_keyword_arguments() -> None:
     def function(x: Tensor, lengths: Tensor) -> Tensor:
         column = torch.reshape(input=torch.arange(end=x.size(1)), shape=(1, -1))
         padding = torch.lt(input=column, other=lengths[:, None]).eq(other=0)
@@ -220,7 +221,7 @@ def test_everything_by_name() -> None:
     assert_replaced(function, scores(), LENGTHS, count=3)
 
 
-# Shapes, types, places
+# Shapes, dtypes and surrounding code
 
 
 def attention(x: Tensor, lengths: Tensor) -> Tensor:
@@ -229,50 +230,50 @@ def attention(x: Tensor, lengths: Tensor) -> Tensor:
     return F.softmax(x.masked_fill(~mask[:, None, None, :], -INF), dim=-1)
 
 
-def additive(x: Tensor, lengths: Tensor) -> Tensor:
+def additive_bias(x: Tensor, lengths: Tensor) -> Tensor:
     mask = columns(x).expand(lengths.size(0), x.size(-1)) >= lengths.unsqueeze(-1)
     bias = torch.zeros(mask.shape, dtype=x.dtype).masked_fill(mask, -INF)
     return (x + bias.view(-1, 1, 1, x.size(-1))).softmax(-1)
 
 
-def per_query(x: Tensor, lengths: Tensor) -> Tensor:
+def length_per_query(x: Tensor, lengths: Tensor) -> Tensor:
     mask = torch.arange(x.size(-1)) < lengths.view(3, 1, 1, 1).expand(3, 1, x.size(2), 1)
     return torch.where(mask, x, -INF).log_softmax(3)
 
 
-def merged_heads(x: Tensor, lengths: Tensor) -> Tensor:
+def transposed_heads(x: Tensor, lengths: Tensor) -> Tensor:
     mask = (columns(x) < lengths[:, None])[:, None].expand(-1, x.size(2), -1)[:, :, None]
     return x.transpose(1, 2).masked_fill(~mask, -INF).softmax(-1)
 
 
-def over_queries(x: Tensor, lengths: Tensor) -> Tensor:
+def softmax_over_queries(x: Tensor, lengths: Tensor) -> Tensor:
     mask = torch.arange(x.size(2))[:, None] < lengths[:, None, None, None]
     return x.masked_fill(~mask, -INF).softmax(2)
 
 
-def over_batches(x: Tensor, lengths: Tensor) -> Tensor:
+def softmax_over_batches(x: Tensor, lengths: Tensor) -> Tensor:
     mask = torch.arange(x.size(0)).view(-1, 1, 1, 1) < lengths.clamp(max=3)[:, None]
     return x[:, :, :3].masked_fill(~mask, -INF).softmax(dim=0)
 
 
-def one_for_all(x: Tensor, lengths: Tensor) -> Tensor:
+def one_length_for_all_rows(x: Tensor, lengths: Tensor) -> Tensor:
     return x.masked_fill(columns(x) >= lengths[0], -INF).softmax(-1)
 
 
 def causal(x: Tensor, lengths: Tensor) -> Tensor:
-    """Its first row sees one column: no row is empty."""
+    """No row is empty: the first one has one valid column."""
     ends = torch.arange(x.size(2))[:, None] + 1
     return x.masked_fill(columns(x) >= ends, -INF).softmax(-1)
 
 
 SHAPES = (
     attention,
-    additive,
-    per_query,
-    merged_heads,
-    over_queries,
-    over_batches,
-    one_for_all,
+    additive_bias,
+    length_per_query,
+    transposed_heads,
+    softmax_over_queries,
+    softmax_over_batches,
+    one_length_for_all_rows,
     causal,
 )
 
@@ -280,27 +281,27 @@ SHAPES = (
 @pytest.mark.parametrize("function", SHAPES, ids=lambda function: function.__name__)
 @every_dynamic
 def test_shapes(function: Program, dynamic: bool) -> None:
-    """Two sizes; with dynamic ones by one program."""
-    program = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=(seen := Counting()))
+    """Two sizes, for which dynamic shapes need only one program."""
+    backend = CountingBackend()
+    program = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
     for size in ((3, 2, 4, 5), (3, 4, 6, 7)):
         x = random_input(size, torch.float32, seed=2)
-        assert_same = torch.testing.assert_close
-        assert_same(program(x, LENGTHS), function(x, LENGTHS), rtol=1e-5, atol=1e-6)
-    assert seen.count == (1 if dynamic else 2)
+        torch.testing.assert_close(program(x, LENGTHS), function(x, LENGTHS), rtol=1e-5, atol=1e-6)
+    assert backend.count == (1 if dynamic else 2)
     torch._dynamo.reset()
     assert_replaced(function, random_input((3, 2, 4, 5), torch.float32, seed=2), LENGTHS)
 
 
 @pytest.mark.parametrize("dtype", INTEGER, ids=short_name)
-def test_lengths_of_every_type(dtype: torch.dtype) -> None:
-    """In rows of more columns than the type can count."""
+def test_lengths_of_every_integer_type(dtype: torch.dtype) -> None:
+    """Also of types that cannot hold the number of columns."""
     x = random_input((3, 300), torch.float32, seed=3)
     lengths = torch.tensor([100, 1, 127], dtype=dtype)
     assert_replaced(lambda x, n: x.masked_fill(~valid(x, n), -INF).softmax(-1), x, lengths)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=short_name)
-def test_scores_of_every_type(dtype: torch.dtype) -> None:
+def test_scores_of_other_dtypes(dtype: torch.dtype) -> None:
     x = scores().to(dtype)
     assert_replaced(lambda x, n: x.masked_fill(~valid(x, n), -INF).softmax(-1), x, LENGTHS)
     torch._dynamo.reset()
@@ -309,18 +310,17 @@ def test_scores_of_every_type(dtype: torch.dtype) -> None:
     )
 
 
-def test_lengths_outside_of_the_columns_are_cut() -> None:
-    """The comparison takes them, so what stands in its place does."""
+def test_out_of_range_lengths_are_clamped() -> None:
+    """The comparison accepts any length, so its replacement must too."""
     assert_replaced(attention, random_input((3, 2, 4, 5), torch.float32, seed=4), LENGTHS * 1000)
-    result = torch.compile(attention, backend=Counting())(
+    result = torch.compile(attention, backend=CountingBackend())(
         torch.zeros(1, 1, 1, 2), torch.tensor([-7])
     )
     assert result.tolist() == [[[[0.0, 0.0]]]]
 
 
-@pytest.mark.parametrize("log", [False, True], ids=["softmax", "log_softmax"])
-def test_empty_rows_become_zeros(log: bool) -> None:
-    """The one thing that is not as written: NaN, forward and backward."""
+def test_empty_rows_are_padding(log: bool) -> None:
+    """The one difference from eager torch, which gives NaN forward and backward."""
 
     def function(x: Tensor, lengths: Tensor) -> Tensor:
         y = x.masked_fill(~valid(x, lengths), -INF)
@@ -329,7 +329,7 @@ def test_empty_rows_become_zeros(log: bool) -> None:
     lengths = torch.tensor([3, 0, 5])
     assert bool(function(scores(), lengths)[1].isnan().all())
     x = scores().requires_grad_()
-    y = torch.compile(function, fullgraph=True, backend=Counting())(x, lengths)
+    y = torch.compile(function, fullgraph=True, backend=CountingBackend())(x, lengths)
     assert y[1].tolist() == [-INF if log else 0.0] * 5
     y[:, 0].masked_fill(y[:, 0] == -INF, 0.0).sum().backward()
     assert x.grad is not None
@@ -337,23 +337,19 @@ def test_empty_rows_become_zeros(log: bool) -> None:
     assert bool(x.grad.isfinite().all())
 
 
-def test_what_else_uses_the_parts() -> None:
-    """Mask and masked scores stay where something else needs them."""
+def test_other_uses_of_mask_and_masked_scores() -> None:
+    """The graph keeps them if other operations use them, and drops them otherwise."""
 
     def function(x: Tensor, lengths: Tensor) -> Tensor:
         mask = valid(x, lengths)
         masked = x.masked_fill(~mask, -INF)
         return masked.softmax(-1) * masked.amax(-1, keepdim=True) + mask.sum()
 
-    seen = assert_replaced(function, scores(), LENGTHS)
-    assert seen.calls("masked_fill") == 1
+    backend = assert_replaced(function, scores(), LENGTHS)
+    assert backend.count_calls("masked_fill") == 1
     torch._dynamo.reset()
-    assert (
-        assert_replaced(attention, random_input((3, 2, 4, 5), torch.float32, 5), LENGTHS).calls(
-            "arange"
-        )
-        == 0
-    )
+    backend = assert_replaced(attention, random_input((3, 2, 4, 5), torch.float32, 5), LENGTHS)
+    assert backend.count_calls("arange") == 0
 
 
 def test_one_mask_for_several_layers() -> None:
@@ -366,8 +362,8 @@ def test_one_mask_for_several_layers() -> None:
     assert_replaced(function, scores(), LENGTHS, count=3)
 
 
-def test_what_is_written_to_meanwhile() -> None:
-    """The program's own order: scores and lengths as they were when they were read."""
+def test_writes_between_masking_and_softmax() -> None:
+    """The operator reads scores and lengths as the masking read them, before the writes."""
 
     def function(x: Tensor, lengths: Tensor) -> Tensor:
         lengths, scores = lengths.clone(), x * 2
@@ -381,92 +377,92 @@ def test_what_is_written_to_meanwhile() -> None:
     assert_replaced(function, scores(), LENGTHS)
 
 
-def test_checkpointed_bodies() -> None:
-    """They are graphs within the graph."""
+def test_checkpointed_function() -> None:
+    """It is captured as a graph inside of the graph."""
 
     def function(x: Tensor, lengths: Tensor) -> Tensor:
-        body = torch.utils.checkpoint.checkpoint
-        return body(attention, x * 2, lengths, use_reentrant=False) * 3
+        checkpoint = torch.utils.checkpoint.checkpoint
+        return checkpoint(attention, x * 2, lengths, use_reentrant=False) * 3
 
     assert_replaced(function, random_input((3, 2, 4, 5), torch.float32, seed=6), LENGTHS)
 
 
 def test_autocast() -> None:
-    """The result has the type that the softmax had."""
+    """The result has the dtype that softmax has under autocast."""
     x = random_input((3, 2, 4, 5), torch.bfloat16, seed=7)
     with torch.autocast("cpu", torch.bfloat16):
         assert_replaced(attention, x, LENGTHS)
 
 
-# What is nearly it: nothing is touched
+# Near misses: the graph stays as it is
 
 
-def assert_untouched(function: Program, *arguments: Any, **options: Any) -> None:
-    """The graph is the same, and so is the result."""
-    seen = []
+def assert_not_replaced(function: Program, *arguments: Any, **options: Any) -> None:
+    """The graph stays the same, and so does the result."""
+    counts = []
 
     def backend(graph_module: GraphModule, inputs: list[Any]) -> Any:
         before = graph_module.code
-        seen.append(compile_pass.replace(graph_module, **options))
+        counts.append(compile_pass.replace(graph_module, **options))
         assert graph_module.code == before
         return graph_module
 
-    given = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
-    result = torch.compile(function, fullgraph=True, backend=backend)(*given)
-    assert seen == [0]
+    copies = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+    result = torch.compile(function, fullgraph=True, backend=backend)(*copies)
+    assert counts == [0]
     expected = function(*arguments)
     torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def filled(mask: Callable[[Tensor, Tensor], Tensor]) -> Program:
+def fill_and_softmax(mask: Callable[[Tensor, Tensor], Tensor]) -> Program:
     return lambda x, n: x.masked_fill(mask(x, n), -INF).softmax(-1)
 
 
-def written_mask(x: Tensor, n: Tensor) -> Tensor:
+def overwritten_mask(x: Tensor, n: Tensor) -> Tensor:
     mask = valid(x, n)
     mask[0] = True
     return ~mask
 
 
-def written_later(x: Tensor, n: Tensor) -> Tensor:
+def mask_overwritten_through_view(x: Tensor, n: Tensor) -> Tensor:
     mask = ~valid(x, n)
     view = mask[:, 1:]
     view.logical_not_()
     return mask
 
 
-def written_columns(x: Tensor, n: Tensor) -> Tensor:
+def overwritten_columns(x: Tensor, n: Tensor) -> Tensor:
     column = columns(x)
     column += 1
     return column >= n[:, None]
 
 
-def written_masked(x: Tensor, n: Tensor) -> Tensor:
+def overwritten_scores(x: Tensor, n: Tensor) -> Tensor:
     masked = x.masked_fill(~valid(x, n), -INF)
     masked[:, 0] = 0.0
     return masked.softmax(-1)
 
 
-def written_bias(x: Tensor, n: Tensor) -> Tensor:
+def overwritten_bias(x: Tensor, n: Tensor) -> Tensor:
     bias = torch.zeros(x.shape).masked_fill(~valid(x, n), -INF)
     F.relu(bias[:2], inplace=True)
     return (x + bias).softmax(-1)
 
 
-def written_data(x: Tensor, n: Tensor) -> Tensor:
+def mask_overwritten_through_data(x: Tensor, n: Tensor) -> Tensor:
     padding = ~valid(x, n)
     padding.data.zero_()
     return x.masked_fill(padding, -INF).softmax(-1)
 
 
-def written_masked_data(x: Tensor, n: Tensor) -> Tensor:
+def scores_overwritten_through_data(x: Tensor, n: Tensor) -> Tensor:
     masked = x.masked_fill(~valid(x, n), -INF)
     masked.data.zero_()
     return masked.softmax(-1)
 
 
-def without_gradient(x: Tensor, n: Tensor) -> Tensor:
-    """The masking has one."""
+def softmax_under_no_grad(x: Tensor, n: Tensor) -> Tensor:
+    """The masking is outside of no_grad."""
     masked = x.masked_fill(~valid(x, n), -INF)
     with torch.no_grad():
         weights = masked.softmax(-1)
@@ -477,47 +473,47 @@ NEAR_MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "le is valid": lambda x, n: ~(columns(x) <= n[:, None]),
     "gt is padding": lambda x, n: columns(x) > n[:, None],
     "lt is padding": lambda x, n: columns(x) < n[:, None],
-    "twice negated": lambda x, n: ~~valid(x, n),
+    "not not": lambda x, n: ~~valid(x, n),
     "arange from 1": lambda x, n: torch.arange(1, x.size(1) + 1) >= n[:, None],
-    "arange from 1, end by name": lambda x, n: torch.arange(1, end=x.size(1) + 1) >= n[:, None],
+    "arange from 1, end by keyword": lambda x, n: torch.arange(1, end=x.size(1) + 1) >= n[:, None],
     "arange by 2": lambda x, n: torch.arange(0, 2 * x.size(1), 2) >= n[:, None],
     "arange down": lambda x, n: torch.arange(x.size(1) - 1, -1, -1) >= n[:, None],
     "shifted": lambda x, n: columns(x) + 1 >= n[:, None],
     "flipped": lambda x, n: columns(x).flip(0) >= n[:, None],
-    "cut": lambda x, n: torch.arange(x.size(1) + 2)[2:] >= n[:, None],
-    "cut mask": lambda x, n: (torch.arange(x.size(1) + 2) >= n[:, None])[:, 2:],
-    "picked": lambda x, n: columns(x)[torch.tensor([0, 0, 1, 2, 3])] >= n[:, None],
+    "sliced columns": lambda x, n: torch.arange(x.size(1) + 2)[2:] >= n[:, None],
+    "sliced mask": lambda x, n: (torch.arange(x.size(1) + 2) >= n[:, None])[:, 2:],
+    "indexed columns": lambda x, n: columns(x)[torch.tensor([0, 0, 1, 2, 3])] >= n[:, None],
     "first column for all": lambda x, n: torch.arange(1) >= n[:, None],
     "first column, expanded": lambda x, n: torch.arange(1).expand(x.size(1)) >= n[:, None],
     "repeated columns": lambda x, n: torch.arange(1).repeat(5) >= n[:, None],
     "float columns": lambda x, n: torch.arange(x.size(1), dtype=torch.float32) >= n[:, None],
     "float lengths": lambda x, n: columns(x) >= n[:, None] * 0.5,
-    "lengths a column": lambda x, n: columns(x) >= torch.arange(x.size(1)).flip(0),
-    "lengths a row and column": lambda x, n: columns(x) >= n[:, None] - columns(x),
-    "a length by index": lambda x, n: columns(x) >= 3,
-    "starts too": lambda x, n: (columns(x) >= n[:, None]) | (columns(x) < 1),
-    "in place or": lambda x, n: operator.ior(columns(x) >= n[:, None], columns(x) < 1),
-    "bits of an int": lambda x, n: (~(valid(x, n).int()) + 2).bool().logical_not(),
+    "a length for each column": lambda x, n: columns(x) >= torch.arange(x.size(1)).flip(0),
+    "a length for each row and column": lambda x, n: columns(x) >= n[:, None] - columns(x),
+    "constant length": lambda x, n: columns(x) >= 3,
+    "with starts": lambda x, n: (columns(x) >= n[:, None]) | (columns(x) < 1),
+    "with starts, in place": lambda x, n: operator.ior(columns(x) >= n[:, None], columns(x) < 1),
+    "bitwise not of an int": lambda x, n: (~(valid(x, n).int()) + 2).bool().logical_not(),
     "not equal": lambda x, n: columns(x) != n[:, None],
     "eq True": lambda x, n: valid(x, n) == 1,
     "eq 2": lambda x, n: valid(x, n) == 2,
     "reinterpreted": lambda x, n: ~valid(x, n).view(torch.uint8).view(torch.bool),
-    "written": written_mask,
-    "written later, by a view": written_later,
-    "written columns": written_columns,
+    "overwritten": overwritten_mask,
+    "overwritten through a view": mask_overwritten_through_view,
+    "overwritten columns": overwritten_columns,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("mask", NEAR_MASKS.values(), ids=list(NEAR_MASKS))
-def test_near_masks(mask: Callable[[Tensor, Tensor], Tensor]) -> None:
-    assert_untouched(filled(mask), scores(), LENGTHS)
+def test_near_misses_of_the_mask(mask: Callable[[Tensor, Tensor], Tensor]) -> None:
+    assert_not_replaced(fill_and_softmax(mask), scores(), LENGTHS)
 
 
-def test_columns_that_wrap_around() -> None:
-    """A type too narrow for them."""
+def test_column_indices_that_overflow() -> None:
+    """int8 holds no index above 127."""
     x = random_input((3, 300), torch.float32, seed=8)
-    narrow = filled(lambda x, n: columns(x).to(torch.int8).long() >= n[:, None])
-    assert_untouched(narrow, x, LENGTHS)
+    narrow = fill_and_softmax(lambda x, n: columns(x).to(torch.int8).long() >= n[:, None])
+    assert_not_replaced(narrow, x, LENGTHS)
 
 
 NEAR_FILLS: dict[str, Program] = {
@@ -526,24 +522,24 @@ NEAR_FILLS: dict[str, Program] = {
     "finfo.min": lambda x, m: x.masked_fill(~m, torch.finfo(x.dtype).min).softmax(-1),
     "inf": lambda x, m: x.masked_fill(~m, INF).softmax(-1),
     "nan": lambda x, m: x.masked_fill(~m, math.nan).softmax(-1),
-    "valid": lambda x, m: x.masked_fill(m, -INF).softmax(-1),
-    "where valid": lambda x, m: torch.where(m, -INF, x).softmax(-1),
-    "another's scores": lambda x, m: torch.where(m, x, x * 2).softmax(-1),
+    "valid columns": lambda x, m: x.masked_fill(m, -INF).softmax(-1),
+    "where, valid columns": lambda x, m: torch.where(m, -INF, x).softmax(-1),
+    "other scores": lambda x, m: torch.where(m, x, x * 2).softmax(-1),
     "some -inf": lambda x, m: torch.where(m, x, torch.tensor([0.0] + [-INF] * 4)).softmax(-1),
-    "another type": lambda x, m: torch.where(m, x, torch.full(x.shape, -INF).double()).softmax(-1),
-    "a product": lambda x, m: (x * m).softmax(-1),
-    "ones": lambda x, m: (x + torch.ones(x.shape).masked_fill(~m, -INF)).softmax(-1),
+    "other dtype": lambda x, m: torch.where(m, x, torch.full(x.shape, -INF).double()).softmax(-1),
+    "multiplied by the mask": lambda x, m: (x * m).softmax(-1),
+    "bias of ones": lambda x, m: (x + torch.ones(x.shape).masked_fill(~m, -INF)).softmax(-1),
     "alpha": lambda x, m: torch.add(x, torch.where(m, 0.0, -INF), alpha=-1).softmax(-1),
-    "a difference": lambda x, m: (x - torch.where(m, 0.0, -INF)).softmax(-1),
+    "subtracted bias": lambda x, m: (x - torch.where(m, 0.0, -INF)).softmax(-1),
     "dropout between": lambda x, m: F.dropout(x.masked_fill(~m, -INF), 0.0).softmax(-1),
     "relu between": lambda x, m: x.masked_fill(~m, -INF).relu().softmax(-1),
-    "a scale between": lambda x, m: (x.masked_fill(~m, -INF) / 2).softmax(-1),
+    "scale between": lambda x, m: (x.masked_fill(~m, -INF) / 2).softmax(-1),
     "other dim": lambda x, m: x.masked_fill(~m, -INF).softmax(0),
-    "other dim of as many": lambda x, m: (x.T @ x).masked_fill(~m[:1], -INF).softmax(0),
+    "other dim of equal size": lambda x, m: (x.T @ x).masked_fill(~m[:1], -INF).softmax(0),
     "transposed": lambda x, m: (x.T @ x).masked_fill(~m[:1].T, -INF).softmax(-1),
     "broadcast scores": lambda x, m: x[:1].masked_fill(~m, -INF).softmax(-1),
     "more dimensions": lambda x, m: x.masked_fill(~m[:, None], -INF).softmax(-1),
-    "a number": lambda x, m: torch.where(m, 0.0, -INF).softmax(-1),
+    "no scores": lambda x, m: torch.where(m, 0.0, -INF).softmax(-1),
     "softmin": lambda x, m: F.softmin(x.masked_fill(~m, -INF), -1),
     "out": lambda x, m: torch.softmax(x.masked_fill(~m, -INF), -1, out=torch.empty(3, 5)),
     "filled in place": lambda x, m: (x * 1).masked_fill_(~m, -INF).softmax(-1),
@@ -552,33 +548,42 @@ NEAR_FILLS: dict[str, Program] = {
 
 
 @pytest.mark.parametrize("fill", NEAR_FILLS.values(), ids=list(NEAR_FILLS))
-def test_near_fills(fill: Program) -> None:
-    assert_untouched(lambda x, n: fill(x, valid(x, n)), scores(), LENGTHS)
+def test_near_misses_of_the_fill(fill: Program) -> None:
+    assert_not_replaced(lambda x, n: fill(x, valid(x, n)), scores(), LENGTHS)
 
 
 @pytest.mark.parametrize(
     "function",
-    [written_masked, written_bias, written_data, written_masked_data, without_gradient],
+    [
+        overwritten_scores,
+        overwritten_bias,
+        mask_overwritten_through_data,
+        scores_overwritten_through_data,
+        softmax_under_no_grad,
+    ],
 )
-def test_near_programs(function: Program) -> None:
-    assert_untouched(function, scores().requires_grad_(), LENGTHS)
+def test_near_misses_of_the_program(function: Program) -> None:
+    assert_not_replaced(function, scores().requires_grad_(), LENGTHS)
 
 
-def test_columns_of_another_dimension_of_as_many() -> None:
+def test_columns_of_another_dimension_of_equal_size() -> None:
     def function(x: Tensor, lengths: Tensor) -> Tensor:
         return x.masked_fill(columns(x)[:, None] >= lengths[:, None, None], -INF).softmax(-1)
 
-    assert_untouched(function, random_input((3, 5, 5), torch.float32, seed=8), LENGTHS)
+    assert_not_replaced(function, random_input((3, 5, 5), torch.float32, seed=8), LENGTHS)
 
 
-def test_masks_from_elsewhere() -> None:
-    assert_untouched(lambda x, m: x.masked_fill(m, -INF).softmax(-1), scores(), scores() > 0)
+def test_mask_given_as_an_argument() -> None:
+    assert_not_replaced(lambda x, m: x.masked_fill(m, -INF).softmax(-1), scores(), scores() > 0)
 
 
 def test_under_vmap() -> None:
-    """Its tensors are not what they seem."""
-    one = lambda x, n: x.masked_fill(columns(x) >= n, -INF).softmax(-1)  # noqa: E731
-    assert_untouched(lambda x, n: torch.vmap(one)(x, n), scores(), LENGTHS)
+    """Inside, tensors hide their batch dimension."""
+
+    def one_row(x: Tensor, length: Tensor) -> Tensor:
+        return x.masked_fill(columns(x) >= length, -INF).softmax(-1)
+
+    assert_not_replaced(lambda x, n: torch.vmap(one_row)(x, n), scores(), LENGTHS)
 
 
 def test_a_graph_without_shapes() -> None:
@@ -588,22 +593,22 @@ def test_a_graph_without_shapes() -> None:
     assert compile_pass.replace(graph_module) == 0
 
 
-# Sentinels, on request
+# Finite sentinels, with max_fill
 
 
 @pytest.mark.parametrize("fill", [-1e9, -1e4, torch.finfo(torch.float32).min])
-def test_sentinels_on_request(fill: float) -> None:
+def test_sentinels_with_max_fill(fill: float) -> None:
     def function(x: Tensor, lengths: Tensor) -> Tensor:
         return x.masked_fill(~valid(x, lengths), fill).softmax(-1)
 
     assert_replaced(function, scores(), LENGTHS, max_fill=-1e4)
     torch._dynamo.reset()
-    assert_untouched(function, scores(), LENGTHS, max_fill=-INF)
+    assert_not_replaced(function, scores(), LENGTHS, max_fill=-INF)
     torch._dynamo.reset()
-    assert_untouched(function, scores(), LENGTHS, max_fill=torch.finfo(torch.float64).min)
+    assert_not_replaced(function, scores(), LENGTHS, max_fill=torch.finfo(torch.float64).min)
 
 
-def test_an_added_sentinel_on_request() -> None:
+def test_an_additive_sentinel_with_max_fill() -> None:
     def function(x: Tensor, lengths: Tensor) -> Tensor:
         return (x + torch.zeros(x.shape).masked_fill(~valid(x, lengths), -1e9)).softmax(-1)
 
@@ -625,7 +630,7 @@ class Attention(nn.Module):
 
 @pytest.mark.parametrize("mode", [None, "max-autotune-no-cudagraphs"])
 def test_backend(mode: str | None) -> None:
-    """Inductor, forward and backward, with the operator in its program."""
+    """Inductor's program calls the operator, forward and backward; results are eager torch's."""
     model, x = Attention(), random_input((3, 5, 8), torch.float32, seed=11)
     compiled = torch.compile(model, fullgraph=True, backend="masked_softmax_ext", mode=mode)
     with torch.profiler.profile() as profile:
@@ -645,35 +650,35 @@ def test_backend(mode: str | None) -> None:
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_options_reach_inductor() -> None:
+def test_options_are_passed_to_inductor() -> None:
     options = {"no such option": True}
     program = torch.compile(attention, backend=compile_pass.backend, options=options)
     with pytest.raises(Exception, match="no such option"):
         program(random_input((3, 2, 4, 5), torch.float32, seed=12), LENGTHS)
 
 
-def test_any_backend_inside(caplog: pytest.LogCaptureFixture) -> None:
-    """By name or as a function; what the operator gives is what comes out; the log says so."""
+def test_inner_backends(caplog: pytest.LogCaptureFixture) -> None:
+    """Named or given as a function; the log has the number of fused softmaxes."""
     x = scores()
     expected = masked_softmax(x, LENGTHS)
-    calls = []
+    graphs = []
 
     def inner(graph_module: GraphModule, inputs: list[Any]) -> Any:
-        calls.append(graph_module)
+        graphs.append(graph_module)
         return graph_module
 
     caplog.set_level("INFO", "masked_softmax_ext")
     for backend in (inner, "eager", "aot_eager"):
         program = torch.compile(
-            filled(lambda x, n: ~valid(x, n)), backend=compile_pass.make_backend(backend)
+            fill_and_softmax(lambda x, n: ~valid(x, n)), backend=compile_pass.make_backend(backend)
         )
         assert_same_bits(program(x, LENGTHS), expected)
-    assert len(calls) == 1
+    assert len(graphs) == 1
     assert caplog.messages.count("fused 1 masked softmaxes") == 3
 
 
 def test_no_recompilation_for_other_lengths() -> None:
-    program = torch.compile(attention, fullgraph=True, dynamic=True, backend=Counting())
+    program = torch.compile(attention, fullgraph=True, dynamic=True, backend=CountingBackend())
     program(torch.zeros(3, 2, 4, 5), LENGTHS)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for cols in (6, 17):

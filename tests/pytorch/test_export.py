@@ -1,10 +1,10 @@
-"""Promise: what is exported computes the same: torch.export, AOTInductor, torch.jit.trace, ONNX."""
+"""Promise: exported programs give the same results: torch.export, AOTInductor, jit.trace, ONNX."""
 
 from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ Inputs = tuple[Tensor, Tensor]
 
 
 class Model(nn.Module):
-    """Every option, an int of lengths, and neighbours that a compiler may fuse."""
+    """Calls with every option and with int lengths, between operations that a compiler may fuse."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,10 +41,10 @@ class Model(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
+def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of its own parts
+        warnings.simplefilter("ignore", DeprecationWarning)  # raised inside of torch
         yield
 
 
@@ -53,26 +53,29 @@ def inputs(rows: int, cols: int) -> Inputs:
     return random_input((rows, cols, 6), torch.float32, seed=cols), lengths
 
 
-def exported(model: nn.Module | None = None) -> ExportedProgram:
+def dynamic_shapes() -> tuple[dict[int, Any], dict[int, Any]]:
     batch = Dim("batch", min=2, max=64)
-    shapes = ({0: batch, 1: Dim("tokens", min=5, max=512)}, {0: batch})
-    return torch.export.export(model or Model(), inputs(3, 7), dynamic_shapes=shapes)
+    return {0: batch, 1: Dim("tokens", min=5, max=512)}, {0: batch}
 
 
-def assert_same(got: Any, rows: int, cols: int) -> None:
+def exported() -> ExportedProgram:
+    return torch.export.export(Model(), inputs(3, 7), dynamic_shapes=dynamic_shapes())
+
+
+def assert_close_to_eager(got: Any, rows: int, cols: int) -> None:
     for result, expected in zip(got, Model()(*inputs(rows, cols)), strict=True):
         torch.testing.assert_close(torch.as_tensor(result), expected, rtol=1e-5, atol=1e-6)
         assert float(expected.abs().max()) > 1e-2
 
 
-SIZES = ((2, 5), (4, 30))
+SIZES = ((2, 5), (4, 30))  # rows, cols; other than those of the export
 
 
 # torch.export
 
 
 def test_export() -> None:
-    """With dynamic dimensions, saved, loaded, run; the operators are nodes of the graph."""
+    """The operators are nodes of the graph; saved and loaded, it gives the bits of eager mode."""
     program = exported()
     targets = [str(node.target) for node in program.graph.nodes]
     for name in ("masked_softmax", "masked_log_softmax"):
@@ -88,23 +91,23 @@ def test_export() -> None:
             assert_same_bits(got, expected)
 
 
-def test_an_exported_program_checks_lengths() -> None:
+def test_exported_programs_check_lengths() -> None:
     x, lengths = inputs(3, 7)
     with pytest.raises(ValueError, match=r"row \(0, 0\) has length 10"):
         exported().module()(x, lengths + 100)
 
 
 def test_export_of_writes() -> None:
-    """In place and out= become copies of the result."""
+    """Decompositions turn in-place and out= calls into copies of the result."""
 
-    class Writing(nn.Module):
+    class InPlaceAndOut(nn.Module):
         def forward(self, x: Tensor, lengths: Tensor, out: Tensor) -> Tensor:
             masked_softmax(x, lengths, out=out)
             return masked_softmax_(x * 2, lengths) + out
 
     x = random_input((3, 5), torch.float32, seed=1)
     arguments = (x, torch.tensor([1, 5, 0]), torch.zeros(3, 5))
-    program = torch.export.export(Writing(), arguments).run_decompositions({})
+    program = torch.export.export(InPlaceAndOut(), arguments).run_decompositions({})
     out = torch.zeros(3, 5)
     got = program.module()(*arguments[:2], out)
     assert_same_bits(out, masked_softmax(*arguments[:2]))
@@ -129,7 +132,7 @@ def test_export_of_packed_rows() -> None:
 
 @pytest.mark.skipif(
     torch.__version__.startswith("2.11."),
-    reason="torch 2.11's AOTInductor hands a dtype to an operator in the numbering of another enum",
+    reason="torch 2.11's AOTInductor passes dtypes to operators as numbers of the wrong enum",
 )
 def test_aot_inductor(tmp_path: Path) -> None:
     package = torch._inductor.aoti_compile_and_package(
@@ -137,14 +140,14 @@ def test_aot_inductor(tmp_path: Path) -> None:
     )
     loaded = torch._inductor.aoti_load_package(package)
     for rows, cols in SIZES:
-        assert_same(loaded(*inputs(rows, cols)), rows, cols)
+        assert_close_to_eager(loaded(*inputs(rows, cols)), rows, cols)
 
 
 # torch.jit.trace
 
 
 def test_trace() -> None:
-    """Deprecated, but still there: saved, loaded, run for other sizes."""
+    """torch.jit.trace, deprecated but still supported; saved, loaded, run with other sizes."""
     traced = torch.jit.trace(Model(), inputs(3, 7))
     file = io.BytesIO()
     torch.jit.save(traced, file)
@@ -152,21 +155,22 @@ def test_trace() -> None:
     loaded = torch.jit.load(file)
     assert "masked_softmax_ext::masked_softmax" in str(traced.inlined_graph)
     for rows, cols in SIZES:
-        assert_same(loaded(*inputs(rows, cols)), rows, cols)
+        assert_close_to_eager(loaded(*inputs(rows, cols)), rows, cols)
 
 
 # Decompositions and ONNX
 
 
 def test_decompositions() -> None:
-    """The operators are gone; values are the same, empty rows zeros."""
+    """No operator of the package is left, and the values are the same."""
     program = exported().run_decompositions(decomposition_table())
     assert not any("masked_softmax_ext" in str(node.target) for node in program.graph.nodes)
     for rows, cols in SIZES:
-        assert_same(program.module()(*inputs(rows, cols)), rows, cols)
+        assert_close_to_eager(program.module()(*inputs(rows, cols)), rows, cols)
 
 
 def test_decomposition_of_edges(log: bool) -> None:
+    """Empty rows, -inf, starts, integer and 0-dim input; packed rows are not decomposed."""
     name = "masked_log_softmax" if log else "masked_softmax"
     operator = getattr(torch.ops.masked_softmax_ext, name).default
     decomposed = decomposition_table()[operator]
@@ -183,45 +187,50 @@ def test_decomposition_of_edges(log: bool) -> None:
     assert decomposed(x[0], torch.tensor([4]), 0, torch.tensor([0]), packed=4) is NotImplemented
 
 
-@pytest.mark.parametrize("given", ["model", "program"])
-def test_onnx(given: str, tmp_path: Path) -> None:
-    """Standard operators only; ONNX Runtime computes the same, for other sizes too."""
+def load_in_onnx_runtime(path: str) -> Callable[..., list[Any]]:
+    """A function of the model's inputs, in order."""
+    session = pytest.importorskip("onnxruntime").InferenceSession(path)
+    names = [entry.name for entry in session.get_inputs()]
+
+    def run(*tensors: Tensor) -> list[Any]:
+        feed = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
+        result: list[Any] = session.run(None, feed)
+        return result
+
+    return run
+
+
+@pytest.mark.parametrize("source", ["model", "exported program"])
+def test_onnx(source: str, tmp_path: Path) -> None:
+    """Standard ONNX operators only; ONNX Runtime gives the same results, for other sizes too."""
     onnx = pytest.importorskip("onnx")
-    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    if given == "model":
-        batch = Dim("batch", min=2, max=64)
-        shapes = ({0: batch, 1: Dim("tokens", min=5, max=512)}, {0: batch})
+    if source == "model":
         program = torch.onnx.export(
-            Model(), inputs(3, 7), dynamo=True, dynamic_shapes=shapes, verbose=False
+            Model(), inputs(3, 7), dynamo=True, dynamic_shapes=dynamic_shapes(), verbose=False
         )
     else:
-        plain = exported().run_decompositions(decomposition_table())
-        program = torch.onnx.export(plain, dynamo=True, verbose=False)
+        decomposed = exported().run_decompositions(decomposition_table())
+        program = torch.onnx.export(decomposed, dynamo=True, verbose=False)
     assert program is not None
     path = str(tmp_path / "model.onnx")
     program.save(path)
     assert {node.domain for node in onnx.load(path).graph.node} == {""}
-    session = runtime.InferenceSession(path)
-    names = [entry.name for entry in session.get_inputs()]
+    run = load_in_onnx_runtime(path)
     for rows, cols in SIZES:
-        feed = {
-            name: tensor.numpy() for name, tensor in zip(names, inputs(rows, cols), strict=True)
-        }
-        assert_same(session.run(None, feed), rows, cols)
+        assert_close_to_eager(run(*inputs(rows, cols)), rows, cols)
 
 
 def test_onnx_of_an_empty_row(tmp_path: Path) -> None:
-    """Zeros there too, where the formulation that people write gives NaN."""
-    runtime = pytest.importorskip("onnxruntime")
+    """Zeros, where the unfused formulation gives NaN."""
+    pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     x, lengths = random_input((3, 5), torch.float32, seed=5), torch.tensor([0, 5, 2])
     program = torch.onnx.export(MaskedSoftmax(), (x, lengths), dynamo=True, verbose=False)
     assert program is not None
     path = str(tmp_path / "model.onnx")
     program.save(path)
-    session = runtime.InferenceSession(path)
-    names = [entry.name for entry in session.get_inputs()]
-    (got,) = session.run(None, dict(zip(names, (x.numpy(), lengths.numpy()), strict=True)))
+    (got,) = load_in_onnx_runtime(path)(x, lengths)
     torch.testing.assert_close(torch.from_numpy(got), masked_softmax(x, lengths))
     assert bool((torch.from_numpy(got)[0] == 0).all())

@@ -1,4 +1,4 @@
-"""Promise: torch's modes, hooks and lazy tensors meet these functions as they meet its own."""
+"""Promise: torch's modes, hooks, subclasses and lazy clones work as with torch's own functions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from masked_softmax_ext import MaskedSoftmax, masked_log_softmax, masked_softmax
 
 LENGTHS = torch.tensor([3, 0, 5, 1])
 
-# Every way to write to a tensor of shape (4, 5).
+# Every call that writes to a given tensor of shape (4, 5).
 WRITES: dict[str, Callable[[Tensor], Tensor]] = {
     "in place": lambda written: masked_softmax_(written, LENGTHS),
     "out": lambda written: masked_softmax(scores(), LENGTHS, out=written),
@@ -40,19 +40,19 @@ def scores() -> Tensor:
     return random_input((4, 5), torch.float32, seed=1)
 
 
-# Python exceptions come out as themselves
+# Python exceptions pass through unchanged
 
 
-class MineError(Exception):
+class CustomError(Exception):
     pass
 
 
 def fail(*_: Any) -> Any:
-    raise MineError("mine")
+    raise CustomError("mine")
 
 
-@pytest.mark.parametrize("error", [ValueError, TypeError, KeyError, MineError, KeyboardInterrupt])
-def test_the_error_of_a_saved_tensor_hook(error: type[BaseException], log: bool) -> None:
+@pytest.mark.parametrize("error", [ValueError, TypeError, KeyError, CustomError, KeyboardInterrupt])
+def test_exception_of_a_saved_tensor_hook(error: type[BaseException], log: bool) -> None:
     def pack(tensor: Tensor) -> Tensor:
         raise error("mine")
 
@@ -65,27 +65,27 @@ def test_the_error_of_a_saved_tensor_hook(error: type[BaseException], log: bool)
     assert type(caught.value) is error
 
 
-def test_the_error_of_a_hook_while_in_place() -> None:
+def test_exception_of_a_saved_tensor_hook_in_place() -> None:
     x = scores().requires_grad_() * 2
     with (
         torch.autograd.graph.saved_tensors_hooks(fail, lambda tensor: tensor),
-        pytest.raises(MineError, match="mine"),
+        pytest.raises(CustomError, match="mine"),
     ):
         masked_softmax_(x, LENGTHS)
 
 
-def test_the_error_of_a_dispatch_mode(log: bool) -> None:
+def test_exception_of_a_dispatch_mode(log: bool) -> None:
     class Failing(TorchDispatchMode):
         __torch_dispatch__ = fail
 
-    with Failing(), pytest.raises(MineError, match="mine"):
+    with Failing(), pytest.raises(CustomError, match="mine"):
         forward(scores(), LENGTHS, log=log)
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("early_stop", [False, True], ids=["to the end", "early stop"])
 def test_checkpoint(reentrant: bool, early_stop: bool, log: bool) -> None:
-    """Its recomputation ends by an exception, thrown through us where we save the last tensor."""
+    """Early stop ends the recomputation by an exception while the operator saves a tensor."""
 
     def function(x: Tensor) -> Tensor:
         return forward(x, LENGTHS, log=log)[:, :1] * 3
@@ -99,13 +99,13 @@ def test_checkpoint(reentrant: bool, early_stop: bool, log: bool) -> None:
     assert_same_bits(x.grad, expected)
 
 
-# Modes see the call
+# Function modes
 
 
-def test_a_torch_function_mode_sees_every_function() -> None:
+def test_torch_function_mode_sees_every_function() -> None:
     seen: list[str] = []
 
-    class Seeing(TorchFunctionMode):
+    class Recording(TorchFunctionMode):
         def __torch_function__(
             self, function: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
@@ -121,7 +121,7 @@ def test_a_torch_function_mode_sees_every_function() -> None:
     }
     for name, call in calls.items():
         seen.clear()
-        with Seeing():
+        with Recording():
             call()
         assert any(name in function for function in seen), f"{name}: {seen}"
 
@@ -130,8 +130,8 @@ def test_a_torch_function_mode_sees_every_function() -> None:
 
 
 @every_write
-def test_a_write_in_inference_mode_counts_a_version(write: Callable[[Tensor], Tensor]) -> None:
-    """What a backward pass outside still needs cannot be overwritten unnoticed."""
+def test_write_in_inference_mode_bumps_the_version(write: Callable[[Tensor], Tensor]) -> None:
+    """So autograd notices that a tensor saved for a backward pass was overwritten."""
     v = scores().requires_grad_()
     w = v * 2
     y = w * w
@@ -144,7 +144,7 @@ def test_a_write_in_inference_mode_counts_a_version(write: Callable[[Tensor], Te
 
 
 @every_write
-def test_a_write_counts_one_version(write: Callable[[Tensor], Tensor]) -> None:
+def test_write_bumps_the_version_once(write: Callable[[Tensor], Tensor]) -> None:
     for w in (scores(), scores()[:]):
         version = w._version
         write(w)
@@ -152,9 +152,10 @@ def test_a_write_counts_one_version(write: Callable[[Tensor], Tensor]) -> None:
 
 
 @every_write
-def test_an_inference_tensor_outside_is_refused_unchanged(
+def test_write_to_an_inference_tensor_outside_inference_mode_raises(
     write: Callable[[Tensor], Tensor],
 ) -> None:
+    """And leaves it unchanged; within inference mode the write succeeds."""
     with torch.inference_mode():
         w = torch.full((4, 5), 7.0)
     with pytest.raises(RuntimeError, match=r"[Ii]nference"):
@@ -165,21 +166,21 @@ def test_an_inference_tensor_outside_is_refused_unchanged(
     assert not bool((w == 7).any())
 
 
-def test_inference_lengths_with_grad_in_place_are_refused_unchanged() -> None:
-    """Autograd cannot save them, which it would say when the values are gone."""
+def test_in_place_with_grad_and_inference_lengths_raises() -> None:
+    """Autograd cannot save inference tensors; the error comes before the scores are overwritten."""
     with torch.inference_mode():
-        lengths, starts = LENGTHS.clone(), LENGTHS * 0
+        inference_lengths, inference_starts = LENGTHS.clone(), LENGTHS * 0
     x = scores().requires_grad_() * 1
-    for arguments in ((lengths, None), (LENGTHS, starts)):
+    for lengths, starts in ((inference_lengths, None), (LENGTHS, inference_starts)):
         with pytest.raises(RuntimeError, match="saved for backward"):
-            masked_softmax_(x, arguments[0], starts=arguments[1])
+            masked_softmax_(x, lengths, starts=starts)
     assert_same_bits(x.detach(), scores())
 
 
-# Forward-mode differentiation: out= has none, and refuses it before anything is written
+# Forward-mode differentiation: not supported by out=, which raises before it writes
 
 
-def test_out_refuses_a_tangent(log: bool) -> None:
+def test_out_with_a_tangent_raises(log: bool) -> None:
     out = torch.full((4, 5), 7.0)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(scores(), torch.ones(4, 5))
@@ -190,11 +191,11 @@ def test_out_refuses_a_tangent(log: bool) -> None:
     assert bool((out == 7).all())
 
 
-# Names in the graph, in anomalies, in profiles
+# The autograd graph, anomaly mode, the profiler
 
 
 def test_names_in_the_graph(log: bool) -> None:
-    """torch.autograd.graph, repr and visualisers show which function it was."""
+    """Nodes are named after the function, as repr and tools that draw the graph show."""
     x = scores().requires_grad_()
     y = forward(x, LENGTHS, log=log)
     name = "MaskedLogSoftmaxExtBackward" if log else "MaskedSoftmaxExtBackward"
@@ -238,7 +239,7 @@ def test_anomaly_mode_names_the_forward_call(log: bool) -> None:
             y.backward(g)
 
 
-def test_a_graph_is_used_once_or_kept(log: bool) -> None:
+def test_second_backward_needs_retain_graph(log: bool) -> None:
     x = scores().requires_grad_()
     y = forward(x, LENGTHS, log=log)
     g = scores()
@@ -249,7 +250,7 @@ def test_a_graph_is_used_once_or_kept(log: bool) -> None:
         torch.autograd.grad(y, x, g)
 
 
-def test_a_result_that_is_overwritten_is_noticed(log: bool) -> None:
+def test_overwriting_the_saved_result_raises(log: bool) -> None:
     x = scores().requires_grad_()
     y = forward(x, LENGTHS, log=log)
     y.mul_(2)
@@ -257,8 +258,8 @@ def test_a_result_that_is_overwritten_is_noticed(log: bool) -> None:
         y.sum().backward()
 
 
-def test_a_long_chain_is_taken_apart_without_recursion() -> None:
-    """A hundred thousand calls deep: a stack of destructors would not survive it."""
+def test_a_deep_graph_is_freed_without_recursion() -> None:
+    """Recursive destructors would overflow the stack."""
     x = scores()[:, :2].requires_grad_()
     y = x
     for _ in range(100_000):
@@ -276,22 +277,22 @@ def test_profiler_shows_names_and_shapes(log: bool) -> None:
     assert shapes[f"{name}_backward"][:3] == [[4, 5], [4, 5], [4]]
 
 
-def test_flop_counter_ignores_it(log: bool) -> None:
+def test_flop_counter_counts_only_matrix_products(log: bool) -> None:
     x = scores().requires_grad_()
     with FlopCounterMode(display=False) as counter:
         (forward(x, LENGTHS, log=log)[:, :1] @ torch.ones(1, 3)).sum().backward()
-    assert counter.get_total_flops() == 2 * 4 * 3 + 2 * 4 * 3  # the product's, and its gradient's
+    assert counter.get_total_flops() == 2 * 4 * 3 + 2 * 4 * 3  # the product, and its gradient
 
 
 # Subclasses
 
 
-class Named(Tensor):
-    """A subclass with torch's own __torch_function__."""
+class PlainSubclass(Tensor):
+    """A subclass with the default __torch_function__."""
 
 
-class Refusing(Tensor):
-    """A subclass that has its own idea of what is called."""
+class InterceptingSubclass(Tensor):
+    """A subclass whose __torch_function__ returns the name of a softmax instead of calling it."""
 
     @classmethod
     def __torch_function__(
@@ -302,31 +303,31 @@ class Refusing(Tensor):
         return super().__torch_function__(function, types, args, kwargs or {})
 
 
-def test_a_subclass_stays_one(log: bool) -> None:
-    x = scores().as_subclass(Named)
+def test_a_subclass_is_preserved(log: bool) -> None:
+    x = scores().as_subclass(PlainSubclass)
     result = forward(x, LENGTHS, log=log)
-    assert type(result) is Named
+    assert type(result) is PlainSubclass
     assert_same_bits(result.as_subclass(Tensor), forward(scores(), LENGTHS, log=log))
-    result = forward(scores(), LENGTHS.as_subclass(Named), log=log)
-    assert type(result) is Named
-    assert type(masked_softmax_(x, LENGTHS)) is Named
+    result = forward(scores(), LENGTHS.as_subclass(PlainSubclass), log=log)
+    assert type(result) is PlainSubclass
+    assert type(masked_softmax_(x, LENGTHS)) is PlainSubclass
     assert_same_bits(x.as_subclass(Tensor), masked_softmax(scores(), LENGTHS))
 
 
-def test_a_parameter_is_a_plain_tensor(log: bool) -> None:
+def test_the_result_of_a_parameter_is_a_plain_tensor(log: bool) -> None:
     x = torch.nn.Parameter(scores())
     result = forward(x, LENGTHS, log=log)
     assert type(result) is Tensor
     assert result.requires_grad
 
 
-def test_torch_function_decides(log: bool) -> None:
-    result: Any = forward(scores().as_subclass(Refusing), LENGTHS, log=log)
+def test_torch_function_of_a_subclass_is_called(log: bool) -> None:
+    result: Any = forward(scores().as_subclass(InterceptingSubclass), LENGTHS, log=log)
     assert "masked_log_softmax" in result if log else "masked_softmax" in result
 
 
-class Wrapped(Tensor):
-    """A subclass that holds a tensor and sees every operator by __torch_dispatch__."""
+class WrapperSubclass(Tensor):
+    """A wrapper subclass whose __torch_dispatch__ records every operator."""
 
     seen: ClassVar[list[str]] = []
     inner: Tensor
@@ -344,44 +345,44 @@ class Wrapped(Tensor):
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         cls.seen.append(function._schema.name)
-        unwrap = lambda t: t.inner if isinstance(t, Wrapped) else t  # noqa: E731
+        unwrap = lambda t: t.inner if isinstance(t, WrapperSubclass) else t  # noqa: E731
         args, kwargs = tree_map(unwrap, (args, kwargs or {}))
         return tree_map(lambda t: cls(t) if isinstance(t, Tensor) else t, function(*args, **kwargs))
 
 
 def test_torch_dispatch_sees_forward_and_backward(log: bool) -> None:
-    Wrapped.seen.clear()
-    x = Wrapped(scores()).requires_grad_()
+    WrapperSubclass.seen.clear()
+    x = WrapperSubclass(scores()).requires_grad_()
     result = forward(x, LENGTHS, log=log)
-    assert isinstance(result, Wrapped)
+    assert isinstance(result, WrapperSubclass)
     assert_same_bits(result.inner, forward(scores(), LENGTHS, log=log))
-    result.backward(Wrapped(torch.ones(4, 5)))
-    assert isinstance(x.grad, Wrapped)
+    result.backward(WrapperSubclass(torch.ones(4, 5)))
+    assert isinstance(x.grad, WrapperSubclass)
     leaf = scores().requires_grad_()
     forward(leaf, LENGTHS, log=log).backward(torch.ones(4, 5))
     assert leaf.grad is not None
     assert_same_bits(x.grad.inner, leaf.grad)
     name = "masked_softmax_ext::masked_log_softmax" if log else "masked_softmax_ext::masked_softmax"
-    assert Wrapped.seen.count(name) == 1
-    assert Wrapped.seen.count(f"{name}_backward") == 1
+    assert WrapperSubclass.seen.count(name) == 1
+    assert WrapperSubclass.seen.count(f"{name}_backward") == 1
 
 
 # Other processes
 
 
-def _in_another_process(module: torch.nn.Module, x: Tensor, lengths: Tensor, results: Any) -> None:
+def _write_result(module: torch.nn.Module, x: Tensor, lengths: Tensor, results: Any) -> None:
     result = module(x, lengths)
     x.copy_(result)  # shared memory
     results.put(bool((result.sum(-1) > 0.99).any()))
 
 
 def test_torch_multiprocessing() -> None:
-    """A module and shared tensors go to a process that has imported nothing."""
+    """A module and shared tensors can be sent to a spawned process."""
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
     x, lengths = scores().share_memory_(), LENGTHS.clone().share_memory_()
     process = context.Process(
-        target=_in_another_process, args=(MaskedSoftmax(scale=0.5), x, lengths, results)
+        target=_write_result, args=(MaskedSoftmax(scale=0.5), x, lengths, results)
     )
     process.start()
     assert results.get(timeout=120) is True
@@ -390,11 +391,11 @@ def test_torch_multiprocessing() -> None:
     assert_same_bits(x, masked_softmax(scores(), LENGTHS, scale=0.5))
 
 
-# Lazy tensors
+# Lazy (copy-on-write) clones and negated views
 
 
-def test_a_lazy_clone_stays_lazy(log: bool) -> None:
-    """Reading is no reason to copy: neither input nor incoming gradient, nor what is saved."""
+def test_reading_does_not_copy_a_lazy_clone(log: bool) -> None:
+    """Neither the input nor lengths nor the incoming gradient."""
     x, lengths = torch._lazy_clone(scores()), torch._lazy_clone(LENGTHS)
     expected = forward(scores(), LENGTHS, log=log)
     assert_same_bits(forward(x, lengths, log=log), expected)
@@ -407,7 +408,7 @@ def test_a_lazy_clone_stays_lazy(log: bool) -> None:
 
 
 @pytest.mark.parametrize("write", ["out", "in place"])
-def test_writing_to_a_lazy_clone_leaves_the_original(write: str) -> None:
+def test_writing_to_a_lazy_clone_leaves_the_original_unchanged(write: str) -> None:
     x = scores()
     expected = masked_softmax(x, LENGTHS)
     lazy = torch._lazy_clone(x)
@@ -417,14 +418,15 @@ def test_writing_to_a_lazy_clone_leaves_the_original(write: str) -> None:
         masked_softmax_(lazy, LENGTHS)
     assert_same_bits(lazy, expected)
     assert_same_bits(x, scores())
-    shifted = torch._lazy_clone(buffer := random_input((6, 5), torch.float32, seed=2))[1:5]
+    buffer = random_input((6, 5), torch.float32, seed=2)
+    overlapping = torch._lazy_clone(buffer)[1:5]
     expected = masked_softmax(buffer[:4], LENGTHS)
-    assert_same_bits(masked_softmax(buffer[:4], LENGTHS, out=shifted), expected)
+    assert_same_bits(masked_softmax(buffer[:4], LENGTHS, out=overlapping), expected)
 
 
 @every_write
 def test_a_negated_view(write: Callable[[Tensor], Tensor]) -> None:
-    """The imaginary part of a conjugate: its memory holds the values with the other sign."""
+    """The imaginary part of a conjugate: its memory holds the negated values."""
     plain, memory = scores(), torch.complex(torch.zeros(4, 5), -scores())
     view = memory.conj().imag
     assert view.is_neg()

@@ -1,6 +1,6 @@
-"""Promise: every transformation of torch.func and of autograd, as for torch.softmax.
+"""Promise: every transform of torch.func and of autograd works as it does for torch.softmax.
 
-The reference under the same transformation is the truth, in float64.
+Expected values come from masked_softmax_ext.reference under the same transform, in float64.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ Function = Callable[[Tensor], Tensor]
 
 LENGTHS = torch.tensor([5, 2, 0, 1])
 STARTS = torch.tensor([0, 1, 4, 2])
+TANGENT = random_input((4, 5), torch.float64, seed=2)
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "starts, scale": {"starts": STARTS, "scale": -0.7},
@@ -51,7 +52,7 @@ every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPT
 
 @pytest.fixture(autouse=True)
 def no_slow_fallback() -> Iterator[None]:
-    """torch warns where it calls an operator once a slice; here that is an error."""
+    """Makes torch's warning about a missing batching rule (one call for each sample) an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*batching rule.*")
         yield
@@ -61,33 +62,28 @@ def scores() -> Tensor:
     return random_input((4, 5), torch.float64, seed=1)
 
 
-def tangent() -> Tensor:
-    return random_input((4, 5), torch.float64, seed=2)
-
-
 def finite(tensor: Tensor) -> Tensor:
-    """Without the -inf of log_softmax's padding, which no sum survives."""
+    """Replaces the -inf of log_softmax's padding by 0, so that sums are finite."""
     return tensor.masked_fill(tensor == float("-inf"), 0.0)
 
 
-def pair(log: bool, options: dict[str, Any]) -> tuple[Function, Function]:
-    """The function and the reference, of one tensor (4, 5)."""
+def fused_and_reference(log: bool, options: dict[str, Any]) -> tuple[Function, Function]:
+    """The package's function and its reference, as functions of scores (4, 5)."""
     options = dict(options)
     dim = options.pop("dim", -1)
     lengths = LENGTHS if dim == -1 else torch.tensor([4, 2, 0, 1, 3])
-    of = reference.masked_log_softmax if log else reference.masked_softmax
+    unfused = reference.masked_log_softmax if log else reference.masked_softmax
     return (
         lambda x: finite(forward(x, lengths, dim, log=log, **options)),
-        lambda x: finite(of(x, lengths, dim, **options)),
+        lambda x: finite(unfused(x, lengths, dim, **options)),
     )
 
 
 def cubes(function: Function) -> Function:
-    """A number that depends on every element, with derivatives of every order."""
+    """The weighted sum of the cubes of all results: a scalar with derivatives of every order."""
     return lambda x: (function(x) ** 3 * torch.linspace(1, 2, 5, dtype=x.dtype)).sum()
 
 
-TANGENT = tangent()
 TRANSFORMS: dict[str, Callable[[Function], Function]] = {
     "grad": lambda f: grad(cubes(f)),
     "vjp": lambda f: lambda x: vjp(f, x)[1](TANGENT)[0],
@@ -98,8 +94,8 @@ TRANSFORMS: dict[str, Callable[[Function], Function]] = {
     "reverse over reverse": lambda f: jacrev(jacrev(cubes(f))),
     "reverse over forward": lambda f: jacrev(jacfwd(cubes(f))),
     "forward over forward": lambda f: jacfwd(jacfwd(cubes(f))),
-    "jvp of grad": lambda f: lambda x: jvp(grad(cubes(f)), (x,), (tangent(),))[1],
-    "grad of jvp": lambda f: grad(lambda x: cubes(lambda x: jvp(f, (x,), (tangent(),))[1])(x)),
+    "jvp of grad": lambda f: lambda x: jvp(grad(cubes(f)), (x,), (TANGENT,))[1],
+    "grad of jvp": lambda f: grad(lambda x: cubes(lambda x: jvp(f, (x,), (TANGENT,))[1])(x)),
     "per-sample grad": lambda f: lambda x: vmap(grad(cubes(f)))(torch.stack([x, -2 * x])),
 }  # fmt: skip
 
@@ -109,36 +105,36 @@ TRANSFORMS: dict[str, Callable[[Function], Function]] = {
 def test_transform(
     transform: Callable[[Function], Function], options: dict[str, Any], log: bool
 ) -> None:
-    ours, truth = (transform(function) for function in pair(log, options))
-    got, expected = ours(scores()), truth(scores())
+    fused, unfused = (transform(function) for function in fused_and_reference(log, options))
+    got, expected = fused(scores()), unfused(scores())
     assert float(expected.abs().max()) > 1e-3, "a result of zeros would pass"
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
 
 
 @every_option
 def test_linearize(options: dict[str, Any], log: bool) -> None:
-    """The reference looks at values of lengths, which linearize does not allow."""
-    ours, truth = pair(log, options)
-    value, linear = linearize(ours, scores())
-    torch.testing.assert_close(value, truth(scores()))
+    """Compared with jvp: the reference cannot be linearized, as it reads values of lengths."""
+    fused, unfused = fused_and_reference(log, options)
+    value, linear = linearize(fused, scores())
+    torch.testing.assert_close(value, unfused(scores()))
     for seed in (2, 3):
         direction = random_input((4, 5), torch.float64, seed)
-        torch.testing.assert_close(linear(direction), jvp(truth, (scores(),), (direction,))[1])
+        torch.testing.assert_close(linear(direction), jvp(unfused, (scores(),), (direction,))[1])
 
 
 @every_option
 def test_gradcheck(options: dict[str, Any], log: bool) -> None:
-    ours, _ = pair(log, options)
+    fused, _ = fused_and_reference(log, options)
     x = scores().requires_grad_()
     assert torch.autograd.gradcheck(
-        ours,
+        fused,
         x,
         check_forward_ad=True,
         check_batched_grad=True,
         check_batched_forward_grad=True,
     )
     assert torch.autograd.gradgradcheck(
-        ours, x, check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=True
+        fused, x, check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=True
     )
 
 
@@ -147,8 +143,8 @@ def test_gradcheck_of_packed_rows(log: bool) -> None:
 
     def function(x: Tensor) -> Tensor:
         operator = torch.ops.masked_softmax_ext
-        of = operator.masked_log_softmax if log else operator.masked_softmax
-        result: Tensor = of(x, offsets.diff(), 0, offsets[:-1], scale=0.6, packed=5)
+        softmax = operator.masked_log_softmax if log else operator.masked_softmax
+        result: Tensor = softmax(x, offsets.diff(), 0, offsets[:-1], scale=0.6, packed=5)
         return result
 
     x = random_input((9, 2), torch.float64, seed=4).requires_grad_()
@@ -164,13 +160,13 @@ def test_gradcheck_of_packed_rows(log: bool) -> None:
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=list(TRANSFORMS))
 def test_transform_of_packed_rows(transform: Callable[[Function], Function], log: bool) -> None:
-    """The columns of (4, 5) as packed rows, two of them to a column."""
+    """Each column of the scores (4, 5) holds two packed rows, of lengths 1 and 3."""
     offsets = torch.tensor([0, 1, 4])
-    of = packed_log_softmax if log else packed_softmax
-    truth = torch.log_softmax if log else torch.softmax
-    ours = transform(lambda x: of(x, offsets))
-    theirs = transform(lambda x: torch.cat([truth(x[:1], 0), truth(x[1:], 0)]))
-    got, expected = ours(scores()), theirs(scores())
+    packed = packed_log_softmax if log else packed_softmax
+    softmax = torch.log_softmax if log else torch.softmax
+    fused = transform(lambda x: packed(x, offsets))
+    unfused = transform(lambda x: torch.cat([softmax(x[:1], 0), softmax(x[1:], 0)]))
+    got, expected = fused(scores()), unfused(scores())
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
 
 
@@ -178,10 +174,10 @@ def test_transform_of_packed_rows(transform: Callable[[Function], Function], log
 
 
 def test_a_dual_number(log: bool) -> None:
-    ours, truth = pair(log, OPTIONS["starts, scale"])
+    fused, unfused = fused_and_reference(log, OPTIONS["starts, scale"])
     with forward_ad.dual_level():
-        result = forward_ad.unpack_dual(ours(forward_ad.make_dual(scores(), tangent())))
-        expected = forward_ad.unpack_dual(truth(forward_ad.make_dual(scores(), tangent())))
+        result = forward_ad.unpack_dual(fused(forward_ad.make_dual(scores(), TANGENT)))
+        expected = forward_ad.unpack_dual(unfused(forward_ad.make_dual(scores(), TANGENT)))
     torch.testing.assert_close(result.primal, expected.primal)
     torch.testing.assert_close(result.tangent, expected.tangent)
     assert float(expected.tangent.abs().max()) > 1e-3
@@ -189,30 +185,30 @@ def test_a_dual_number(log: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=short_name)
 def test_a_dual_number_with_dtype(dtype: torch.dtype, log: bool) -> None:
-    """The tangent has the result's type."""
+    """The tangent has the result's dtype."""
     x = scores().float()
     with forward_ad.dual_level():
-        dual = forward_ad.make_dual(x, tangent().float())
+        dual = forward_ad.make_dual(x, TANGENT.float())
         value, derivative = forward_ad.unpack_dual(forward(dual, LENGTHS, log=log, dtype=dtype))
     assert value.dtype == derivative.dtype == dtype
-    _, truth = pair(log, OPTIONS["plain"])
-    expected = jvp(truth, (scores(),), (tangent(),))[1]
+    _, unfused = fused_and_reference(log, OPTIONS["plain"])
+    expected = jvp(unfused, (scores(),), (TANGENT,))[1]
     tolerance = 8 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-6
     torch.testing.assert_close(derivative.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_forward_mode_without_grad_mode() -> None:
     with torch.no_grad(), forward_ad.dual_level():
-        y = masked_softmax(forward_ad.make_dual(scores(), tangent()), LENGTHS)
+        y = masked_softmax(forward_ad.make_dual(scores(), TANGENT), LENGTHS)
         assert forward_ad.unpack_dual(y).tangent is not None
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_in_place_with_a_tangent(requires_grad: bool) -> None:
-    """The tangent follows; so does that of a view made before."""
-    expected = jvp(lambda x: masked_softmax(x, LENGTHS), (scores(),), (tangent(),))[1]
+    """The tangent is replaced too, also that of an earlier view."""
+    expected = jvp(lambda x: masked_softmax(x, LENGTHS), (scores(),), (TANGENT,))[1]
     with forward_ad.dual_level():
-        x = forward_ad.make_dual(scores().requires_grad_(requires_grad), tangent()) * 1
+        x = forward_ad.make_dual(scores().requires_grad_(requires_grad), TANGENT) * 1
         view = x[1:]
         assert masked_softmax_(x, LENGTHS) is x
         torch.testing.assert_close(forward_ad.unpack_dual(x).tangent.detach(), expected)
@@ -220,28 +216,28 @@ def test_in_place_with_a_tangent(requires_grad: bool) -> None:
 
 
 def test_forward_over_reverse_with_dual_numbers(log: bool) -> None:
-    """The saved output carries its tangent."""
-    ours, truth = pair(log, OPTIONS["plain"])
+    """The saved output has a tangent, which the backward pass uses."""
+    fused, unfused = fused_and_reference(log, OPTIONS["plain"])
     results = []
-    for function in (ours, truth):
+    for function in (fused, unfused):
         with forward_ad.dual_level():
-            x = forward_ad.make_dual(scores().requires_grad_(), tangent())
+            x = forward_ad.make_dual(scores().requires_grad_(), TANGENT)
             (gradient,) = torch.autograd.grad(cubes(function)(x), x)
             results.append(forward_ad.unpack_dual(gradient).tangent)
     torch.testing.assert_close(*results)
 
 
-def test_third_derivatives_are_refused_in_words(log: bool) -> None:
-    ours, _ = pair(log, OPTIONS["plain"])
+def test_third_derivatives_raise(log: bool) -> None:
+    fused, _ = fused_and_reference(log, OPTIONS["plain"])
     with pytest.raises(RuntimeError, match=r"wrt_output.*not.* implemented|not implemented"):
-        jacrev(jacrev(jacrev(cubes(ours))))(scores())
+        jacrev(jacrev(jacrev(cubes(fused))))(scores())
 
 
 # vmap
 
 
-class Calls(TorchDispatchMode):
-    """Counts the operators of this package."""
+class CallCounter(TorchDispatchMode):
+    """Counts the calls of this package's operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -259,20 +255,20 @@ SCORES_SHAPE = (2, 4, 5)  # without the batch
 ROWS = SCORES_SHAPE[:-1]
 
 
-def every_batching() -> list[tuple[int | None, int | None, int | None]]:
-    """Where the batch dimension of input, lengths and starts is; at least one of them has one."""
-    dims = itertools.product((None, 0, 2, 3), (None, 0, 2), (None, 1))
-    return [found for found in dims if any(dim is not None for dim in found)]
+def every_in_dims() -> list[tuple[int | None, int | None, int | None]]:
+    """in_dims of input, lengths and starts, of which at least one is not None."""
+    combinations = itertools.product((None, 0, 2, 3), (None, 0, 2), (None, 1))
+    return [in_dims for in_dims in combinations if any(dim is not None for dim in in_dims)]
 
 
 def with_batch(tensor: Tensor, dim: int | None) -> Tensor:
-    """(BATCH, ...) with the first dimension moved to `dim`, or one of the batch alone."""
+    """The batch (BATCH, ...) with its first dimension moved to `dim`; its first sample for None."""
     return tensor[0] if dim is None else tensor.movedim(0, dim)
 
 
-@pytest.mark.parametrize("in_dims", every_batching(), ids=str)
+@pytest.mark.parametrize("in_dims", every_in_dims(), ids=str)
 def test_vmap(in_dims: tuple[int | None, int | None, int | None], log: bool) -> None:
-    """The bits of the loop, in one call of the operator."""
+    """The bits of a loop over the batch, in one call of the operator."""
     x = random_input((BATCH, *SCORES_SHAPE), torch.float32, seed=5)
     lengths = torch.randint(0, 4, (BATCH, *ROWS), generator=generator(6))
     starts = torch.randint(0, 3, (BATCH, *ROWS), generator=generator(7))
@@ -281,37 +277,39 @@ def test_vmap(in_dims: tuple[int | None, int | None, int | None], log: bool) -> 
     def function(x: Tensor, lengths: Tensor, starts: Tensor) -> Tensor:
         return forward(x, lengths, log=log, starts=starts, scale=0.5)
 
-    with Calls() as calls:
+    with CallCounter() as calls:
         got = vmap(function, in_dims=in_dims)(*operands)
     assert calls.count == 1
-    slices = []
+    expected = []
     for i in range(BATCH):
-        own = [t if d is None else t.select(d, i) for t, d in zip(operands, in_dims, strict=True)]
-        slices.append(function(*own))
-    assert_same_bits(got, torch.stack(slices))
+        sample = (
+            t if d is None else t.select(d, i) for t, d in zip(operands, in_dims, strict=True)
+        )
+        expected.append(function(*sample))
+    assert_same_bits(got, torch.stack(expected))
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2, -1, -2, -3])
 @pytest.mark.parametrize("batch_dim", [0, 1, -1])
 def test_vmap_over_any_dim(dim: int, batch_dim: int, log: bool) -> None:
-    """`dim` counts what a slice has."""
+    """`dim` counts the dimensions of one sample, without the batch dimension."""
     x = random_input((BATCH, *SCORES_SHAPE), torch.float32, seed=8)
     got = vmap(lambda x: forward(x, 2, dim, log=log), in_dims=batch_dim, out_dims=batch_dim)(
         x.movedim(0, batch_dim)
     )
-    expected = torch.stack([forward(slice, 2, dim, log=log) for slice in x])
+    expected = torch.stack([forward(sample, 2, dim, log=log) for sample in x])
     assert_same_bits(got.movedim(batch_dim, 0), expected)
 
 
 @pytest.mark.parametrize("dim", [3, -4])
-def test_vmap_knows_a_bad_dim(dim: int) -> None:
+def test_vmap_with_a_bad_dim_raises(dim: int) -> None:
     x = random_input((BATCH, *SCORES_SHAPE), torch.float32, seed=8)
     with pytest.raises(IndexError, match=rf"\[-3, 2\], but got {dim}"):
         vmap(lambda x: torch.ops.masked_softmax_ext.masked_softmax(x, torch.tensor(2), dim))(x)
 
 
 @pytest.mark.parametrize("lengths_shape", [(), (2,), (1, 4), (2, 4)], ids=str)
-def test_vmap_broadcasts_as_without(lengths_shape: tuple[int, ...], log: bool) -> None:
+def test_vmap_broadcasts_lengths(lengths_shape: tuple[int, ...], log: bool) -> None:
     x = random_input((BATCH, *SCORES_SHAPE), torch.float32, seed=9)
     lengths = torch.randint(0, 6, (BATCH, *lengths_shape), generator=generator(10))
     for in_dims, given in (((0, 0), lengths), ((0, None), lengths[0])):
@@ -324,19 +322,19 @@ def test_vmap_broadcasts_as_without(lengths_shape: tuple[int, ...], log: bool) -
 def test_vmap_nested(log: bool) -> None:
     x = random_input((2, 3, 4, 5), torch.float32, seed=11)
     lengths = torch.randint(0, 6, (3, 4), generator=generator(12))
-    with Calls() as calls:
+    with CallCounter() as calls:
         got = vmap(vmap(lambda x, n: forward(x, n, log=log)), in_dims=(0, None))(x, lengths)
     assert calls.count == 1
     assert_same_bits(got, forward(x, lengths.unsqueeze(0), log=log))
-    apart = vmap(
+    inner_dims = vmap(
         lambda x: vmap(lambda x, n: forward(x, n, log=log), in_dims=(2, 1), out_dims=2)(x, lengths)
     )(x.movedim(2, 3))
     expected = forward(x.movedim(2, 3).transpose(2, 3), lengths.unsqueeze(0), log=log)
-    assert_same_bits(apart.transpose(2, 3).contiguous(), expected)
+    assert_same_bits(inner_dims.transpose(2, 3).contiguous(), expected)
 
 
 def test_vmap_of_scalars(log: bool) -> None:
-    """A slice may be a 0-dim tensor."""
+    """Each sample is a 0-dim tensor."""
     x = torch.randn(6, generator=generator(13))
     lengths = torch.tensor([1, 0, 1, 1, 0, 0])
     got = vmap(lambda x, n: forward(x, n, log=log))(x, lengths)
@@ -364,7 +362,7 @@ def test_vmap_in_place() -> None:
     assert_same_bits(scalars, torch.ones(3))
 
 
-def test_vmap_in_place_of_what_is_not_batched_is_refused() -> None:
+def test_vmap_in_place_on_an_unbatched_input_raises() -> None:
     x = random_input((4, 5), torch.float32, seed=14)
     before = x.clone()
     lengths = torch.randint(0, 6, (BATCH, 4), generator=generator(15))
@@ -373,7 +371,7 @@ def test_vmap_in_place_of_what_is_not_batched_is_refused() -> None:
     assert_same_bits(x, before)
 
 
-def test_vmap_out_is_refused_as_torchs_own() -> None:
+def test_vmap_with_out_raises_as_torch_does() -> None:
     x = random_input((BATCH, 4, 5), torch.float32, seed=14)
     for call in (
         lambda x: torch.softmax(x, -1, out=torch.empty(4, 5)),
@@ -388,7 +386,7 @@ def test_vmap_of_packed_rows() -> None:
     offsets = torch.tensor([0, 3, 3, 7])
     for dim in (0, 1, 2):
         got = vmap(lambda x: packed_softmax(x, offsets), in_dims=dim)(x.movedim(0, dim))
-        assert_same_bits(got, torch.stack([packed_softmax(slice, offsets) for slice in x]))
+        assert_same_bits(got, torch.stack([packed_softmax(sample, offsets) for sample in x]))
     with pytest.raises(NotImplementedError, match="the same offsets"):
         vmap(lambda x, o: packed_softmax(x, o))(x, offsets.expand(BATCH, 4))
 
@@ -404,7 +402,7 @@ def test_per_sample_gradients(log: bool) -> None:
         attention = forward(functional_call(model, weights, (x,)), lengths, log=log)
         return (finite(attention) ** 2).sum()
 
-    with Calls() as calls:
+    with CallCounter() as calls:
         got = vmap(grad(loss), in_dims=(None, 0, 0))(weights, x, lengths)
     assert calls.count == 2
     for i in range(BATCH):
@@ -414,7 +412,7 @@ def test_per_sample_gradients(log: bool) -> None:
 
 
 def test_ensembles() -> None:
-    """vmap over weights: every member has its own scores, all have the same lengths."""
+    """vmap over weights: each member has its own scores, and all share the lengths."""
     weights = random_input((4, 5, 6), torch.float64, seed=19)
     x, lengths = random_input((3, 6), torch.float64, seed=20), torch.tensor([1, 5, 0])
     got = vmap(lambda w: masked_softmax(x @ w.T, lengths))(weights)
@@ -428,19 +426,19 @@ def test_ensembles() -> None:
 @pytest.mark.parametrize("name", ["grad", "jvp", "jacrev", "hessian", "per-sample grad"])
 def test_transform_in_a_compiled_program(name: str, log: bool) -> None:
     torch._dynamo.reset()
-    ours, truth = pair(log, OPTIONS["plain"])
-    compiled = torch.compile(TRANSFORMS[name](ours), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(scores()), TRANSFORMS[name](truth)(scores()))
+    fused, unfused = fused_and_reference(log, OPTIONS["plain"])
+    compiled = torch.compile(TRANSFORMS[name](fused), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(scores()), TRANSFORMS[name](unfused)(scores()))
 
 
 def test_compiled_autograd(log: bool) -> None:
-    """The backward pass as a program of its own, which knows our nodes."""
+    """Compiled autograd captures the backward pass with this package's nodes."""
     from torch._dynamo import compiled_autograd
 
     def gradient(options: dict[str, Any]) -> Tensor:
         x = scores().requires_grad_()
-        ours, _ = pair(log, options)
-        cubes(lambda x: ours(ours(x)))(x * 2).backward()
+        fused, _ = fused_and_reference(log, options)
+        cubes(lambda x: fused(fused(x)))(x * 2).backward()
         assert x.grad is not None
         return x.grad
 
