@@ -41,7 +41,9 @@ long stop_failing() {
 void* malloc(size_t size) { return must_fail() ? out_of_memory() : __libc_malloc(size); }
 void* calloc(size_t count, size_t size) { return must_fail() ? out_of_memory() : __libc_calloc(count, size); }
 void* realloc(void* old, size_t size) { return must_fail() ? out_of_memory() : __libc_realloc(old, size); }
-void* memalign(size_t alignment, size_t size) { return must_fail() ? out_of_memory() : __libc_memalign(alignment, size); }
+void* memalign(size_t alignment, size_t size) {
+  return must_fail() ? out_of_memory() : __libc_memalign(alignment, size);
+}
 void* aligned_alloc(size_t alignment, size_t size) { return memalign(alignment, size); }
 
 int posix_memalign(void** result, size_t alignment, size_t size) {
