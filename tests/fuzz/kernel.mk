@@ -7,9 +7,8 @@ FLAGS := -std=c++17 -O1 -gline-tables-only -Wall -Wextra -Werror -ffp-contract=o
 SOURCES := $(wildcard csrc/common/*.cpp csrc/cpu/*.cpp) tests/fuzz/kernel_fuzzer.cpp
 OBJECTS := $(SOURCES:%.cpp=$(FOLDER)/%.o)
 
-# Four kinds of check stand before every access to memory; with them the instruction sets take three times as long to
-# compile. AddressSanitizer and unreadable pages see what three of them see, gcc's sanitizers (tests/kernel/run.sh) the
-# fourth, alignment.
+# These four checks before every memory access triple the compile time of the instruction sets. AddressSanitizer and
+# unreadable pages cover three of them, gcc's sanitizers (tests/kernel/run.sh) the fourth, alignment.
 $(FOLDER)/csrc/cpu/isa_%.o: FLAGS += -fno-sanitize=null,object-size,pointer-overflow,alignment
 
 $(FOLDER)_fuzzer: $(OBJECTS)
