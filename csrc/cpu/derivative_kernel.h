@@ -1,200 +1,91 @@
-// The derivatives of one row, over its valid columns: one or two sums over the row, then one expression an element.
-// short_rows.h and long_row.h say over what they run.
+// The derivatives of one row, over its valid columns: up to two sums over the row, then one expression for each
+// element. The formulas are those of common/formulas.h; short_rows.h, narrow_rows.h and long_row.h run them over rows.
 //
-// Every input is read twice, the second time from cache; memory sees each valid element once. Formulas: Operation in
-// common/problem.h. exp(y) is evaluated with the exponent's low part carried along, so that its error does not grow
-// with |y|.
+// Types: inputs are converted to the accumulation type as they are loaded; sums and results are of that type, and
+// results are rounded once as they are stored. Memory: each valid element of each input is read once, the second pass
+// finds it in the cache; each element of the output, padding included, is written once. float32 softmax_backward: 8
+// bytes read for a valid element, 4 written for every element.
 //
-// Precondition: length >= 1.
+// exp(y) carries the low part of the exponent along, so that its error does not grow with |y|.
+//
+// Preconditions: length >= 1. The output may be the first input.
 #pragma once
 
-#include "cpu/exp.h"
-#include "cpu/sweep.h"
+#include "common/formulas.h"
+#include "cpu/exp2.h"
+#include "cpu/row_passes.h"
 
-namespace masked_softmax {
+namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
-// What the expressions share: the scale, and exp() of a saved log_softmax.
+// exp() of a saved log_softmax.
 template <class acc_t>
-struct DerivativeTerms {
-  acc_t scale;
+struct SavedExp {
   ScaledLog2e<acc_t> log2e{1.0};
 
-  explicit DerivativeTerms(double value) : scale(static_cast<acc_t>(value)) {}
-
   template <class W>
-  MASKED_SOFTMAX_INLINE W scaled(const W& value) const {
-    return W::mul(W::broadcast(scale), value);
-  }
-  template <class W>
-  MASKED_SOFTMAX_INLINE W exp(const W& y) const {
-    return exp2_product(y, W::broadcast(log2e.high), W::mul(y, W::broadcast(log2e.low)));
+  MASKED_SOFTMAX_INLINE W operator()(const W& y) const {
+    return exp2_product(y, W::broadcast(log2e.high), y * W::broadcast(log2e.low));
   }
 };
 
-// Each derivative: how many inputs, what is summed over the row, and what an element becomes. `in` holds a vector (or
-// several) of each input, `sums` the row's sums.
-template <Operation kOperation>
-struct Derivative;
+// What all rows of a derivative share.
+template <class acc_t>
+struct DerivativeScale {
+  acc_t scale;
+  SavedExp<acc_t> exp;
 
-template <>
-struct Derivative<Operation::kSoftmaxBackward> {  // (g, y)
-  static constexpr int kInputs = 2;
-  static constexpr int kSums = 1;
-  template <class W, class Terms>
-  static MASKED_SOFTMAX_INLINE LaneSums<W, kSums> terms(const Terms&, const W* in) {
-    return {{W::mul(in[0], in[1])}};
-  }
-  template <class W, class Terms>
-  static MASKED_SOFTMAX_INLINE W value(const Terms& shared, const W* in, const W* sums) {
-    return W::mul(shared.scaled(in[1]), W::sub(in[0], sums[0]));
-  }
+  explicit DerivativeScale(double value) : scale(static_cast<acc_t>(value)) {}
 };
 
-template <>
-struct Derivative<Operation::kLogSoftmaxBackward> {  // (g, y)
-  static constexpr int kInputs = 2;
-  static constexpr int kSums = 1;
-  template <class W, class Terms>
-  static MASKED_SOFTMAX_INLINE LaneSums<W, kSums> terms(const Terms&, const W* in) {
-    return {{in[0]}};
-  }
-  template <class W, class Terms>
-  static MASKED_SOFTMAX_INLINE W value(const Terms& shared, const W* in, const W* sums) {
-    return shared.scaled(W::sub(in[0], W::mul(shared.exp(in[1]), sums[0])));
-  }
-};
-
-template <>
-struct Derivative<Operation::kLogSoftmaxJvp> {  // (v, y)
-  static constexpr int kInputs = 2;
-  static constexpr int kSums = 1;
-  template <class W, class Terms>
-  static MASKED_SOFTMAX_INLINE LaneSums<W, kSums> terms(const Terms& shared, const W* in) {
-    return {{W::mul(in[0], shared.exp(in[1]))}};
-  }
-  template <class W, class Terms>
-  static MASKED_SOFTMAX_INLINE W value(const Terms& shared, const W* in, const W* sums) {
-    return shared.scaled(W::sub(in[0], sums[0]));
-  }
-};
-
-template <>
-struct Derivative<Operation::kSoftmaxBackwardWrtY> {  // (v, g, y)
-  static constexpr int kInputs = 3;
-  static constexpr int kSums = 2;
-  template <class W, class Terms>
-  static MASKED_SOFTMAX_INLINE LaneSums<W, kSums> terms(const Terms&, const W* in) {
-    return {{W::mul(in[1], in[2]), W::mul(in[0], in[2])}};
-  }
-  template <class W, class Terms>
-  static MASKED_SOFTMAX_INLINE W value(const Terms& shared, const W* in, const W* sums) {
-    return shared.scaled(W::sub(W::mul(in[0], W::sub(in[1], sums[0])), W::mul(in[1], sums[1])));
-  }
-};
-
-template <>
-struct Derivative<Operation::kLogSoftmaxBackwardWrtY> {  // (v, g, y)
-  static constexpr int kInputs = 3;
-  static constexpr int kSums = 1;
-  template <class W, class Terms>
-  static MASKED_SOFTMAX_INLINE LaneSums<W, kSums> terms(const Terms&, const W* in) {
-    return {{in[1]}};
-  }
-  template <class W, class Terms>
-  static MASKED_SOFTMAX_INLINE W value(const Terms& shared, const W* in, const W* sums) {
-    return W::sub(W::broadcast(0), shared.scaled(W::mul(W::mul(in[0], shared.exp(in[2])), sums[0])));
-  }
-};
-
-template <>
-struct Derivative<Operation::kSoftmaxBackwardJvpWrtY> {  // (v, g, y)
-  static constexpr int kInputs = 3;
-  static constexpr int kSums = 2;
-  template <class W, class Terms>
-  static MASKED_SOFTMAX_INLINE LaneSums<W, kSums> terms(const Terms&, const W* in) {
-    return {{W::mul(in[1], in[2]), W::mul(in[0], in[1])}};
-  }
-  template <class W, class Terms>
-  static MASKED_SOFTMAX_INLINE W value(const Terms& shared, const W* in, const W* sums) {
-    return shared.scaled(W::sub(W::mul(in[0], W::sub(in[1], sums[0])), W::mul(in[2], sums[1])));
-  }
-};
-
-template <>
-struct Derivative<Operation::kLogSoftmaxJvpJvpWrtY> {  // (v, u, y)
-  static constexpr int kInputs = 3;
-  static constexpr int kSums = 1;
-  template <class W, class Terms>
-  static MASKED_SOFTMAX_INLINE LaneSums<W, kSums> terms(const Terms& shared, const W* in) {
-    return {{W::mul(W::mul(in[0], in[1]), shared.exp(in[2]))}};
-  }
-  template <class W, class Terms>
-  static MASKED_SOFTMAX_INLINE W value(const Terms& shared, const W* /*in*/, const W* sums) {
-    return W::sub(W::broadcast(0), shared.scaled(sums[0]));
-  }
-};
-
-// The inputs of one row of a batch.
+// One row of every input, contiguous.
 template <class T, int kInputs>
-struct InputPointers {
+struct InputRows {
   const T* rows[kInputs];
-
-  template <int kMax, int kRows>
-  MASKED_SOFTMAX_INLINE InputPointers(const void* const (&inputs)[kMax][kRows], int row) {
-    for (int k = 0; k < kInputs; ++k) {
-      rows[k] = static_cast<const T*>(inputs[k][row]);
-    }
-  }
 };
 
-// A vector (or several) of every input.
+// A vector, or a group, of every input.
 template <class W, int kInputs>
 struct InputVectors {
   W in[kInputs];
 
-  template <class T, class Lanes>
-  MASKED_SOFTMAX_INLINE InputVectors(const T* const* rows, int64_t i, Lanes lanes) {
+  template <class T, class Mask>
+  MASKED_SOFTMAX_INLINE InputVectors(const InputRows<T, kInputs>& inputs, int64_t i, Mask mask) {
     for (int k = 0; k < kInputs; ++k) {
-      in[k] = load<W>(rows[k] + i, lanes, 0);
+      in[k] = load<W>(inputs.rows[k] + i, mask);
     }
   }
 };
 
-// What becomes of an element. All by value: what is written might otherwise be what is read next.
-template <Operation kOperation, class acc_t, class T>
-struct DerivativeValue {
-  using D = Derivative<kOperation>;
-  DerivativeTerms<acc_t> shared;
-  const T* inputs[D::kInputs];
-  acc_t row_sums[D::kSums];
-
-  DerivativeValue(const T* const* rows, const DerivativeTerms<acc_t>& terms, const acc_t* sums) : shared(terms) {
-    for (int k = 0; k < D::kInputs; ++k) {
-      inputs[k] = rows[k];
-    }
-    for (int s = 0; s < D::kSums; ++s) {
-      row_sums[s] = sums[s];
-    }
-  }
-
-  template <class As, class Lanes>
-  MASKED_SOFTMAX_INLINE auto operator()(As, int64_t i, Lanes lanes) const {
-    using W = typename As::type;
-    const InputVectors<W, D::kInputs> vectors(inputs, i, lanes);
-    W sums[D::kSums];
-    for (int s = 0; s < D::kSums; ++s) {
-      sums[s] = W::broadcast(row_sums[s]);
-    }
-    return D::value(shared, vectors.in, sums);
-  }
-};
-
-template <class V, Operation kOperation, class T, class U>
-MASKED_SOFTMAX_INLINE int64_t derivative_values(const T* const* inputs, int64_t count, int64_t room,
-                                                const DerivativeTerms<typename V::acc_t>& shared,
-                                                const typename V::acc_t* row_sums, U* output, Writing writing) {
-  const DerivativeValue<kOperation, typename V::acc_t, T> value(inputs, shared, row_sums);
-  return write_row<V>(output, count, room, writing, value);
+template <class W, Operation kOperation>
+MASKED_SOFTMAX_INLINE auto derivative_terms(const W* in, const DerivativeScale<typename W::acc_t>& shared) {
+  Terms<W, Formula<kOperation>::kSums> result;
+  Formula<kOperation>::terms(in, shared.exp, result.terms);
+  return result;
 }
 
-}  // namespace masked_softmax
+template <class W, Operation kOperation>
+MASKED_SOFTMAX_INLINE W derivative_of(const W* in, const typename W::acc_t* row_sums,
+                                      const DerivativeScale<typename W::acc_t>& shared) {
+  W sums[Formula<kOperation>::kSums];
+  for (int s = 0; s < Formula<kOperation>::kSums; ++s) {
+    sums[s] = W::broadcast(row_sums[s]);
+  }
+  return Formula<kOperation>::result(in, sums, W::broadcast(shared.scale), shared.exp);
+}
+
+// The row's derivative, as a value for write_row(). It holds copies, because the output might alias references.
+template <Operation kOperation, class acc_t, class T>
+struct DerivativeValue {
+  static constexpr int kInputs = input_count(kOperation);
+  InputRows<T, kInputs> inputs;
+  DerivativeScale<acc_t> shared;
+  acc_t row_sums[Formula<kOperation>::kSums];
+
+  template <class Tag, class Mask>
+  MASKED_SOFTMAX_INLINE auto operator()(Tag, int64_t i, Mask mask) const {
+    using W = typename Tag::type;
+    return derivative_of<W, kOperation>(InputVectors<W, kInputs>(inputs, i, mask).in, row_sums, shared);
+  }
+};
+
+}  // namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE

@@ -9,52 +9,66 @@
 #endif
 
 namespace masked_softmax {
+
+// isa_<name>.cpp defines it.
+#define MASKED_SOFTMAX_ISA(name, architecture, is_supported) \
+  MASKED_SOFTMAX_IF_##architecture(                          \
+      namespace name { void run_rows(const Problem& problem, int64_t begin, int64_t end); })
+#include "cpu/isa_table.inc"
+#undef MASKED_SOFTMAX_ISA
+
 namespace {
 
-bool supports_Scalar() { return true; }
-
 #if defined(__x86_64__)
-bool supports_Avx2() {
+bool has_avx2() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
-  return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+  return has_f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
-bool supports_Avx512() {
-  return supports_Avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-#elif defined(__aarch64__)
-bool supports_Neon() { return true; }  // part of the base architecture
 #endif
 
-constexpr CpuCapability kCompiled[] = {
-#define MASKED_SOFTMAX_ISA(Name, name) {name, run_##Name, supports_##Name},
+// Of every architecture.
+constexpr const char* kKnownNames[] = {
+#define MASKED_SOFTMAX_ISA(name, architecture, is_supported) #name,
 #include "cpu/isa_table.inc"
 #undef MASKED_SOFTMAX_ISA
 };
 
-constexpr const char* kKnownNames[] = {"scalar", "avx2", "avx512", "neon"};
+template <class Names, class NameOf>
+std::string joined(const Names& names, const NameOf& name_of) {
+  std::string result;
+  for (const auto& name : names) {
+    result += (result.empty() ? "" : ", ") + std::string(name_of(name));
+  }
+  return result;
+}
 
 std::atomic<const CpuCapability*>& chosen() {
   static std::atomic<const CpuCapability*> capability{&supported_cpu_capabilities().back()};
   return capability;
 }
 
-std::string supported_names() {
-  std::string names;
-  for (const CpuCapability& capability : supported_cpu_capabilities()) {
-    names += (names.empty() ? "" : ", ") + std::string(capability.name);
-  }
-  return names;
-}
-
 }  // namespace
+
+const std::vector<CpuCapability>& compiled_cpu_capabilities() {
+  static const std::vector<CpuCapability> compiled{
+#define MASKED_SOFTMAX_ISA(name, architecture, is_supported) \
+  MASKED_SOFTMAX_IF_##architecture({#name, name::run_rows, [] { return is_supported; }}, )
+#include "cpu/isa_table.inc"
+#undef MASKED_SOFTMAX_ISA
+  };
+  return compiled;
+}
 
 const std::vector<CpuCapability>& supported_cpu_capabilities() {
   static const std::vector<CpuCapability> supported = [] {
     std::vector<CpuCapability> found;
-    std::copy_if(std::begin(kCompiled), std::end(kCompiled), std::back_inserter(found),
+    std::copy_if(compiled_cpu_capabilities().begin(), compiled_cpu_capabilities().end(), std::back_inserter(found),
                  [](const CpuCapability& capability) { return capability.is_supported(); });
     return found;
   }();
@@ -71,11 +85,13 @@ void set_cpu_capability(const std::string& name) {
     }
   }
   if (std::find(std::begin(kKnownNames), std::end(kKnownNames), name) == std::end(kKnownNames)) {
-    throw std::invalid_argument("expected one of the CPU capabilities scalar, avx2, avx512, neon, but got '" + name +
+    throw std::invalid_argument("expected one of the CPU capabilities " +
+                                joined(kKnownNames, [](const char* known) { return known; }) + ", but got '" + name +
                                 "'");
   }
-  throw std::runtime_error("the CPU capability '" + name +
-                           "' was asked for, but this processor and build have: " + supported_names());
+  throw std::runtime_error("expected a CPU capability that this processor and build have (" +
+                           joined(supported_cpu_capabilities(), [](const CpuCapability& has) { return has.name; }) +
+                           "), but got '" + name + "'");
 }
 
 }  // namespace masked_softmax

@@ -1,4 +1,3 @@
-#include "cpu/dispatch.h"
 #include "cpu/prelude.h"
 
 #if defined(__x86_64__)
@@ -14,21 +13,10 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
 
+#define MASKED_SOFTMAX_ISA_NAMESPACE avx512
 #include "cpu/vec_avx512.h"
 
 #include "cpu/rows.h"
-
-namespace masked_softmax {
-
-struct Avx512 {
-  static constexpr bool kLoads16Bit = true;
-  using Float = Avx512Float;
-  using Double = Avx512Double;
-};
-
-void run_Avx512(const Problem& problem, int64_t begin, int64_t end) { run<Avx512>(problem, begin, end); }
-
-}  // namespace masked_softmax
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,139 +1,215 @@
-// One row that does not fit the scratch buffer, tile by tile.
+// One row that does not fit the scratch buffer of short_rows.h, tile by tile.
 //
-// The exponentials wait for their sum in the output itself where it is contiguous, of the computing type, and not the
-// input, of which they may not be enough (see exp.h). Elsewhere they are evaluated twice: same values, same bits, and
-// still no memory beyond the output.
+// Tiles are read and written in place where the row is contiguous and of the accumulation type. Otherwise they are
+// packed into a buffer on the stack, where they take no more of the time than the row's three passes over memory.
+//
+// Softmax's exponentials wait for their sum in the output where it is written in place and is not the input, which a
+// second attempt needs (exp2.h). Elsewhere they are computed twice: the same values, and no memory beyond the output.
 #pragma once
 
 #include "cpu/derivative_kernel.h"
+#include "cpu/packing.h"
 #include "cpu/row_kernel.h"
 
-namespace masked_softmax {
+namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
-template <class V, class T>
-MASKED_SOFTMAX_NOINLINE typename V::acc_t tile_max(const T* x, int64_t count) {
-  return find_maxima<V>(x, count).reduce_max();
-}
-
-template <class V, bool kOffset, class T>
-MASKED_SOFTMAX_NOINLINE void tile_exponentials(const T* x, int64_t count,
-                                               const RowExponent<typename V::acc_t>& exponent, typename V::acc_t* e,
-                                               RowSums<V>& sums) {
-  sums.add(count, [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
-    using W = typename decltype(as)::type;
-    return exponential<W, kOffset, false>(x + i, exponent, e + i, lanes);
-  });
-}
-
-template <class V, class T>
-MASKED_SOFTMAX_NOINLINE void tile_rests(const T* x, int64_t count, typename V::acc_t row_max,
-                                        const ScaledLog2e<typename V::acc_t>& exponent, RowSums<V, 2>& sums) {
-  sums.add(count, [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
-    using W = typename decltype(as)::type;
-    return rest_and_maxima<W>(x + i, row_max, exponent, lanes);
-  });
-}
-
-template <class V, Operation kOperation, class Source, class Sink>
-void forward_long_row(Source& x, Sink& y, int64_t length, const RowScale<typename V::acc_t>& scale) {
+// The tiles of one input.
+template <class V>
+class TileReader {
+ public:
   using acc_t = typename V::acc_t;
-  const auto find_maximum = [&] {
-    acc_t row_max = -std::numeric_limits<acc_t>::infinity();
-    for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-      const acc_t tile = tile_max<V>(x.tile(first, count), count);
-      row_max = tile > row_max ? tile : row_max;
-    });
-    return row_max;
-  };
 
-  if constexpr (kOperation == Operation::kLogSoftmax) {
-    const acc_t row_max = find_maximum();
-    RowSums<V, 2> sums;
+  void open(const void* row, const Operand& operand, acc_t factor) {
+    row_ = row;
+    type_ = operand.type;
+    stride_ = operand.col_stride;
+    factor_ = factor;
+    is_in_place_ = type_ == ElementTraits<acc_t>::kType && stride_ == 1 && factor == 1;
+  }
+
+  // Valid until the next call.
+  const acc_t* tile(int64_t first, int64_t count) {
+    const void* const from = element_at(row_, type_, first * stride_);
+    if (is_in_place_) {
+      return static_cast<const acc_t*>(from);
+    }
+    pack_row<V>(from, type_, stride_, count, factor_, buffer_);
+    return buffer_;
+  }
+
+ private:
+  const void* row_;
+  ElementType type_;
+  int64_t stride_;
+  acc_t factor_;
+  bool is_in_place_;
+  alignas(64) acc_t buffer_[kTileElems<V>];
+};
+
+// The tiles of the output.
+template <class V>
+class TileWriter {
+ public:
+  using acc_t = typename V::acc_t;
+
+  TileWriter(void* row, const Operand& operand)
+      : row_(row),
+        type_(operand.type),
+        stride_(operand.col_stride),
+        is_in_place_(type_ == ElementTraits<acc_t>::kType && stride_ == 1) {}
+
+  bool is_in_place() const { return is_in_place_; }
+  acc_t* tile(int64_t first) { return is_in_place_ ? static_cast<acc_t*>(row_) + first : buffer_; }
+
+  // Call after each tile that was written.
+  void finish(int64_t first, int64_t count) {
+    if (!is_in_place_) {
+      unpack_row<V>(buffer_, count, element_at(row_, type_, first * stride_), type_, stride_);
+    }
+  }
+
+ private:
+  void* const row_;
+  const ElementType type_;
+  const int64_t stride_;
+  const bool is_in_place_;
+  alignas(64) acc_t buffer_[kTileElems<V>];
+};
+
+template <class V, class acc_t>
+MASKED_SOFTMAX_NOINLINE acc_t tile_max(const acc_t* x, int64_t count) {
+  return max_of_elements<V>(x, count).reduce_max();
+}
+
+template <class V, bool kHasOffset, class acc_t>
+MASKED_SOFTMAX_NOINLINE void tile_exponentials(const acc_t* x, int64_t count, const RowExponent<acc_t>& exponent,
+                                               acc_t* e, RowSums<V>& sum) {
+  sum.add(count, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
+    return exponential<typename decltype(tag)::type, kHasOffset, false>(x + i, exponent, e + i, mask);
+  });
+}
+
+template <class V, class acc_t>
+MASKED_SOFTMAX_NOINLINE void tile_tail_and_maxima(const acc_t* x, int64_t count, acc_t row_max,
+                                                  const ScaledLog2e<acc_t>& log2e, RowSums<V, 2>& sums) {
+  sums.add(count, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
+    return tail_and_maxima<typename decltype(tag)::type>(x + i, row_max, log2e, mask);
+  });
+}
+
+template <class V, class acc_t>
+acc_t max_of_long_row(TileReader<V>& x, int64_t length) {
+  acc_t row_max = -std::numeric_limits<acc_t>::infinity();
+  for_each_tile<V>(length, [&](int64_t first, int64_t count) {
+    const acc_t tile = tile_max<V>(x.tile(first, count), count);
+    row_max = tile > row_max ? tile : row_max;
+  });
+  return row_max;
+}
+
+template <class V, class acc_t>
+void log_softmax_of_long_row(TileReader<V>& x, TileWriter<V>& y, int64_t length, const RowScale<acc_t>& scale) {
+  const acc_t row_max = max_of_long_row<V, acc_t>(x, length);
+  RowSums<V, 2> sums;
+  for_each_tile<V>(length, [&](int64_t first, int64_t count) {
+    tile_tail_and_maxima<V>(x.tile(first, count), count, row_max, scale.log2e, sums);
+  });
+  const acc_t log_sum = log_of_sum(sums.total(0), sums.total(1));
+  for_each_tile<V>(length, [&](int64_t first, int64_t count) {
+    const LogProbability<acc_t, acc_t> value{x.tile(first, count), row_max, scale.scale, log_sum};
+    write_row<V>(y.tile(first), count, count, StoreHint::kCached, value);
+    y.finish(first, count);
+  });
+}
+
+template <class V, class acc_t>
+void softmax_of_long_row(TileReader<V>& x, TileWriter<V>& y, bool is_output_input, int64_t length,
+                         const RowScale<acc_t>& scale) {
+  alignas(64) acc_t scratch[kTileElems<V>];
+  const bool are_exponentials_kept = y.is_in_place() && !is_output_input;
+  const auto exponentials_at = [&](int64_t first) { return are_exponentials_kept ? y.tile(first) : scratch; };
+  const auto sum_exponentials = [&](auto has_offset, const RowExponent<acc_t>& exponent) {
+    RowSums<V> sum;
     for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-      tile_rests(x.tile(first, count), count, row_max, scale.log2e, sums);
+      tile_exponentials<V, has_offset.value>(x.tile(first, count), count, exponent, exponentials_at(first), sum);
     });
-    const acc_t log_sum = log_of_sum(sums.total(0), sums.total(1));
-    for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-      const LogProbability<acc_t, std::remove_pointer_t<decltype(x.tile(0, 0))>> value{x.tile(first, count), row_max,
-                                                                                       scale.scale, log_sum};
-      write_row<V>(y.tile(first), count, count, Writing::kToCache, value);
-      y.finish_tile(first, count);
-    });
+    return sum.total(0);
+  };
+  const acc_t first = read_element(x.tile(0, 1));
+  const acc_t last = read_element(x.tile(length - 1, 1));
+  RowExponent<acc_t> exponent = exponent_from_reference<V>(row_reference(first, last), scale.log2e);
+  acc_t row_sum = sum_exponentials(std::false_type(), exponent);
+  if (is_sum_out_of_range(row_sum)) {
+    exponent = exponent_from_maximum<V>(max_of_long_row<V, acc_t>(x, length), scale.log2e);
+    row_sum = sum_exponentials(std::true_type(), exponent);
+  }
+  const acc_t factor = 1 / row_sum;
+  RowSums<V> unused;
+  for_each_tile<V>(length, [&](int64_t first, int64_t count) {
+    if (!are_exponentials_kept) {
+      tile_exponentials<V, true>(x.tile(first, count), count, exponent, scratch, unused);
+    }
+    write_row<V>(y.tile(first), count, count, StoreHint::kCached, Probability<acc_t>{exponentials_at(first), factor});
+    y.finish(first, count);
+  });
+}
+
+template <class V, Operation kOperation, class acc_t, int kInputs>
+MASKED_SOFTMAX_NOINLINE void tile_derivative_terms(const InputRows<acc_t, kInputs>& inputs, int64_t count,
+                                                   const DerivativeScale<acc_t>& shared,
+                                                   RowSums<V, Formula<kOperation>::kSums>& sums) {
+  sums.add(count, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
+    using W = typename decltype(tag)::type;
+    return derivative_terms<W, kOperation>(InputVectors<W, kInputs>(inputs, i, mask).in, shared);
+  });
+}
+
+template <class V, Operation kOperation, class acc_t>
+void derivative_of_long_row(TileReader<V>* inputs, TileWriter<V>& output, int64_t length,
+                            const DerivativeScale<acc_t>& shared) {
+  using Value = DerivativeValue<kOperation, acc_t, acc_t>;
+  const auto tiles = [&](int64_t first, int64_t count) {
+    InputRows<acc_t, Value::kInputs> result;
+    for (int k = 0; k < Value::kInputs; ++k) {
+      result.rows[k] = inputs[k].tile(first, count);
+    }
+    return result;
+  };
+  RowSums<V, Formula<kOperation>::kSums> sums;
+  for_each_tile<V>(length, [&](int64_t first, int64_t count) {
+    tile_derivative_terms<V, kOperation>(tiles(first, count), count, shared, sums);
+  });
+  Value value{{}, shared, {}};
+  for (int s = 0; s < Formula<kOperation>::kSums; ++s) {
+    value.row_sums[s] = sums.total(s);
+  }
+  for_each_tile<V>(length, [&](int64_t first, int64_t count) {
+    value.inputs = tiles(first, count);
+    write_row<V>(output.tile(first), count, count, StoreHint::kCached, value);
+    output.finish(first, count);
+  });
+}
+
+template <Operation kOperation, class acc_t>
+using KernelScale = std::conditional_t<is_forward(kOperation), RowScale<acc_t>, DerivativeScale<acc_t>>;
+
+// inputs, output: the row's first valid element, of the problem's types and column strides. Inputs are multiplied by
+// `factor`.
+template <class V, Operation kOperation, class acc_t>
+MASKED_SOFTMAX_NOINLINE void run_long_row(const Problem& problem, const void* const* inputs, void* output,
+                                          int64_t length, const KernelScale<kOperation, acc_t>& scale, acc_t factor) {
+  TileReader<V> readers[input_count(kOperation)];
+  for (int k = 0; k < input_count(kOperation); ++k) {
+    readers[k].open(inputs[k], problem.inputs[k], factor);
+  }
+  TileWriter<V> writer(output, problem.output);
+  if constexpr (kOperation == Operation::kSoftmax) {
+    softmax_of_long_row<V>(readers[0], writer, inputs[0] == output, length, scale);
+  } else if constexpr (kOperation == Operation::kLogSoftmax) {
+    log_softmax_of_long_row<V>(readers[0], writer, length, scale);
   } else {
-    alignas(64) acc_t tile_scratch[kTileElems<V>];
-    const auto place = [&](int64_t first) -> acc_t* {
-      if constexpr (!Sink::kStaged && std::is_same_v<typename Sink::element_t, acc_t>) {
-        return x.tile(0, 0) == y.tile(0) ? tile_scratch : y.tile(first);
-      } else {
-        (void)first;
-        return tile_scratch;
-      }
-    };
-    const bool are_held = place(0) != tile_scratch;
-    const auto add_exponentials = [&](auto has_offset, const RowExponent<acc_t>& exponent) {
-      RowSums<V> sum;
-      for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-        tile_exponentials<V, has_offset.value>(x.tile(first, count), count, exponent, place(first), sum);
-      });
-      return sum.total(0);
-    };
-    const acc_t first = V::element(x.tile(0, 1));
-    const acc_t last = V::element(x.tile(length - 1, 1));
-    RowExponent<acc_t> exponent = exponent_from_reference<V>(row_reference(first, last), scale.log2e);
-    acc_t row_sum = add_exponentials(std::false_type(), exponent);
-    if (is_sum_too_large(row_sum)) {
-      exponent = exponent_from_maximum<V>(find_maximum(), scale.log2e);
-      row_sum = add_exponentials(std::true_type(), exponent);
-    }
-    const acc_t factor = 1 / row_sum;
-    RowSums<V> unused;
-    for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-      if (!are_held) {
-        tile_exponentials<V, true>(x.tile(first, count), count, exponent, tile_scratch, unused);
-      }
-      write_row<V>(y.tile(first), count, count, Writing::kToCache, Probability<acc_t>{place(first), factor});
-      y.finish_tile(first, count);
-    });
+    derivative_of_long_row<V, kOperation>(readers, writer, length, scale);
   }
 }
 
-template <class V, Operation kOperation, class T>
-MASKED_SOFTMAX_NOINLINE void tile_derivative_sums(const T* const* inputs, int64_t count,
-                                                  const DerivativeTerms<typename V::acc_t>& shared,
-                                                  RowSums<V, Derivative<kOperation>::kSums>& sums) {
-  using D = Derivative<kOperation>;
-  sums.add(count, [&](auto as, int64_t i, auto lanes) MASKED_SOFTMAX_LAMBDA_INLINE {
-    using W = typename decltype(as)::type;
-    return D::terms(shared, InputVectors<W, D::kInputs>(inputs, i, lanes).in);
-  });
-}
-
-template <class V, Operation kOperation, class Source, class Sink>
-void derivative_long_row(Source* inputs, Sink& output, int64_t length,
-                         const DerivativeTerms<typename V::acc_t>& shared) {
-  using D = Derivative<kOperation>;
-  typename Source::tile_t tiles[D::kInputs];
-  const auto bring_tiles = [&](int64_t first, int64_t count) {
-    for (int k = 0; k < D::kInputs; ++k) {
-      tiles[k] = inputs[k].tile(first, count);
-    }
-  };
-
-  RowSums<V, D::kSums> row_sums;
-  for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-    bring_tiles(first, count);
-    tile_derivative_sums<V, kOperation>(tiles, count, shared, row_sums);
-  });
-
-  typename V::acc_t sums[D::kSums];
-  for (int s = 0; s < D::kSums; ++s) {
-    sums[s] = row_sums.total(s);
-  }
-  for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-    bring_tiles(first, count);
-    derivative_values<V, kOperation>(tiles, count, count, shared, sums, output.tile(first), Writing::kToCache);
-    output.finish_tile(first, count);
-  });
-}
-
-}  // namespace masked_softmax
+}  // namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE

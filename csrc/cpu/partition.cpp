@@ -11,8 +11,8 @@ void for_each_cost(const Problem& problem, const Visitor& visit) {
   RowWalker walker(problem, 0, problem.rows);
   int64_t row = 0;
   for (RowRun run; walker.next(run);) {
-    for (int64_t ahead = 0; ahead < run.rows; ++ahead, ++row) {
-      const int64_t length = run.bounds(ahead).length();
+    for (int64_t i = 0; i < run.rows; ++i, ++row) {
+      const int64_t length = run.bounds(i).length();
       visit(row, kRowCost + (problem.packing.is_packed ? length : problem.cols) + length * kValidCost);
     }
   }

@@ -1,109 +1,116 @@
-// Softmax and log_softmax of one row's valid columns, x[0..length).
+// Softmax and log_softmax of one row's valid columns, x[0..length) -> y[0..length).
 //
-//   softmax      y = e / sum(e),              e = 2^((x - max) * scale * log2(e))
-//   log_softmax  y = scale * (x - max) - log(sum(e))
+//   softmax      y[i] = e[i] / sum(e),                             e[i] = exp(scale * (x[i] - max(x)))
+//   log_softmax  y[i] = scale * (x[i] - max(x)) - log(sum(e))
 //
-// Sweeps: for a log_softmax, and for the few softmax rows that need it (see exp.h), the largest x; the exponentials and
-// their sum; the results. This file holds the sweeps over elements that lie together in memory; narrow_rows.h,
-// short_rows.h and long_row.h say over what they run.
+// Without vectors, a masked softmax is no more than this (tests/kernel/reference.h also bounds its error):
 //
-// Scale is neither negative nor extreme here: see input_factor() in common/problem.h for where a caller's is.
+//   void masked_softmax_row(const float* x, float* y, int start, int length, int cols, float scale) {
+//     float max = -INFINITY, sum = 0;
+//     for (int i = start; i < start + length; ++i) max = std::fmax(max, scale * x[i]);
+//     for (int i = start; i < start + length; ++i) sum += y[i] = std::exp(scale * x[i] - max);
+//     for (int i = 0; i < cols; ++i) y[i] = start <= i && i < start + length ? y[i] / sum : 0;
+//   }
 //
-// Precondition: length >= 1.
+// The kernels keep its three passes, but softmax needs the maximum in few rows only (exp2.h), so most rows take two.
+// This file holds the expressions of the passes; narrow_rows.h, short_rows.h and long_row.h run them over rows.
+//
+// Types: x is converted to the accumulation type as it is loaded; exponentials, sums and y are of that type, and y is
+// rounded once as it is stored. Memory: each valid element is read once, later passes find it in the cache; each
+// element, padding included, is written once. float32: 4 bytes read for a valid element, 4 written for every element.
+//
+// Preconditions: length >= 1; scale >= 0 and not extreme (input_factor() in common/problem.h). y may be x.
 #pragma once
 
-#include "cpu/exp.h"
-#include "cpu/sweep.h"
+#include "cpu/exp2.h"
+#include "cpu/row_passes.h"
 
-namespace masked_softmax {
+namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
-// The largest elements, spread over the lanes. A NaN is passed over here; the sum finds it.
+// The maximum, spread over the lanes. It ignores NaN, which the sum finds.
 template <class V, class T>
-MASKED_SOFTMAX_INLINE V find_maxima(const T* x, int64_t count) {
+MASKED_SOFTMAX_INLINE V max_of_elements(const T* x, int64_t count) {
   constexpr auto kNone = -std::numeric_limits<typename V::acc_t>::infinity();
-  auto maxima = Several<V, kChains>::broadcast(kNone);
-  for_each_in_chains<V, V::kTogether>(
+  auto maxima = VectorGroup<V, kAccumulators>::broadcast(kNone);
+  accumulate<V, V::kUnroll>(
       count,
-      [&](auto as, int64_t i, auto lanes)
-          MASKED_SOFTMAX_LAMBDA_INLINE { return load<typename decltype(as)::type>(x + i, lanes, kNone); },
-      [&](auto chain, const auto& loaded) MASKED_SOFTMAX_LAMBDA_INLINE {
-        for (int k = 0; k < vectors_in(loaded); ++k) {
-          V& of_chain = maxima.v[chain + k];
-          of_chain = V::max(vector_of(loaded, k), of_chain);
+      [&](auto tag, int64_t i, auto mask)
+          MASKED_SOFTMAX_LAMBDA_INLINE { return masked(load<typename decltype(tag)::type>(x + i, mask), mask, kNone); },
+      [&](auto index, const auto& loaded) MASKED_SOFTMAX_LAMBDA_INLINE {
+        for (int k = 0; k < loaded.kVectors; ++k) {
+          V& accumulator = maxima.v[index + k];
+          accumulator = V::max(loaded.vector(k), accumulator);
         }
       });
   return V::max(V::max(maxima.v[0], maxima.v[1]), V::max(maxima.v[2], maxima.v[3]));
 }
 
-// x - max
-template <class W, class T, class Lanes>
-MASKED_SOFTMAX_INLINE W distance(const T* x, typename W::acc_t row_max, Lanes lanes) {
-  return W::sub(load<W>(x, lanes, 0), W::broadcast(row_max));
-}
-
-// e = exp(scale * (x - max)), but for a factor that all of the row have in common. kRoom: e has room for whole vectors.
-template <class W, bool kOffset, bool kRoom, class T, class Lanes>
-MASKED_SOFTMAX_INLINE LaneSums<W> exponential(const T* x, const RowExponent<typename W::acc_t>& exponent,
-                                              typename W::acc_t* e, Lanes lanes) {
-  const W value = filled_lanes(exponential_of<kOffset>(load<W>(x, lanes, 0), exponent), lanes);
-  if constexpr (kRoom) {
+// e = exp(scale * (x - max)), but for a factor that the whole row shares. kHasRoom: e has room for full vectors.
+template <class W, bool kHasOffset, bool kHasRoom, class T, class Mask>
+MASKED_SOFTMAX_INLINE Terms<W> exponential(const T* x, const RowExponent<typename W::acc_t>& exponent,
+                                           typename W::acc_t* e, Mask mask) {
+  const W value = masked(exponential_of<kHasOffset>(load<W>(x, mask), exponent), mask);
+  if constexpr (kHasRoom) {
     value.store(e);
   } else {
-    store(e, value, lanes);
+    store(e, value, mask);
   }
   return {{value}};
 }
 
-// The exponentials of all elements but the maxima, and how many maxima there are.
+// The terms of log_softmax's sum: the exponentials of all elements but the maxima (the tail), and the number of maxima.
 //
-// A maximum contributes exactly 1 and is counted apart from the rest: log(sum) is log1p(sum - 1), so a row that one
-// element dominates keeps its relative accuracy. For the same reason the rest carries the rounding error of x - max
-// (TwoSum) and of the exponent along.
-template <class W, class T, class Lanes>
-MASKED_SOFTMAX_INLINE LaneSums<W, 2> rest_and_maxima(const T* x, typename W::acc_t row_max,
-                                                     const ScaledLog2e<typename W::acc_t>& c, Lanes lanes) {
+// A maximum contributes exactly 1. With the maxima counted apart, log(sum) = log1p(sum - 1), and a row that one element
+// dominates keeps its relative accuracy. For the same reason the tail carries the rounding errors of x - max (TwoSum)
+// and of the exponent.
+template <class W, class T, class Mask>
+MASKED_SOFTMAX_INLINE Terms<W, 2> tail_and_maxima(const T* x, typename W::acc_t row_max,
+                                                  const ScaledLog2e<typename W::acc_t>& c, Mask mask) {
   const W m = W::broadcast(row_max);
-  const W exponent = W::broadcast(c.high);
-  const W a = load<W>(x, lanes, 0);
-  const W t = W::sub(a, m);
-  const W part = W::sub(t, a);
-  const W error = W::sub(W::sub(a, W::sub(t, part)), W::add(m, part));
-  const W e = exp2_product<W, kTailBias>(t, exponent, W::fma(t, W::broadcast(c.low), W::mul(error, exponent)));
-  return {{filled_lanes(W::zero_where_zero(t, e), lanes), filled_lanes(W::one_where_zero(t), lanes)}};
+  const W high = W::broadcast(c.high);
+  const W a = load<W>(x, mask);
+  const W t = a - m;
+  const W part = t - a;
+  const W error = (a - (t - part)) - (m + part);
+  const W e = exp2_product<W, kTailBias>(t, high, W::fma(t, W::broadcast(c.low), error * high));
+  return {{masked(W::zero_where_zero(t, e), mask), masked(W::one_where_zero(t), mask)}};
 }
 
 template <class acc_t>
-MASKED_SOFTMAX_INLINE acc_t log_of_sum(acc_t rest, acc_t maxima) {
-  const double others = (static_cast<double>(maxima) - 1.0) + std::ldexp(static_cast<double>(rest), -kTailBias);
+MASKED_SOFTMAX_INLINE acc_t log_of_sum(acc_t tail, acc_t maxima) {
+  const double others = (static_cast<double>(maxima) - 1.0) + std::ldexp(static_cast<double>(tail), -kTailBias);
   return static_cast<acc_t>(std::log1p(others));
 }
 
-// What becomes of an element: y[i] = e[i] * factor.
+// The results, as values for write_row().
+
+// y[i] = e[i] * factor
 template <class acc_t>
 struct Probability {
-  const acc_t* e = nullptr;
-  acc_t factor = 0;
+  const acc_t* e;
+  acc_t factor;
 
-  template <class As, class Lanes>
-  MASKED_SOFTMAX_INLINE auto operator()(As, int64_t i, Lanes lanes) const {
-    using W = typename As::type;
-    return W::mul(load<W>(e + i, lanes, 0), W::broadcast(factor));
+  template <class Tag, class Mask>
+  MASKED_SOFTMAX_INLINE auto operator()(Tag, int64_t i, Mask mask) const {
+    using W = typename Tag::type;
+    return load<W>(e + i, mask) * W::broadcast(factor);
   }
 };
 
 // y[i] = scale * (x[i] - max) - log_sum
 template <class acc_t, class T>
 struct LogProbability {
-  const T* x = nullptr;
-  acc_t row_max = 0;
-  acc_t scale = 0;
-  acc_t log_sum = 0;
+  const T* x;
+  acc_t row_max;
+  acc_t scale;
+  acc_t log_sum;
 
-  template <class As, class Lanes>
-  MASKED_SOFTMAX_INLINE auto operator()(As, int64_t i, Lanes lanes) const {
-    using W = typename As::type;
-    return W::sub(W::mul(distance<W>(x + i, row_max, lanes), W::broadcast(scale)), W::broadcast(log_sum));
+  template <class Tag, class Mask>
+  MASKED_SOFTMAX_INLINE auto operator()(Tag, int64_t i, Mask mask) const {
+    using W = typename Tag::type;
+    const W distance = load<W>(x + i, mask) - W::broadcast(row_max);
+    return distance * W::broadcast(scale) - W::broadcast(log_sum);
   }
 };
 
-}  // namespace masked_softmax
+}  // namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE

@@ -1,97 +1,71 @@
-// AVX-512 (F, BW, DQ, VL): 16 floats or 8 doubles. Partial access goes through masks, so no byte outside is touched.
+// AVX-512 (F, BW, DQ, VL): 16 floats or 8 doubles. Masked loads and stores touch no byte outside of the mask.
 #pragma once
 
-#include "cpu/four_rows_x86.h"
-#include "cpu/prelude.h"
+#include "cpu/vec_x86.h"
 
-namespace masked_softmax {
+namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
-struct Avx512Float {
-  using acc_t = float;
-  static constexpr int kLanes = 16;
-  static constexpr int kPowerSteps = 32;
-  static constexpr bool kScalesByPowers = true;
-  static constexpr int kTogether = 4;
-  static constexpr bool kStoresNumbers = true;
-  static constexpr bool kMasksCheaply = true;
-  static constexpr bool kTransposes = true;
-  static constexpr bool kStoresPastCaches = true;
-  static void finish_stores() { _mm_sfence(); }  // store_past_caches is not ordered by itself
-  static constexpr int kNarrowVectors = 4;
-  static constexpr bool kReducesFourRows = true;
+// The mask of a group: bit i is lane i, and the lowest bits are the first vector's. Its groups have at most 64 lanes.
+template <class lanes_t, int kLanes>
+struct BitMask {
+  uint64_t bits;
+
+  static BitMask first_n(int64_t n) { return {n >= 64 ? ~uint64_t{0} : n <= 0 ? 0 : (uint64_t{1} << n) - 1}; }
+  BitMask part(int i) const { return {bits >> (i * kLanes)}; }
+  lanes_t lanes() const { return static_cast<lanes_t>(bits); }
+};
+
+struct Float : X86Defaults<Float, float, 16> {
+  static constexpr int kExp2TableSize = 32;
+  static constexpr bool kHasScalef = true;
+  static constexpr int kMaxNarrowVectors = 4;
   __m512 v;
 
-  static Avx512Float broadcast(float value) { return {_mm512_set1_ps(value)}; }
+  Float() = default;
+  Float(__m512 value) : v(value) {}
 
-  static float element(const float* p) { return read_element(p); }
-  static float element(const bfloat16_t* p) { return to_acc<float>(read_element(p)); }
-  static float element(const float16_t* p) {
-    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(read_element(p).bits)));
-  }
+  using Mask = BitMask<__mmask16, kLanes>;
+  static Mask first_n(int64_t n) { return Mask::first_n(n); }
 
-  static Avx512Float load(const float* p) { return {_mm512_loadu_ps(p)}; }
-  static Avx512Float load(const bfloat16_t* p) { return from_bfloat16(_mm256_loadu_si256(as_vector(p))); }
-  static Avx512Float load(const float16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(as_vector(p)))}; }
+  static Float broadcast(float value) { return _mm512_set1_ps(value); }
 
-  static Avx512Float load_partial(const float* p, int count, float fill) {
-    return {_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first(count), p)};
-  }
-  static Avx512Float load_partial(const bfloat16_t* p, int count, float fill) {
-    const Avx512Float loaded = from_bfloat16(_mm256_maskz_loadu_epi16(first(count), p));
-    return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), first(count), loaded.v)};
-  }
-  static Avx512Float load_partial(const float16_t* p, int count, float fill) {
-    const __m512 loaded = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), p));
-    return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), first(count), loaded)};
+  static Float load(const float* p) { return _mm512_loadu_ps(p); }
+  static Float load(const bfloat16_t* p) { return from_bfloat16(_mm256_loadu_si256(as_vector(p))); }
+  static Float load(const float16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(as_vector(p))); }
+
+  static Float load(const float* p, Mask mask) { return _mm512_maskz_loadu_ps(mask.lanes(), p); }
+  static Float load(const bfloat16_t* p, Mask mask) { return from_bfloat16(_mm256_maskz_loadu_epi16(mask.lanes(), p)); }
+  static Float load(const float16_t* p, Mask mask) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask.lanes(), p));
   }
 
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(bfloat16_t* p) const { _mm256_storeu_si256(as_vector(p), to_bfloat16<true>()); }
-  void store(bfloat16_number_t* p) const { _mm256_storeu_si256(as_vector(p), to_bfloat16<false>()); }
+  void store(bfloat16_no_nan_t* p) const { _mm256_storeu_si256(as_vector(p), to_bfloat16<false>()); }
   void store(float16_t* p) const { _mm256_storeu_si256(as_vector(p), to_float16()); }
 
-  void store_past_caches(float* p) const { _mm512_stream_ps(p, v); }
-  void store_past_caches(bfloat16_t* p) const { _mm256_stream_si256(as_vector(p), to_bfloat16<true>()); }
-  void store_past_caches(bfloat16_number_t* p) const { _mm256_stream_si256(as_vector(p), to_bfloat16<false>()); }
-  void store_past_caches(float16_t* p) const { _mm256_stream_si256(as_vector(p), to_float16()); }
+  void store_non_temporal(float* p) const { _mm512_stream_ps(p, v); }
+  void store_non_temporal(bfloat16_t* p) const { _mm256_stream_si256(as_vector(p), to_bfloat16<true>()); }
+  void store_non_temporal(bfloat16_no_nan_t* p) const { _mm256_stream_si256(as_vector(p), to_bfloat16<false>()); }
+  void store_non_temporal(float16_t* p) const { _mm256_stream_si256(as_vector(p), to_float16()); }
 
-  void store_partial(float* p, int count) const { _mm512_mask_storeu_ps(p, first(count), v); }
-  void store_partial(bfloat16_t* p, int count) const { _mm256_mask_storeu_epi16(p, first(count), to_bfloat16<true>()); }
-  void store_partial(bfloat16_number_t* p, int count) const {
-    _mm256_mask_storeu_epi16(p, first(count), to_bfloat16<false>());
-  }
-  void store_partial(float16_t* p, int count) const { _mm256_mask_storeu_epi16(p, first(count), to_float16()); }
+  void store(float* p, Mask mask) const { _mm512_mask_storeu_ps(p, mask.lanes(), v); }
+  void store(bfloat16_t* p, Mask mask) const { _mm256_mask_storeu_epi16(p, mask.lanes(), to_bfloat16<true>()); }
+  void store(bfloat16_no_nan_t* p, Mask mask) const { _mm256_mask_storeu_epi16(p, mask.lanes(), to_bfloat16<false>()); }
+  void store(float16_t* p, Mask mask) const { _mm256_mask_storeu_epi16(p, mask.lanes(), to_float16()); }
 
-  static Avx512Float add(Avx512Float a, Avx512Float b) { return {_mm512_add_ps(a.v, b.v)}; }
-  static Avx512Float sub(Avx512Float a, Avx512Float b) { return {_mm512_sub_ps(a.v, b.v)}; }
-  static Avx512Float mul(Avx512Float a, Avx512Float b) { return {_mm512_mul_ps(a.v, b.v)}; }
-  static Avx512Float fma(Avx512Float a, Avx512Float b, Avx512Float c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-  static Avx512Float fms(Avx512Float a, Avx512Float b, Avx512Float c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
-  static Avx512Float max(Avx512Float a, Avx512Float b) { return {_mm512_max_ps(a.v, b.v)}; }
+  Float operator+(Float b) const { return _mm512_add_ps(v, b.v); }
+  Float operator-(Float b) const { return _mm512_sub_ps(v, b.v); }
+  Float operator*(Float b) const { return _mm512_mul_ps(v, b.v); }
+  static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+  static Float fms(Float a, Float b, Float c) { return _mm512_fmsub_ps(a.v, b.v, c.v); }
+  static Float max(Float a, Float b) { return _mm512_max_ps(a.v, b.v); }
 
-  // The lanes of up to four vectors that hold a row's elements.
-  struct Extent {
-    uint64_t lanes;
-    __mmask16 of(int first) const { return static_cast<__mmask16>(lanes >> first); }
-  };
-  template <class T>
-  static Extent extent(const T* /*row*/, int length) {
-    return {length >= 64 ? ~uint64_t{0} : (uint64_t{1} << length) - 1};
-  }
-  // The elements row[first..first + kLanes) within the extent, zeros elsewhere.
-  static Avx512Float load_within(const float* row, int first, Extent extent) {
-    return {_mm512_maskz_loadu_ps(extent.of(first), row + first)};
-  }
-  static Avx512Float load_within(const bfloat16_t* row, int first, Extent extent) {
-    return from_bfloat16(_mm256_maskz_loadu_epi16(extent.of(first), row + first));
-  }
-  static Avx512Float load_within(const float16_t* row, int first, Extent extent) {
-    return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(extent.of(first), row + first))};
-  }
-  Avx512Float within(int first, Extent extent) const { return {_mm512_maskz_mov_ps(extent.of(first), v)}; }
+  Float masked(Mask mask) const { return _mm512_maskz_mov_ps(mask.lanes(), v); }
+  Float masked(Mask mask, float fill) const { return _mm512_mask_mov_ps(_mm512_set1_ps(fill), mask.lanes(), v); }
 
-  // 2^(k/32), k being the low five bits of the sum `shifted`.
-  static Avx512Float fraction_power(Avx512Float shifted) {
+  // 2^(k/32), where k is the low five bits of `sum`.
+  static Float table_lookup(Float sum) {
     const __m512 low = _mm512_setr_ps(0x1p0f, 0x1.059b0ep0f, 0x1.0b5586p0f, 0x1.11301ep0f, 0x1.172b84p0f, 0x1.1d4874p0f,
                                       0x1.2387a6p0f, 0x1.29e9ep0f, 0x1.306fep0f, 0x1.371a74p0f, 0x1.3dea64p0f,
                                       0x1.44e086p0f, 0x1.4bfdaep0f, 0x1.5342b6p0f, 0x1.5ab07ep0f, 0x1.6247ecp0f);
@@ -99,27 +73,23 @@ struct Avx512Float {
         _mm512_setr_ps(0x1.6a09e6p0f, 0x1.71f75ep0f, 0x1.7a1148p0f, 0x1.82589ap0f, 0x1.8ace54p0f, 0x1.93737cp0f,
                        0x1.9c4918p0f, 0x1.a5503cp0f, 0x1.ae89fap0f, 0x1.b7f77p0f, 0x1.c199bep0f, 0x1.cb720ep0f,
                        0x1.d5818ep0f, 0x1.dfc974p0f, 0x1.ea4afap0f, 0x1.f50766p0f);
-    return {_mm512_permutex2var_ps(low, _mm512_castps_si512(shifted.v), high)};
+    return _mm512_permutex2var_ps(low, _mm512_castps_si512(sum.v), high);
   }
-  // value * 2^floor(n); where that is too small, 0 or nearly.
-  static Avx512Float scale_by_power(Avx512Float value, Avx512Float n) { return {_mm512_scalef_ps(value.v, n.v)}; }
-  // 2^z, z being what the sum `shifted` was rounded to: the bits above the low five are added to the exponent, and the
-  // low five, which come along, are taken away.
-  static Avx512Float power(Avx512Float shifted) {
-    const __m512i bits = _mm512_castps_si512(shifted.v);
+  static Float scalef(Float value, Float n) { return _mm512_scalef_ps(value.v, n.v); }
+  // The low five bits of `sum` are an index of the table, the bits above them are added to the exponent.
+  static Float exp2_of(Float sum) {
+    const __m512i bits = _mm512_castps_si512(sum.v);
     const __m512i whole = _mm512_slli_epi32(_mm512_srli_epi32(bits, 5), 23);
-    return {_mm512_castsi512_ps(_mm512_add_epi32(whole, _mm512_castps_si512(fraction_power(shifted).v)))};
+    return _mm512_castsi512_ps(_mm512_add_epi32(whole, _mm512_castps_si512(table_lookup(sum).v)));
   }
-  // value, or 0 where n < smallest; a NaN is not less.
-  static Avx512Float zero_where_less(Avx512Float n, Avx512Float smallest, Avx512Float value) {
-    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(n.v, smallest.v, _CMP_NLT_UQ), value.v)};
+  static Float zero_where_less(Float n, Float least, Float value) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(n.v, least.v, _CMP_NLT_UQ), value.v);
   }
-  static Avx512Float zero_where_zero(Avx512Float t, Avx512Float value) {
-    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(t.v, _mm512_setzero_ps(), _CMP_NEQ_UQ), value.v)};
+  static Float zero_where_zero(Float t, Float value) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(t.v, _mm512_setzero_ps(), _CMP_NEQ_UQ), value.v);
   }
-  Avx512Float first_lanes(int count) const { return {_mm512_maskz_mov_ps(first(count), v)}; }
-  static Avx512Float one_where_zero(Avx512Float t) {
-    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(t.v, _mm512_setzero_ps(), _CMP_EQ_OQ), _mm512_set1_ps(1.0f))};
+  static Float one_where_zero(Float t) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(t.v, _mm512_setzero_ps(), _CMP_EQ_OQ), _mm512_set1_ps(1.0f));
   }
 
   // Quarter i of vector k becomes quarter k of vector i.
@@ -134,7 +104,7 @@ struct Avx512Float {
     vectors[3] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
   }
 
-  static void transpose(Avx512Float* vectors) {
+  static void transpose(Float* vectors) {
     __m512 pairs[16];
     for (int i = 0; i < 16; i += 2) {
       pairs[i] = _mm512_unpacklo_ps(vectors[i].v, vectors[i + 1].v);
@@ -158,44 +128,38 @@ struct Avx512Float {
     }
   }
 
-  // In double, rounded once.
-  float reduce_add() const { return Four::add_one(add_quarters()); }
-  static void reduce_add_four(const Avx512Float* lanes, float* sums) {
-    __m256d rows[4];
-    for (int r = 0; r < 4; ++r) {
-      rows[r] = lanes[r].add_quarters();
-    }
-    _mm_storeu_ps(sums, Four::add(rows));
+  // In double.
+  float reduce_add() const { return sum_of_row(add_quarters()); }
+  static void reduce_add_four(const Float* vectors, float* sums) {
+    const __m256d rows[] = {vectors[0].add_quarters(), vectors[1].add_quarters(), vectors[2].add_quarters(),
+                            vectors[3].add_quarters()};
+    _mm_storeu_ps(sums, sums_of_rows(rows));
   }
   float reduce_max() const { return _mm512_reduce_max_ps(v); }
-  static void reduce_max_four(const Avx512Float* lanes, float* maxima) {
-    __m128 rows[4];
-    for (int r = 0; r < 4; ++r) {
-      const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(lanes[r].v), _mm512_extractf32x8_ps(lanes[r].v, 1));
-      rows[r] = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-    }
-    _mm_storeu_ps(maxima, Four::max(rows));
+  static void reduce_max_four(const Float* vectors, float* maxima) {
+    const __m128 rows[] = {vectors[0].max_quarters(), vectors[1].max_quarters(), vectors[2].max_quarters(),
+                           vectors[3].max_quarters()};
+    _mm_storeu_ps(maxima, max_of_rows(rows));
   }
 
  private:
-  using Four = FourRows<Avx512Float>;
-
-  // Halves are added as they are: half an eps more, and half as much to convert.
+  // The halves are added in float, the rest in double: half an eps more, and half as much to convert.
   __m256d add_quarters() const {
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-    return Four::add_as_doubles(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    return add_as_doubles(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
   }
-  static __mmask16 first(int count) {
-    return count >= kLanes ? 0xffff : static_cast<__mmask16>((1u << (count > 0 ? count : 0)) - 1u);
+  __m128 max_quarters() const {
+    const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    return _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
   }
   static const __m256i* as_vector(const void* p) { return static_cast<const __m256i*>(p); }
   static __m256i* as_vector(void* p) { return static_cast<__m256i*>(p); }
   // A bfloat16 is the upper half of a float: word i of sixteen becomes, or comes from, word 2 i + 1 of thirty-two.
-  static Avx512Float from_bfloat16(__m256i words) {
+  static Float from_bfloat16(__m256i words) {
     constexpr __mmask32 kUpperHalves = 0xaaaaaaaa;
     const __m512i order = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5,
                                            4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-    return {_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(kUpperHalves, order, _mm512_castsi256_si512(words)))};
+    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(kUpperHalves, order, _mm512_castsi256_si512(words)));
   }
   // To nearest, ties to even. (The AVX512_BF16 instruction flushes subnormals, so it is not used.)
   template <bool kMayBeNan>
@@ -213,56 +177,46 @@ struct Avx512Float {
   __m256i to_float16() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 };
 
-struct Avx512Double {
-  using acc_t = double;
-  static constexpr int kLanes = 8;
-  static constexpr int kPowerSteps = 1;
-  static constexpr bool kScalesByPowers = false;
-  static constexpr int kTogether = 4;
-  static constexpr bool kStoresNumbers = false;
-  static constexpr bool kMasksCheaply = true;
-  static constexpr bool kTransposes = true;
-  static constexpr bool kStoresPastCaches = true;
-  static void finish_stores() { _mm_sfence(); }  // store_past_caches is not ordered by itself
-  static constexpr bool kReducesFourRows = false;
-  static constexpr int kNarrowVectors = 0;
+struct Double : X86Defaults<Double, double, 8> {
   __m512d v;
 
-  static Avx512Double broadcast(double value) { return {_mm512_set1_pd(value)}; }
+  Double() = default;
+  Double(__m512d value) : v(value) {}
 
-  static double element(const double* p) { return read_element(p); }
+  using Mask = BitMask<__mmask8, kLanes>;
+  static Mask first_n(int64_t n) { return Mask::first_n(n); }
 
-  static Avx512Double load(const double* p) { return {_mm512_loadu_pd(p)}; }
-  static Avx512Double load_partial(const double* p, int count, double fill) {
-    return {_mm512_mask_loadu_pd(_mm512_set1_pd(fill), first(count), p)};
-  }
+  static Double broadcast(double value) { return _mm512_set1_pd(value); }
+
+  static Double load(const double* p) { return _mm512_loadu_pd(p); }
+  static Double load(const double* p, Mask mask) { return _mm512_maskz_loadu_pd(mask.lanes(), p); }
   void store(double* p) const { _mm512_storeu_pd(p, v); }
-  void store_past_caches(double* p) const { _mm512_stream_pd(p, v); }
-  void store_partial(double* p, int count) const { _mm512_mask_storeu_pd(p, first(count), v); }
+  void store_non_temporal(double* p) const { _mm512_stream_pd(p, v); }
+  void store(double* p, Mask mask) const { _mm512_mask_storeu_pd(p, mask.lanes(), v); }
 
-  static Avx512Double add(Avx512Double a, Avx512Double b) { return {_mm512_add_pd(a.v, b.v)}; }
-  static Avx512Double sub(Avx512Double a, Avx512Double b) { return {_mm512_sub_pd(a.v, b.v)}; }
-  static Avx512Double mul(Avx512Double a, Avx512Double b) { return {_mm512_mul_pd(a.v, b.v)}; }
-  static Avx512Double fma(Avx512Double a, Avx512Double b, Avx512Double c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
-  static Avx512Double fms(Avx512Double a, Avx512Double b, Avx512Double c) { return {_mm512_fmsub_pd(a.v, b.v, c.v)}; }
-  static Avx512Double max(Avx512Double a, Avx512Double b) { return {_mm512_max_pd(a.v, b.v)}; }
-  static Avx512Double min(Avx512Double a, Avx512Double b) { return {_mm512_min_pd(a.v, b.v)}; }
+  Double operator+(Double b) const { return _mm512_add_pd(v, b.v); }
+  Double operator-(Double b) const { return _mm512_sub_pd(v, b.v); }
+  Double operator*(Double b) const { return _mm512_mul_pd(v, b.v); }
+  static Double fma(Double a, Double b, Double c) { return _mm512_fmadd_pd(a.v, b.v, c.v); }
+  static Double fms(Double a, Double b, Double c) { return _mm512_fmsub_pd(a.v, b.v, c.v); }
+  static Double max(Double a, Double b) { return _mm512_max_pd(a.v, b.v); }
+  static Double min(Double a, Double b) { return _mm512_min_pd(a.v, b.v); }
 
-  static Avx512Double power(Avx512Double shifted) {
-    return {_mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(shifted.v), 52))};
+  Double masked(Mask mask) const { return _mm512_maskz_mov_pd(mask.lanes(), v); }
+  Double masked(Mask mask, double fill) const { return _mm512_mask_mov_pd(_mm512_set1_pd(fill), mask.lanes(), v); }
+
+  static Double exp2_of(Double sum) { return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(sum.v), 52)); }
+  static Double zero_where_less(Double n, Double least, Double value) {
+    return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(n.v, least.v, _CMP_NLT_UQ), value.v);
   }
-  static Avx512Double zero_where_less(Avx512Double n, Avx512Double smallest, Avx512Double value) {
-    return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(n.v, smallest.v, _CMP_NLT_UQ), value.v)};
+  static Double zero_where_zero(Double t, Double value) {
+    return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(t.v, _mm512_setzero_pd(), _CMP_NEQ_UQ), value.v);
   }
-  static Avx512Double zero_where_zero(Avx512Double t, Avx512Double value) {
-    return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(t.v, _mm512_setzero_pd(), _CMP_NEQ_UQ), value.v)};
-  }
-  Avx512Double first_lanes(int count) const { return {_mm512_maskz_mov_pd(first(count), v)}; }
-  static Avx512Double one_where_zero(Avx512Double t) {
-    return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(t.v, _mm512_setzero_pd(), _CMP_EQ_OQ), _mm512_set1_pd(1.0))};
+  static Double one_where_zero(Double t) {
+    return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(t.v, _mm512_setzero_pd(), _CMP_EQ_OQ), _mm512_set1_pd(1.0));
   }
 
-  static void transpose(Avx512Double* vectors) {
+  static void transpose(Double* vectors) {
     __m512d pairs[8];
     for (int i = 0; i < 8; i += 2) {
       pairs[i] = _mm512_unpacklo_pd(vectors[i].v, vectors[i + 1].v);
@@ -273,24 +227,14 @@ struct Avx512Double {
       for (int k = 0; k < 4; ++k) {
         quarters[k] = _mm512_castpd_ps(pairs[2 * k + i]);
       }
-      Avx512Float::transpose_quarters(quarters);
+      Float::transpose_quarters(quarters);
       for (int k = 0; k < 4; ++k) {
         vectors[2 * k + i].v = _mm512_castps_pd(quarters[k]);
       }
     }
   }
 
-  double reduce_add() const {
-    double lanes[kLanes];
-    store(lanes);
-    return compensated_sum(lanes, kLanes);
-  }
   double reduce_max() const { return _mm512_reduce_max_pd(v); }
-
- private:
-  static __mmask8 first(int count) {
-    return count >= kLanes ? 0xff : static_cast<__mmask8>((1u << (count > 0 ? count : 0)) - 1u);
-  }
 };
 
-}  // namespace masked_softmax
+}  // namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE

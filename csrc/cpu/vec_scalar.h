@@ -1,112 +1,95 @@
-// No instruction set beyond the compiler's baseline: small arrays, whose loops the compiler may vectorise.
+// No instruction set beyond the compiler's baseline: small arrays, whose loops the compiler may vectorize.
 #pragma once
 
-#include "cpu/prelude.h"
+#include "cpu/vector_defaults.h"
 
-namespace masked_softmax {
+namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
-// The product is not rounded before the sum. A double holds the product of two floats; for doubles the C library
-// knows whether the processor has the instruction.
+// a * b + c, rounded once. A double holds the product of two floats exactly.
 inline float fused_multiply_add(float a, float b, float c) {
   return static_cast<float>(static_cast<double>(a) * static_cast<double>(b) + static_cast<double>(c));
 }
 inline double fused_multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
 
 template <class T, int kCount>
-struct ScalarVec {
-  using acc_t = T;
+struct Array : VectorDefaults<Array<T, kCount>, T, kCount> {
   using bits_t = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-  static constexpr int kLanes = kCount;
-  static constexpr int kPowerSteps = 1;
-  static constexpr bool kScalesByPowers = false;
-  static constexpr int kTogether = 1;
-  static constexpr bool kStoresNumbers = false;
-  static constexpr bool kMasksCheaply = false;
-  static constexpr bool kTransposes = false;
-  static constexpr bool kStoresPastCaches = false;
-  static void finish_stores() {}
-  static constexpr bool kReducesFourRows = false;
-  static constexpr int kNarrowVectors = 0;
+  using Mask = typename VectorDefaults<Array, T, kCount>::Mask;
+  static constexpr int kUnroll = 1;
+  static constexpr bool kLoads16Bit = false;
   static constexpr int kMantissaBits = sizeof(T) == 4 ? 23 : 52;
   T v[kCount];
 
   template <class F>
-  static ScalarVec each(const F& lane) {
-    ScalarVec result;
+  static Array each(const F& lane) {
+    Array result;
     for (int i = 0; i < kCount; ++i) {
       result.v[i] = lane(i);
     }
     return result;
   }
 
-  static ScalarVec broadcast(T value) {
+  static Array broadcast(T value) {
     return each([&](int) { return value; });
   }
 
   template <class E>
-  static T element(const E* p) {
-    return to_acc<T>(read_element(p));
-  }
-
-  template <class E>
-  static ScalarVec load(const E* p) {
-    return each([&](int i) { return to_acc<T>(read_element(p + i)); });
+  static Array load(const E* p) {
+    return each([&](int i) { return Array::element(p + i); });
   }
   template <class E>
-  static ScalarVec load_partial(const E* p, int count, T fill) {
-    return each([&](int i) { return i < count ? to_acc<T>(read_element(p + i)) : fill; });
+  static Array load(const E* p, Mask mask) {
+    return each([&](int i) { return i < mask.count ? Array::element(p + i) : T{0}; });
   }
   template <class E>
   void store(E* p) const {
-    store_partial(p, kCount);
+    store(p, Mask{kCount});
   }
   template <class E>
-  void store_partial(E* p, int count) const {
-    for (int i = 0; i < count; ++i) {
+  void store(E* p, Mask mask) const {
+    for (int i = 0; i < kCount && i < mask.count; ++i) {
       write_element(p + i, from_acc<E>(v[i]));
     }
   }
+  Array masked(Mask mask, T fill = 0) const {
+    return each([&](int i) { return i < mask.count ? v[i] : fill; });
+  }
 
-  static ScalarVec add(ScalarVec a, ScalarVec b) {
-    return each([&](int i) { return a.v[i] + b.v[i]; });
+  Array operator+(const Array& b) const {
+    return each([&](int i) { return v[i] + b.v[i]; });
   }
-  static ScalarVec sub(ScalarVec a, ScalarVec b) {
-    return each([&](int i) { return a.v[i] - b.v[i]; });
+  Array operator-(const Array& b) const {
+    return each([&](int i) { return v[i] - b.v[i]; });
   }
-  static ScalarVec mul(ScalarVec a, ScalarVec b) {
-    return each([&](int i) { return a.v[i] * b.v[i]; });
+  Array operator*(const Array& b) const {
+    return each([&](int i) { return v[i] * b.v[i]; });
   }
-  static ScalarVec fma(ScalarVec a, ScalarVec b, ScalarVec c) {
+  static Array fma(const Array& a, const Array& b, const Array& c) {
     return each([&](int i) { return fused_multiply_add(a.v[i], b.v[i], c.v[i]); });
   }
-  static ScalarVec fms(ScalarVec a, ScalarVec b, ScalarVec c) {
+  static Array fms(const Array& a, const Array& b, const Array& c) {
     return each([&](int i) { return fused_multiply_add(a.v[i], b.v[i], -c.v[i]); });
   }
-  static ScalarVec max(ScalarVec a, ScalarVec b) {
+  static Array max(const Array& a, const Array& b) {
     return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
   }
-  static ScalarVec min(ScalarVec a, ScalarVec b) {
+  static Array min(const Array& a, const Array& b) {
     return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
   }
 
-  static ScalarVec power(ScalarVec shifted) {
-    return each(
-        [&](int i) { return bit_cast<T>(static_cast<bits_t>(bit_cast<bits_t>(shifted.v[i]) << kMantissaBits)); });
+  static Array exp2_of(const Array& sum) {
+    return each([&](int i) { return bit_cast<T>(static_cast<bits_t>(bit_cast<bits_t>(sum.v[i]) << kMantissaBits)); });
   }
-  static ScalarVec zero_where_less(ScalarVec n, ScalarVec smallest, ScalarVec value) {
-    return each([&](int i) { return n.v[i] < smallest.v[i] ? T{0} : value.v[i]; });
+  static Array zero_where_less(const Array& n, const Array& least, const Array& value) {
+    return each([&](int i) { return n.v[i] < least.v[i] ? T{0} : value.v[i]; });
   }
-  static ScalarVec zero_where_zero(ScalarVec t, ScalarVec value) {
+  static Array zero_where_zero(const Array& t, const Array& value) {
     return each([&](int i) { return t.v[i] == T{0} ? T{0} : value.v[i]; });
   }
-  ScalarVec first_lanes(int count) const {
-    return each([&](int i) { return i < count ? v[i] : T{0}; });
-  }
-  static ScalarVec one_where_zero(ScalarVec t) {
+  static Array one_where_zero(const Array& t) {
     return each([&](int i) { return t.v[i] == T{0} ? T{1} : T{0}; });
   }
 
-  T reduce_add() const { return compensated_sum(v, kCount); }
   T reduce_max() const {
     T result = v[0];
     for (int i = 1; i < kCount; ++i) {
@@ -116,4 +99,7 @@ struct ScalarVec {
   }
 };
 
-}  // namespace masked_softmax
+using Float = Array<float, 4>;
+using Double = Array<double, 2>;
+
+}  // namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE

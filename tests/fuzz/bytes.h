@@ -1,4 +1,4 @@
-// Choices, taken one by one from a fuzzer's input; what is taken behind its end is 0.
+// Draws choices from a fuzzer's input, one after another. Behind its end they are 0.
 #pragma once
 
 #include <cstddef>

@@ -1,7 +1,7 @@
 // One problem for the kernels, with its memory, drawn from a fuzzer's input.
 //
-// Every case exists twice: as drawn, and as a twin in plain matrices (tests/kernel/cases.h), whose results it must
-// share bit for bit and which the formulas are evaluated from.
+// Every case exists twice: as drawn, and as a twin in contiguous matrices (tests/kernel/cases.h). Both must have the
+// same bits, and the twin's are compared with the reference.
 #pragma once
 
 #include <algorithm>
@@ -33,7 +33,7 @@ constexpr ElementType kIndexTypes[] = {ElementType::kInt64, ElementType::kInt32,
 // Around every size at which a strategy changes (tests/kernel/test_rows.cpp).
 constexpr int64_t kThresholds[] = {0, 2, 4, 8, 16, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 4096, 8192};
 
-constexpr int64_t kMostElems = 6000;  // of rows and columns together: more would be slower, and no different
+constexpr int64_t kMaxElems = 6000;  // rows times columns: more would only be slower
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
@@ -57,9 +57,9 @@ class Case {
         bytes_.up_to(static_cast<int64_t>(supported_cpu_capabilities().size()) - 1))];
     problem_.operation = bytes_.one_of(kernel_tests::kOperations);
     problem_.scale = draw_scale();
-    const uint8_t writing = bytes_.bits<uint8_t>() % 3;
-    if (writing < 2) {
-      writing_ = static_cast<Writing>(writing);
+    const uint8_t hint = bytes_.bits<uint8_t>() % 3;
+    if (hint < 2) {
+      store_hint_ = static_cast<StoreHint>(hint);
     }
     is_packed_ = bytes_.up_to(3) == 3;
     draw_shape();
@@ -70,7 +70,7 @@ class Case {
 
   const Problem& problem() const { return problem_; }
   const CpuCapability& capability() const { return *capability_; }
-  std::optional<Writing> writing() const { return writing_; }
+  std::optional<StoreHint> store_hint() const { return store_hint_; }
   const Shape& shape() const { return shape_; }
   const Bounds& bounds() const { return bounds_; }
   bool is_packed() const { return is_packed_; }
@@ -88,7 +88,7 @@ class Case {
     return -1;
   }
 
-  // Changes lengths or starts, as another thread might after they were checked.
+  // Changes lengths or starts, as another thread might after the check of the bounds.
   void disturb_bounds() {
     for (const auto& index : {lengths_.get(), starts_.get()}) {
       if (index != nullptr) {
@@ -100,7 +100,8 @@ class Case {
     }
   }
 
-  // May a kernel touch this: every column of a row that is written, every valid one that is read.
+  // Poisons all memory that a kernel must not touch. It may touch every column of the output, and of inputs the valid
+  // ones.
   void poison_all_else(bool only_valid_is_read) {
     for (const auto& input : inputs_) {
       for_each_element(only_valid_is_read && input.get() != output_, *input,
@@ -120,7 +121,7 @@ class Case {
   }
   bool surroundings_are_untouched() const { return output_->others_are_untouched(); }
 
-  // The twin's inputs, a row below the other; of packed rows, as wide as the longest.
+  // The twin's inputs; packed rows are padded to the longest.
   std::vector<Matrix>& twin_inputs() { return twin_inputs_; }
   Bounds twin_bounds() const {
     Bounds twin = bounds_;
@@ -137,8 +138,7 @@ class Case {
     return output_->at(element_offset(*output_, row, col));
   }
 
-  // Whether the formulas in long double say what a result must be: of whatever scores, of gradients that overflow
-  // nothing.
+  // Whether the reference applies: to any scores, and to gradients that do not overflow.
   bool has_reference() const {
     const double magnitude = std::fabs(problem_.scale);
     return std::isfinite(magnitude) && (is_forward(problem_.operation) ? magnitude != 0 : is_tame_ && magnitude < 1e4);
@@ -160,7 +160,7 @@ class Case {
 
   void draw_shape() {
     shape_.cols = draw_size(8193);
-    int64_t room = std::max<int64_t>(kMostElems / std::max<int64_t>(shape_.cols, 1), 1);
+    int64_t room = std::max<int64_t>(kMaxElems / std::max<int64_t>(shape_.cols, 1), 1);
     const int64_t ndim = is_packed_ ? 1 + bytes_.up_to(2) : bytes_.up_to(4);
     for (int64_t dim = 0; dim < ndim; ++dim) {
       const int64_t size = std::min(room, bytes_.flag() ? bytes_.up_to(7) : draw_size(100));
@@ -191,19 +191,19 @@ class Case {
     }
   }
 
-  // One integer a row from 0 to largest, if they are valid.
+  // One integer for each row, from 0 to `largest` unless invalid ones are drawn.
   std::unique_ptr<Memory> draw_index(RowIndex& index, int64_t largest, bool may_be_invalid,
                                      std::vector<int64_t>& values) {
     const ElementType type = bytes_.one_of(kIndexTypes);
     std::fill(index.row_strides, index.row_strides + kMaxRowDims, 0);
-    if (bytes_.up_to(15) == 15) {  // no memory: one value for all
+    if (bytes_.up_to(15) == 15) {  // no memory: one value for all rows
       index.value = may_be_invalid ? bytes_.bits<int64_t>() : bytes_.up_to(largest);
       std::fill(values.begin(), values.end(), index.value);
       return nullptr;
     }
     auto memory = std::make_unique<Memory>(type, draw_layout(bytes_, shape_, false, true), bytes_.one_of(kPlaces));
     const Layout& layout = memory->layout();
-    const int64_t kind = bytes_.up_to(3);  // how long rows are: any length, all the same, short, empty or full
+    const int64_t kind = bytes_.up_to(3);  // lengths: any, all the same, short, empty or full
     std::mt19937 random(bytes_.bits<uint16_t>());
     for (int64_t i = 0; i < layout.elems; ++i) {
       const auto draw = static_cast<int64_t>(random());
@@ -221,7 +221,7 @@ class Case {
     return memory;
   }
 
-  // Rows end to end in the buffer's columns: row_sizes[0] of them, once for every index of the other dimensions.
+  // Packs row_sizes[0] rows into the buffer's columns, for every index of the other dimensions.
   void draw_packing() {
     const int64_t batch = shape_.row_sizes[0];
     std::vector<int64_t> ends;
@@ -251,11 +251,7 @@ class Case {
   }
 
   static int64_t fitted(ElementType type, int64_t value) {
-    switch (type) {
-      case ElementType::kInt8: return std::min<int64_t>(value, 127);
-      case ElementType::kUInt8: return std::min<int64_t>(value, 255);
-      default: return value;
-    }
+    return size_bytes(type) > 1 ? value : std::min<int64_t>(value, type == ElementType::kInt8 ? 127 : 255);
   }
   static void store_index(Memory& memory, int64_t offset, int64_t value) {
     std::memcpy(memory.at(offset), &value, static_cast<size_t>(size_bytes(memory.type())));  // little-endian
@@ -304,7 +300,7 @@ class Case {
   }
   std::unique_ptr<Memory> draw_operand(ElementType type, bool may_share) {
     Shape shape = shape_;
-    if (is_packed_) {  // the batch has no stride: its rows lie in the columns
+    if (is_packed_) {  // packed rows are ranges of columns: that dimension has no stride
       shape.row_sizes.erase(shape.row_sizes.begin());
     }
     Layout layout = draw_layout(bytes_, shape, true, may_share);
@@ -320,7 +316,7 @@ class Case {
     std::copy(memory.layout().row_strides.begin(), memory.layout().row_strides.end(), operand.row_strides);
   }
 
-  // Drawn into the twin, copied to the memory, and, where elements are shared, copied back.
+  // Draws values into the twin and copies them to the memory; shared elements are copied back.
   void draw_values() {
     const Values kind = bytes_.one_of(kValueKinds);
     is_tame_ = kind == Values::kTame;
@@ -404,7 +400,7 @@ class Case {
   Bytes bytes_;
   Problem problem_;
   const CpuCapability* capability_ = nullptr;
-  std::optional<Writing> writing_;
+  std::optional<StoreHint> store_hint_;
   bool is_packed_ = false;
   bool is_tame_ = false;
   Shape shape_;

@@ -1,8 +1,8 @@
-// The kernel layer under libFuzzer: any problem that a Problem can hold, on any instruction set.
+// The kernel layer under libFuzzer: any problem that a Problem can describe, on any instruction set.
 //
-// What holds for every input: invalid bounds are found before a kernel runs; padding is exact; nothing but valid
-// elements is read, nothing but the output's elements is written, also where bounds change after they were looked at;
-// neither layout, nor padded width, nor partition changes a bit; and the formulas in long double agree.
+// Checked for every input: invalid bounds are found before a kernel runs; padding is exact; only valid elements are
+// read and only the output's elements are written, even if bounds change after the check; neither layout, nor padded
+// width, nor partition changes a bit; and the reference agrees.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -46,7 +46,7 @@ void require(bool holds, const Case& c, const std::string& promise) {
 
 std::string place(int64_t row, int64_t col) { return "row " + std::to_string(row) + ", column " + std::to_string(col); }
 
-// The rows part by part, as threads would share them, in any order.
+// Runs the rows part by part, as threads would, in any order.
 void run_in_parts(Case& c, const Problem& problem) {
   const int parts = 1 + static_cast<int>(c.bytes().up_to(4));
   std::vector<int64_t> boundaries = partition_rows(problem, parts);
@@ -68,10 +68,6 @@ long double element(const void* at, ElementType type) {
   long double value = 0;
   visit_element_type(type, [&](auto element) {
     using T = decltype(element);
-    if constexpr (std::is_same_v<T, bool>) {
-      value = *static_cast<const unsigned char*>(at) != 0 ? 1 : 0;
-      return;
-    }
     std::memcpy(&element, at, sizeof(T));
     if constexpr (std::is_integral_v<T>) {
       value = static_cast<long double>(element);
@@ -82,15 +78,6 @@ long double element(const void* at, ElementType type) {
   return value;
 }
 
-long double largest_of(ElementType type) {
-  switch (type) {
-    case ElementType::kFloat64: return std::numeric_limits<double>::max();
-    case ElementType::kFloat16: return 65504.0L;
-    case ElementType::kBFloat16: return 0x1.fep127L;
-    default: return std::numeric_limits<float>::max();
-  }
-}
-
 bool agrees(long double got, const kernel_tests::Expected& expected, ElementType type) {
   if (std::isnan(expected.value)) {
     return std::isnan(got);
@@ -99,10 +86,10 @@ bool agrees(long double got, const kernel_tests::Expected& expected, ElementType
     return true;
   }
   const long double magnitude = std::fabs(expected.value) + expected.tolerance;
-  return std::isinf(got) && (got < 0) == (expected.value < 0) && magnitude >= largest_of(type);
+  return std::isinf(got) && (got < 0) == (expected.value < 0) && magnitude >= kernel_tests::largest_of(type);
 }
 
-// One row's results by the formulas; empty where they do not say.
+// One row's results; empty if it has no valid column.
 std::vector<kernel_tests::Expected> expected_row(Case& c, int64_t row, const Bounds& bounds) {
   const Problem& problem = c.problem();
   bool in_double = problem.output.type == ElementType::kFloat64;
@@ -116,7 +103,7 @@ std::vector<kernel_tests::Expected> expected_row(Case& c, int64_t row, const Bou
       const int64_t offset = row * operand.row_strides[0] + bounds.starts[static_cast<size_t>(row)] + i;
       const long double value =
           element(static_cast<const char*>(operand.data) + offset * size_bytes(operand.type), operand.type);
-      // Integers are converted to the computing type first.
+      // Integers are converted to the accumulation type first.
       values[k].push_back(in_double ? static_cast<double>(value) : static_cast<float>(value));
     }
   }
@@ -180,12 +167,12 @@ void check_values(Case& c, const Matrix& twin, const Bounds& bounds) {
       const long double got = element(result, problem.output.type);
       require(std::memcmp(result, twin.bits(row, col).data(), size) == 0 ||
                   (std::isnan(got) && std::isnan(twin.get(row, col))),
-              c, "the same bits in a plain matrix: " + place(row, col));
+              c, "the same bits in a contiguous matrix: " + place(row, col));
       if (!expected.empty()) {
         const kernel_tests::Expected& want = expected[static_cast<size_t>(i)];
         std::ostringstream what;
         if (!agrees(got, want, problem.output.type)) {
-          what << "the formulas agree: " << place(row, col) << " is " << got << ", expected " << want.value
+          what << "the reference agrees: " << place(row, col) << " is " << got << ", expected " << want.value
                << ", tolerance " << want.tolerance;
           require(false, c, what.str());
         }
@@ -202,7 +189,7 @@ void check(Bytes bytes) {
   if ((invalid >= 0 && !is_disturbed) || c.problem().rows == 0 || c.problem().cols == 0) {
     return;  // as binding/cpu_ops.cpp does
   }
-  force_writing(c.writing());
+  force_store_hint(c.store_hint());
   if (is_disturbed) {
     c.disturb_bounds();
   }
@@ -221,7 +208,7 @@ void check(Bytes bytes) {
   const Problem problem =
       kernel_tests::make_problem(c.problem().operation, twin, c.twin_inputs(), bounds, c.problem().scale);
   if (problem.cols > 0) {
-    force_writing({});
+    force_store_hint({});
     c.capability().run_rows(problem, 0, problem.rows);
     check_values(c, twin, bounds);
   }

@@ -1,8 +1,8 @@
-// Strided memory of exactly the size that it needs, in which every touch of what does not belong to it is noticed.
+// Strided memory of exactly the size that it needs, which notices accesses to anything that does not belong to it.
 //
-// On the heap, AddressSanitizer sees instrumented loads and stores: those that the compiler knows as such. Between
-// unreadable pages the processor sees all of them, masked ones of AVX2 too, but those beyond the ends only. So a case
-// asks for either. Elements in between that must not be touched are poisoned for AddressSanitizer, and hold canaries.
+// On the heap AddressSanitizer sees the loads and stores that the compiler instruments. Between unreadable pages the
+// processor sees all of them, AVX2's masked ones too, but only beyond the ends. So a case draws one of the two.
+// Elements in between that must not be touched are poisoned for AddressSanitizer, and hold canaries.
 #pragma once
 
 #include <sanitizer/asan_interface.h>
@@ -33,7 +33,7 @@ struct Shape {
     }
     return product;
   }
-  // Where a row begins, by these strides.
+  // The offset of a row's first element.
   int64_t offset(const int64_t* row_strides, int64_t row) const {
     int64_t result = 0;
     for (size_t dim = row_sizes.size(); dim-- > 0;) {
@@ -44,15 +44,15 @@ struct Shape {
   }
 };
 
-// Strides of an array of row_sizes, and of cols where it has columns.
+// The strides of an array with the shape's rows, and its columns if it has any.
 struct Layout {
   int64_t elems = 0;
-  int64_t first = 0;  // of these elements: where column 0 of row 0 is
+  int64_t first = 0;  // the index of column 0 of row 0
   int64_t col_stride = 1;
   std::vector<int64_t> row_strides;
 };
 
-// Dimensions in any order in memory, either way round, with gaps; where elements may be shared, strides of 0 too.
+// Draws dimensions in any order, in either direction, with gaps; if elements may be shared, also strides of 0.
 inline Layout draw_layout(Bytes& bytes, const Shape& shape, bool has_columns, bool may_share) {
   const size_t ndim = shape.row_sizes.size();
   Layout layout;
@@ -117,7 +117,7 @@ class Memory {
   const Layout& layout() const { return layout_; }
   void* first() const { return at(0); }
 
-  // Counted from column 0 of row 0.
+  // offset: from column 0 of row 0.
   unsigned char* at(int64_t offset) const { return data_ + (layout_.first + offset) * size_bytes(type_); }
 
   // The elements that may be touched.

@@ -11,13 +11,13 @@
 #include "common/numeric.h"
 #include "common/problem.h"
 #include "cpu/dispatch.h"
-#include "cpu/writing.h"
+#include "cpu/store_hint.h"
 
 namespace kernel_tests {
 
 using namespace masked_softmax;
 
-// The value, cut to the integer type, at any address.
+// Stores the value, truncated to the integer type, at any address.
 inline void store_integer(void* to, ElementType type, int64_t value) {
   visit_element_type_of<ElementKind::kInteger>(type, [&](auto element) {
     const auto stored = static_cast<decltype(element)>(value);
@@ -25,7 +25,7 @@ inline void store_integer(void* to, ElementType type, int64_t value) {
   });
 }
 
-// Adjacent integers of that type.
+// Stores adjacent integers of that type.
 inline void store_integers(void* to, ElementType type, const std::vector<int64_t>& values) {
   auto* next = static_cast<unsigned char*>(to);
   for (int64_t value : values) {
@@ -40,8 +40,8 @@ inline const char* name_of(Operation operation) { return info_of(operation).name
 constexpr ElementType kFloatingTypes[] = {ElementType::kFloat64, ElementType::kFloat32, ElementType::kBFloat16,
                                           ElementType::kFloat16};
 
-// A matrix of any type: rows of cols elements, `col_stride` apart, beginning `shift` elements into its memory. Every
-// byte that is no element of it holds the poison.
+// A matrix of any type in memory of its own: elements of a row are `col_stride` apart, the first is `shift` elements
+// into the memory. All bytes between and around its elements are poison.
 class Matrix {
  public:
   Matrix(ElementType type, int64_t rows, int64_t cols, int64_t col_stride = 1, int64_t shift = 0, int64_t row_gap = 0)
@@ -79,7 +79,7 @@ class Matrix {
     return result;
   }
 
-  // Whether every byte outside of the matrix still holds the poison.
+  // Whether every byte around the elements still is poison.
   bool surroundings_are_untouched() const {
     std::vector<bool> ours(bytes_.size(), false);
     for (int64_t row = 0; row < rows_; ++row) {
@@ -118,7 +118,6 @@ class Matrix {
   std::vector<unsigned char> bytes_;
 };
 
-// The rows' bounds, in memory of their own.
 struct Bounds {
   std::vector<int64_t> starts;
   std::vector<int64_t> lengths;
@@ -151,23 +150,36 @@ inline Problem make_problem(Operation operation, Matrix& output, std::vector<Mat
   return problem;
 }
 
-// Values that an operation's inputs might have: scores, gradients, and results of a forward pass (`y` is the last
-// input of every derivative). Padding keeps its poison.
+// Whether the operation's `y`, the last input of every derivative, is a log_softmax.
+constexpr bool takes_log_softmax(Operation operation) {
+  switch (operation) {
+    case Operation::kSoftmax:
+    case Operation::kLogSoftmax: return false;  // no y
+    case Operation::kSoftmaxBackward:
+    case Operation::kSoftmaxBackwardWrtY:
+    case Operation::kSoftmaxBackwardJvpWrtY: return false;
+    case Operation::kLogSoftmaxBackward:
+    case Operation::kLogSoftmaxJvp:
+    case Operation::kLogSoftmaxBackwardWrtY:
+    case Operation::kLogSoftmaxJvpJvpWrtY: return true;
+  }
+  return false;
+}
+
+// Fills the valid columns with scores, gradients and results of a forward pass (y). Padding stays poison.
 inline void fill_inputs(Operation operation, std::vector<Matrix>& inputs, const Bounds& bounds, unsigned seed,
                         double spread = 3.0) {
   std::mt19937 random(seed);
   std::normal_distribution<double> normal(0.0, spread);
   for (size_t k = 0; k < inputs.size(); ++k) {
     const bool is_y = inputs.size() > 1 && k + 1 == inputs.size();
-    const bool is_log = operation != Operation::kSoftmaxBackward && operation != Operation::kSoftmaxBackwardWrtY &&
-                        operation != Operation::kSoftmaxBackwardJvpWrtY;
     for (int64_t row = 0; row < inputs[k].rows(); ++row) {
       const int64_t length = bounds.lengths[static_cast<size_t>(row)];
       for (int64_t i = 0; i < length; ++i) {
         double value = normal(random);
         if (is_y) {
           const double logarithm = -std::fabs(value) - std::log(static_cast<double>(length));
-          value = is_log ? logarithm : std::exp(logarithm);
+          value = takes_log_softmax(operation) ? logarithm : std::exp(logarithm);
         }
         inputs[k].set(row, bounds.starts[static_cast<size_t>(row)] + i, value);
       }
@@ -175,7 +187,7 @@ inline void fill_inputs(Operation operation, std::vector<Matrix>& inputs, const 
   }
 }
 
-// Calls visit(capability) with every instruction set that the processor has in use, and checks that it is.
+// Selects every supported instruction set in turn, checks that it is in use, and calls visit(capability).
 template <class Visitor>
 void for_each_capability(const Visitor& visit) {
   for (const CpuCapability& capability : supported_cpu_capabilities()) {
@@ -186,18 +198,18 @@ void for_each_capability(const Visitor& visit) {
   set_cpu_capability(supported_cpu_capabilities().back().name);
 }
 
-// Calls visit() with results written to the caches, and past them.
+// Calls visit() with cached stores of the results, and with non-temporal ones.
 template <class Visitor>
-void for_each_writing(const Visitor& visit) {
+void for_each_store_hint(const Visitor& visit) {
 #ifdef MASKED_SOFTMAX_EMULATOR_IS_CHECKED  // the CUDA kernels have no such choice
   visit();
 #else
-  for (Writing writing : {Writing::kToCache, Writing::kPastCaches}) {
-    force_writing(writing);
-    CHECK(writing_of(Problem()) == writing, "results are written as they should be");
+  for (StoreHint hint : {StoreHint::kCached, StoreHint::kNonTemporal}) {
+    force_store_hint(hint);
+    CHECK(store_hint_of(Problem()) == hint, "the store hint is forced");
     visit();
   }
-  force_writing({});
+  force_store_hint({});
 #endif
 }
 

@@ -1,4 +1,4 @@
-// A small test harness: TEST registers a test under the promise that it proves, CHECK says what broke it.
+// A small test harness: TEST registers a test under the promise that it checks, CHECK reports what broke it.
 #pragma once
 
 #include <cstdio>
@@ -14,7 +14,7 @@ struct Test {
   std::function<void()> run;
 };
 
-// What the test that is running has seen.
+// Of the test that is running.
 struct Outcome {
   int failures = 0;
   std::string skipped;
@@ -34,7 +34,7 @@ struct Registration {
   Registration(const char* promise, std::function<void()> run) { all_tests().push_back({promise, std::move(run)}); }
 };
 
-// One broken promise can break thousands of elements: the first few say enough.
+// Prints the first few failures only: one broken promise may affect thousands of elements.
 inline void fail(const char* file, int line, const std::string& what) {
   constexpr int kShown = 5;
   if (++outcome().failures <= kShown) {

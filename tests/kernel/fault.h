@@ -1,4 +1,4 @@
-// A read or a write that must not be ends the process: this says first what did it.
+// Reports what was running when a forbidden read or write ends the process.
 #pragma once
 
 #include <signal.h>
@@ -30,7 +30,7 @@ class FaultReport {
   }
 
  private:
-  // Only what a signal handler may do.
+  // Async-signal-safe calls only.
   static void report(int /*signal*/) {
     constexpr char kBroken[] = "FAILED: memory was touched that must not be, by ";
     ssize_t written = write(STDOUT_FILENO, kBroken, sizeof(kBroken) - 1);

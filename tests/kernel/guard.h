@@ -1,4 +1,4 @@
-// Memory whose surroundings cannot be touched: a read or a write there ends the process.
+// Memory between unreadable pages: a read or a write beside it ends the process.
 #pragma once
 
 #include <sys/mman.h>
@@ -8,8 +8,7 @@
 
 namespace kernel_tests {
 
-// `size_bytes` between two unreadable pages. at_end: the last byte borders the page behind; otherwise the first byte
-// borders the page before.
+// at_end: the last byte borders the unreadable page behind it; otherwise the first byte borders the one before it.
 class GuardedBuffer {
  public:
   GuardedBuffer(int64_t size_bytes, bool at_end) {

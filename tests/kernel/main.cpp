@@ -9,11 +9,11 @@ int main(int count, char** arguments) {
   int failed = 0;
   int skipped = 0;
   for (const Test& test : all_tests()) {
-    bool is_asked_for = count == 1;
+    bool is_selected = count == 1;
     for (int i = 1; i < count; ++i) {
-      is_asked_for = is_asked_for || std::strstr(test.promise, arguments[i]) != nullptr;
+      is_selected = is_selected || std::strstr(test.promise, arguments[i]) != nullptr;
     }
-    if (!is_asked_for) {
+    if (!is_selected) {
       continue;
     }
     outcome() = {};

@@ -1,4 +1,6 @@
-// What the kernels must compute, in long double, straight from the formulas of Operation (common/problem.h).
+// What the kernels must compute: the formulas of common/formulas.h and of row_kernel.h in long double, with an error
+// bound for each result. The one C++ reference, for the tests of the kernels, of the CUDA kernels in the emulator, and
+// the fuzzer.
 #pragma once
 
 #include <cmath>
@@ -11,7 +13,7 @@ namespace kernel_tests {
 
 using real = long double;
 
-// A value, and how far from it a result may lie.
+// A value, and the largest error that a result may have.
 struct Expected {
   real value;
   real tolerance;
@@ -21,19 +23,43 @@ inline real epsilon_of(bool accumulates_in_double) {
   return accumulates_in_double ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
 }
 
-// Half a unit in the last place where the result is narrower than the computing type, which is rounded once; and the
-// smallest normal number, below which no relative accuracy is promised.
+// The error of the conversion to the output's type: half a unit in the last place where it is narrower than the
+// accumulation type. At least the smallest normal number, below which no relative accuracy is promised.
 inline real rounding_of(ElementType type, bool accumulates_in_double, real value) {
   const real magnitude = std::fabs(value);
   switch (type) {
     case ElementType::kBFloat16: return std::fmax(magnitude * 0x1p-8L, 0x1p-126L);
     case ElementType::kFloat16: return std::fmax(magnitude * 0x1p-11L, 0x1p-25L);
     case ElementType::kFloat32: return std::fmax(accumulates_in_double ? magnitude * 0x1p-24L : 0, 0x1p-126L);
-    default: return std::numeric_limits<double>::min();
+    case ElementType::kFloat64: return std::numeric_limits<double>::min();
+    case ElementType::kInt64:
+    case ElementType::kInt32:
+    case ElementType::kInt16:
+    case ElementType::kInt8:
+    case ElementType::kUInt8:
+    case ElementType::kBool: break;  // no output has these types
   }
+  return 0;
 }
 
-// One row's inputs over its valid columns, in the order that Operation names them.
+// The largest number of an output's type.
+inline real largest_of(ElementType type) {
+  switch (type) {
+    case ElementType::kFloat64: return std::numeric_limits<double>::max();
+    case ElementType::kFloat32: return std::numeric_limits<float>::max();
+    case ElementType::kBFloat16: return 0x1.fep127L;
+    case ElementType::kFloat16: return 65504;
+    case ElementType::kInt64:
+    case ElementType::kInt32:
+    case ElementType::kInt16:
+    case ElementType::kInt8:
+    case ElementType::kUInt8:
+    case ElementType::kBool: break;  // no output has these types
+  }
+  return 0;
+}
+
+// One row's inputs over its valid columns, in the order of common/operations.inc.
 using RowValues = std::vector<std::vector<real>>;
 
 inline std::vector<Expected> expected_forward(const std::vector<real>& x, bool is_log, double scale, real eps) {
@@ -42,12 +68,12 @@ inline std::vector<Expected> expected_forward(const std::vector<real>& x, bool i
     largest = std::fmax(largest, scale < 0 ? -value : value);
   }
   const real row_max = scale < 0 ? -largest : largest;
-  // The sum without one of its maxima, which is 1: log1p of it keeps a log_softmax near 0 exact.
+  // The sum without one maximum's term, which is 1: log1p of it keeps a log_softmax near 0 accurate.
   real rest = 0;
-  bool passed_over = false;
+  bool is_skipped = false;
   for (real value : x) {
-    if (value == row_max && !passed_over) {
-      passed_over = true;
+    if (value == row_max && !is_skipped) {
+      is_skipped = true;
     } else {
       rest += std::exp(scale * (value - row_max));
     }
@@ -61,7 +87,7 @@ inline std::vector<Expected> expected_forward(const std::vector<real>& x, bool i
   return row;
 }
 
-// The bounds: 8 eps of the sum of the terms' magnitudes; an exponential of y is good to (1 + |y|) of that.
+// The bounds: 8 eps times the sum of the terms' magnitudes; terms with exp(y) have (1 + |y|) times that.
 inline std::vector<Expected> expected_derivative(Operation operation, const RowValues& in, double scale, real eps) {
   const std::vector<real>& y = in.back();
   const size_t length = y.size();
@@ -87,6 +113,8 @@ inline std::vector<Expected> expected_derivative(Operation operation, const RowV
   };
   const std::vector<real>& a = in[0];
   switch (operation) {
+    case Operation::kSoftmax:
+    case Operation::kLogSoftmax: break;  // expected_forward()
     case Operation::kSoftmaxBackward: {
       const real inner = dot(a);
       const real magnitude = magnitude_of_dot(a);
@@ -153,7 +181,6 @@ inline std::vector<Expected> expected_derivative(Operation operation, const RowV
       }
       break;
     }
-    default: break;
   }
   return row;
 }

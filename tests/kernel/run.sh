@@ -3,7 +3,7 @@
 #   native      as they are
 #   sanitizers  under AddressSanitizer and UndefinedBehaviorSanitizer
 #   qemu        for aarch64 (NEON), cross-compiled, under qemu-aarch64
-# Without an argument: all three. CXX names the compiler of the first two. What the machine lacks is skipped visibly.
+# Without an argument: all three. CXX names the compiler of the first two. Modes whose tools are missing print SKIPPED.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

@@ -1,5 +1,5 @@
-// Elements may begin anywhere in memory, at odd addresses too, as a framework's tensors do: same bits, and nothing
-// for UndefinedBehaviorSanitizer to report.
+// Elements at any address, odd ones too: tensors that wrap other libraries' memory may be unaligned. The same bits, and
+// nothing for UndefinedBehaviorSanitizer to report.
 #include <cstring>
 #include <optional>
 
@@ -23,18 +23,18 @@ class OddBytes {
   std::vector<unsigned char> bytes_;
 };
 
-enum class Arrangement { kContiguous, kStrided, kSideBySide };
+enum class Arrangement { kContiguous, kStrided, kUnitRowStride };
 
-constexpr Arrangement kArrangements[] = {Arrangement::kContiguous, Arrangement::kStrided, Arrangement::kSideBySide};
+constexpr Arrangement kArrangements[] = {Arrangement::kContiguous, Arrangement::kStrided, Arrangement::kUnitRowStride};
 constexpr ElementType kIndexTypes[] = {ElementType::kInt64, ElementType::kInt32, ElementType::kInt16};
-constexpr int64_t kRows = 37;  // side by side, more than any vector holds
+constexpr int64_t kRows = 37;  // with unit row stride, more than any vector holds
 
 void arrange(Operand& operand, Arrangement arrangement, int64_t cols) {
   operand.col_stride = arrangement == Arrangement::kContiguous ? 1 : arrangement == Arrangement::kStrided ? 2 : kRows;
-  operand.row_strides[0] = arrangement == Arrangement::kSideBySide ? 1 : cols * operand.col_stride;
+  operand.row_strides[0] = arrangement == Arrangement::kUnitRowStride ? 1 : cols * operand.col_stride;
 }
 
-// The same integers in memory of that type that begins at an odd address.
+// Stores the integers, converted to the type, at an odd address.
 OddBytes odd_integers(const std::vector<int64_t>& values, RowIndex& index, ElementType type) {
   OddBytes memory(static_cast<int64_t>(values.size()) * size_bytes(type));
   store_integers(memory.data(), type, values);
@@ -109,7 +109,7 @@ void check_odd_addresses(const CpuCapability& capability, const Case& c) {
 }  // namespace
 
 TEST("addresses: elements, lengths and starts may begin anywhere") {
-  for_each_writing([&] {
+  for_each_store_hint([&] {
     for_each_capability([&](const CpuCapability& capability) {
       unsigned turn = 0;
       for (Operation operation : kOperations) {

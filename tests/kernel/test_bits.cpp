@@ -13,10 +13,9 @@ std::string bits_of(const Matrix& matrix, int64_t row, int64_t start, int64_t le
   return bits;
 }
 
-// One row of the given length among others. The row's values are the same each
-// time.
+// Where one row lies among others.
 struct Surroundings {
-  int64_t cols_beyond = 0;
+  int64_t cols_behind = 0;
   int64_t start = 0;
   int64_t rows_before = 0;
   int64_t rows_behind = 0;
@@ -27,7 +26,7 @@ std::string run_among(Operation operation, ElementType type, const CpuCapability
                       const Surroundings& around) {
   const int64_t rows = around.rows_before + 1 + around.rows_behind;
   const int64_t row = around.rows_before;
-  const int64_t cols = around.start + length + around.cols_beyond;
+  const int64_t cols = around.start + length + around.cols_behind;
   Bounds alone{{0}, {length}};
   std::vector<Matrix> values;
   std::vector<Matrix> inputs;
@@ -94,14 +93,14 @@ TEST("bits: the same however the rows are split between threads") {
   }
 }
 
-TEST("bits: the same past the caches") {
+TEST("bits: the same with non-temporal stores") {
   for (const Surroundings& around : {Surroundings{9, 2, 37, 5}, Surroundings{0, 0, 40, 3}}) {
     for_each_capability([&](const CpuCapability& capability) {
       for (Operation operation : kOperations) {
         for (ElementType type : kFloatingTypes) {
           for (int64_t length : kLengths) {
             std::vector<std::string> bits;
-            for_each_writing([&] { bits.push_back(run_among(operation, type, capability, length, around)); });
+            for_each_store_hint([&] { bits.push_back(run_among(operation, type, capability, length, around)); });
             CHECK(bits[0] == bits[1],
                   capability.name << ' ' << name_of(operation) << ' ' << name_of(type) << ", row of " << length);
           }

@@ -1,5 +1,5 @@
-// Bounds as arrays of any shape: the first invalid row is the one that a plain loop finds, what is out of range is cut
-// to the row, and the parts that threads get cost about the same.
+// Bounds as arrays of any shape: the first invalid row is the one that a plain loop finds, bounds out of range are
+// clamped to the row, and the parts that threads get cost about the same.
 #include "common/bounds.h"
 
 #include <algorithm>
@@ -43,7 +43,7 @@ constexpr int64_t kSizes[] = {2, 3, 5};
 
 constexpr int64_t kCols = 400;
 
-// Two of them add up to kCols at most, and some need the eighth bit of an unsigned byte.
+// The sum of two is at most kCols; some need the eighth bit of an unsigned byte.
 Integers random_integers(std::mt19937& random, bool with_invalid) {
   Integers integers;
   integers.type = kIntegerTypes[random() % 5];
@@ -62,7 +62,7 @@ Integers random_integers(std::mt19937& random, bool with_invalid) {
   if (with_invalid) {
     for (int i = 0; i < 3; ++i) {
       const int64_t wrong[] = {-1,  kCols + 1, -128,
-                               255, kSmallest, kLargest};  // cut to the type, and then perhaps valid
+                               255, kSmallest, kLargest};  // truncated to the type, and then perhaps valid
       integers.store(static_cast<int64_t>(random()) % step, wrong[random() % 6]);
     }
   }
@@ -193,7 +193,7 @@ TEST("lengths: the kernels read them in every integer type and stride") {
   }
 }
 
-TEST("lengths: out of range they are cut to the row, and nothing beside it is read") {
+TEST("lengths: out of range they are clamped to the row, and nothing beside it is read") {
   constexpr int64_t kFew = 37;
   const int64_t some[] = {0, 1, 5, kFew, kFew + 1, -1, 1 << 20, -(1 << 20), kSmallest, kLargest};
   for_each_capability([&](const CpuCapability& capability) {
@@ -214,8 +214,8 @@ TEST("lengths: out of range they are cut to the row, and nothing beside it is re
               const std::string what = std::string(capability.name) + ' ' + name_of(operation) + ' ' + name_of(type) +
                                        ", start " + std::to_string(start) + ", length " + std::to_string(length);
               const FaultReport report(what);
-              const int64_t cut_start = std::clamp<int64_t>(start, 0, kFew);
-              const Bounds inside{{cut_start}, {std::clamp<int64_t>(length, 0, kFew - cut_start)}};
+              const int64_t clamped_start = std::clamp<int64_t>(start, 0, kFew);
+              const Bounds inside{{clamped_start}, {std::clamp<int64_t>(length, 0, kFew - clamped_start)}};
               const Bounds outside{{start}, {length}};
               Matrix expected(type, 1, kFew);
               capability.run_rows(make_problem(operation, expected, inputs, inside), 0, 1);
@@ -258,8 +258,8 @@ TEST("threads: parts cost about the same, whatever the order of the lengths") {
 }
 
 TEST("bounds: packed rows whose starts differ where they were one stay in their buffers") {
-  // As where another thread writes to starts while they are read: rows side by side, each with a start of its own,
-  // which together cover more columns than the longest of them has.
+  // As if another thread wrote to starts while they are read: rows with unit row stride and different starts, which
+  // together cover more columns than the longest of them has.
   constexpr int64_t kTotal = 30;
   constexpr int64_t kWidth = 8;
   std::vector<Matrix> inputs(1, Matrix(ElementType::kFloat32, kTotal, kWidth));
@@ -286,7 +286,7 @@ TEST("bounds: packed rows whose starts differ where they were one stay in their 
     const Matrix before = result;
     capability.run_rows(problem, 0, kWidth);
     CHECK(result.surroundings_are_untouched(), capability.name << ": around the rows");
-    // A buffer of 12 columns begins at the first start, and ends what is written.
+    // A column tile of 12 columns begins at the first start; nothing behind it is written.
     for (int64_t position = 12; position < kTotal; ++position) {
       for (int64_t column = 0; column < kWidth; ++column) {
         CHECK(result.bits(position, column) == before.bits(position, column),

@@ -1,5 +1,9 @@
-// The choice of an instruction set: the table's order, by name, and words for a name that it does not hold.
+// The choice of an instruction set: the table, the choice by name, and the errors for names that cannot be chosen.
 #include <algorithm>
+#include <fstream>
+#include <iterator>
+#include <set>
+#include <sstream>
 #include <stdexcept>
 
 #include "cases.h"
@@ -8,22 +12,33 @@
 namespace kernel_tests {
 namespace {
 
-// Before any test asks for another one.
+// Before any test selects another one.
 const std::string kInUseAtFirst = cpu_capability().name;
 
+// isa_table.inc, which knows the names of every architecture.
 const std::vector<std::string> kTable = {
-#define MASKED_SOFTMAX_ISA(Name, name) name,
+#define MASKED_SOFTMAX_ISA(name, architecture, is_supported) #name,
 #include "cpu/isa_table.inc"
 #undef MASKED_SOFTMAX_ISA
 };
 
-std::vector<std::string> supported_names() {
+#if defined(__x86_64__)
+const std::vector<std::string> kOfThisArchitecture = {"scalar", "avx2", "avx512"};
+#elif defined(__aarch64__)
+const std::vector<std::string> kOfThisArchitecture = {"scalar", "neon"};
+#else
+const std::vector<std::string> kOfThisArchitecture = {"scalar"};
+#endif
+
+std::vector<std::string> names_of(const std::vector<CpuCapability>& capabilities) {
   std::vector<std::string> names;
-  for (const CpuCapability& capability : supported_cpu_capabilities()) {
+  for (const CpuCapability& capability : capabilities) {
     names.push_back(capability.name);
   }
   return names;
 }
+
+std::vector<std::string> supported_names() { return names_of(supported_cpu_capabilities()); }
 
 bool holds(const std::vector<std::string>& names, const std::string& name) {
   return std::find(names.begin(), names.end(), name) != names.end();
@@ -48,7 +63,12 @@ void check_refused(const std::string& name) {
 
 }  // namespace
 
-TEST("dispatch: the table's order, the plainest first, and the best one in use") {
+TEST("dispatch: the table knows every name, the plainest first; a build has those of its architecture") {
+  CHECK(kTable == std::vector<std::string>({"scalar", "avx2", "avx512", "neon"}), "the table's names or their order");
+  CHECK(names_of(compiled_cpu_capabilities()) == kOfThisArchitecture, "compiled names or their order");
+}
+
+TEST("dispatch: the supported ones are in the table's order, and the last of them is in use") {
   const std::vector<std::string> names = supported_names();
   CHECK(names.front() == "scalar", "first: " << names.front());
   size_t position = 0;
@@ -60,6 +80,28 @@ TEST("dispatch: the table's order, the plainest first, and the best one in use")
   }
   CHECK(kInUseAtFirst == names.back(), "in use: " << kInUseAtFirst << ", the best: " << names.back());
 }
+
+#if defined(__x86_64__) && defined(__linux__)
+TEST("dispatch: an instruction set is supported where the system lists its flags, and nowhere else") {
+  std::ifstream file("/proc/cpuinfo");
+  std::string line;
+  while (std::getline(file, line) && line.rfind("flags", 0) != 0) {
+  }
+  std::istringstream words(line);
+  const std::set<std::string> flags{std::istream_iterator<std::string>(words), {}};
+  if (flags.count("flags") == 0) {
+    skip("/proc/cpuinfo lists no flags");
+    return;
+  }
+  const auto has_all = [&](const std::vector<std::string>& needed) {
+    return std::all_of(needed.begin(), needed.end(), [&](const std::string& flag) { return flags.count(flag) > 0; });
+  };
+  const bool has_avx2 = has_all({"avx2", "fma", "f16c"});
+  const bool has_avx512 = has_avx2 && has_all({"avx512f", "avx512bw", "avx512dq", "avx512vl"});
+  CHECK(holds(supported_names(), "avx2") == has_avx2, "avx2");
+  CHECK(holds(supported_names(), "avx512") == has_avx512, "avx512");
+}
+#endif
 
 TEST("dispatch: each one can be forced") {
   for_each_capability([](const CpuCapability&) {});
@@ -74,7 +116,7 @@ TEST("dispatch: an unknown name is an invalid argument, and changes nothing") {
 TEST("dispatch: a known name that the processor or the build lacks is a runtime error, and changes nothing") {
   const std::vector<std::string> names = supported_names();
   int lacking = 0;
-  for (const char* name : {"scalar", "avx2", "avx512", "neon"}) {
+  for (const std::string& name : kTable) {
     if (!holds(names, name)) {
       ++lacking;
       check_refused<std::runtime_error>(name);
@@ -83,21 +125,17 @@ TEST("dispatch: a known name that the processor or the build lacks is a runtime 
   CHECK(lacking > 0, "no build has them all: x86 and aarch64 differ");
 }
 
-// A processor that lacks an instruction set skips its half of every other test: said here, once.
-#if defined(__x86_64__)
-TEST("dispatch: this processor runs every one that was compiled") {
+// A processor that lacks an instruction set cannot test it, in any of the tests: this one reports that, once.
+TEST("dispatch: this processor runs every instruction set that was compiled") {
   std::string missing;
-  for (const char* name : {"avx2", "avx512"}) {
-    bool found = false;
-    for (const CpuCapability& capability : supported_cpu_capabilities()) {
-      found = found || std::string(capability.name) == name;
+  for (const std::string& name : kOfThisArchitecture) {
+    if (!holds(supported_names(), name)) {
+      missing += (missing.empty() ? "" : ", ") + name;
     }
-    missing += found ? "" : std::string(missing.empty() ? "" : ", ") + name;
   }
   if (!missing.empty()) {
     skip("this processor lacks " + missing);
   }
 }
-#endif
 
 }  // namespace kernel_tests

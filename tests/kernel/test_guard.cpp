@@ -1,6 +1,5 @@
-// Batches whose every row ends, or begins, at an unreadable page, on both sides of the call: inputs, which nothing may
-// write to either, the output, lengths and starts. Any operand types and column stride, rows that are empty, rows side
-// by side, packed rows, in place.
+// Rows that end, or begin, at an unreadable page: those of the inputs, which are read-only as well, of the output, and
+// lengths and starts. Any operand types and column stride, empty rows, unit row stride, packed rows, in place.
 #include <memory>
 
 #include "cases.h"
@@ -13,9 +12,9 @@ namespace {
 
 constexpr int64_t kPadding = 100;  // columns on the unreadable side: more than any vector holds, less than a page
 
-// Rows whose neighbourhood cannot be touched. With padding behind, every row's valid range ends at column `longest`,
-// the page boundary; with padding before it begins at column `padding_before`, the page boundary. Empty rows have no
-// readable memory.
+// Rows between unreadable pages. With padding behind, every row's valid columns end at column `longest`, the page
+// boundary; with padding before, they begin at column `padding_before`, the page boundary. Empty rows have no readable
+// memory.
 class GuardedRows {
  public:
   GuardedRows(ElementType type, const std::vector<int64_t>& lengths, int64_t col_stride, bool padding_behind,
@@ -28,7 +27,7 @@ class GuardedRows {
     const int64_t elem_bytes = size_bytes(type);
     const int64_t step = std::abs(col_stride);
     readable_bytes_ = (((longest - 1) * step + 1) * elem_bytes + page_ - 1) / page_ * page_;
-    // Unreadable between two rows: all columns of padding, as far as the stride spreads them.
+    // Between two rows, all columns of padding are unreadable, as far as the stride spreads them.
     unreadable_bytes_ = (kPadding * step * elem_bytes + page_ - 1) / page_ * page_;
     row_bytes_ = row_elems > 0 ? row_elems * elem_bytes : readable_bytes_ + unreadable_bytes_;
     mapped_bytes_ = unreadable_bytes_ + row_bytes_ * static_cast<int64_t>(lengths.size());
@@ -50,14 +49,14 @@ class GuardedRows {
   void set(int64_t row, int64_t col, const std::string& bits) {
     std::memcpy(first_ + row * row_bytes_ + col * col_stride_ * size_bytes(type_), bits.data(), bits.size());
   }
-  // Of columns that are adjacent.
+  // Precondition: unit column stride.
   std::string bytes(int64_t row, int64_t col, int64_t count) const {
     return {first_ + row * row_bytes_ + col * size_bytes(type_), static_cast<size_t>(count * size_bytes(type_))};
   }
   void forbid_writing() {
     for_each_readable([&](char* first, int64_t) { mprotect(first, static_cast<size_t>(readable_bytes_), PROT_READ); });
   }
-  // Of columns that are adjacent: whether whatever else can be touched holds the poison still.
+  // Whether all other readable bytes still are poison. Precondition: unit column stride.
   bool is_untouched_beside(int64_t first_col, int64_t count) const {
     bool is_untouched = true;
     const auto is_poison = [](char byte) { return byte == static_cast<char>(Matrix::kPoison); };
@@ -99,8 +98,8 @@ class GuardedRows {
   char* first_;
 };
 
-// The same integers in the `turn`-th of the types that hold them, at the end of readable memory or at its beginning,
-// and nothing may write to them.
+// Read-only integers, in the `turn`-th of the types that can hold them, at the end of readable memory or at its
+// beginning.
 class GuardedIntegers {
  public:
   GuardedIntegers(const std::vector<int64_t>& values, unsigned turn, bool at_end)
@@ -131,13 +130,13 @@ class GuardedIntegers {
   GuardedBuffer buffer_;
 };
 
-// For the types of lengths and starts, each in its turn.
+// Cycles through the types of lengths and starts.
 unsigned next_turn() {
   static unsigned turn = 0;
   return turn++;
 }
 
-// The bytes of `count` elements of one row, whose columns are adjacent.
+// The bytes of `count` adjacent elements of one row.
 std::string bytes_at(Matrix& matrix, int64_t row, int64_t col, int64_t count) {
   const Operand operand = matrix.operand();
   const int64_t first = row * operand.row_strides[0] + col;
@@ -145,7 +144,7 @@ std::string bytes_at(Matrix& matrix, int64_t row, int64_t col, int64_t count) {
           static_cast<size_t>(count * size_bytes(operand.type))};
 }
 
-// Ones in rows of adjacent columns, which end at column `end`, or begin at column 0 where that is 0.
+// Fills rows of adjacent columns with ones. Rows end at column `end`, or begin at column 0 if that is 0.
 void fill_with_ones(GuardedRows& rows, ElementType type, const std::vector<int64_t>& lengths, int64_t end = 0) {
   Matrix one(type, 1, 1);
   one.set(0, 0, 1.0);
@@ -157,7 +156,7 @@ void fill_with_ones(GuardedRows& rows, ElementType type, const std::vector<int64
   }
 }
 
-// Whether no element of such rows holds the poison.
+// Whether no element of such rows is poison.
 bool is_written(const GuardedRows& rows, ElementType type, const std::vector<int64_t>& lengths, int64_t end) {
   const std::string poison(static_cast<size_t>(size_bytes(type)), static_cast<char>(Matrix::kPoison));
   for (size_t row = 0; row < lengths.size(); ++row) {
@@ -177,7 +176,7 @@ struct Types {
   ElementType output;
 };
 
-// Which end of a row's valid columns is at an unreadable page, and how its start is given.
+// Which end of a row's valid columns is at an unreadable page. kBeginningAtColumn0: without starts.
 enum class Side { kEnd, kBeginning, kBeginningAtColumn0 };
 
 constexpr Side kSides[] = {Side::kEnd, Side::kBeginning, Side::kBeginningAtColumn0};
@@ -253,24 +252,23 @@ void check_batch(const CpuCapability& capability, Operation operation, const Typ
   CHECK(output.is_untouched_beside(0, cols), what << ", written beside a row");
 }
 
-// Every operand's rows lie side by side: their elements of one column border an unreadable page, and in a column of
-// padding there is nothing else.
-void check_side_by_side(const CpuCapability& capability, Operation operation, ElementType input_type,
-                        ElementType output_type, int64_t width, bool at_end) {
+// Unit row stride: the elements of each column border an unreadable page, and columns of padding are unreadable.
+void check_unit_row_stride(const CpuCapability& capability, Operation operation, ElementType input_type,
+                           ElementType output_type, int64_t width, bool at_end) {
   constexpr int64_t kCols = 21;
   const std::vector<int64_t> lengths = {17, 0, 1, kCols};
   const std::vector<int64_t> starts = {3, 5, 20, 0};
   const auto groups = static_cast<int64_t>(lengths.size());
   const FaultReport report(std::string(capability.name) + ' ' + name_of(operation) + " of " + name_of(input_type) +
-                           " to " + name_of(output_type) + ", " + std::to_string(width) + " rows side by side, " +
-                           (at_end ? "the last" : "the first") + " at the page's end");
+                           " to " + name_of(output_type) + ", " + std::to_string(width) +
+                           " rows with unit row stride, " + (at_end ? "the last" : "the first") + " at the page's end");
   std::vector<int64_t> readable;  // elements of each group's columns
   for (size_t group = 0; group < lengths.size(); ++group) {
     for (int64_t col = 0; col < kCols; ++col) {
       readable.push_back(starts[group] <= col && col < starts[group] + lengths[group] ? width : 0);
     }
   }
-  const auto laid_side_by_side = [&](const GuardedRows& columns) {
+  const auto with_unit_row_stride = [&](const GuardedRows& columns) {
     Operand operand = columns.operand();
     operand.col_stride = operand.row_strides[0];
     operand.row_strides[0] = kCols * operand.col_stride;
@@ -291,7 +289,7 @@ void check_side_by_side(const CpuCapability& capability, Operation operation, El
     inputs.push_back(std::make_unique<GuardedRows>(input_type, readable, 1, at_end, 0));
     fill_with_ones(*inputs.back(), input_type, readable);
     inputs.back()->forbid_writing();
-    problem.inputs[k] = laid_side_by_side(*inputs.back());
+    problem.inputs[k] = with_unit_row_stride(*inputs.back());
   }
   const GuardedIntegers guarded_lengths(lengths, next_turn(), at_end);
   const GuardedIntegers guarded_starts(starts, next_turn(), at_end);
@@ -303,19 +301,19 @@ void check_side_by_side(const CpuCapability& capability, Operation operation, El
   guarded_starts.guard(problem.starts);
   const std::vector<int64_t> all_columns(readable.size(), width);
   const GuardedRows output(output_type, all_columns, 1, at_end, 0);
-  problem.output = laid_side_by_side(output);
+  problem.output = with_unit_row_stride(output);
   capability.run_rows(problem, 0, problem.rows);
   CHECK(is_written(output, output_type, all_columns, 0), capability.name << ' ' << name_of(operation));
   CHECK(output.is_untouched_beside(0, width), capability.name << ' ' << name_of(operation) << ", beside the rows");
 }
 
-// Rows side by side that end, or begin, one column earlier from each row to the next: in every column the last row that
-// is valid there, or the first, borders an unreadable page. So no row's padding can be read along with its neighbours.
+// Unit row stride, where each row ends, or begins, one column before the previous one: in every column the last valid
+// row, or the first, borders an unreadable page. So no row's padding can be read together with its neighbours.
 void check_stairs(const CpuCapability& capability, Operation operation, ElementType type, int64_t width, bool at_end) {
   const int64_t cols = std::min<int64_t>(21, width);
   const FaultReport report(std::string(capability.name) + ' ' + name_of(operation) + " of " + name_of(type) + ", " +
-                           std::to_string(width) + " rows side by side, each " + (at_end ? "ending" : "beginning") +
-                           " a column before the last");
+                           std::to_string(width) + " rows with unit row stride, each " +
+                           (at_end ? "ending" : "beginning") + " a column before the last");
   std::vector<int64_t> lengths;
   std::vector<int64_t> starts;
   std::vector<int64_t> readable(static_cast<size_t>(cols), 0);  // elements of each column
@@ -349,7 +347,7 @@ void check_stairs(const CpuCapability& capability, Operation operation, ElementT
     }
     inputs.back()->forbid_writing();
     problem.inputs[k] = inputs.back()->operand();
-    // Column c lies c elements further on in its pages, so that its last valid row, or its first, meets their end.
+    // Column c lies c elements further on in its pages, so that its last valid row, or its first, borders their end.
     problem.inputs[k].col_stride = problem.inputs[k].row_strides[0] + 1;
     problem.inputs[k].row_strides[0] = 1;
   }
@@ -368,14 +366,13 @@ void check_stairs(const CpuCapability& capability, Operation operation, ElementT
   CHECK(output.is_untouched_beside(0, width), capability.name << ' ' << name_of(operation) << ", beside the stairs");
 }
 
-// Packed rows, `width` of them side by side (a power of two), with unreadable pages between one group and the next:
-// nothing of them is padding.
+// Packed rows in groups of `width` (a power of two) with unit row stride, and unreadable pages between the groups.
 void check_packed(const CpuCapability& capability, Operation operation, ElementType input_type, ElementType output_type,
                   const std::vector<int64_t>& lengths, int64_t width, bool at_end) {
   constexpr int64_t kRowElems = 4096;  // whole pages of any type, more than the rows of a group have
   const FaultReport report(std::string(capability.name) + ' ' + name_of(operation) + " of " + name_of(input_type) +
                            " to " + name_of(output_type) + ", packed rows, " + std::to_string(width) +
-                           " side by side, " + (at_end ? "ending" : "beginning") + " at a page");
+                           " with unit row stride, " + (at_end ? "ending" : "beginning") + " at a page");
   std::vector<int64_t> elems;
   int64_t longest = 0;
   int64_t total = 0;
@@ -442,7 +439,7 @@ const std::vector<int64_t> kLongestLengths = {8191, 0, 8192, 8193};
 }  // namespace
 
 TEST("guard pages: batches of rows, every one between unreadable pages, every pair of types") {
-  for_each_writing([&] {
+  for_each_store_hint([&] {
     for_each_capability([&](const CpuCapability& capability) {
       for (Operation operation : kOperations) {
         for (ElementType input_type : kFloatingTypes) {
@@ -459,7 +456,7 @@ TEST("guard pages: batches of rows, every one between unreadable pages, every pa
 }
 
 TEST("guard pages: long rows, and rows with strided or reversed columns") {
-  for_each_writing([&] {
+  for_each_store_hint([&] {
     for_each_capability([&](const CpuCapability& capability) {
       for (Operation operation : kOperations) {
         for (ElementType type : kFloatingTypes) {
@@ -480,7 +477,7 @@ TEST("guard pages: long rows, and rows with strided or reversed columns") {
 }
 
 TEST("guard pages: derivatives whose inputs differ in type") {
-  for_each_writing([&] {
+  for_each_store_hint([&] {
     for_each_capability([&](const CpuCapability& capability) {
       for (Operation operation : kOperations) {
         for (ElementType type : kFloatingTypes) {
@@ -496,16 +493,16 @@ TEST("guard pages: derivatives whose inputs differ in type") {
   });
 }
 
-TEST("guard pages: rows side by side, between unreadable pages at both ends of every column") {
-  for_each_writing([&] {
+TEST("guard pages: rows with unit row stride, between unreadable pages at both ends of every column") {
+  for_each_store_hint([&] {
     for_each_capability([&](const CpuCapability& capability) {
       for (Operation operation : kOperations) {
         for (ElementType input_type : kFloatingTypes) {
           for (ElementType output_type : kFloatingTypes) {
             for (bool at_end : {true, false}) {
-              check_side_by_side(capability, operation, input_type, output_type, 37, at_end);
+              check_unit_row_stride(capability, operation, input_type, output_type, 37, at_end);
               if (input_type == output_type) {
-                check_side_by_side(capability, operation, input_type, output_type, 3, at_end);
+                check_unit_row_stride(capability, operation, input_type, output_type, 3, at_end);
               }
             }
           }
@@ -515,8 +512,8 @@ TEST("guard pages: rows side by side, between unreadable pages at both ends of e
   });
 }
 
-TEST("guard pages: rows side by side, whose ends are at an unreadable page in every column") {
-  for_each_writing([&] {
+TEST("guard pages: rows with unit row stride, whose ends are at an unreadable page in every column") {
+  for_each_store_hint([&] {
     for_each_capability([&](const CpuCapability& capability) {
       for (Operation operation : kOperations) {
         for (ElementType type : kFloatingTypes) {
@@ -532,7 +529,7 @@ TEST("guard pages: rows side by side, whose ends are at an unreadable page in ev
 }
 
 TEST("guard pages: packed rows, with unreadable pages between them") {
-  for_each_writing([&] {
+  for_each_store_hint([&] {
     for_each_capability([&](const CpuCapability& capability) {
       for (Operation operation : kOperations) {
         for (ElementType input_type : kFloatingTypes) {
@@ -550,7 +547,7 @@ TEST("guard pages: packed rows, with unreadable pages between them") {
 }
 
 TEST("guard pages: in place") {
-  for_each_writing([&] {
+  for_each_store_hint([&] {
     for_each_capability([&](const CpuCapability& capability) {
       for (ElementType type : kFloatingTypes) {
         for (bool at_end : {true, false}) {
@@ -584,7 +581,7 @@ TEST("guard pages: in place") {
 
 TEST("guard pages: neither results nor padding are written beside the output") {
   const int64_t page = sysconf(_SC_PAGESIZE);
-  for_each_writing([&] {
+  for_each_store_hint([&] {
     for_each_capability([&](const CpuCapability& capability) {
       for (Operation operation : kOperations) {
         for (ElementType type : kFloatingTypes) {

@@ -6,7 +6,7 @@
 namespace kernel_tests {
 namespace {
 
-// Where a matrix lies: strides of any sign count elements, like an operand's.
+// How a matrix lies in memory.
 enum class Layout { kContiguous, kShifted, kReversedCols, kReversedRows, kTransposed, kStrided, kReversedStrided };
 
 constexpr Layout kLayouts[] = {Layout::kShifted,    Layout::kReversedCols, Layout::kReversedRows,

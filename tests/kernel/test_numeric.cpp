@@ -6,7 +6,7 @@
 namespace kernel_tests {
 namespace {
 
-// A 16-bit format, in the numbers that its definition consists of.
+// The parameters of a 16-bit format.
 template <class T>
 struct Format;
 template <>
@@ -134,9 +134,9 @@ void check_doubles_to_16_bits(double largest) {
   }
 }
 
-// What the kernels make of values that pass through them unchanged: the gradient of a log_softmax whose probabilities
-// are all 0 is the incoming gradient. A value stands alone in its row, its position changing, so that whole vectors
-// and partial ones convert it and no sum overflows.
+// Passes values through the kernels unchanged: the gradient of a log_softmax whose probabilities are all 0 is the
+// incoming gradient. Each value is alone in its row, at changing positions, so that full vectors and tails convert it
+// and no sum overflows.
 template <class Visitor>
 void pass_through(ElementType from, ElementType to, const std::vector<double>& values, const Visitor& visit) {
   constexpr int64_t kCols = 19;

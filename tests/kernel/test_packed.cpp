@@ -1,11 +1,11 @@
-// Rows that lie end to end, without padding: the bits of padded ones, and nothing touched that is another row's.
+// Packed rows: they have the bits of padded ones, and no other row's memory is touched.
 #include "cases.h"
 #include "check.h"
 
 namespace kernel_tests {
 namespace {
 
-// Packed rows, `width` of them side by side for each length: element (position, column) of a matrix.
+// For each length, `width` packed rows with unit row stride. Position and column of an element are those of a matrix.
 struct PackedRows {
   std::vector<int64_t> lengths;
   std::vector<int64_t> starts;
@@ -13,8 +13,7 @@ struct PackedRows {
   int64_t total = 0;
   int64_t longest = 0;
 
-  PackedRows(std::vector<int64_t> row_lengths, int64_t rows_side_by_side)
-      : lengths(std::move(row_lengths)), width(rows_side_by_side) {
+  PackedRows(std::vector<int64_t> row_lengths, int64_t row_group) : lengths(std::move(row_lengths)), width(row_group) {
     for (int64_t length : lengths) {
       starts.push_back(total);
       total += length;
@@ -56,7 +55,7 @@ struct PackedRows {
     return result;
   }
 
-  // The same rows one below the other, as wide as the longest.
+  // The same rows padded to the longest.
   Bounds padded_bounds() const {
     Bounds bounds;
     for (int64_t length : lengths) {
@@ -88,7 +87,7 @@ void check_packed(const PackedRows& packed, Operation operation, ElementType inp
   for_each_capability([&](const CpuCapability& capability) {
     Matrix expected(output, packed.rows(), packed.longest);
     capability.run_rows(make_problem(operation, expected, padded_inputs, bounds, scale), 0, packed.rows());
-    for (int64_t split : {packed.rows(), packed.rows() / 2 + 1}) {  // in one piece, and in two
+    for (int64_t split : {packed.rows(), packed.rows() / 2 + 1}) {  // in one call, and in two
       Matrix result(output, packed.total, packed.width);
       const Problem problem = packed.problem(operation, result, inputs, scale);
       capability.run_rows(problem, 0, split);
@@ -96,7 +95,7 @@ void check_packed(const PackedRows& packed, Operation operation, ElementType inp
       for_each_element([&](int64_t row, int64_t i, int64_t position, int64_t column) {
         CHECK(result.bits(position, column) == expected.bits(row, i),
               capability.name << ' ' << name_of(operation) << ' ' << name_of(input) << ", " << packed.width
-                              << " side by side, row " << row << ", column " << i);
+                              << " with unit row stride, row " << row << ", column " << i);
       });
       CHECK(result.surroundings_are_untouched(), capability.name << ' ' << name_of(operation) << ": around the rows");
     }
@@ -124,8 +123,8 @@ TEST("packed rows have the bits of padded ones, every type") {
   check_packed({{9, 33}, 5}, Operation::kSoftmax, ElementType::kFloat32, ElementType::kFloat64, 1.0);
 }
 
-TEST("packed rows of every size that matters, written to the caches and past them") {
-  for_each_writing([] {
+TEST("packed rows of every size that matters, with cached and with non-temporal stores") {
+  for_each_store_hint([] {
     for (int64_t length : {1, 15, 16, 17, 64, 65, 128, 512, 1030}) {
       check_packed({{length, 1, length}, 1}, Operation::kSoftmax, ElementType::kFloat32, ElementType::kFloat32, 1.0);
       check_packed({{length, 3, length}, 16}, Operation::kSoftmax, ElementType::kFloat32, ElementType::kFloat32, 1.0);
@@ -133,7 +132,7 @@ TEST("packed rows of every size that matters, written to the caches and past the
   });
 }
 
-TEST("packed rows that are longer than a batch, than a scratch row, than a strip") {
+TEST("packed rows that are longer than a batch, than the scratch buffer, than a column tile") {
   for (int64_t width : {1, 8}) {
     for (Operation operation : {Operation::kSoftmax, Operation::kLogSoftmax, Operation::kSoftmaxBackward}) {
       check_packed({{9000, 2, 2500}, width}, operation, ElementType::kFloat32, ElementType::kFloat32, 1.0);
@@ -141,8 +140,8 @@ TEST("packed rows that are longer than a batch, than a scratch row, than a strip
   }
 }
 
-TEST("packed rows whose lengths grow after they were looked at stay in what they were given") {
-  // Strips are sized by the longest row; another thread may have changed lengths since.
+TEST("packed rows whose lengths grow after they were checked stay in their buffers") {
+  // Column tiles are sized by the longest row; another thread may change lengths after that was found.
   PackedRows packed({10, 12, 8}, 8);
   std::vector<Matrix> inputs(1, Matrix(ElementType::kFloat32, packed.total, packed.width));
   for (int64_t position = 0; position < packed.total; ++position) {

@@ -1,5 +1,5 @@
-// Values where rows are unusual: operands of different types, extreme scales, a million columns, uneven batches, single
-// columns, no columns at all. And the bounds themselves: zeros are out of them.
+// Values of unusual rows: operands of different types, extreme scales, a million columns, uneven batches, single
+// columns, no columns. And a check of the error bounds themselves: zeros are outside of them.
 #include <algorithm>
 
 #include "check.h"
@@ -24,14 +24,6 @@ real tolerance_of(const Expected& want, const Problem& problem) {
   const real relative = (4 + kLargestDistance) * epsilon_of(is_double);
   return std::fmin(want.tolerance,
                    relative * std::fabs(want.value) + rounding_of(problem.output.type, is_double, want.value));
-}
-
-real largest_of(ElementType type) {
-  switch (type) {
-    case ElementType::kFloat64: return std::numeric_limits<double>::max();
-    case ElementType::kFloat16: return 65504;
-    default: return std::numeric_limits<float>::max();
-  }
 }
 
 bool is_close(double got, real value, real tolerance, ElementType type) {
@@ -125,7 +117,7 @@ TEST("accuracy: zeros, and gradients of zeros, are out of every bound") {
   }
 }
 
-TEST("types: a derivative's inputs may differ in theirs; the widest one computes") {
+TEST("types: a derivative's inputs may differ in type; the widest one is the accumulation type") {
   constexpr int64_t kCols = 40;
   Bounds bounds = uneven_bounds(24, kCols, 1);
   for (Operation operation : kOperations) {

@@ -1,4 +1,4 @@
-// Every instruction set, operation, type and length: the right values, exact padding, nothing written beside the rows.
+// Every instruction set, operation, type and length: right values, exact padding, and nothing written beside the rows.
 #include "check.h"
 #include "reference.h"
 
@@ -69,7 +69,7 @@ Bounds every_length(int64_t cols) {
   return bounds;
 }
 
-// Rows around the sizes at which the kernels change their way: a fold, a batch, a tile, a row that fits the scratch.
+// Rows around the sizes at which the strategy changes: a flush, a batch, a tile, the scratch buffer.
 Bounds threshold_lengths(int64_t* cols) {
   Bounds bounds;
   for (int64_t threshold : {64, 128, 256, 512, 1024, 2048, 4096, 8192}) {

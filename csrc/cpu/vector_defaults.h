@@ -1,0 +1,97 @@
+// The interface of the vector types, and the defaults of what most of them share.
+//
+// Every instruction set's vec_*.h defines two types, Float and Double. Kernels are templates over such a type V:
+//
+//   V{}, broadcast(x)               zeros; every lane x
+//   element(p)                      one element, converted
+//   load(p), store(p)               kLanes elements at any address, converted from and to 16-bit types
+//   Mask first_n(n)                 the first n lanes: none where n <= 0, all where n >= kLanes; n < 2^15
+//   load(p, mask), store(p, mask)   touch the elements p[0..n) only; other lanes load as zeros
+//   masked(mask, fill = 0)          replaces the lanes outside of the mask
+//   a + b, a - b, a * b, fma, fms   fma(a, b, c) = a * b + c and fms(a, b, c) = a * b - c round once
+//   max(a, b), min(a, b)            b where either is NaN
+//   exp2_of(sum)                    2^k, with k as exp2.h encodes it in `sum`
+//   zero_where_less(n, least, x)    x, or 0 in the lanes where n < least; a NaN is not less
+//   zero_where_zero(t, x), one_where_zero(t)
+//   reduce_add(), reduce_max()      over the lanes; the sum is rounded once
+#pragma once
+
+#include "cpu/prelude.h"
+
+namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
+
+// The mask of full vectors, which is known at compile time.
+struct Full {};
+
+// A bfloat16 in memory whose conversion assumes that the value is no NaN: that saves two of nine operations.
+struct bfloat16_no_nan_t {
+  uint16_t bits;
+};
+
+template <class V, class T, int kCount>
+struct VectorDefaults {
+  using acc_t = T;
+  static constexpr int kLanes = kCount;
+  static constexpr int kUnroll = 4;              // vectors of a group (vector_group.h) in the main loops
+  static constexpr int kExp2TableSize = 1;       // entries of the exponential's table (exp2.h); 1: no table
+  static constexpr bool kHasScalef = false;      // scalef(x, n) = x * 2^floor(n)
+  static constexpr bool kHasCheapMasks = false;  // masked operations cost about as much as full ones
+  static constexpr bool kHasNonTemporalStores = false;
+  static constexpr bool kLoads16Bit = true;    // false: gather.h converts as fast
+  static constexpr int kMaxNarrowVectors = 0;  // widest rows of narrow_rows.h
+
+  // What groups have more than one of.
+  static constexpr int kVectors = 1;
+  V vector(int /*i*/) const { return static_cast<const V&>(*this); }
+
+  // Orders the non-temporal stores before it with all later stores.
+  static void store_fence() {}
+
+  // part(i) is the mask of vector i of a group that has this mask.
+  struct Mask {
+    int count;
+    Mask part(int i) const { return {count - i * kCount}; }
+  };
+  static Mask first_n(int64_t n) { return {static_cast<int>(n)}; }
+
+  template <class E>
+  static T element(const E* p) {
+    return to_acc<T>(read_element(p));
+  }
+
+  T reduce_add() const {
+    T elements[kCount];
+    static_cast<const V*>(this)->store(elements);
+    return compensated_sum(elements, kCount);
+  }
+
+  // Lane k of vector i becomes lane i of vector k.
+  static void transpose(V* vectors) {
+    T from[kCount][kCount];
+    T to[kCount][kCount];
+    for (int i = 0; i < kCount; ++i) {
+      vectors[i].store(from[i]);
+    }
+    for (int i = 0; i < kCount; ++i) {
+      for (int k = 0; k < kCount; ++k) {
+        to[k][i] = from[i][k];
+      }
+    }
+    for (int i = 0; i < kCount; ++i) {
+      vectors[i] = V::load(to[i]);
+    }
+  }
+
+  static void reduce_add_four(const V* vectors, T* sums) {
+    for (int i = 0; i < 4; ++i) {
+      sums[i] = vectors[i].reduce_add();
+    }
+  }
+  static void reduce_max_four(const V* vectors, T* maxima) {
+    for (int i = 0; i < 4; ++i) {
+      maxima[i] = vectors[i].reduce_max();
+    }
+  }
+};
+
+}  // namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE
