@@ -5,6 +5,8 @@
 #include <limits>
 #include <type_traits>
 
+#include "common/inline.h"
+
 namespace masked_softmax {
 
 enum class Operation : uint8_t {
@@ -64,7 +66,7 @@ using OperationConstant = std::integral_constant<Operation, kOperation>;
 
 // Calls visit(OperationConstant<operation>()), and returns what it returns.
 template <class Visitor>
-inline auto visit_operation(Operation operation, const Visitor& visit) {
+MASKED_SOFTMAX_HOST_DEVICE auto visit_operation(Operation operation, const Visitor& visit) {
   switch (operation) {
 #define MASKED_SOFTMAX_OPERATION(Name, name, Signature, Kernels) \
   case Operation::k##Name: return visit(OperationConstant<Operation::k##Name>());
