@@ -78,7 +78,7 @@ def test_expected_values_are_torch_softmax_of_the_valid_slice(log: bool) -> None
         assert got.valid[row].sum() == length
 
 
-def test_expected_gradient_is_torch_gradient(log: bool) -> None:
+def test_expected_gradient_equals_torch(log: bool) -> None:
     x = random_input((ROWS, COLS), torch.float64, seed=1).requires_grad_()
     g = random_input((ROWS, COLS), torch.float64, seed=2)
     y = torch.log_softmax(3 * x, -1) if log else torch.softmax(3 * x, -1)
@@ -89,7 +89,7 @@ def test_expected_gradient_is_torch_gradient(log: bool) -> None:
     np.testing.assert_allclose(got.value, x.grad.numpy(), rtol=1e-9, atol=1e-14)
 
 
-def test_expected_jvp_is_torch_jvp() -> None:
+def test_expected_jvp_equals_torch() -> None:
     """Of log_softmax; the JVP of softmax equals its VJP, because its Jacobian is symmetric."""
     x = random_input((ROWS, COLS), torch.float64, seed=1)
     v = random_input((ROWS, COLS), torch.float64, seed=2)
