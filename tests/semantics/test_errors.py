@@ -155,7 +155,7 @@ def test_every_integer_type_is_checked(index: torch.dtype) -> None:
 
 
 def test_the_invalid_row_is_named_in_all_dimensions() -> None:
-    """By its index in the shape of input without `dim`; for broadcast lengths, the first such row."""
+    """By its index in the shape without `dim`; for broadcast lengths, the first such row."""
     x = random_input((2, 3, 4, 5), torch.float32, seed=2)
     lengths = torch.ones(2, 3, 4, dtype=torch.int64)
     lengths[1, 2, 0] = 77
