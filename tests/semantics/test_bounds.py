@@ -37,7 +37,7 @@ def contiguous_mask() -> tuple[Tensor, Tensor, Tensor]:
     return valid_like(torch.empty(2, 3, 5), lengths, -1, starts), lengths, starts
 
 
-def mask_with_mask_with_gaps() -> Tensor:
+def mask_with_gaps() -> Tensor:
     """Row 0 has one run of valid columns, rows 1 and 2 have two."""
     return torch.tensor([[1, 1, 0, 0, 0], [1, 0, 1, 1, 0], [1, 0, 0, 0, 1]]).bool()
 
