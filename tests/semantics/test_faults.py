@@ -148,8 +148,8 @@ class Faults:
     def run(self, number: int, call: Call, expected: object = None) -> tuple[bool, str]:
         """Makes the allocation of this number fail during the call.
 
-        Returns whether the call made so many allocations, and the name of the error, if any. Without
-        an error the result must be the expected one.
+        Returns whether the call made that many allocations, and the name of the error, if any.
+        Without an error, the result must be the expected one.
         """
         start = partial(self._library.fail_allocation, ctypes.c_long(number))
         if call.node is not None:
