@@ -1,6 +1,7 @@
-"""Promise: torch.autograd gets first and second derivatives, as from torch.softmax.
+"""Promise: first and second derivatives with torch.autograd, as for torch.softmax.
 
-Also what is saved for the backward pass, what is written, and how `out=` and in-place calls behave.
+Only output, lengths and starts are saved, the incoming gradient is never written, and `out=` and
+in-place calls follow torch's rules.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def test_the_first_invalid_row_is_named(call: Call) -> None:
 
 @every(CALLS)
 def test_starts_and_lengths_out_of_bounds(call: Call) -> None:
-    """The message has start, length and bound; each of them may be valid by itself."""
+    """The message has start, length and bound, since start and length may each be valid alone."""
     x = scores()
     lengths = torch.tensor([1, 2, 3, 1])
     assert_raises(

@@ -94,7 +94,7 @@ def child_limited_memory() -> None:
         assert torch.equal(in_place, x), "written although the tangent could not be allocated"
         assert torch.equal(g, g_before)
 
-    child.stage("what allocates nothing works")
+    child.stage("calls that allocate nothing work")
     assert torch.equal(masked_softmax(x, lengths, out=out), expected)
     masked_softmax(half, lengths, out=out, dtype=torch.float32)
     masked_softmax(x.t(), lengths, out=out.t())

@@ -48,7 +48,7 @@ def check(name: str, call: Callable[[], object], expected_bytes: int) -> None:
 
 
 def warm_up(log: bool) -> None:
-    """Starts threads and loads what is loaded by a first call."""
+    """Starts threads and does all other work that only a first call does."""
     x = random_input((1000, 1000), torch.float32, seed=1).requires_grad_()
     y = forward(x, 900, log=log)
     torch.autograd.grad(y, x, torch.ones(1000, 1000))

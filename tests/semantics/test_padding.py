@@ -235,7 +235,7 @@ def lengths_and_starts() -> None:
 
 
 def child_reads_unreadable_page() -> None:
-    """What any load of padding would do in these tests: it ends the child."""
+    """Ends the child, as any load of padding in these scenarios would."""
     page = mmap.PAGESIZE // 4
     guarded = GuardPages((2 * page,), (1,), 0, 2, (1,)).around(torch.zeros(2 * page))
     child.stage("reading")
