@@ -307,7 +307,7 @@ def test_threads_with_their_own_streams() -> None:
         assert all(pool.map(run, range(8)))
 
 
-def test_compiled() -> None:
+def test_compiled_gives_the_same_bits() -> None:
     x = torch.randn(30, 77, device=DEVICE)
     lengths = torch.randint(0, 78, (30,), device=DEVICE)
     compiled = torch.compile(lambda x, n: masked_softmax(x * 2, n), fullgraph=True)
@@ -337,7 +337,7 @@ def test_agrees_with_the_unfused_formulation(log: bool) -> None:
 
 
 @pytest.mark.parametrize("transform", ["jacrev", "jacfwd", "hessian", "vmap"])
-def test_transforms(transform: str, log: bool) -> None:
+def test_transforms_match_the_cpu(transform: str, log: bool) -> None:
     """Forward-mode and second derivatives have their own operators."""
     lengths = torch.tensor([3, 0, 5])
     x = random_input((3, 5), torch.float64, seed=30)
@@ -386,7 +386,7 @@ def test_invalid_packed_rows_are_nan() -> None:
         packed_softmax(values, offsets, validate=True)
 
 
-def test_jagged_tensors(log: bool) -> None:
+def test_jagged_rows_match_dense_rows(log: bool) -> None:
     rows = [random_input((n, 4), torch.float32, seed=n).to(DEVICE) for n in (3, 1, 9)]
     x = torch.nested.nested_tensor(rows, layout=torch.jagged)
     got = (masked_log_softmax if log else masked_softmax)(x, None, 1)

@@ -477,7 +477,7 @@ def test_scale_that_is_not_a_number(call: Call, wrong: Any) -> None:
 
 @every(FUNCTIONS)
 @pytest.mark.parametrize("wrong", [10**400, Fraction(-(10**400))], ids=["int", "Fraction"])
-def test_scale_beyond_every_float(call: Call, wrong: Any) -> None:
+def test_scale_too_large_for_a_float(call: Call, wrong: Any) -> None:
     words = ("scale", "number", type(wrong).__name__)
     assert_raises(ValueError, words, call, scores(), torch.tensor([1]), scale=wrong)
 
@@ -673,7 +673,7 @@ def test_in_place_on_an_expanded_tensor(name: str) -> None:
 @pytest.mark.parametrize("held", [0, 1, 76])
 @pytest.mark.parametrize("argument", ["input", "lengths", "starts", "out"])
 def test_a_storage_smaller_than_its_tensor(argument: str, held: int, log: bool) -> None:
-    """As resize_() or FSDP (for a freed parameter) leave it; the memory is not accessed."""
+    """As after resize_() of a storage, or when FSDP frees a parameter; no memory is accessed."""
     tensors = {
         "input": scores(),
         "lengths": torch.ones(4, dtype=torch.int64),

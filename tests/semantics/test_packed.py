@@ -94,7 +94,7 @@ def test_long_rows(width: int, capability: str, log: bool) -> None:
     assert_same_bits(packed(values, offsets_of(LONG_LENGTHS), log=log), unpad(y, LONG_LENGTHS, 0))
 
 
-def test_strides(log: bool) -> None:
+def test_strided_values_and_gradients(log: bool) -> None:
     values = random_input((2 * sum(LENGTHS), 3), torch.float32, seed=4)[::2]
     g = random_input((3, sum(LENGTHS)), torch.float32, seed=5).t()
     leaf = values.detach().requires_grad_()
@@ -118,22 +118,22 @@ def test_integer_types_and_strides_of_offsets(offset_dtype: torch.dtype, log: bo
 
 
 @pytest.mark.parametrize("output", FLOATING, ids=short_name)
-def test_dtype(output: torch.dtype, log: bool) -> None:
+def test_dtype_converts_integer_values(output: torch.dtype, log: bool) -> None:
     values = torch.arange(-5, 5)
     got = packed(values, offsets_of([4, 6]), log=log, dtype=output)
     rows = [forward(row, len(row), log=log, dtype=output) for row in values.split([4, 6])]
     assert_same_bits(got, torch.cat(rows))
 
 
-def test_autocast(log: bool) -> None:
+def test_autocast_gives_float32(log: bool) -> None:
     values = random_input((10,), torch.bfloat16, seed=7)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = packed(values, offsets_of([4, 6]), log=log)
     assert_same_bits(got, packed(values, offsets_of([4, 6]), log=log, dtype=torch.float32))
 
 
-def test_threads(set_threads: Callable[[int], None], log: bool) -> None:
-    """The number of threads changes no bit; rows are distributed by their lengths."""
+def test_number_of_threads_changes_no_bit(set_threads: Callable[[int], None], log: bool) -> None:
+    """Rows are distributed among threads by their lengths."""
     lengths = torch.randint(0, 2000, (300,), generator=generator(8)).tolist()
     for width in (1, 5):
         values = random_input((sum(lengths), width), torch.float32, seed=9)
@@ -173,7 +173,7 @@ def test_empty_values(log: bool) -> None:
         assert got.shape == values.shape
 
 
-def test_special_values(log: bool) -> None:
+def test_special_values_stay_in_their_row(log: bool) -> None:
     nan, inf = float("nan"), float("inf")
     values = torch.tensor([1.0, nan, 2.0, -inf, -inf, 0.0, inf, 3.0, 4.0])
     got = packed(values, torch.tensor([0, 2, 3, 5, 7, 9]), log=log)
