@@ -108,7 +108,7 @@ def test_negative_infinity_is_probability_zero(
 
 
 def test_the_only_finite_value_is_one(capability: str, dtype: torch.dtype, log: bool) -> None:
-    """Within the bound, or exactly if it is the only valid column; the others are exactly 0 or -inf."""
+    """Within the bound, and exactly for a single column; the others are exactly 0 or -inf."""
     for cols in SIZES:
         for position in (0, cols // 2, cols - 1):
             x = torch.full((1, cols), -INF, dtype=dtype)
