@@ -1,4 +1,4 @@
-"""Promise: the masked-softmax article's example comes out digit for digit."""
+"""Promise: the numbers of the masked-softmax article's example, to its four digits."""
 
 from __future__ import annotations
 
@@ -28,32 +28,34 @@ def article_input() -> Tensor:
     return torch.from_numpy(np.random.RandomState(1).random_sample((4, 6)).round(1) * 2 + 3)
 
 
-def four_digits(values: Tensor) -> Tensor:
+def to_four_digits(values: Tensor) -> Tensor:
     return (values.double() * 1e4).round() / 1e4
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=short_name)
-def test_numbers_to_four_digits(capability: str, dtype: torch.dtype) -> None:
+def test_article_numbers(capability: str, dtype: torch.dtype) -> None:
     result = masked_softmax(article_input().to(dtype), LENGTHS)
-    assert torch.equal(four_digits(result), EXPECTED)
+    assert torch.equal(to_four_digits(result), EXPECTED)
     assert_same_bits(result[EXPECTED == 0], torch.zeros(10, dtype=dtype), "padding")
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=short_name)
-def test_numbers_in_every_dtype(capability: str, dtype: torch.dtype) -> None:
+def test_every_dtype_is_the_float64_result_rounded_once(
+    capability: str, dtype: torch.dtype
+) -> None:
     result = masked_softmax(article_input(), LENGTHS, dtype=dtype)
-    assert_same_bits(result, masked_softmax(article_input(), LENGTHS).to(dtype), "rounded once")
+    assert_same_bits(result, masked_softmax(article_input(), LENGTHS).to(dtype))
 
 
-def test_numbers_of_the_reference() -> None:
-    assert torch.equal(four_digits(reference.masked_softmax(article_input(), LENGTHS)), EXPECTED)
+def test_article_numbers_of_the_reference() -> None:
+    assert torch.equal(to_four_digits(reference.masked_softmax(article_input(), LENGTHS)), EXPECTED)
 
 
-def test_numbers_of_the_module() -> None:
-    assert torch.equal(four_digits(MaskedSoftmax()(article_input(), LENGTHS)), EXPECTED)
+def test_article_numbers_of_the_module() -> None:
+    assert torch.equal(to_four_digits(MaskedSoftmax()(article_input(), LENGTHS)), EXPECTED)
 
 
-def test_log_softmax_is_its_logarithm(capability: str) -> None:
+def test_log_softmax_is_the_logarithm(capability: str) -> None:
     result = forward(article_input(), LENGTHS, log=True)
-    assert torch.equal(four_digits(result.exp()), EXPECTED)
+    assert torch.equal(to_four_digits(result.exp()), EXPECTED)
     assert torch.equal(torch.isneginf(result), EXPECTED == 0)

@@ -1,8 +1,8 @@
-"""Promise: same bits.
+"""Promise: a row's result has the same bits wherever and however it is computed.
 
-A row's result depends on its valid values, its dtype and scale, and the instruction set in use. Not
-on the batch, the other rows, the padded width, the thread count, the place in memory, or a repeated
-run.
+It depends on the row's valid values, dtype and scale, and on the instruction set in use. It does
+not depend on the batch size, the other rows, the padded width, the number of threads or the memory
+layout, and repeated runs give the same bits.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from masked_softmax_ext import masked_softmax_
 
-# Below a vector, some vectors and a rest, a tile and a rest, beyond every scratch buffer.
-WIDTHS = (5, 61, 1500, 9001)
+# Less than a vector; vectors and a tail; a tile and a tail; more than any scratch buffer holds.
+COLS = (5, 61, 1500, 9001)
 
 
-def rows_of(cols: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Input, incoming gradient, and lengths: full, empty, one, and others."""
+def make_rows(cols: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Input, incoming gradient and lengths: full, empty, one column, then random ones."""
     lengths = torch.randint(0, cols + 1, (rows,), generator=generator(1))
     lengths[: min(rows, 3)] = torch.tensor([cols, 0, 1])[:rows]
     return (
@@ -33,9 +33,9 @@ def rows_of(cols: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, T
 
 
 def layouts(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The same (rows, cols) values laid out in memory in other ways."""
+    """Views with the same (rows, cols) values and other strides."""
     rows, cols = tensor.shape
-    yield "columns first", tensor.t().contiguous().t()
+    yield "unit row stride", tensor.t().contiguous().t()
     wide = torch.full((rows, cols + 13), 7.0, dtype=tensor.dtype)
     wide[:, 5 : 5 + cols] = tensor
     yield "rows with gaps", wide[:, 5 : 5 + cols]
@@ -49,19 +49,19 @@ def layouts(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def at_offset(tensor: Tensor, offset: int) -> Tensor:
-    """A contiguous copy that begins `offset` elements behind an aligned address."""
+    """A contiguous copy that begins `offset` elements after a 64-byte boundary."""
     buffer = torch.empty(tensor.numel() + 64, dtype=tensor.dtype)
     aligned = (-buffer.data_ptr() % 64) // buffer.element_size()
     view = buffer[aligned + offset : aligned + offset + tensor.numel()].view(tensor.shape)
     return view.copy_(tensor)
 
 
-def test_threads(
+def test_number_of_threads(
     capability: str, set_threads: Callable[[int], None], dtype: torch.dtype, log: bool
 ) -> None:
-    """1, 2, 3 and 4 threads, with enough work that all of them take part."""
+    """1, 2, 3 and 4 threads, with enough work for all of them."""
     for rows, cols in ((3001, 61), (700, 1500), (40, 9001)):
-        x, g, lengths = rows_of(cols, rows, dtype)
+        x, g, lengths = make_rows(cols, rows, dtype)
         set_threads(1)
         y, gradient = forward_backward(x, g, lengths, log=log)
         for threads in (2, 3, 4):
@@ -72,7 +72,7 @@ def test_threads(
 
 
 def test_repeated_runs(capability: str, dtype: torch.dtype, log: bool) -> None:
-    x, g, lengths = rows_of(1500, 200, dtype)
+    x, g, lengths = make_rows(1500, 200, dtype)
     y, gradient = forward_backward(x, g, lengths, log=log)
     for _ in range(3):
         got, got_gradient = forward_backward(x, g, lengths, log=log)
@@ -80,11 +80,11 @@ def test_repeated_runs(capability: str, dtype: torch.dtype, log: bool) -> None:
         assert_same_bits(got_gradient, gradient)
 
 
-def test_batch_size_and_other_rows(capability: str, dtype: torch.dtype, log: bool) -> None:
-    """A row alone, at another place of the batch, and among other rows is the same row."""
-    for cols in WIDTHS:
+def test_batch_size_and_neighbouring_rows(capability: str, dtype: torch.dtype, log: bool) -> None:
+    """A row alone, at another index of the batch, and among other rows."""
+    for cols in COLS:
         rows = 200 if cols < 100 else 24
-        x, g, lengths = rows_of(cols, rows, dtype)
+        x, g, lengths = make_rows(cols, rows, dtype)
         y, gradient = forward_backward(x, g, lengths, log=log)
         for row in range(0, rows, rows // 5):
             one = slice(row, row + 1)
@@ -101,35 +101,31 @@ def test_batch_size_and_other_rows(capability: str, dtype: torch.dtype, log: boo
         others[7] = x[7]
         other_lengths = lengths.flip(0).clone()
         other_lengths[7] = lengths[7]
-        assert_same_bits(
-            forward(others, other_lengths, log=log)[7], y[7], f"{cols} columns, other neighbours"
-        )
+        got = forward(others, other_lengths, log=log)[7]
+        assert_same_bits(got, y[7], f"{cols} columns, other neighbours")
 
 
 def test_padded_width(capability: str, dtype: torch.dtype, log: bool) -> None:
-    """The padded width does not matter, nor where in the row the valid columns begin."""
+    """Neither the padded width nor the start of the valid columns changes a bit."""
     for length in (1, 4, 15, 33, 64, 500, 1500, 9001):
         x, g = random_input((2, length), dtype, seed=6), random_input((2, length), dtype, seed=7)
         y, gradient = forward_backward(x, g, length, log=log)
         for before, after in ((0, 1), (0, 100), (1, 0), (3, 16), (17, 8192)):
             cols = before + length + after
-            wide_x, wide_g = (
-                torch.full((2, cols), 9.0, dtype=dtype),
-                torch.full((2, cols), 9.0, dtype=dtype),
-            )
-            wide_x[:, before : before + length], wide_g[:, before : before + length] = x, g
+            valid = slice(before, before + length)
+            wide_x = torch.full((2, cols), 9.0, dtype=dtype)
+            wide_g = wide_x.clone()
+            wide_x[:, valid], wide_g[:, valid] = x, g
             got, got_gradient = forward_backward(wide_x, wide_g, length, starts=before, log=log)
-            what = f"length {length} with {before} columns before and {after} behind"
-            assert_same_bits(got[:, before : before + length], y, what)
-            assert_same_bits(
-                got_gradient[:, before : before + length], gradient, f"gradient, {what}"
-            )
+            what = f"length {length} with {before} columns before and {after} after"
+            assert_same_bits(got[:, valid], y, what)
+            assert_same_bits(got_gradient[:, valid], gradient, f"gradient, {what}")
 
 
 def test_alignment(capability: str, dtype: torch.dtype, log: bool) -> None:
-    """Input, gradient and output begin 1 to 16 elements behind an aligned address."""
+    """Input, gradient and output begin 1 to 16 elements after a 64-byte boundary."""
     for cols in (61, 1027):
-        x, g, lengths = rows_of(cols, 5, dtype)
+        x, g, lengths = make_rows(cols, 5, dtype)
         y, gradient = forward_backward(x, g, lengths, log=log)
         for offset in range(1, 17):
             got, got_gradient = forward_backward(
@@ -144,9 +140,9 @@ def test_alignment(capability: str, dtype: torch.dtype, log: bool) -> None:
 
 
 def test_memory_layout(capability: str, dtype: torch.dtype, log: bool) -> None:
-    """Rows with gaps, columns with gaps, columns first: walked as they are, to the same bits."""
-    for cols in WIDTHS:
-        x, g, lengths = rows_of(cols, 6, dtype)
+    """Unit row stride, rows and columns with gaps, rows reversed."""
+    for cols in COLS:
+        x, g, lengths = make_rows(cols, 6, dtype)
         y, gradient = forward_backward(x, g, lengths, log=log)
         for (name, view), (_, view_g) in zip(layouts(x), layouts(g), strict=True):
             assert torch.equal(view, x)
@@ -155,13 +151,13 @@ def test_memory_layout(capability: str, dtype: torch.dtype, log: bool) -> None:
             assert_same_bits(got, y, f"{cols} columns, {name}, with grad")
             assert_same_bits(got_gradient, gradient, f"gradient, {cols} columns, {name}")
             _, got_gradient = forward_backward(x, view_g, lengths, log=log)
-            assert_same_bits(got_gradient, gradient, f"gradient of {name} alone, {cols} columns")
+            assert_same_bits(got_gradient, gradient, f"only the gradient {name}, {cols} columns")
 
 
 def test_memory_layout_with_scale(capability: str, dtype: torch.dtype, log: bool) -> None:
-    """Whatever a scale does to the way a row is read, it does so for every layout."""
-    for cols in WIDTHS:
-        x, g, lengths = rows_of(cols, 6, dtype)
+    """A scale changes how a row is computed, but for every layout alike."""
+    for cols in COLS:
+        x, g, lengths = make_rows(cols, 6, dtype)
         for scale in (0.3, -0.7, 0.0, 1e-35):
             y, gradient = forward_backward(x, g, lengths, log=log, scale=scale)
             for (name, view), (_, view_g) in zip(layouts(x), layouts(g), strict=True):
@@ -171,9 +167,9 @@ def test_memory_layout_with_scale(capability: str, dtype: torch.dtype, log: bool
 
 
 def test_softmax_dimension(capability: str, dtype: torch.dtype, log: bool) -> None:
-    """The softmax dimension first, in the middle, last."""
-    for cols in WIDTHS:
-        x, g, lengths = rows_of(cols, 6, dtype)
+    """The softmax dimension first, in the middle and last."""
+    for cols in COLS:
+        x, g, lengths = make_rows(cols, 6, dtype)
         y, gradient = forward_backward(x, g, lengths, log=log)
         for dim, to in ((0, lambda t: t.t()), (1, lambda t: t.view(2, 3, -1).transpose(1, 2))):
             shaped_lengths = lengths if dim == 0 else lengths.view(2, 3)
@@ -185,7 +181,7 @@ def test_softmax_dimension(capability: str, dtype: torch.dtype, log: bool) -> No
 
 
 def test_expanded_input(capability: str, dtype: torch.dtype, log: bool) -> None:
-    for cols in WIDTHS:
+    for cols in COLS:
         row = random_input((1, cols), dtype, seed=8)
         lengths = torch.tensor([cols, cols // 2, 0, 1])
         expected = forward(row.repeat(4, 1), lengths, log=log)
@@ -197,15 +193,15 @@ def test_expanded_input(capability: str, dtype: torch.dtype, log: bool) -> None:
     )
 
 
-def test_out_and_in_place_and_fresh(capability: str, dtype: torch.dtype, log: bool) -> None:
-    for cols in WIDTHS:
-        x, _, lengths = rows_of(cols, 6, dtype)
+def test_out_and_in_place(capability: str, dtype: torch.dtype, log: bool) -> None:
+    for cols in COLS:
+        x, _, lengths = make_rows(cols, 6, dtype)
         expected = forward(x, lengths, log=log)
         assert_same_bits(
             forward(x, lengths, log=log, out=torch.full_like(x, 5.0)), expected, "out="
         )
-        same = x.clone()
-        assert_same_bits(forward(same, lengths, log=log, out=same), expected, "out= the input")
+        both = x.clone()
+        assert_same_bits(forward(both, lengths, log=log, out=both), expected, "out= the input")
         for name, view in layouts(torch.full_like(x, 5.0)):
             out = torch.empty_strided(view.shape, view.stride(), dtype=dtype)
             assert_same_bits(forward(x, lengths, log=log, out=out), expected, f"out=, {name}")
@@ -216,7 +212,7 @@ def test_out_and_in_place_and_fresh(capability: str, dtype: torch.dtype, log: bo
 
 
 def test_with_and_without_grad(capability: str, dtype: torch.dtype, log: bool) -> None:
-    x, _, lengths = rows_of(61, 6, dtype)
+    x, _, lengths = make_rows(61, 6, dtype)
     y = forward(x, lengths, log=log)
     assert_same_bits(forward(x.clone().requires_grad_(), lengths, log=log), y)
     with torch.inference_mode():
@@ -227,18 +223,18 @@ def test_with_and_without_grad(capability: str, dtype: torch.dtype, log: bool) -
 def test_integer_type_of_lengths(
     capability: str, index: torch.dtype, dtype: torch.dtype, log: bool
 ) -> None:
-    x, _, lengths = rows_of(61, 6, dtype)
+    x, _, lengths = make_rows(61, 6, dtype)
     assert_same_bits(forward(x, lengths.to(index), log=log), forward(x, lengths, log=log))
 
 
-def test_an_int_and_a_tensor(capability: str, dtype: torch.dtype, log: bool) -> None:
-    x, _, _ = rows_of(61, 6, dtype)
+def test_int_and_tensor_lengths(capability: str, dtype: torch.dtype, log: bool) -> None:
+    x, _, _ = make_rows(61, 6, dtype)
     expected = forward(x, torch.full((6,), 40), starts=torch.full((6,), 7), log=log)
     assert_same_bits(forward(x, 40, starts=7, log=log), expected)
 
 
-def test_rows_that_are_nan(capability: str, log: bool) -> None:
-    """In bfloat16, which the kernels convert to themselves: every NaN is the same one."""
+def test_nan_rows_of_bfloat16(capability: str, log: bool) -> None:
+    """The kernels' own conversion to bfloat16 gives every NaN the same bits."""
     dtype = torch.bfloat16
     for cols in (5, 100, 300):
         x = random_input((3, cols), dtype, seed=4)

@@ -1,4 +1,4 @@
-"""Promise: every row of SPEC's table "The edges" that concerns the CPU."""
+"""Promise: every row of SPEC.md's table "The edges" that applies to the CPU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from cases import (
     bits_of,
     from_bits,
     random_input,
+    row_shape,
     short_name,
 )
 from tolerances import assert_forward
@@ -22,7 +23,7 @@ from masked_softmax_ext import masked_softmax_
 INF = float("inf")
 NAN = float("nan")
 
-# One short row, one that fills vectors of every width, one beyond a tile.
+# A short row, a row of full vectors of every width, and a row longer than a tile.
 SIZES = (3, 37, 2500)
 
 
@@ -38,7 +39,7 @@ def padding_value(log: bool) -> float:
 
 
 def test_empty_rows_are_all_padding(capability: str, dtype: torch.dtype, log: bool) -> None:
-    """Zeros (softmax), -inf (log_softmax), zero gradient; whatever the row holds."""
+    """Zeros (softmax) or -inf (log_softmax) and zero gradient, with any padding."""
     for cols in SIZES:
         for content in (0.0, NAN, INF, -INF):
             x = torch.full((3, cols), content, dtype=dtype)
@@ -70,7 +71,7 @@ def test_an_empty_row_in_place(capability: str, dtype: torch.dtype) -> None:
 
 
 def test_one_valid_column_is_exactly_one(capability: str, dtype: torch.dtype, log: bool) -> None:
-    """1.0, or 0.0 for log_softmax, for every finite value, and with any scale."""
+    """1.0, or 0.0 for log_softmax, for any finite value and scale."""
     info = torch.finfo(dtype)
     values = [0.0, -0.0, 1.0, -3.7, 1e-3, 60000.0, info.max, info.min, info.smallest_normal]
     x = torch.tensor(values, dtype=torch.float64).to(dtype)[:, None].repeat(1, 6)
@@ -107,7 +108,7 @@ def test_negative_infinity_is_probability_zero(
 
 
 def test_the_only_finite_value_is_one(capability: str, dtype: torch.dtype, log: bool) -> None:
-    """Within the bound; exactly where it is the only valid one. All others are exactly 0."""
+    """Within the bound, and exactly for a single column; the others are exactly 0 or -inf."""
     for cols in SIZES:
         for position in (0, cols // 2, cols - 1):
             x = torch.full((1, cols), -INF, dtype=dtype)
@@ -122,7 +123,7 @@ def test_the_only_finite_value_is_one(capability: str, dtype: torch.dtype, log: 
 
 
 def test_gradient_beside_negative_infinity(capability: str, log: bool) -> None:
-    """As torch's: 0 for softmax, the incoming gradient for log_softmax; finite everywhere."""
+    """As torch's: finite everywhere; at -inf 0 (softmax) or the incoming gradient (log_softmax)."""
     x = random_input((3, 10), torch.float64, seed=6)
     x[0, 2] = x[1, 0] = x[1, 9] = -INF
     g = random_input((3, 10), torch.float64, seed=7)
@@ -134,7 +135,7 @@ def test_gradient_beside_negative_infinity(capability: str, log: bool) -> None:
 
 
 def test_all_negative_infinity_is_nan(capability: str, dtype: torch.dtype, log: bool) -> None:
-    """On the valid columns, as in torch.softmax; not in the padding, not in other rows."""
+    """The valid columns are NaN, as in torch.softmax; padding and other rows are not."""
     for cols in SIZES:
         x = random_input((3, cols + 2), dtype, seed=8)
         alone = forward(x, cols, log=log)
@@ -153,7 +154,7 @@ def test_all_negative_infinity_is_nan(capability: str, dtype: torch.dtype, log: 
 def test_nan_and_infinity_make_their_row_nan(
     capability: str, content: float, dtype: torch.dtype, log: bool
 ) -> None:
-    """On the valid columns, as in torch.softmax; other rows and padding are untouched."""
+    """The valid columns are NaN, as in torch.softmax; padding and other rows are not."""
     for cols in SIZES:
         x = random_input((5, cols + 3), dtype, seed=9)
         alone = forward(x, cols, log=log)
@@ -166,7 +167,9 @@ def test_nan_and_infinity_make_their_row_nan(
         assert_same_bits(y[::4], alone[::4], "other rows")
 
 
-def test_nan_wins_over_infinities(capability: str, dtype: torch.dtype, log: bool) -> None:
+def test_nan_and_infinities_in_one_row_make_it_nan(
+    capability: str, dtype: torch.dtype, log: bool
+) -> None:
     rows = [[NAN, INF, 0.0], [INF, -INF, 0.0], [-INF, NAN, -INF], [INF, INF, INF], [NAN, NAN, NAN]]
     x = torch.tensor(rows, dtype=dtype)
     for wide in (x, x.repeat(1, 13)):
@@ -177,7 +180,7 @@ def test_nan_wins_over_infinities(capability: str, dtype: torch.dtype, log: bool
 def test_infinity_under_a_negative_scale_is_negative_infinity(
     capability: str, dtype: torch.dtype, log: bool
 ) -> None:
-    """scale multiplies the logits: -1 * inf is a valid -inf, -1 * -inf makes the row NaN."""
+    """scale multiplies the logits: -1 * inf is a valid -inf, and -1 * -inf makes the row NaN."""
     y = forward(torch.tensor([[INF, 1.0, 1.0]], dtype=dtype), 3, scale=-1.0, log=log)
     expected = torch.tensor([[0.0, 0.5, 0.5]], dtype=torch.float64)
     torch.testing.assert_close(y.double(), expected.log() if log else expected, rtol=1e-2, atol=0)
@@ -187,8 +190,10 @@ def test_infinity_under_a_negative_scale_is_negative_infinity(
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=short_name)
-def test_every_kind_of_nan_stays_nan(capability: str, dtype: torch.dtype, log: bool) -> None:
-    """Quiet or signalling, any sign and payload: none is taken for a number, none leaks."""
+def test_every_kind_of_nan_makes_its_row_nan(
+    capability: str, dtype: torch.dtype, log: bool
+) -> None:
+    """Quiet or signalling, any sign and payload: its row is NaN, and nothing else is."""
     for cols in SIZES:
         x = random_input((3, cols + 1), dtype, seed=10)
         alone = forward(x, cols, log=log)
@@ -234,19 +239,14 @@ def test_nan_gradient_stays_in_its_row(capability: str, dtype: torch.dtype, log:
 def test_empty_tensors(
     capability: str, shape: tuple[int, ...], dtype: torch.dtype, log: bool
 ) -> None:
-    """Empty results of the shape, dtype and gradient that torch.softmax gives, for every dim."""
+    """Result and gradient are empty; shape and dtype are torch.softmax's, for every dim."""
     for dim in range(-len(shape), len(shape)):
         x = torch.empty(shape, dtype=dtype)
         expected = torch_result(x, dim, log)
         y, gradient = forward_backward(x, torch.empty(shape, dtype=dtype), 0, dim, log=log)
         assert y.shape == expected.shape == gradient.shape
         assert y.dtype == expected.dtype
-        rows = (
-            shape[:dim] + shape[dim % len(shape) + 1 :]
-            if dim >= 0
-            else (*shape[:dim], *shape[len(shape) + dim + 1 :])
-        )
-        lengths = torch.zeros(rows, dtype=torch.int64)
+        lengths = torch.zeros(row_shape(shape, dim), dtype=torch.int64)
         assert forward(x, lengths, dim, log=log).shape == x.shape
 
 
@@ -258,7 +258,7 @@ def test_rows_without_columns_accept_only_length_zero(capability: str, log: bool
 
 
 @pytest.mark.parametrize("dim", [0, -1])
-def test_a_0_dim_tensor_is_one_column(
+def test_a_0_dim_tensor_is_a_row_of_one_column(
     capability: str, dim: int, dtype: torch.dtype, log: bool
 ) -> None:
     x = torch.tensor(3.5, dtype=dtype)
@@ -278,7 +278,7 @@ def test_a_0_dim_tensor_is_one_column(
 
 
 def test_rows_of_one_column(capability: str, dtype: torch.dtype, log: bool) -> None:
-    """cols == 1, many rows, whatever the stride of that one column is."""
+    """cols == 1 and many rows, with any stride of the one column."""
     x = random_input((50, 1), dtype, seed=13)
     lengths = torch.arange(50) % 2
     expected = torch.where(
@@ -289,7 +289,7 @@ def test_rows_of_one_column(capability: str, dtype: torch.dtype, log: bool) -> N
     assert torch.equal(forward(x.expand(50, 1)[:, :1], lengths, log=log), expected.to(dtype))
 
 
-def test_a_vector_is_one_row(capability: str, dtype: torch.dtype, log: bool) -> None:
+def test_a_1_dim_tensor_is_one_row(capability: str, dtype: torch.dtype, log: bool) -> None:
     x = random_input((20,), dtype, seed=14)
     for lengths in (13, torch.tensor(13)):
         y = forward(x, lengths, 0, log=log)

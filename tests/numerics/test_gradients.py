@@ -1,13 +1,20 @@
-"""Promise: first and second derivatives through torch.autograd, as torch.softmax has them."""
+"""Promise: first and second derivatives with torch.autograd, as for torch.softmax.
+
+Only output, lengths and starts are saved, the incoming gradient is never written, and `out=` and
+in-place calls follow torch's rules.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from calls import forward, forward_backward
-from cases import FLOATING, assert_same_bits, random_input, short_name, valid_like
+from cases import FLOATING, assert_same_bits, random_input, row_shape, short_name, valid_like
 from tolerances import assert_gradient
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
@@ -17,7 +24,7 @@ from masked_softmax_ext import masked_softmax, masked_softmax_, reference
 LENGTHS = torch.tensor([3, 0, 5, 1])
 STARTS = torch.tensor([1, 2, 0, 4])
 
-# Beside the plain call: each argument that the derivative depends on.
+# The plain call, and each argument that the derivative depends on.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "starts": {"starts": STARTS},
@@ -33,31 +40,32 @@ def leaf(
     return random_input(shape, dtype, seed, spread=1.0).requires_grad_()
 
 
+def forward_valid(
+    x: Tensor, lengths: int | Tensor, dim: int = -1, *, log: bool, **arguments: Any
+) -> Tensor:
+    """The result with 0 in the padding: log_softmax's -inf has no finite differences."""
+    y = forward(x, lengths, dim, log=log, **arguments)
+    return y.masked_fill(~valid_like(y, lengths, dim, arguments.get("starts")), 0.0)
+
+
 # Against finite differences
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=list(ARGUMENTS))
 def test_gradcheck(capability: str, arguments: dict[str, Any], log: bool) -> None:
-    def finite(x: Tensor) -> Tensor:
-        """The padding of log_softmax is -inf, which has no finite differences."""
-        y = forward(x, LENGTHS, log=log, **arguments)
-        return y.masked_fill(~valid_like(y, LENGTHS, -1, arguments.get("starts")), 0.0)
-
-    assert gradcheck(finite, (leaf(),))
-    assert gradgradcheck(finite, (leaf(),))
+    function = partial(forward_valid, lengths=LENGTHS, log=log, **arguments)
+    assert gradcheck(function, (leaf(),))
+    assert gradgradcheck(function, (leaf(),))
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2, -2])
 def test_gradcheck_of_any_dimension(capability: str, dim: int, log: bool) -> None:
     shape = (3, 4, 2)
-    rows = shape[:dim] + shape[dim + 1 :] if dim >= 0 else (3, 2)
-    lengths = torch.arange(torch.Size(rows).numel()).view(rows) % shape[dim] + 1
-
-    def finite(x: Tensor) -> Tensor:
-        return forward(x, lengths, dim, log=log).masked_fill(~valid_like(x, lengths, dim), 0.0)
-
-    assert gradcheck(finite, (leaf(shape),))
-    assert gradgradcheck(finite, (leaf(shape),))
+    rows = row_shape(shape, dim)
+    lengths = torch.arange(math.prod(rows)).view(rows) % shape[dim] + 1
+    function = partial(forward_valid, lengths=lengths, dim=dim, log=log)
+    assert gradcheck(function, (leaf(shape),))
+    assert gradgradcheck(function, (leaf(shape),))
 
 
 def test_gradcheck_in_place(capability: str) -> None:
@@ -70,29 +78,27 @@ def test_gradcheck_in_place(capability: str) -> None:
 
 def test_gradcheck_of_strided_input(capability: str, log: bool) -> None:
     def strided(x: Tensor) -> Tensor:
-        view = x.t()[:, ::2]
-        return forward(view, 2, log=log).masked_fill(~valid_like(view, 2), 0.0)
+        return forward_valid(x.t()[:, ::2], 2, log=log)
 
     assert gradcheck(strided, (leaf((5, 3)),))
     assert gradgradcheck(strided, (leaf((5, 3)),))
 
 
-def test_second_order_equals_torchs(capability: str, log: bool) -> None:
-    """grad of grad, for full rows, against torch.softmax's own."""
+def test_second_order_equals_torch(capability: str, log: bool) -> None:
+    """The gradient of the gradient for full rows, against torch.softmax."""
     x, g, v = leaf((3, 50)), leaf((3, 50), seed=2), leaf((3, 50), seed=3)
     results = []
-    for function in (
-        lambda: forward(x, 50, log=log, scale=0.3),
-        lambda: (torch.log_softmax if log else torch.softmax)(0.3 * x, -1),
+    for y in (
+        forward(x, 50, log=log, scale=0.3),
+        (torch.log_softmax if log else torch.softmax)(0.3 * x, -1),
     ):
-        (first,) = torch.autograd.grad(function(), x, g, create_graph=True)
+        (first,) = torch.autograd.grad(y, x, g, create_graph=True)
         results.append(torch.autograd.grad(first, (x, g), v))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
 
 
-def test_gradient_of_a_sum_of_functions(capability: str) -> None:
-    """One leaf used twice: gradients add."""
+def test_gradients_of_two_uses_add(capability: str) -> None:
     x = leaf()
     (masked_softmax(x, LENGTHS) * 3).sum().backward()
     once = x.grad
@@ -112,8 +118,8 @@ def test_gradient_of_a_sum_of_functions(capability: str) -> None:
 # Padding and other exact zeros
 
 
-def test_padding_has_exactly_zero_gradient(capability: str, dtype: torch.dtype, log: bool) -> None:
-    """+0.0, the sign bit too, whatever the sign of scale and gradient."""
+def test_padding_has_zero_gradient(capability: str, dtype: torch.dtype, log: bool) -> None:
+    """Exactly +0.0, for either sign of scale and incoming gradient."""
     for scale in (None, -1.0):
         for sign in (1.0, -1.0):
             x = random_input((4, 5), dtype, seed=4)
@@ -124,26 +130,26 @@ def test_padding_has_exactly_zero_gradient(capability: str, dtype: torch.dtype, 
             assert_same_bits(gradient[padding], torch.zeros(int(padding.sum()), dtype=dtype))
 
 
-def test_second_order_padding_is_zero(capability: str, log: bool) -> None:
-    """Poison in the tangent and the incoming gradient's padding reaches nothing."""
+def test_padding_has_zero_second_derivatives(capability: str, log: bool) -> None:
+    """Also with NaN in the padding of the incoming gradients."""
     x, g, v = leaf(), leaf(seed=2), random_input((4, 5), torch.float64, seed=3)
     valid = valid_like(x, LENGTHS)
 
-    def second(g: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    def second_order(g: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         (first,) = torch.autograd.grad(forward(x, LENGTHS, log=log), x, g, create_graph=True)
         return torch.autograd.grad(first, (x, g), v)
 
-    clean = second(g, v)
+    clean = second_order(g, v)
     nan = torch.tensor(float("nan"), dtype=torch.float64)
     poisoned_g = torch.where(valid, g.detach(), nan).requires_grad_()
-    poisoned = second(poisoned_g, torch.where(valid, v, nan))
+    poisoned = second_order(poisoned_g, torch.where(valid, v, nan))
     for expected, got in zip(clean, poisoned, strict=True):
         assert_same_bits(got, expected)
         assert_same_bits(got[~valid], torch.zeros(int((~valid).sum()), dtype=torch.float64))
         assert bool((got[0, :3] != 0).all())
 
 
-# What backward reads, keeps and writes
+# What is saved for the backward pass, and what it writes
 
 
 def test_incoming_gradient_is_never_written(capability: str, dtype: torch.dtype, log: bool) -> None:
@@ -155,18 +161,19 @@ def test_incoming_gradient_is_never_written(capability: str, dtype: torch.dtype,
         assert first.data_ptr() != g.data_ptr()
 
 
-def test_backward_twice_gives_the_same(capability: str, dtype: torch.dtype, log: bool) -> None:
+def test_backward_twice_gives_the_same_bits(capability: str, dtype: torch.dtype, log: bool) -> None:
     x = leaf(dtype=dtype)
     g = random_input((4, 5), dtype, seed=8)
     y = forward(x, LENGTHS, log=log)
-    saved = y.detach().clone()
+    before = y.detach().clone()
     (first,) = torch.autograd.grad(y, x, g, retain_graph=True)
     (second,) = torch.autograd.grad(y, x, g)
     assert_same_bits(second, first)
-    assert_same_bits(y, saved, "the output")
+    assert_same_bits(y, before, "the output")
 
 
-def saved_tensors(function: Any) -> list[Tensor]:
+def saved_tensors(function: Callable[[], object]) -> list[Tensor]:
+    """The tensors that autograd saves during a call."""
     saved: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -179,8 +186,8 @@ def saved_tensors(function: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=list(ARGUMENTS))
-def test_saves_the_output_and_the_lengths_only(arguments: dict[str, Any], log: bool) -> None:
-    """No input, no mask, no copy: what is saved is the memory of output, lengths and starts."""
+def test_saves_only_output_lengths_and_starts(arguments: dict[str, Any], log: bool) -> None:
+    """No input, mask or copy: the saved tensors share memory with output, lengths and starts."""
     x = leaf()
     outputs: list[Tensor] = []
     saved = saved_tensors(lambda: outputs.append(forward(x, LENGTHS, log=log, **arguments)))
@@ -191,7 +198,7 @@ def test_saves_the_output_and_the_lengths_only(arguments: dict[str, Any], log: b
     assert {tensor.data_ptr() for tensor in saved} == expected
 
 
-def test_saves_lengths_in_their_own_type_and_shape() -> None:
+def test_saves_lengths_in_their_type_and_shape() -> None:
     x = leaf((2, 3, 4, 5))
     lengths = torch.tensor([[[1, 2, 3, 4]]], dtype=torch.int8)
     saved = saved_tensors(lambda: masked_softmax(x, lengths, dtype=torch.float32))
@@ -206,14 +213,14 @@ def test_in_place_saves_no_copy() -> None:
     assert len(saved) == 2
 
 
-def test_an_int_saves_no_more_than_one_number() -> None:
+def test_int_lengths_save_at_most_one_number_each() -> None:
     x = leaf((100, 100))
     saved = saved_tensors(lambda: masked_softmax(x, 7, starts=2))
     assert sorted(tensor.numel() for tensor in saved) in ([10000], [1, 1, 10000])
 
 
-def test_lengths_changed_before_backward_are_noticed(log: bool) -> None:
-    """As with any saved tensor: an error, not a wrong gradient."""
+def test_lengths_changed_before_backward_are_an_error(log: bool) -> None:
+    """As with any saved tensor of torch."""
     x, lengths = leaf(), LENGTHS.clone()
     y = forward(x, lengths, log=log)
     lengths.add_(1)
@@ -221,7 +228,7 @@ def test_lengths_changed_before_backward_are_noticed(log: bool) -> None:
         y.sum().backward()
 
 
-def test_output_changed_before_backward_is_noticed(log: bool) -> None:
+def test_output_changed_before_backward_is_an_error(log: bool) -> None:
     x = leaf()
     y = forward(x, LENGTHS, log=log)
     y.detach().mul_(2)
@@ -229,36 +236,35 @@ def test_output_changed_before_backward_is_noticed(log: bool) -> None:
         y.sum().backward()
 
 
-# The forms that an incoming gradient takes
+# Strides and dtypes of the incoming gradient, and gradients through layers
 
 
 def test_expanded_gradient(capability: str, dtype: torch.dtype, log: bool) -> None:
-    """sum().backward() hands over a tensor whose strides are all 0."""
+    """The incoming gradient of sum().backward() has only strides of 0."""
     x = leaf((4, 5), dtype)
-    weighted = torch.tensor(1.5, dtype=dtype).expand(4, 5)
-    y, gradient = forward_backward(x, weighted, LENGTHS, log=log)
-    assert_gradient(gradient, y, weighted.contiguous(), LENGTHS, log=log)
-    _, contiguous = forward_backward(x, weighted.contiguous(), LENGTHS, log=log)
-    assert_same_bits(gradient, contiguous)
+    g = torch.tensor(1.5, dtype=dtype).expand(4, 5)
+    y, gradient = forward_backward(x, g, LENGTHS, log=log)
+    assert_gradient(gradient, y, g.contiguous(), LENGTHS, log=log)
+    _, expected = forward_backward(x, g.contiguous(), LENGTHS, log=log)
+    assert_same_bits(gradient, expected)
     if not log:
         masked_softmax(x, LENGTHS).sum().backward()
         assert x.grad is not None
-        assert (
-            float(x.grad.abs().max()) <= 4 * torch.finfo(dtype).eps
-        )  # rows sum to 1 whatever x is
+        # Rows sum to 1 for any x, so the gradient of the sum is 0.
+        assert float(x.grad.abs().max()) <= 4 * torch.finfo(dtype).eps
 
 
 def test_non_contiguous_gradients(capability: str, dtype: torch.dtype, log: bool) -> None:
     for cols in (5, 70, 1100):
         x, g = random_input((4, cols), dtype, seed=9), random_input((4, cols), dtype, seed=10)
         _, expected = forward_backward(x, g, LENGTHS, log=log)
-        every_third = g.repeat_interleave(3, dim=1)[:, 1::3]
-        for view in (g.t().contiguous().t(), every_third, g.flip(0).clone().flip(0)):
+        column_stride_3 = g.repeat_interleave(3, dim=1)[:, 1::3]
+        for view in (g.t().contiguous().t(), column_stride_3, g.flip(0).clone().flip(0)):
             _, gradient = forward_backward(x, view, LENGTHS, log=log)
             assert_same_bits(gradient, expected)
 
 
-def test_dtype_gives_gradients_of_the_inputs_type(
+def test_with_dtype_the_gradient_has_the_type_of_the_input(
     capability: str, dtype: torch.dtype, log: bool
 ) -> None:
     for output in FLOATING:
@@ -271,19 +277,16 @@ def test_dtype_gives_gradients_of_the_inputs_type(
 
 
 def test_gradients_reach_a_parameter_through_layers(capability: str) -> None:
-    """Attention: the gradient of the projection equals that of the formulation with a mask."""
+    """Attention: the gradient of the projection equals that of the unfused formulation."""
     torch.manual_seed(0)
     projection = torch.nn.Linear(6, 6, dtype=torch.float64)
     tokens = random_input((3, 7, 6), torch.float64, seed=13, spread=1.0)
     lengths = torch.tensor([7, 2, 4])
     gradients = []
-    for masked in (True, False):
+    for function in (reference.masked_softmax, masked_softmax):
         projection.zero_grad()
         scores = projection(tokens) @ tokens.transpose(1, 2)
-        if masked:
-            weights = reference.masked_softmax(scores, lengths)
-        else:
-            weights = masked_softmax(scores, lengths)
+        weights = function(scores, lengths)
         (weights @ tokens).pow(2).sum().backward()
         assert projection.weight.grad is not None
         gradients.append(projection.weight.grad.clone())
@@ -291,10 +294,10 @@ def test_gradients_reach_a_parameter_through_layers(capability: str) -> None:
     assert float(gradients[0].abs().max()) > 1e-3
 
 
-# Modes
+# Grad modes
 
 
-def test_nothing_requires_grad(log: bool) -> None:
+def test_without_requires_grad_nothing_is_saved(log: bool) -> None:
     x = random_input((4, 5), torch.float32, seed=14)
     results: list[Tensor] = []
     assert saved_tensors(lambda: results.append(forward(x, LENGTHS, log=log))) == []
@@ -319,7 +322,7 @@ def test_no_grad_and_inference_mode(log: bool) -> None:
         assert torch.equal(out, expected)
 
 
-def test_result_requires_grad_like_torchs(log: bool) -> None:
+def test_result_requires_grad(log: bool) -> None:
     y = forward(leaf(), LENGTHS, log=log)
     assert y.requires_grad
     assert not y.is_leaf
@@ -348,7 +351,7 @@ def test_in_place_on_a_view_of_a_leaf_is_an_error() -> None:
 
 
 def test_in_place_on_one_of_several_views_is_an_error() -> None:
-    """Autograd has no derivative for it; nothing is written, as with torch's functions."""
+    """As with torch's functions, which have no derivative for it; nothing is written."""
     base = leaf() * 1
     before = base.detach().clone()
     for view in (base.split(2)[0], base.unbind(1)[0]):
@@ -357,7 +360,7 @@ def test_in_place_on_one_of_several_views_is_an_error() -> None:
     assert_same_bits(base.detach(), before)
 
 
-def test_in_place_returns_its_input_and_counts_a_version() -> None:
+def test_in_place_returns_its_input_and_bumps_its_version() -> None:
     x = random_input((4, 5), torch.float32, seed=15)
     version = x._version
     assert masked_softmax_(x, LENGTHS) is x
@@ -369,8 +372,8 @@ def test_in_place_returns_its_input_and_counts_a_version() -> None:
     assert with_grad.grad_fn is not None
 
 
-def test_in_place_spoils_what_others_saved() -> None:
-    """exp saves its output; overwriting that must be noticed."""
+def test_in_place_on_a_saved_tensor_is_an_error() -> None:
+    """exp saves its output, so its backward pass must notice that the output was overwritten."""
     x = leaf()
     e = x.exp()
     masked_softmax_(e, LENGTHS)
@@ -378,8 +381,8 @@ def test_in_place_spoils_what_others_saved() -> None:
         e.sum().backward()
 
 
-def test_in_place_on_a_view_reaches_the_base() -> None:
-    """Part of a tensor in place: the base's gradient is right, inside and outside of it."""
+def test_in_place_on_a_view_updates_the_base() -> None:
+    """The gradient of the base is right inside and outside the view."""
     x = leaf((4, 9))
     g = random_input((4, 9), torch.float64, seed=16)
     base = x * 1.0
@@ -391,7 +394,7 @@ def test_in_place_on_a_view_reaches_the_base() -> None:
     assert torch.equal(gradient[:, 7:], g[:, 7:])
 
 
-def test_out_counts_a_version(log: bool) -> None:
+def test_out_bumps_its_version(log: bool) -> None:
     x, out = random_input((4, 5), torch.float32, seed=17), torch.empty(4, 5)
     version = out._version
     assert forward(x, LENGTHS, log=log, out=out) is out
@@ -399,7 +402,7 @@ def test_out_counts_a_version(log: bool) -> None:
 
 
 def test_out_with_grad_is_an_error(log: bool) -> None:
-    """As with torch's functions: out= has no derivative. Nothing is written."""
+    """As with torch's functions, out= has no derivative; nothing is written."""
     out = torch.full((4, 5), 7.0, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="out="):
         forward(leaf(), LENGTHS, log=log, out=out)

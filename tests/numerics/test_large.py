@@ -1,6 +1,6 @@
-"""Promise: right with more than 2^31 elements.
+"""Promise: tensors of more than 2^31 elements give right results.
 
-bfloat16, in a child process: the largest tensors are 4.3 GiB each, and there are two of them.
+In a child process, in bfloat16: at most two tensors of 4.3 GiB exist at once.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ ROWS = (1 << 15) + 2  # two rows more than 2^31 elements
 GIB = 1 << 30
 NEEDED_GIB = 14
 
-# The first rows, those around element 2^31, the last row; and 2^30, where an offset in bytes
-# passes 2^31.
+# The first rows, the rows around element 2^30 (byte 2^31) and element 2^31, and the last row.
 CHECKED = [0, 1, (1 << 14) - 1, 1 << 14, (1 << 15) - 1, 1 << 15, ROWS - 1]
 
 
 def available_gib() -> float:
-    """What the system would hand out without swapping."""
+    """Memory available without swapping."""
     with open("/proc/meminfo") as lines:
         for line in lines:
             if line.startswith("MemAvailable:"):
@@ -37,7 +36,7 @@ def available_gib() -> float:
 
 
 def row_lengths() -> Tensor:
-    """Short, so that the time goes into the size; full where it is checked."""
+    """Short in most rows, to save time; up to full in the checked rows."""
     lengths = torch.arange(ROWS) % 50
     lengths[CHECKED] = torch.tensor([COLS, 3, COLS, COLS - 1, COLS, COLS, 7])
     return lengths
@@ -67,28 +66,28 @@ def child_rows() -> None:
     masked_softmax_(y, lengths)
     assert_forward(y[CHECKED], before, lengths[CHECKED])
 
-    child.stage("strides beyond 2^31")
+    child.stage("strided offsets beyond 2^31")
     far = y.as_strided((2, ROWS), (1, COLS))
     assert_same_bits(
-        forward(far, ROWS - 1), forward(far.contiguous(), ROWS - 1), "columns far apart"
+        forward(far, ROWS - 1), forward(far.contiguous(), ROWS - 1), "columns with gaps"
     )
-    assert_same_bits(forward(y[:, :9], 7)[CHECKED], forward(y[CHECKED, :9], 7), "rows far apart")
+    assert_same_bits(forward(y[:, :9], 7)[CHECKED], forward(y[CHECKED, :9], 7), "rows with gaps")
 
 
 def child_one_row() -> None:
-    """A row longer than 2^31 columns, and a valid part that begins behind column 2^31."""
+    """A row of more than 2^31 columns, and valid columns that begin after column 2^31."""
     cols = (1 << 31) + 100
     child.stage("one row")
     x = torch.zeros(cols, dtype=torch.bfloat16)
     length = cols - 10
     y = forward(x, length, 0, log=True)
     expected = torch.tensor(-math.log(length), dtype=torch.float64).bfloat16()
-    for part in (y[:5], y[(1 << 31) - 5 : (1 << 31) + 5], y[length - 5 : length]):
-        assert_same_bits(part, expected.expand_as(part).contiguous())
+    for valid in (y[:5], y[(1 << 31) - 5 : (1 << 31) + 5], y[length - 5 : length]):
+        assert_same_bits(valid, expected.expand_as(valid).contiguous())
     padding = torch.full((10,), float("-inf"), dtype=torch.bfloat16)
     assert_same_bits(y[length:], padding)
 
-    child.stage("starts behind 2^31")
+    child.stage("start after 2^31")
     start = (1 << 31) + 17
     tail = random_input((50,), torch.bfloat16, seed=4)
     x[start : start + 50] = tail
@@ -103,7 +102,7 @@ def child_one_row() -> None:
 @pytest.mark.large
 @pytest.mark.parametrize("scenario", ["child_rows", "child_one_row"], ids=lambda name: name[6:])
 def test_more_than_2_to_the_31_elements(scenario: str) -> None:
-    """Many rows with softmax, one row with log_softmax: their offsets have the same code."""
+    """Many rows with softmax, one row with log_softmax; both compute offsets with the same code."""
     available = available_gib()
     if available < NEEDED_GIB:
         pytest.skip(f"needs {NEEDED_GIB} GiB of memory, {available:.1f} are available")

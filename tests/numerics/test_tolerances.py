@@ -1,4 +1,4 @@
-"""Promise: the checks in tolerances.py reject the wrong results that they are there to find."""
+"""Promise: the checks in tolerances.py accept right results and reject wrong ones."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from torch import Tensor
 ROWS, COLS = 21, 40
 
 
-def lengths_of_rows() -> Tensor:
+def make_lengths() -> Tensor:
     lengths = mixed_lengths(ROWS, COLS, seed=0)
     lengths[0] = COLS - 7
     return lengths
 
 
 def rounded(expected: Expected, dtype: torch.dtype) -> Tensor:
-    """The right result: the expected values, rounded by way of the accumulation type."""
+    """The expected values rounded to the accumulation type, then to the dtype."""
     value = torch.from_numpy(expected.value.astype(np.float64))
     return value.to(accumulation_dtype(dtype)).to(dtype)
 
@@ -45,13 +45,15 @@ def rounded(expected: Expected, dtype: torch.dtype) -> Tensor:
 def right_result(
     dtype: torch.dtype, log: bool, lengths: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    lengths = lengths_of_rows() if lengths is None else lengths
+    """The result, input and lengths."""
+    lengths = make_lengths() if lengths is None else lengths
     x = random_input((ROWS, COLS), dtype, seed=1)
     expected = expected_forward(x, lengths, log=log, accumulation=accumulation_dtype(dtype))
     return rounded(expected, dtype), x, lengths
 
 
 def right_gradient(dtype: torch.dtype, log: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient, saved output, incoming gradient and lengths."""
     y, _, lengths = right_result(dtype, log)
     g = random_input((ROWS, COLS), dtype, seed=2)
     operation = "log_softmax_backward" if log else "softmax_backward"
@@ -62,7 +64,7 @@ def right_gradient(dtype: torch.dtype, log: bool) -> tuple[Tensor, Tensor, Tenso
 
 def test_expected_values_are_torch_softmax_of_the_valid_slice(log: bool) -> None:
     x = random_input((ROWS, COLS), torch.float32, seed=1)
-    lengths = lengths_of_rows()
+    lengths = make_lengths()
     starts = (COLS - lengths) // 2
     got = expected_forward(
         x, lengths, starts=starts, scale=-0.7, log=log, accumulation=torch.float32
@@ -76,7 +78,7 @@ def test_expected_values_are_torch_softmax_of_the_valid_slice(log: bool) -> None
         assert got.valid[row].sum() == length
 
 
-def test_expected_gradient_is_torchs(log: bool) -> None:
+def test_expected_gradient_equals_torch(log: bool) -> None:
     x = random_input((ROWS, COLS), torch.float64, seed=1).requires_grad_()
     g = random_input((ROWS, COLS), torch.float64, seed=2)
     y = torch.log_softmax(3 * x, -1) if log else torch.softmax(3 * x, -1)
@@ -87,8 +89,8 @@ def test_expected_gradient_is_torchs(log: bool) -> None:
     np.testing.assert_allclose(got.value, x.grad.numpy(), rtol=1e-9, atol=1e-14)
 
 
-def test_expected_jvp_is_torchs() -> None:
-    """softmax's is its gradient: the Jacobian is symmetric."""
+def test_expected_jvp_equals_torch() -> None:
+    """Of log_softmax; the JVP of softmax equals its VJP, because its Jacobian is symmetric."""
     x = random_input((ROWS, COLS), torch.float64, seed=1)
     v = random_input((ROWS, COLS), torch.float64, seed=2)
     y, expected = torch.func.jvp(partial(torch.log_softmax, dim=-1), (x,), (v,))
@@ -96,7 +98,7 @@ def test_expected_jvp_is_torchs() -> None:
     np.testing.assert_allclose(got.value, expected.numpy(), rtol=1e-9, atol=1e-14)
 
 
-# Operation, the one whose derivative it is, and whether it is a vjp; others are jvps.
+# An operation, the operation of which it is a derivative, and whether it is a VJP (else a JVP).
 SECOND_ORDER = [
     ("softmax_backward_wrt_y", "softmax_backward", True),
     ("log_softmax_backward_wrt_y", "log_softmax_backward", True),
@@ -109,7 +111,7 @@ SECOND_ORDER = [
 def test_expected_second_order_is_a_difference_quotient(
     operation: str, first_order: str, is_vjp: bool
 ) -> None:
-    """The derivative of another operation with respect to the saved output."""
+    """Each is the derivative of another operation with respect to the saved output."""
     v, g, w, x = (random_input((ROWS, COLS), torch.float64, seed).numpy() for seed in range(4))
     y, _ = softmax(x, np.ones_like(x, dtype=bool), log="log" in operation)
     direction = w if is_vjp else v
@@ -169,7 +171,7 @@ def lowest_in_padding(y: Tensor, lengths: Tensor) -> Tensor:
 
 
 def one_element_off(y: Tensor, lengths: Tensor) -> Tensor:
-    """Wrong by some 200 units in the last place: more than any distance here allows."""
+    """Wrong by about 200 units in the last place, more than the bound at any distance here."""
     wrong = y.clone()
     wrong[0, 5] *= 1 + 200 * torch.finfo(y.dtype).eps
     return wrong
@@ -214,7 +216,7 @@ def test_forward_rejects_a_length_off_by_one(
 
 
 def test_forward_rejects_zeros_however_large_the_distance() -> None:
-    """log_softmax of (0, -1e30): a bound growing with the distance would take zeros as well."""
+    """log_softmax of (0, -1e30): a bound that grew with the distance would accept zeros."""
     x = torch.tensor([[0.0, -1e30]])
     assert_forward(torch.tensor([[0.0, -1e30]]), x, 2, log=True)
     with pytest.raises(AssertionError, match="out of bound"):
@@ -222,7 +224,7 @@ def test_forward_rejects_zeros_however_large_the_distance() -> None:
 
 
 def test_forward_rejects_zeros_where_probabilities_are_small() -> None:
-    """Each of a million probabilities is 1e-6: near 0, and yet a zero is wrong."""
+    """Each of a million probabilities is about 1e-6; zero is wrong."""
     x = torch.zeros(1, 1 << 20)
     assert_forward(torch.full_like(x, 2.0**-20), x, 1 << 20)
     with pytest.raises(AssertionError, match="out of bound"):
@@ -238,8 +240,8 @@ def test_forward_accepts_flushed_subnormals_and_nothing_larger() -> None:
         assert_forward(torch.tensor([[1.0, 0.0, 1e-30]]), x, 3)
 
 
-def test_forward_asks_for_relative_accuracy_of_logarithms_near_zero() -> None:
-    """log(1 + e) with e = exp(-20) is e; computed as log of the rounded sum it would be 0."""
+def test_forward_requires_relative_accuracy_of_logarithms_near_zero() -> None:
+    """log(1 + e) with e = exp(-20) is about e; the logarithm of the rounded sum would be 0."""
     x = torch.tensor([[20.0, 0.0]])
     right = torch.log_softmax(x.double(), -1)
     right[0, 0] = -np.log1p(np.exp(-20.0))
@@ -248,8 +250,8 @@ def test_forward_asks_for_relative_accuracy_of_logarithms_near_zero() -> None:
         assert_forward(torch.tensor([[0.0, -20.0]]), x, 2, log=True)
 
 
-def test_forward_asks_for_subnormal_float16() -> None:
-    """exp(-15) is 3.06e-7, a subnormal float16: the float32 result rounded once, not zero."""
+def test_forward_requires_subnormal_float16() -> None:
+    """exp(-15) is 3.06e-7, a subnormal float16: it must be rounded from float32, not flushed."""
     x = torch.tensor([[15.0, 0.0]], dtype=torch.float16)
     right = torch.softmax(x.float(), -1).half()
     assert_forward(right, x, 2)
@@ -259,7 +261,7 @@ def test_forward_asks_for_subnormal_float16() -> None:
         assert_forward(wrong, x, 2)
 
 
-def test_forward_asks_for_infinity_beyond_the_largest_number() -> None:
+def test_forward_requires_infinity_beyond_the_largest_number() -> None:
     x = torch.tensor([[60000.0, -60000.0]], dtype=torch.float16)
     assert_forward(torch.tensor([[0.0, float("-inf")]], dtype=torch.float16), x, 2, log=True)
     with pytest.raises(AssertionError, match="out of bound"):
@@ -267,7 +269,7 @@ def test_forward_asks_for_infinity_beyond_the_largest_number() -> None:
 
 
 def test_forward_rejects_rounding_twice() -> None:
-    """The input rounded to bfloat16 before it is used: what torch.softmax(x, dtype=) does."""
+    """torch.softmax(x, dtype=torch.bfloat16) rounds the input, too."""
     x = random_input((ROWS, COLS), torch.float32, seed=1)
     expected = expected_forward(x, COLS, accumulation=torch.float32)
     assert_forward(rounded(expected, torch.bfloat16), x, COLS)
@@ -298,7 +300,7 @@ def test_gradient_rejects_the_incoming_gradient_itself(
         assert_gradient(copied, y, g, lengths, log=log)
 
 
-def test_row_sums_reject_what_is_off_by_nine_eps() -> None:
+def test_row_sums_accept_eight_eps_and_reject_nine() -> None:
     eps = torch.finfo(torch.float32).eps
     lengths = torch.tensor([2, 0])
     assert_rows_sum_to_one(torch.tensor([[0.5, 0.5], [0.0, 0.0]]), lengths)
@@ -308,7 +310,7 @@ def test_row_sums_reject_what_is_off_by_nine_eps() -> None:
             assert_rows_sum_to_one(torch.tensor([wrong, [0.0, 0.0]]), lengths)
 
 
-def test_gradient_row_sums_reject_what_is_not_zero(log: bool) -> None:
+def test_gradient_row_sums_reject_wrong_gradients(log: bool) -> None:
     gradient, y, g, lengths = right_gradient(torch.float32, log)
     assert_gradient_rows_sum_to_zero(gradient, y, g, lengths, log=log)
     for wrong in (g, nan_where_valid(gradient, lengths), gradient + 1e-3):

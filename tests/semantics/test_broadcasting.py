@@ -23,7 +23,7 @@ from torch import Tensor
 
 B, H, Q, K = 3, 2, 5, 7
 
-# Every shape that SPEC.md lists for scores (B, H, Q, K), and those that follow from the same rule.
+# The shapes that SPEC.md lists for scores (B, H, Q, K), then others that follow the same rule.
 SHAPES = (
     (),
     (B,),
@@ -40,51 +40,47 @@ SHAPES = (
 )
 
 
-def explicit(index: int | Tensor, rows: tuple[int, ...]) -> Tensor:
-    """One value a row, written out element by element: no broadcasting of anybody's."""
+def expand_by_hand(index: int | Tensor, rows: tuple[int, ...]) -> Tensor:
+    """The index of every row, copied element by element instead of broadcast."""
     index = torch.as_tensor(index)
     full = torch.empty(rows, dtype=torch.int64)
     for position in itertools.product(*map(range, rows)):
-        own = [p if size > 1 else 0 for p, size in zip(position, index.shape, strict=False)]
-        full[position] = int(index[tuple(own)])
+        source = [p if size > 1 else 0 for p, size in zip(position, index.shape, strict=False)]
+        full[position] = int(index[tuple(source)])
     return full
 
 
 def randint(low: int, high: int, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Integers from low to high, both included."""
     return torch.randint(low, high + 1, shape, generator=generator(seed))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes_of_lengths(capability: str, shape: tuple[int, ...], log: bool) -> None:
-    """Forward and backward, against the same lengths written out for every row."""
-    x, g = (
-        random_input((B, H, Q, K), torch.float32, seed=1),
-        random_input((B, H, Q, K), torch.float32, seed=2),
-    )
+    """Forward and backward, against the same lengths given for every row."""
+    x = random_input((B, H, Q, K), torch.float32, seed=1)
+    g = random_input((B, H, Q, K), torch.float32, seed=2)
     lengths = randint(0, K, shape, seed=3)
-    written_out = explicit(lengths, (B, H, Q))
-    y, gradient = forward_backward(
-        poisoned(x, written_out), poisoned(g, written_out), lengths, log=log
-    )
-    assert_forward(y, x, written_out, log=log)
-    assert_gradient(gradient, y, g, written_out, log=log)
+    full = expand_by_hand(lengths, (B, H, Q))
+    y, gradient = forward_backward(poisoned(x, full), poisoned(g, full), lengths, log=log)
+    assert_forward(y, x, full, log=log)
+    assert_gradient(gradient, y, g, full, log=log)
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2, -1])
 def test_shapes_of_lengths_for_any_dimension(capability: str, dim: int) -> None:
-    """The dimensions that lengths align with are those that are left when `dim` is taken out."""
+    """Lengths align with the dimensions of input without `dim`."""
     x = random_input((4, 3, 5), torch.float64, seed=4)
     rows = row_shape(x.shape, dim)
     for shape in ((), (rows[0],), (1, rows[1]), rows):
         lengths = randint(0, x.shape[dim], shape, seed=5)
-        written_out = explicit(lengths, rows)
-        assert_forward(
-            forward(x, lengths, dim), x, written_out, dim, what=f"dim={dim}, lengths {shape}"
-        )
+        full = expand_by_hand(lengths, rows)
+        y = forward(x, lengths, dim)
+        assert_forward(y, x, full, dim, what=f"dim={dim}, lengths {shape}")
 
 
-def test_lengths_align_from_the_front() -> None:
-    """(B,) is one length a batch element even where a later dimension has the same size."""
+def test_lengths_align_with_the_leading_dimensions() -> None:
+    """(B,) is one length for each batch element, even if a later dimension has the same size."""
     x = torch.zeros(2, 2, 3)
     y = forward(x, torch.tensor([1, 3]))
     assert torch.equal(y[0], torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]))
@@ -93,11 +89,9 @@ def test_lengths_align_from_the_front() -> None:
 
 @pytest.mark.parametrize("index", INTEGER, ids=short_name)
 def test_integer_types(capability: str, index: torch.dtype, log: bool) -> None:
-    """Lengths and starts in every integer type, each in its own."""
-    x, g = (
-        random_input((9, 30), torch.float32, seed=6),
-        random_input((9, 30), torch.float32, seed=7),
-    )
+    """Every pair of integer types for lengths and starts."""
+    x = random_input((9, 30), torch.float32, seed=6)
+    g = random_input((9, 30), torch.float32, seed=7)
     lengths, starts = randint(0, 25, (9,), seed=8), randint(0, 5, (9,), seed=9)
     y, gradient = forward_backward(x, g, lengths, starts=starts, log=log)
     assert_forward(y, x, lengths, starts=starts, log=log)
@@ -125,10 +119,10 @@ def test_strided_and_expanded_lengths(capability: str, log: bool) -> None:
     x = random_input((B, H, Q, K), torch.float32, seed=11)
     lengths = randint(0, K, (B, H, Q), seed=12)
     expected = forward(x, lengths, log=log)
-    apart = torch.full((B, H, Q, 3), 99)
-    apart[..., 1] = lengths
+    with_gaps = torch.full((B, H, Q, 3), 99)
+    with_gaps[..., 1] = lengths
     views = {
-        "with gaps": apart[..., 1],
+        "with gaps": with_gaps[..., 1],
         "transposed": lengths.transpose(0, 2).contiguous().transpose(0, 2),
         "offset": torch.cat([torch.full((1, H, Q), 99), lengths])[1:],
         "flipped in memory": lengths.flip(2).clone().flip(2),
@@ -136,40 +130,33 @@ def test_strided_and_expanded_lengths(capability: str, log: bool) -> None:
     for name, view in views.items():
         assert_same_bits(forward(x, view, log=log), expected, name)
     one = randint(0, K, (1, 1, Q), seed=13)
-    assert_same_bits(
-        forward(x, one.expand(B, H, Q), log=log),
-        forward(x, one.repeat(B, H, 1), log=log),
-        "expanded",
-    )
-    assert_same_bits(
-        forward(x, one, log=log), forward(x, one.repeat(B, H, 1), log=log), "broadcast"
-    )
+    expected = forward(x, one.repeat(B, H, 1), log=log)
+    assert_same_bits(forward(x, one.expand(B, H, Q), log=log), expected, "expanded")
+    assert_same_bits(forward(x, one, log=log), expected, "broadcast")
     assert_same_bits(
         forward(x, torch.tensor(4).expand(B, H, Q), log=log), forward(x, 4, log=log), "one number"
     )
 
 
 @pytest.mark.parametrize("starts_shape", SHAPES[:6], ids=str)
-def test_starts_of_another_shape(capability: str, starts_shape: tuple[int, ...], log: bool) -> None:
-    x, g = (
-        random_input((B, H, Q, K), torch.float64, seed=14),
-        random_input((B, H, Q, K), torch.float64, seed=15),
-    )
+def test_shapes_of_lengths_and_starts(
+    capability: str, starts_shape: tuple[int, ...], log: bool
+) -> None:
+    x = random_input((B, H, Q, K), torch.float64, seed=14)
+    g = random_input((B, H, Q, K), torch.float64, seed=15)
     starts = randint(0, 3, starts_shape, seed=16)
-    full_starts = explicit(starts, (B, H, Q))
+    full_starts = expand_by_hand(starts, (B, H, Q))
     for shape in SHAPES[:6]:
         lengths = randint(0, K - 3, shape, seed=17)
-        full = explicit(lengths, (B, H, Q))
-        clean_x, clean_g = (
-            poisoned(x, full, starts=full_starts),
-            poisoned(g, full, starts=full_starts),
-        )
-        y, gradient = forward_backward(clean_x, clean_g, lengths, starts=starts, log=log)
+        full = expand_by_hand(lengths, (B, H, Q))
+        poisoned_x = poisoned(x, full, starts=full_starts)
+        poisoned_g = poisoned(g, full, starts=full_starts)
+        y, gradient = forward_backward(poisoned_x, poisoned_g, lengths, starts=starts, log=log)
         assert_forward(y, x, full, starts=full_starts, log=log, what=f"lengths {shape}")
         assert_gradient(gradient, y, g, full, starts=full_starts, log=log, what=f"lengths {shape}")
 
 
-def test_int_lengths_with_tensor_starts_and_the_other_way(capability: str) -> None:
+def test_int_lengths_with_tensor_starts_and_vice_versa(capability: str) -> None:
     x = random_input((4, 9), torch.float32, seed=18)
     starts, lengths = torch.tensor([0, 3, 6, 1]), torch.tensor([4, 0, 5, 2])
     assert_forward(forward(x, 3, starts=starts), x, 3, starts=starts)
@@ -178,7 +165,7 @@ def test_int_lengths_with_tensor_starts_and_the_other_way(capability: str) -> No
 
 
 def test_causal_mask(capability: str, log: bool) -> None:
-    """Lengths 1..Q of shape (1, 1, Q) are torch.tril's mask."""
+    """Lengths 1..Q of shape (1, 1, Q) mean the mask of torch.tril."""
     x = random_input((B, H, 33, 33), torch.float32, seed=19)
     y = forward(x, torch.arange(1, 34).view(1, 1, 33), log=log)
     mask = torch.ones(33, 33, dtype=torch.bool).tril()
@@ -186,7 +173,7 @@ def test_causal_mask(capability: str, log: bool) -> None:
 
 
 def test_sliding_window(capability: str, log: bool) -> None:
-    """With starts: query q sees keys q-3..q."""
+    """With starts, query q attends to keys q - 3 to q."""
     x = random_input((B, H, 33, 33), torch.float32, seed=20)
     query = torch.arange(33)
     starts = (query - 3).clamp_min(0)
@@ -205,7 +192,7 @@ def test_left_padding(capability: str, log: bool) -> None:
 
 
 def test_any_shapes(capability: str) -> None:
-    """A few hundred shapes, dimensions and broadcasts drawn at random, of up to 6 dimensions."""
+    """200 random cases of up to 6 dimensions: shape, dim, shapes of lengths and starts."""
     draw = random.Random(22)
     for number in range(200):
         ndim = draw.randint(1, 6)
@@ -217,14 +204,14 @@ def test_any_shapes(capability: str) -> None:
         def index(
             low: int, high: int, rows: tuple[int, ...] = rows, number: int = number
         ) -> Tensor:
-            rank = draw.randint(0, len(rows))
-            own = tuple(size if draw.random() < 0.6 else 1 for size in rows[:rank])
-            return randint(low, high, own, seed=number)
+            ndim = draw.randint(0, len(rows))
+            index_shape = tuple(size if draw.random() < 0.6 else 1 for size in rows[:ndim])
+            return randint(low, high, index_shape, seed=number)
 
         x = random_input(shape, torch.float32, seed=number)
         starts = index(0, cols // 2)
         lengths = index(0, cols - int(starts.max()))
         y = forward(x, lengths, dim, starts=starts)
         what = f"{shape}, dim={dim}, lengths {tuple(lengths.shape)}, starts {tuple(starts.shape)}"
-        full_lengths, full_starts = explicit(lengths, rows), explicit(starts, rows)
+        full_lengths, full_starts = expand_by_hand(lengths, rows), expand_by_hand(starts, rows)
         assert_forward(y, x, full_lengths, dim, starts=full_starts, what=what)

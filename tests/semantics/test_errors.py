@@ -1,4 +1,4 @@
-"""Promise: errors have SPEC.md's type, say what was expected and what came, and leave no traces."""
+"""Promise: errors have SPEC.md's type, name what was expected and what came, and write nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Call = Callable[..., Tensor]
 
 OPERATORS = torch.ops.masked_softmax_ext
 
-# The three ways to the same checks: the function, the operator, and the operator in place.
+# Functions and operators share their checks.
 CALLS: dict[str, Call] = {
     "masked_softmax": masked_softmax_ext.masked_softmax,
     "masked_log_softmax": masked_softmax_ext.masked_log_softmax,
@@ -38,12 +38,16 @@ def every(calls: dict[str, Call]) -> pytest.MarkDecorator:
 
 
 def assert_raises(
-    kind: type[Exception], words: tuple[str | int, ...], call: Call, *arguments: Any, **options: Any
+    error: type[Exception],
+    words: tuple[str | int, ...],
+    call: Call,
+    *arguments: Any,
+    **options: Any,
 ) -> str:
-    """Raises exactly that kind, and the message has all the words, each standing alone."""
-    with pytest.raises(kind) as caught:
+    """The call raises exactly this type, and its message has all these words as whole words."""
+    with pytest.raises(error) as caught:
         call(*arguments, **options)
-    assert type(caught.value) is kind, f"{type(caught.value).__name__}: {caught.value}"
+    assert type(caught.value) is error, f"{type(caught.value).__name__}: {caught.value}"
     message = str(caught.value)
     for word in words:
         assert re.search(rf"(?<![\w.-]){re.escape(str(word))}(?!\w)", message), (
@@ -62,7 +66,7 @@ def scores(rows: int = 4, cols: int = 5) -> Tensor:
 @every(CALLS)
 @pytest.mark.parametrize("wrong", [6, 9, 100, -1, -7])
 def test_length_out_of_bounds(call: Call, wrong: int) -> None:
-    """The first offending row, its value and the bound."""
+    """The message has the first invalid row, its length and the bound."""
     for row in range(4):
         lengths = torch.tensor([1, 2, 3, 4])
         lengths[row] = wrong
@@ -70,7 +74,7 @@ def test_length_out_of_bounds(call: Call, wrong: int) -> None:
 
 
 @every(CALLS)
-def test_the_first_offending_row_is_named(call: Call) -> None:
+def test_the_first_invalid_row_is_named(call: Call) -> None:
     message = assert_raises(
         ValueError, ("row 1", 9, 5), call, scores(), torch.tensor([5, 9, 12, -3])
     )
@@ -80,7 +84,7 @@ def test_the_first_offending_row_is_named(call: Call) -> None:
 
 @every(CALLS)
 def test_starts_and_lengths_out_of_bounds(call: Call) -> None:
-    """Start, length and bound are named: neither alone need be wrong."""
+    """The message has start, length and bound, since start and length may each be valid alone."""
     x = scores()
     lengths = torch.tensor([1, 2, 3, 1])
     assert_raises(
@@ -150,8 +154,8 @@ def test_every_integer_type_is_checked(index: torch.dtype) -> None:
         )
 
 
-def test_the_row_of_more_dimensions_is_named() -> None:
-    """By its position in input without `dim`; for broadcast lengths, the first such row."""
+def test_the_invalid_row_is_named_in_all_dimensions() -> None:
+    """By its index in the shape without `dim`; for broadcast lengths, the first such row."""
     x = random_input((2, 3, 4, 5), torch.float32, seed=2)
     lengths = torch.ones(2, 3, 4, dtype=torch.int64)
     lengths[1, 2, 0] = 77
@@ -162,7 +166,8 @@ def test_the_row_of_more_dimensions_is_named() -> None:
     assert_raises(ValueError, ("(1, 3, 4)", 79, 3), forward, x, lengths, 1)
 
 
-def test_the_first_of_many_rows_is_named_whatever_the_threads() -> None:
+def test_the_first_of_many_invalid_rows_is_named() -> None:
+    """Also where several threads check the rows."""
     x = random_input((5000, 100), torch.float32, seed=3)
     lengths = torch.full((5000,), 100)
     lengths[[1234, 4999, 2500]] = torch.tensor([101, 102, 103])
@@ -170,7 +175,7 @@ def test_the_first_of_many_rows_is_named_whatever_the_threads() -> None:
     assert "102" not in message
 
 
-def test_validate_changes_nothing_on_the_cpu(log: bool) -> None:
+def test_validate_has_no_effect_on_the_cpu(log: bool) -> None:
     x, lengths = scores(), torch.tensor([1, 2, 6, 4])
     for validate in (False, True):
         assert_raises(ValueError, ("row 2", 6, 5), forward, x, lengths, log=log, validate=validate)
@@ -178,12 +183,12 @@ def test_validate_changes_nothing_on_the_cpu(log: bool) -> None:
     assert_same_bits(forward(x, lengths, log=log, validate=True), forward(x, lengths, log=log))
 
 
-# Nothing is half-written
+# Nothing is written
 
 
 @pytest.mark.parametrize("rows", [4, 3000])
 def test_nothing_is_written_when_a_length_is_wrong(rows: int, log: bool) -> None:
-    """out= and the input in place keep every bit, also where the last of many rows is wrong."""
+    """out= and in-place input keep every bit, even if only the last of many rows is wrong."""
     x = random_input((rows, 300), torch.float32, seed=4)
     lengths = torch.full((rows,), 300)
     lengths[-1] = 301
@@ -196,7 +201,7 @@ def test_nothing_is_written_when_a_length_is_wrong(rows: int, log: bool) -> None
     assert_same_bits(x, before)
 
 
-def test_a_failed_call_in_place_leaves_the_graph_alone() -> None:
+def test_a_failed_call_in_place_does_not_change_the_graph() -> None:
     leaf = scores().requires_grad_()
     x = leaf * 2
     assert_raises(ValueError, (9, 5), masked_softmax_, x, 9)
@@ -209,11 +214,11 @@ def test_a_failed_call_in_place_leaves_the_graph_alone() -> None:
 
 @every(CALLS)
 @pytest.mark.parametrize("dim", [2, -3, 5, -100])
-def test_dim_out_of_range_is_torchs_error(call: Call, dim: int) -> None:
-    with pytest.raises(IndexError) as theirs:
+def test_dim_out_of_range_raises_the_error_of_torch(call: Call, dim: int) -> None:
+    with pytest.raises(IndexError) as of_torch:
         torch.softmax(scores(), dim)
     message = assert_raises(IndexError, (dim, "[-2, 1]"), call, scores(), torch.tensor([1]), dim)
-    assert message.splitlines()[0] == str(theirs.value).splitlines()[0]
+    assert message.splitlines()[0] == str(of_torch.value).splitlines()[0]
 
 
 @every(FUNCTIONS)
@@ -225,7 +230,7 @@ def test_huge_dim(call: Call, dim: int, lengths: int | Tensor) -> None:
 
 @every(FUNCTIONS)
 @pytest.mark.parametrize("dim", ["1", None, 1.0, (0, 1)], ids=repr)
-def test_dim_of_another_type(call: Call, dim: Any) -> None:
+def test_dim_of_a_wrong_type(call: Call, dim: Any) -> None:
     assert_raises(
         TypeError, ("dim", "int", type(dim).__name__), call, scores(), torch.tensor([1]), dim
     )
@@ -236,7 +241,7 @@ def test_dim_of_another_type(call: Call, dim: Any) -> None:
 
 @every(FUNCTIONS)
 @pytest.mark.parametrize("wrong", [[[1.0, 2.0]], 3.0, None, "x"], ids=repr)
-def test_input_that_is_no_tensor(call: Call, wrong: Any) -> None:
+def test_input_that_is_not_a_tensor(call: Call, wrong: Any) -> None:
     assert_raises(TypeError, ("input", "Tensor", type(wrong).__name__), call, wrong, 1)
 
 
@@ -260,7 +265,7 @@ def test_complex_input(call: Call) -> None:
 
 
 @every(OUT_OF_PLACE)
-def test_dtype_that_is_not_floating(call: Call) -> None:
+def test_dtype_that_is_not_a_floating_point_type(call: Call) -> None:
     for dtype, name in (
         (torch.int32, "Int"),
         (torch.bool, "Bool"),
@@ -270,8 +275,8 @@ def test_dtype_that_is_not_floating(call: Call) -> None:
             call(scores(), torch.tensor([1]), dtype=dtype)
 
 
-def test_dtype_that_is_no_dtype() -> None:
-    """In the same words whatever the lengths are."""
+def test_dtype_that_is_not_a_dtype() -> None:
+    """The same message for int and tensor lengths."""
     for lengths in (1, torch.tensor([1])):
         for wrong in ("float32", int, 6):
             message = assert_raises(
@@ -285,8 +290,8 @@ def test_dtype_that_is_no_dtype() -> None:
             assert "incompatible" not in message
 
 
-def test_dtype_may_be_pythons_float(log: bool) -> None:
-    """As in torch.softmax, where it is float64."""
+def test_dtype_may_be_the_python_type_float(log: bool) -> None:
+    """It means float64, as in torch.softmax."""
     assert torch.softmax(scores(), -1, dtype=float).dtype == torch.float64
     for lengths in (1, torch.tensor([1])):
         got = forward(scores(), lengths, log=log, dtype=float)
@@ -296,7 +301,7 @@ def test_dtype_may_be_pythons_float(log: bool) -> None:
 @every(FUNCTIONS)
 @pytest.mark.parametrize("wrong", [None, 0, 1, "yes"], ids=repr)
 @pytest.mark.parametrize("lengths", [1, torch.tensor([1])], ids=["int", "tensor"])
-def test_validate_that_is_no_bool(call: Call, wrong: Any, lengths: int | Tensor) -> None:
+def test_validate_that_is_not_a_bool(call: Call, wrong: Any, lengths: int | Tensor) -> None:
     assert_raises(
         TypeError,
         ("validate", "bool", type(wrong).__name__),
@@ -319,40 +324,40 @@ NOT_DENSE: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 
 @every(CALLS)
 @pytest.mark.parametrize("kind", NOT_DENSE)
-@pytest.mark.filterwarnings("ignore")  # torch's, of such tensors
+@pytest.mark.filterwarnings("ignore")  # torch warns when it creates such tensors
 def test_tensors_that_are_not_dense(call: Call, kind: str) -> None:
     convert, word = NOT_DENSE[kind]
-    other = convert(torch.eye(4))
-    one = torch.tensor(1)
-    assert_raises(NotImplementedError, ("input", "dense", word), call, other, one)
-    assert_raises(NotImplementedError, ("lengths", "dense", word), call, scores(), other)
+    not_dense = convert(torch.eye(4))
+    lengths = torch.tensor(1)
+    assert_raises(NotImplementedError, ("input", "dense", word), call, not_dense, lengths)
+    assert_raises(NotImplementedError, ("lengths", "dense", word), call, scores(), not_dense)
 
 
 @every(CALLS)
 def test_starts_out_and_gradients_that_are_not_dense(call: Call) -> None:
-    x, one = scores(), torch.ones(4, dtype=torch.int64)
-    starts = one.to_sparse()
-    assert_raises(NotImplementedError, ("starts", "dense"), call, x, one, starts=starts)
+    x, lengths = scores(), torch.ones(4, dtype=torch.int64)
+    starts = lengths.to_sparse()
+    assert_raises(NotImplementedError, ("starts", "dense"), call, x, lengths, starts=starts)
     if not call.__name__.endswith("_"):
         out = x.to_sparse()
         function = getattr(call, "out", call)
-        assert_raises(NotImplementedError, ("out", "dense"), function, x, one, out=out)
-        y = call(scores().requires_grad_(), one)
+        assert_raises(NotImplementedError, ("out", "dense"), function, x, lengths, out=out)
+        y = call(scores().requires_grad_(), lengths)
         assert_raises(NotImplementedError, ("grad_output", "dense"), y.backward, out)
 
 
 @every(FUNCTIONS)
-@pytest.mark.parametrize("what", ["lengths", "starts", "out"])
-def test_jagged_beside_a_dense_input(call: Call, what: str) -> None:
-    if what == "out" and call is masked_softmax_:
+@pytest.mark.parametrize("argument", ["lengths", "starts", "out"])
+def test_jagged_argument_with_a_dense_input(call: Call, argument: str) -> None:
+    if argument == "out" and call is masked_softmax_:
         pytest.skip("masked_softmax_ has no out=")
-    x, one = scores(2), torch.ones(2, dtype=torch.int64)
-    jagged = torch.nested.nested_tensor([one, one], layout=torch.jagged)
-    options = {"lengths": one, what: jagged}
-    assert_raises(NotImplementedError, (what, "dense", "nested"), call, x, **options)
+    x, lengths = scores(2), torch.ones(2, dtype=torch.int64)
+    jagged = torch.nested.nested_tensor([lengths, lengths], layout=torch.jagged)
+    options = {"lengths": lengths, argument: jagged}
+    assert_raises(NotImplementedError, (argument, "dense", "nested"), call, x, **options)
 
 
-def test_other_functions_on_tensors_that_are_not_dense() -> None:
+def test_other_functions_with_tensors_that_are_not_dense() -> None:
     sparse = torch.tensor([0, 2, 4]).to_sparse()
     calls: dict[str, Call] = {
         "offsets": lambda: masked_softmax_ext.packed_softmax(torch.ones(4), sparse),
@@ -361,18 +366,20 @@ def test_other_functions_on_tensors_that_are_not_dense() -> None:
         "starts": lambda: masked_softmax_ext.intersect_bounds((torch.tensor([1]), sparse)),
         "mask": lambda: masked_softmax_ext.lengths_from_mask(sparse.bool()),
     }
-    for what, call in calls.items():
-        assert_raises(NotImplementedError, (what, "dense", "sparse"), call)
+    for argument, call in calls.items():
+        assert_raises(NotImplementedError, (argument, "dense", "sparse"), call)
 
 
-def test_every_operator_refuses_tensors_that_are_not_dense() -> None:
+def test_every_operator_rejects_tensors_that_are_not_dense() -> None:
+    """Each has a kernel for every dispatch key of such tensors."""
     names = [
         name
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("masked_softmax_ext::")
     ]
     assert len(names) >= 12
-    keys = [k + d for k in ("Sparse", "SparseCsr", "NestedTensor") for d in ("CPU", "CUDA", "Meta")]
+    layouts, devices = ("Sparse", "SparseCsr", "NestedTensor"), ("CPU", "CUDA", "Meta")
+    keys = [layout + device for layout in layouts for device in devices]
     for key in (*keys, "MkldnnCPU", "QuantizedCPU", "QuantizedCUDA"):
         for name in names:
             assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), (name, key)
@@ -382,28 +389,25 @@ def test_every_operator_refuses_tensors_that_are_not_dense() -> None:
 
 
 @every(CALLS)
-@pytest.mark.parametrize("what", ["lengths", "starts"])
-def test_lengths_of_another_type(call: Call, what: str) -> None:
+@pytest.mark.parametrize("argument", ["lengths", "starts"])
+def test_lengths_of_a_wrong_dtype(call: Call, argument: str) -> None:
     for dtype, name in (
         (torch.float32, "Float"),
         (torch.float64, "Double"),
         (torch.bool, "Bool"),
         (torch.complex64, "Complex"),
     ):
-        indices = {
-            "lengths": torch.ones(4, dtype=torch.int64),
-            "starts": torch.ones(4, dtype=torch.int64),
-        }
-        indices[what] = indices[what].to(dtype)
+        indices = dict.fromkeys(("lengths", "starts"), torch.ones(4, dtype=torch.int64))
+        indices[argument] = indices[argument].to(dtype)
         with pytest.raises(TypeError, match=rf"(?i)({name}|{short_name(dtype)})") as caught:
             call(scores(), indices["lengths"], starts=indices["starts"])
-        assert what in str(caught.value)
+        assert argument in str(caught.value)
         assert "integer" in str(caught.value)
 
 
 @every(FUNCTIONS)
 @pytest.mark.parametrize("wrong", [1.0, [1, 2, 3, 4], "2", None], ids=repr)
-def test_lengths_that_are_no_index(call: Call, wrong: Any) -> None:
+def test_lengths_that_are_neither_int_nor_tensor(call: Call, wrong: Any) -> None:
     assert_raises(TypeError, ("lengths", "int", type(wrong).__name__), call, scores(), wrong)
     if wrong is not None:
         assert_raises(
@@ -417,36 +421,35 @@ def test_lengths_that_are_no_index(call: Call, wrong: Any) -> None:
     [((5,), -1), ((3,), -1), ((4, 1), -1), ((4, 5), -1), ((1, 1, 1), -1), ((4,), 0), ((0,), -1)],
     ids=str,
 )
-def test_lengths_of_another_shape(call: Call, shape: tuple[int, ...], dim: int) -> None:
-    """Too many dimensions, or a size that does not broadcast: both shapes are named."""
+def test_lengths_of_a_wrong_shape(call: Call, shape: tuple[int, ...], dim: int) -> None:
+    """Too many dimensions, or a size that does not broadcast; the message has both shapes."""
     rows = 4 if dim == -1 else 5
     wrong = torch.ones(shape, dtype=torch.int64)
-    given = re.escape(str(list(shape)))
-    for what, arguments in (("lengths", (wrong, None)), ("starts", (torch.tensor(1), wrong))):
-        with pytest.raises(ValueError, match=given) as caught:
-            call(scores(), arguments[0], dim, starts=arguments[1])
+    for argument, lengths, starts in (
+        ("lengths", wrong, None),
+        ("starts", torch.tensor(1), wrong),
+    ):
+        with pytest.raises(ValueError, match=re.escape(str(list(shape)))) as caught:
+            call(scores(), lengths, dim, starts=starts)
         assert type(caught.value) is ValueError
-        assert what in str(caught.value)
+        assert argument in str(caught.value)
         assert f"[{rows}]" in str(caught.value)
 
 
-def test_lengths_that_would_fit_from_the_back() -> None:
-    """(Q,) against (B, Q, K) aligns with B; torch's trailing rule is not used, and not guessed."""
+def test_lengths_do_not_align_with_the_last_dimensions() -> None:
+    """(Q,) against (B, Q, K) aligns with B, not with Q as in torch's broadcasting."""
     with pytest.raises(ValueError, match=r"\[2, 3\]"):
         forward(torch.zeros(2, 3, 4), torch.ones(3, dtype=torch.int64))
 
 
 @every(CALLS)
-@pytest.mark.parametrize("what", ["lengths", "starts"])
-def test_lengths_on_another_device(call: Call, what: str) -> None:
-    indices = {
-        "lengths": torch.ones(4, dtype=torch.int64),
-        "starts": torch.ones(4, dtype=torch.int64),
-    }
-    indices[what] = indices[what].to("meta")
+@pytest.mark.parametrize("argument", ["lengths", "starts"])
+def test_lengths_on_another_device(call: Call, argument: str) -> None:
+    indices = dict.fromkeys(("lengths", "starts"), torch.ones(4, dtype=torch.int64))
+    indices[argument] = indices[argument].to("meta")
     assert_raises(
         ValueError,
-        (what, "cpu", "meta"),
+        (argument, "cpu", "meta"),
         call,
         scores(),
         indices["lengths"],
@@ -461,7 +464,7 @@ def test_lengths_on_another_device(call: Call, what: str) -> None:
 @pytest.mark.parametrize(
     "wrong", [torch.tensor(2.0), "2", [2.0], 1j, True], ids=lambda wrong: type(wrong).__name__
 )
-def test_scale_that_is_no_number(call: Call, wrong: Any) -> None:
+def test_scale_that_is_not_a_number(call: Call, wrong: Any) -> None:
     assert_raises(
         TypeError,
         ("scale", "number", type(wrong).__name__),
@@ -474,7 +477,7 @@ def test_scale_that_is_no_number(call: Call, wrong: Any) -> None:
 
 @every(FUNCTIONS)
 @pytest.mark.parametrize("wrong", [10**400, Fraction(-(10**400))], ids=["int", "Fraction"])
-def test_scale_beyond_every_float(call: Call, wrong: Any) -> None:
+def test_scale_too_large_for_a_float(call: Call, wrong: Any) -> None:
     words = ("scale", "number", type(wrong).__name__)
     assert_raises(ValueError, words, call, scores(), torch.tensor([1]), scale=wrong)
 
@@ -483,8 +486,8 @@ def test_scale_beyond_every_float(call: Call, wrong: Any) -> None:
 
 
 @every(OUT_OF_PLACE)
-def test_out_of_another_shape(call: Call) -> None:
-    """Not resized, as torch would with a warning: a result in the wrong place helps nobody."""
+def test_out_of_a_wrong_shape(call: Call) -> None:
+    """It is an error; out is not resized with a warning, as it is in torch."""
     for shape in ((5, 4), (4, 6), (20,), (1, 4, 5), ()):
         out = torch.full(shape, 7.0)
         with pytest.raises(ValueError, match=re.escape(str(list(shape)))) as caught:
@@ -495,7 +498,7 @@ def test_out_of_another_shape(call: Call) -> None:
 
 
 @every(OUT_OF_PLACE)
-def test_out_of_another_dtype(call: Call) -> None:
+def test_out_of_a_wrong_dtype(call: Call) -> None:
     for options, out_dtype in (
         ({}, torch.float64),
         ({}, torch.bfloat16),
@@ -520,7 +523,7 @@ def test_out_on_another_device(call: Call) -> None:
     )
 
 
-def test_out_that_is_no_tensor() -> None:
+def test_out_that_is_not_a_tensor() -> None:
     assert_raises(TypeError, ("out", "Tensor", "list"), forward, scores(), 1, out=[1.0])
 
 
@@ -542,10 +545,10 @@ def test_out_that_overlaps_itself(call: Call) -> None:
         ((2, 3, 4), (6, 3, 1)),
     ],
 )
-def test_out_whose_windows_overlap(
+def test_out_of_overlapping_windows(
     call: Call, shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> None:
-    """As unfold() makes them: no stride is 0, yet elements share memory."""
+    """Windows as unfold() returns them: no stride is 0, yet elements share memory."""
     buffer = random_input((40,), torch.float32, seed=5)
     before = buffer.clone()
     message = assert_raises(
@@ -560,8 +563,8 @@ def test_out_whose_windows_overlap(
     assert_same_bits(buffer, before)
 
 
-def test_windows_that_overlap_in_a_negated_view(log: bool) -> None:
-    """The imaginary part of a conjugate, which is computed apart and copied."""
+def test_overlapping_windows_of_a_negated_view(log: bool) -> None:
+    """The imaginary part of a conjugate, whose result is computed in a copy."""
     buffer = random_input((40, 2), torch.float32, seed=5)
     windows = torch.view_as_complex(buffer).conj().imag.unfold(0, 5, 3)
     assert windows.is_neg()
@@ -583,7 +586,7 @@ def test_windows_that_overlap_in_a_negated_view(log: bool) -> None:
         ((2, 2, 3), (1, 20, 5)),
     ],
 )
-def test_out_of_any_strides_that_lead_to_elements_of_their_own(
+def test_out_of_any_strides_without_overlap(
     shape: tuple[int, ...], strides: tuple[int, ...], log: bool
 ) -> None:
     x = random_input(shape, torch.float32, seed=5)
@@ -603,8 +606,8 @@ def test_out_that_overlaps_the_input(call: Call, shift: int) -> None:
 
 
 @every(OUT_OF_PLACE)
-def test_out_that_overlaps_the_input_with_gaps(call: Call) -> None:
-    """Columns 0..3 and 2..5 of the same rows: neither tensor is dense, yet they share elements."""
+def test_out_with_gaps_that_overlaps_the_input(call: Call) -> None:
+    """Columns 0..3 and 2..5 of the same rows share elements; neither tensor is contiguous."""
     buffer = random_input((4, 8), torch.float32, seed=6)
     before = buffer.clone()
     with pytest.raises(ValueError, match="overlap"):
@@ -631,15 +634,15 @@ def test_out_that_overlaps_the_lengths(call: Call) -> None:
         call(scores(), torch.tensor([1]), starts=buffer[16:20], out=out)
 
 
-def test_out_beside_the_input_is_fine(log: bool) -> None:
+def test_out_next_to_the_input_is_allowed(log: bool) -> None:
     buffer = random_input((40,), torch.float32, seed=8)
     x, out = buffer[:20].view(4, 5), buffer[20:].view(4, 5)
     expected = forward(x.clone(), 3, log=log)
     assert_same_bits(forward(x, 3, log=log, out=out), expected)
 
 
-def test_out_that_is_the_input_but_for_strides_that_lead_nowhere(log: bool) -> None:
-    """A dimension of size 1 may have any stride: it is the same memory."""
+def test_out_that_is_the_input_with_other_strides_of_size_1_dimensions(log: bool) -> None:
+    """The stride of a dimension of size 1 is irrelevant: the memory is the same."""
     for shape, strides in (((4, 1, 5), (5, 999, 1)), ((1, 5), (1, 1)), ((5, 1), (1, 7))):
         x = random_input(shape, torch.float32, seed=9)
         expected = forward(x, 1, log=log)
@@ -649,7 +652,7 @@ def test_out_that_is_the_input_but_for_strides_that_lead_nowhere(log: bool) -> N
 
 
 def test_too_many_dimensions(log: bool) -> None:
-    """More than the kernels walk: with an element in each, such a tensor has 2^41 or more."""
+    """More than 40 dimensions larger than 1: in practice, only empty tensors."""
     x = torch.empty(*[2, 1] * 21, 0).expand(*[2] * 42, 0)
     name = "masked_log_softmax" if log else "masked_softmax"
     with pytest.raises(ValueError, match=rf"^{name}\(\): .*40 dimensions"):
@@ -668,16 +671,16 @@ def test_in_place_on_an_expanded_tensor(name: str) -> None:
 
 
 @pytest.mark.parametrize("held", [0, 1, 76])
-@pytest.mark.parametrize("what", ["input", "lengths", "starts", "out"])
-def test_a_storage_that_does_not_hold_its_tensor(what: str, held: int, log: bool) -> None:
-    """As resize_() leaves one, and FSDP a parameter that it has freed: no memory is touched."""
+@pytest.mark.parametrize("argument", ["input", "lengths", "starts", "out"])
+def test_a_storage_smaller_than_its_tensor(argument: str, held: int, log: bool) -> None:
+    """As after resize_() of a storage, or when FSDP frees a parameter; no memory is accessed."""
     tensors = {
         "input": scores(),
         "lengths": torch.ones(4, dtype=torch.int64),
         "starts": torch.ones(4, dtype=torch.int64),
         "out": scores(),
     }
-    small = tensors[what]
+    small = tensors[argument]
     small.untyped_storage().resize_(min(held, small.nbytes - 1))
     input = tensors.pop("input")
     with pytest.raises(
@@ -686,22 +689,22 @@ def test_a_storage_that_does_not_hold_its_tensor(what: str, held: int, log: bool
         forward(input, log=log, **tensors)
 
 
-def test_a_storage_that_does_not_hold_its_tensor_in_the_backward_pass() -> None:
-    for what in range(2):
-        scores_like = [torch.rand(4, 5), torch.rand(4, 5)]
-        scores_like[what].untyped_storage().resize_(0)
+def test_a_storage_smaller_than_its_tensor_in_the_backward_pass() -> None:
+    for freed in range(2):
+        inputs = [torch.rand(4, 5), torch.rand(4, 5)]
+        inputs[freed].untyped_storage().resize_(0)
         with pytest.raises(RuntimeError, match="storage holds"):
             OPERATORS.masked_softmax_backward(
-                *scores_like, torch.tensor(3), -1, None, None, torch.float32
+                *inputs, torch.tensor(3), -1, None, None, torch.float32
             )
 
 
-# The derivatives' operators, called by hand
+# The operators of the backward pass
 
 
 @pytest.mark.parametrize("name", ["masked_softmax_backward", "masked_log_softmax_backward"])
 def test_backward_operators_check_their_arguments(name: str) -> None:
-    """They are public too: nothing that is handed to them makes them leave their memory."""
+    """They can be called directly, so no argument may make them access other memory."""
     backward = getattr(OPERATORS, name)
     y, g, lengths = torch.rand(4, 5), torch.rand(4, 5), torch.tensor([1, 2, 3, 4])
 
@@ -731,7 +734,7 @@ def test_backward_operators_check_their_arguments(name: str) -> None:
         call(g=torch.ones(4, 5, dtype=torch.int64))
 
 
-def test_gradient_of_another_shape_is_torchs_error() -> None:
+def test_gradient_of_a_wrong_shape_raises_the_error_of_torch() -> None:
     y = forward(scores().requires_grad_(), 3)
     with pytest.raises(RuntimeError, match="shape"):
         y.backward(torch.ones(4, 6))

@@ -1,7 +1,7 @@
-"""Promise: where memory is short the call raises, writes nothing and the process lives.
+"""Promise: a call that runs out of memory raises, writes nothing and leaves the process alive.
 
-Once with a limit on the address space, so that large tensors cannot be had; then with each single
-allocation of a call made to fail in turn, torch's own among them, in every thread.
+First under a limit on the address space, so that large tensors cannot be allocated. Then each
+allocation that a call makes, torch's own and in any thread, is made to fail in turn.
 """
 
 from __future__ import annotations
@@ -33,26 +33,27 @@ from masked_softmax_ext import masked_log_softmax, masked_softmax, masked_softma
 MIB = 1 << 20
 
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="limits and preloads as Linux has them"
+    sys.platform != "linux", reason="needs RLIMIT_AS and LD_PRELOAD of Linux"
 )
 
 
 # A limit on the address space
 
 
-def expect_no_memory(name: str, call: Callable[[], object]) -> None:
+def assert_out_of_memory(name: str, call: Callable[[], object]) -> None:
     child.stage(f"out of memory: {name}")
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         call()
 
 
 def child_limited_memory() -> None:
-    """64 MiB tensors where 32 MiB are left: what allocates one fails, the rest does not notice."""
+    """With 32 MiB left, calls that allocate a tensor of 64 MiB fail and the others work."""
     torch.set_num_threads(2)
     rows, cols = 4096, 4096
-    x, g = random_input((1, cols), torch.float32, seed=1).repeat(rows, 1), torch.ones(rows, cols)
+    x = random_input((1, cols), torch.float32, seed=1).repeat(rows, 1)
+    g = torch.ones(rows, cols)
     half = x.bfloat16()
-    out, written = torch.full_like(x, 7), x.clone()
+    out, in_place = torch.full_like(x, 7), x.clone()
     lengths = torch.arange(rows)
     leaf = x.clone().requires_grad_()
     y, log_y = masked_softmax(leaf, lengths), masked_log_softmax(leaf, lengths)
@@ -60,7 +61,7 @@ def child_limited_memory() -> None:
     expected = masked_softmax(x, lengths)
     many, many_lengths = torch.zeros(MIB * 16, 1), torch.ones(MIB * 16, dtype=torch.int32)
     offsets = torch.arange(MIB * 16 + 1, dtype=torch.int32)
-    sevens, ones = out.clone(), g.clone()
+    out_before, g_before = out.clone(), g.clone()
     torch.autograd.grad(y, leaf, g, retain_graph=True)
 
     unlimited = resource.getrlimit(resource.RLIMIT_AS)
@@ -68,56 +69,59 @@ def child_limited_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, unlimited[1]))
 
     for log in (False, True):
-        expect_no_memory(f"forward, {log=}", lambda log=log: forward(x, lengths, log=log))
-        expect_no_memory(f"with grad, {log=}", lambda log=log: forward(leaf, lengths, log=log))
-        expect_no_memory(f"dim=0, {log=}", lambda log=log: forward(x, lengths, 0, log=log))
-        expect_no_memory(f"strided, {log=}", lambda log=log: forward(x.t(), lengths, log=log))
-        expect_no_memory(
+        assert_out_of_memory(f"forward, {log=}", lambda log=log: forward(x, lengths, log=log))
+        assert_out_of_memory(f"with grad, {log=}", lambda log=log: forward(leaf, lengths, log=log))
+        assert_out_of_memory(f"dim=0, {log=}", lambda log=log: forward(x, lengths, 0, log=log))
+        assert_out_of_memory(f"strided, {log=}", lambda log=log: forward(x.t(), lengths, log=log))
+        assert_out_of_memory(
             f"dtype=, {log=}", lambda log=log: forward(half, lengths, dtype=torch.float64, log=log)
         )
         result = log_y if log else y
-        expect_no_memory(
+        assert_out_of_memory(
             f"backward, {log=}",
             lambda result=result: torch.autograd.grad(result, leaf, g, retain_graph=True),
         )
-    expect_no_memory("second order", lambda: torch.autograd.grad(first, leaf, g, retain_graph=True))
-    expect_no_memory("many offsets", lambda: packed_softmax(many[:, 0], offsets))
-    expect_no_memory("another type in place of out", lambda: out.copy_(masked_softmax(x, lengths)))
-    assert torch.equal(out, sevens)  # without memory, unlike assert_same_bits
+    assert_out_of_memory(
+        "second order", lambda: torch.autograd.grad(first, leaf, g, retain_graph=True)
+    )
+    assert_out_of_memory("many offsets", lambda: packed_softmax(many[:, 0], offsets))
+    assert_out_of_memory("result for copy_", lambda: out.copy_(masked_softmax(x, lengths)))
+    assert torch.equal(out, out_before)  # assert_same_bits would allocate
     with forward_ad.dual_level():
-        dual = forward_ad.make_dual(written, g)
-        expect_no_memory("dual", lambda: masked_softmax(dual, lengths))
-        expect_no_memory("dual, in place", lambda: masked_softmax_(dual, lengths))
-        assert torch.equal(written, x), "written in place, though its tangent had no memory"
-        assert torch.equal(g, ones)
+        dual = forward_ad.make_dual(in_place, g)
+        assert_out_of_memory("dual", lambda: masked_softmax(dual, lengths))
+        assert_out_of_memory("dual, in place", lambda: masked_softmax_(dual, lengths))
+        assert torch.equal(in_place, x), "written although the tangent could not be allocated"
+        assert torch.equal(g, g_before)
 
-    child.stage("what allocates nothing works")
+    child.stage("calls that allocate nothing work")
     assert torch.equal(masked_softmax(x, lengths, out=out), expected)
     masked_softmax(half, lengths, out=out, dtype=torch.float32)
     masked_softmax(x.t(), lengths, out=out.t())
     masked_log_softmax(x, lengths, 0, out=out)
     masked_softmax(many, many_lengths, out=many)
     assert float(many.sum()) == many.numel()
-    assert torch.equal(masked_softmax_(written, lengths), expected)
+    assert torch.equal(masked_softmax_(in_place, lengths), expected)
 
-    child.stage("and all of it, once there is memory again")
+    child.stage("everything works without the limit")
     resource.setrlimit(resource.RLIMIT_AS, unlimited)
     assert_same_bits(masked_softmax(x, lengths), expected)
     torch.autograd.grad(masked_softmax(leaf, lengths), leaf, g)
 
 
-def test_without_memory_for_a_tensor() -> None:
-    """torch's own error; `out=` and in-place arguments, tangents too, keep every bit."""
+def test_out_of_memory_for_a_tensor() -> None:
+    """torch's own error; `out=`, in-place arguments and tangents keep every bit."""
     child.call("test_faults", "child_limited_memory")
 
 
-# Each allocation of a call, failing in turn
+# Each allocation of a call fails in turn
 
 
 class Call:
-    """One to fail: what it is given and what it is to write to must keep its bits.
+    """A call with a failing allocation, after which all these tensors must have kept their bits.
 
-    node: only while it runs does an allocation fail. (Of its own torch's engine survives none.)
+    With a node of the autograd graph, an allocation fails only while that node runs, because
+    torch's engine does not survive failures of its own allocations.
     """
 
     def __init__(
@@ -128,13 +132,13 @@ class Call:
         self._tensors = list(tensors)
         self._before = [tensor.detach().clone() for tensor in self._tensors]
 
-    def assert_untouched(self, what: str) -> None:
+    def assert_unchanged(self, what: str) -> None:
         for tensor, before in zip(self._tensors, self._before, strict=True):
             assert_same_bits(tensor, before, what)
 
 
 class Faults:
-    """The preloaded library."""
+    """Makes allocations fail, through the preloaded failing_malloc.cpp."""
 
     def __init__(self, library: str) -> None:
         self._library = ctypes.CDLL(library)
@@ -142,9 +146,10 @@ class Faults:
         self._library.stop_failing.restype = ctypes.c_long
 
     def run(self, number: int, call: Call, expected: object = None) -> tuple[bool, str]:
-        """That allocation fails: whether there was one, and the name of the error that came.
+        """Makes the allocation of this number fail during the call.
 
-        Where none came, the result is the expected one.
+        Returns whether the call made that many allocations, and the name of the error, if any.
+        Without an error, the result must be the expected one.
         """
         start = partial(self._library.fail_allocation, ctypes.c_long(number))
         if call.node is not None:
@@ -154,7 +159,8 @@ class Faults:
         try:
             if call.node is None:
                 start()
-            # Kept: nodes allocate when they go, and torch ends the process where that fails.
+            # Nodes allocate in their destructors, and torch ends the process if that fails: so the
+            # result is kept until _stop().
             result = call.work()
         except (MemoryError, RuntimeError) as raised:
             error = type(raised).__name__
@@ -174,7 +180,7 @@ class Faults:
 
 
 LENGTHS = torch.tensor([2, 0, 3])
-LARGE = (400, 300)  # work for two threads, of rows too long for the kernels of narrow ones
+LARGE = (400, 300)  # work for two threads; too many columns for the kernels of narrow rows
 LARGE_LENGTHS = torch.arange(400) % 301
 
 
@@ -208,13 +214,13 @@ def make_out() -> Call:
 
 
 def make_out_beside_input() -> Call:
-    """The search for overlap keeps lists."""
+    """The overlap check allocates lists."""
     both = torch.full((3, 8), 7.0)
     return Call(lambda: masked_softmax(both[:, ::2], LENGTHS, out=both[:, 1::2]), [both])
 
 
 def make_in_place() -> Call:
-    """Without a graph: like torch, we record that once the values are written."""
+    """Without a graph, which, as in torch, is recorded after the values have been written."""
     x = small()
     return Call(lambda: masked_softmax_(x, LENGTHS), [x])
 
@@ -294,12 +300,12 @@ MAKERS = (
 
 
 def start_threads() -> None:
-    """OpenMP's: it ends the process where it has no memory for them."""
+    """Starts OpenMP's threads, because OpenMP ends the process if it cannot allocate them."""
     torch.ones(1 << 20).exp_()
 
 
 def child_failing_allocations(library: str) -> None:
-    """Until none is left to fail: then the call is right again."""
+    """Until a call makes fewer allocations than the number that would fail."""
     torch.set_num_threads(2)
     faults = Faults(library)
     start_threads()
@@ -313,18 +319,18 @@ def child_failing_allocations(library: str) -> None:
                 break
             if error:
                 raised += 1
-                call.assert_untouched(f"{make.__name__}, allocation {number}, {error}")
+                call.assert_unchanged(f"{make.__name__}, allocation {number}, {error}")
         child.stage(f"{make.__name__}: {number - 1} faults, {raised} errors")
-        assert raised > 0, "no fault was noticed"
+        assert raised > 0, "no failing allocation raised an error"
 
 
-# How a process that makes its first call ends.
+# Exit codes of a process that makes its first call.
 RAISED, RETURNED, NOT_INJECTED = 10, 11, 12
-OF_THE_LOADER = 127  # it ends the process where a thread's variables get no memory
+LOADER_FAILED = 127  # the dynamic loader could not allocate a thread's variables
 
 
 def child_first_call(library: str) -> None:
-    """In a process for each fault: what is made once, at the first call, is made then."""
+    """In a new process for each fault, so that allocations made only by a first call fail, too."""
     faults = Faults(library)
     lengths = torch.full((400,), 290)
     raised = 0
@@ -337,13 +343,12 @@ def child_first_call(library: str) -> None:
             call = Call(lambda: masked_softmax(x, lengths, out=out), [x, out])  # noqa: B023
             was_injected, error = faults.run(number, call)
             if error:
-                call.assert_untouched(f"first call, allocation {number}, {error}")
+                call.assert_unchanged(f"first call, allocation {number}, {error}")
             call.work()
-            sum_of_rows = out.sum(-1)
-            assert bool(((sum_of_rows - 1).abs() < 1e-5).all())
+            assert bool(((out.sum(-1) - 1).abs() < 1e-5).all())
             os._exit(RAISED if error else RETURNED if was_injected else NOT_INJECTED)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if status == OF_THE_LOADER:
+        if status == LOADER_FAILED:
             continue
         assert status in (RAISED, RETURNED, NOT_INJECTED), f"allocation {number}: {status}"
         if status == NOT_INJECTED:
@@ -356,7 +361,7 @@ def child_first_call(library: str) -> None:
 @pytest.fixture(scope="module")
 def failing_malloc(tmp_path_factory: pytest.TempPathFactory) -> str:
     if platform.libc_ver()[0] != "glibc":
-        pytest.skip("failing_malloc.cpp stands before glibc's allocator")
+        pytest.skip("failing_malloc.cpp wraps the allocator of glibc")
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ to compile failing_malloc.cpp")
@@ -368,6 +373,6 @@ def failing_malloc(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("scenario", ["failing_allocations", "first_call"])
 def test_any_allocation_may_fail(failing_malloc: str, scenario: str) -> None:
-    """An exception, nothing written, and the next call is right."""
+    """It raises, nothing is written, and the next call is right."""
     env = {"LD_PRELOAD": failing_malloc}
     child.call("test_faults", f"child_{scenario}", failing_malloc, env=env, timeout_s=600)

@@ -1,7 +1,7 @@
-"""Promise: a call leaves nothing behind, whether it returns or raises.
+"""Promise: a call leaks no memory, whether it returns or raises.
 
-A million calls on tiny tensors, of every kind. What is counted after each kind: the bytes that the
-C library's allocator has given out, Python's blocks, and resident memory over all.
+A million calls of every kind, on tiny tensors. For each kind, the bytes in use of the C library's
+allocator and Python's memory blocks are counted; for all calls together, resident memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 
 from masked_softmax_ext import masked_softmax, masked_softmax_, packed_softmax
 
-LEAK_BYTES = 16  # the smallest leak that must be noticed, a call
+LEAK_BYTES = 16  # for each call; the smallest leak that must be detected
 KIB = 1 << 10
 
 
@@ -46,12 +46,12 @@ if has_allocator_info:
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not has_allocator_info,
-    reason="counts what glibc 2.33 and later say of their allocator",
+    reason="needs mallinfo2 of glibc 2.33 or later",
 )
 
 
 def allocated_bytes() -> int:
-    """What has been given out and not come back; what a thread keeps for itself counts as well."""
+    """Bytes allocated and not freed; those in the caches of threads are included."""
     info = LIBC.mallinfo2()
     return int(info.uordblks + info.hblkhd)
 
@@ -77,7 +77,7 @@ def raises(error: type[Exception], call: Callable[[], object]) -> Callable[[], N
 def kinds_that_return() -> list[Kind]:
     x, g = torch.randn(2, 3), torch.randn(2, 3)
     lengths, starts = torch.tensor([2, 1]), torch.tensor([1, 0])
-    written, out, columns = x.clone(), torch.empty(2, 3), torch.empty(3, 2)
+    in_place, out, columns = x.clone(), torch.empty(2, 3), torch.empty(3, 2)
     half, leaf = x.bfloat16(), x.clone().requires_grad_()
     y, log_y = masked_softmax(leaf, lengths), forward(leaf, lengths, log=True)
     offsets = torch.tensor([0, 2, 2, 3])
@@ -107,7 +107,7 @@ def kinds_that_return() -> list[Kind]:
         Kind("forward", 200_000, lambda: masked_softmax(x, lengths)),
         Kind("log", 100_000, lambda: forward(x, lengths, log=True)),
         Kind("out=", 100_000, lambda: masked_softmax(x, lengths, out=out)),
-        Kind("in place", 100_000, lambda: masked_softmax_(written, lengths)),
+        Kind("in place", 100_000, lambda: masked_softmax_(in_place, lengths)),
         Kind("starts, scale", 50_000, lambda: masked_softmax(x, lengths, starts=starts, scale=0.5)),
         Kind("int lengths", 30_000, lambda: masked_softmax(x, 2, starts=1)),
         Kind("dtype=", 50_000, lambda: masked_softmax(half, lengths, dtype=torch.float32)),
@@ -116,8 +116,8 @@ def kinds_that_return() -> list[Kind]:
         Kind("jagged", 2_000, lambda: masked_softmax(jagged, None, 1)),
         Kind("backward", 50_000, partial(backward, y)),
         Kind("backward, log", 50_000, partial(backward, log_y)),
-        Kind("both", 30_000, partial(forward_and_backward, False)),
-        Kind("both, log", 30_000, partial(forward_and_backward, True)),
+        Kind("forward and backward", 30_000, partial(forward_and_backward, False)),
+        Kind("forward and backward, log", 30_000, partial(forward_and_backward, True)),
         Kind("in place with grad", 20_000, in_place_with_grad),
         Kind("second order", 10_000, second_order),
         Kind("forward mode", 10_000, dual),
@@ -154,7 +154,7 @@ def kinds_that_raise() -> list[Kind]:
 
 
 def measure(kind: Kind) -> None:
-    """The kind's calls, after some that pay for what is made once."""
+    """Counts memory over the calls of a kind, after a warm-up."""
     for _ in range(min(500, kind.calls // 4)):
         kind.call()
     gc.collect()
@@ -187,6 +187,7 @@ def child_measure(which: str) -> None:
 
 
 def child_leaks(what: str) -> None:
+    """Leaks 16 bytes of the C library, or one Python object, in each call."""
     kept: list[object] = []
     x, lengths = torch.randn(2, 3), torch.tensor([2, 1])
 
@@ -201,12 +202,11 @@ def child_leaks(what: str) -> None:
 
 
 @pytest.mark.parametrize("which", ["return", "raise"])
-def test_nothing_is_left_behind(which: str) -> None:
+def test_calls_do_not_leak(which: str) -> None:
     child.call("test_leaks", "child_measure", which, timeout_s=1200)
 
 
 @pytest.mark.parametrize("what", ["bytes", "objects"])
-def test_a_leak_would_be_noticed(what: str) -> None:
-    """16 bytes of the C library, or one Python object, a call."""
+def test_a_leak_is_detected(what: str) -> None:
     with pytest.raises(AssertionError, match=f"leaks {what}: 20000 calls"):
         child.call("test_leaks", "child_leaks", what)

@@ -1,6 +1,6 @@
-"""Promise: the op allocates its output and nothing else.
+"""Promise: a call allocates its output and nothing else.
 
-The peak of resident memory, measured in a child process that does nothing beside.
+Measured as the peak of resident memory, in a child process that does nothing else.
 """
 
 from __future__ import annotations
@@ -22,27 +22,25 @@ from masked_softmax_ext import masked_softmax_
 
 MIB = 1 << 20
 ROWS, COLS = 8192, 4096  # 128 MiB of float32
-SLACK_BYTES = 4 * MIB  # page tables, the threads' stacks, the allocator's own
+SLACK_BYTES = 4 * MIB  # page tables, stacks of threads, the allocator's own data
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="peak memory is read from Linux's /proc"
-)
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """How far resident memory rises above what it is now while the call runs."""
+    """How far resident memory rises during the call."""
     gc.collect()
     with open("/proc/self/clear_refs", "w") as peak:
-        peak.write("5")  # forget the old peak: man 5 proc
+        peak.write("5")  # reset VmHWM, see proc(5)
     before = status_bytes("VmRSS")
     result = call()
-    peak_now = status_bytes("VmHWM")
+    after = status_bytes("VmHWM")
     del result
-    return peak_now - before
+    return after - before
 
 
 def check(name: str, call: Callable[[], object], expected_bytes: int) -> None:
-    """The expected bytes, and the slack at most. Far fewer: then nothing was measured."""
+    """The call allocates the expected bytes; far fewer mean that the measurement is wrong."""
     peak = peak_bytes(call)
     child.stage(f"{name}: peak {peak / MIB:.1f} MiB, expected {expected_bytes / MIB:.1f} MiB")
     assert peak <= expected_bytes + SLACK_BYTES, name
@@ -50,7 +48,7 @@ def check(name: str, call: Callable[[], object], expected_bytes: int) -> None:
 
 
 def warm_up(log: bool) -> None:
-    """Threads, the allocator and lazily loaded code come into being."""
+    """Starts threads and does all other work that only a first call does."""
     x = random_input((1000, 1000), torch.float32, seed=1).requires_grad_()
     y = forward(x, 900, log=log)
     torch.autograd.grad(y, x, torch.ones(1000, 1000))
@@ -58,7 +56,7 @@ def warm_up(log: bool) -> None:
 
 
 def touched(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Every page is resident; cheap values."""
+    """A tensor whose pages are all resident, with values that are cheap to compute."""
     return torch.arange(shape[-1], dtype=torch.float32).mul_(0.01).to(dtype).repeat(*shape[:-1], 1)
 
 
@@ -88,7 +86,7 @@ def child_contiguous(log: bool) -> None:
 
 
 def child_strided(log: bool) -> None:
-    """Strided input and another softmax dimension: no contiguous copy, forward or backward."""
+    """Strided input and other softmax dimensions: no contiguous copy, forward or backward."""
     warm_up(log)
     base = touched((ROWS // 2, 2 * COLS))
     size = base.numel() * 4 // 2
@@ -116,7 +114,7 @@ def check_16_bits(x: Tensor, lengths: Tensor, log: bool) -> None:
 
 
 def child_types(log: bool) -> None:
-    """16 bits: no float32 copy; dtype=: no converted copy; lengths in their own type."""
+    """No float32 copy of 16-bit types, no copy for dtype=, no int64 copy of lengths."""
     warm_up(log)
     lengths = torch.full((ROWS,), COLS - 5)
     for dtype in (torch.bfloat16, torch.float16):
@@ -127,11 +125,11 @@ def child_types(log: bool) -> None:
     check("many rows, out=", lambda: forward(narrow, many, log=log, out=narrow), 0)
     causal = torch.arange(1, COLS + 1, dtype=torch.int32).view(1, COLS)
     x = touched((4, COLS, COLS), torch.bfloat16)
-    check("causal lengths, not materialised", lambda: forward(x, causal, log=log), x.numel() * 2)
+    check("broadcast lengths", lambda: forward(x, causal, log=log), x.numel() * 2)
 
 
-def child_measures_a_copy() -> None:
-    """The formulation with a mask, measured in the same way: more than its output."""
+def child_unfused() -> None:
+    """The unfused formulation, which allocates more than its output."""
     x = touched((ROWS // 4, COLS))
     mask = torch.arange(COLS) < torch.full((ROWS // 4, 1), COLS - 5)
     check(
@@ -149,13 +147,13 @@ def test_peak_memory_is_the_output(scenario: str, log: bool) -> None:
     child.call("test_memory", f"child_{scenario}", log)
 
 
-def test_a_copy_would_be_noticed() -> None:
+def test_a_copy_is_detected() -> None:
     with pytest.raises(AssertionError, match="masked_fill and softmax: peak"):
-        child.call("test_memory", "child_measures_a_copy")
+        child.call("test_memory", "child_unfused")
 
 
-def test_result_owns_no_more_than_its_elements(log: bool) -> None:
-    """Not a view into something larger, whatever the lengths are."""
+def test_result_storage_has_the_size_of_the_result(log: bool) -> None:
+    """The result is not a view of a larger tensor, for any length."""
     x = torch.empty(64, 1024)
     for lengths in (0, 1, 1024):
         y = forward(x.zero_(), lengths, log=log)

@@ -1,4 +1,4 @@
-"""Promise: packed rows and jagged tensors have the bits of padded ones, without being padded."""
+"""Promise: packed rows and jagged tensors get the bits of padded rows, but are never padded."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from masked_softmax_ext import (
     packed_softmax,
 )
 
-# A row of every kind: empty, one column, around a vector's width, longer than a batch.
+# Empty rows, one column, around the widths of a vector and of narrow rows, several tiles.
 LENGTHS = [3, 0, 1, 16, 17, 64, 65, 0, 300, 2100, 1]
-LONG = [9000, 1, 8193]
+LONG_LENGTHS = [9000, 1, 8193]
 
 
 def packed(*args: Any, log: bool, **options: Any) -> Tensor:
@@ -36,17 +36,12 @@ def offsets_of(lengths: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()]).to(dtype)
 
 
-def rows_of(values: Tensor, lengths: list[int], dim: int) -> list[Tensor]:
-    return list(values.split(lengths, dim))
-
-
-def pad(rows: list[Tensor], dim: int) -> Tensor:
-    """(batch, ...), NaN in the padding: dimension dim + 1 is that of the rows."""
-    widest = max(row.size(dim) for row in rows)
+def pad(values: Tensor, lengths: list[int], dim: int) -> Tensor:
+    """Padded rows (batch, ...) with NaN in the padding; their softmax dimension is dim + 1."""
     padded = []
-    for row in rows:
+    for row in values.split(lengths, dim):
         shape = list(row.shape)
-        shape[dim] = widest - row.size(dim)
+        shape[dim] = max(lengths) - row.size(dim)
         padded.append(torch.cat([row, torch.full(shape, float("nan"), dtype=row.dtype)], dim))
     return torch.stack(padded)
 
@@ -55,22 +50,23 @@ def unpad(padded: Tensor, lengths: list[int], dim: int) -> Tensor:
     return torch.cat([row.narrow(dim, 0, n) for row, n in zip(padded, lengths, strict=True)], dim)
 
 
-SHAPES: dict[str, tuple[tuple[int, ...], int]] = {  # the size of `dim` is to be found
+# Shape of the values and the softmax dimension, whose size 0 stands for the sum of the lengths.
+SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
     "(total,)": ((0,), 0),
     "(total, 1)": ((0, 1), 0),
     "(total, 3)": ((0, 3), 0),
-    "(total, 8), side by side": ((0, 8), 0),
-    "(total, 70), side by side": ((0, 70), 0),
+    "(total, 8), unit row stride": ((0, 8), 0),
+    "(total, 70), unit row stride": ((0, 70), 0),
     "(2, total)": ((2, 0), 1),
     "(3, total, 20)": ((3, 0, 20), 1),
 }
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
-def test_the_bits_of_padded_rows(
+def test_packed_rows_have_the_bits_of_padded_rows(
     shape: tuple[tuple[int, ...], int], capability: str, dtype: torch.dtype, log: bool
 ) -> None:
-    """Forward and backward, in every layout, on every instruction set."""
+    """Forward and backward."""
     sizes, dim = list(shape[0]), shape[1]
     sizes[dim] = sum(LENGTHS)
     values = random_input(tuple(sizes), dtype, seed=1)
@@ -79,8 +75,8 @@ def test_the_bits_of_padded_rows(
     got = packed(leaf, offsets_of(LENGTHS), dim, log=log, scale=0.5)
     (gradient,) = torch.autograd.grad(got, leaf, g)
     y, expected = forward_backward(
-        pad(rows_of(values, LENGTHS, dim), dim),
-        pad(rows_of(g, LENGTHS, dim), dim),
+        pad(values, LENGTHS, dim),
+        pad(g, LENGTHS, dim),
         torch.tensor(LENGTHS),
         dim + 1,
         log=log,
@@ -93,51 +89,51 @@ def test_the_bits_of_padded_rows(
 
 @pytest.mark.parametrize("width", [1, 9])
 def test_long_rows(width: int, capability: str, log: bool) -> None:
-    values = random_input((sum(LONG), width), torch.float32, seed=3)
-    y = forward(pad(rows_of(values, LONG, 0), 0), torch.tensor(LONG), 1, log=log)
-    assert_same_bits(packed(values, offsets_of(LONG), log=log), unpad(y, LONG, 0))
+    values = random_input((sum(LONG_LENGTHS), width), torch.float32, seed=3)
+    y = forward(pad(values, LONG_LENGTHS, 0), torch.tensor(LONG_LENGTHS), 1, log=log)
+    assert_same_bits(packed(values, offsets_of(LONG_LENGTHS), log=log), unpad(y, LONG_LENGTHS, 0))
 
 
-def test_strides(log: bool) -> None:
+def test_strided_values_and_gradients(log: bool) -> None:
     values = random_input((2 * sum(LENGTHS), 3), torch.float32, seed=4)[::2]
     g = random_input((3, sum(LENGTHS)), torch.float32, seed=5).t()
     leaf = values.detach().requires_grad_()
     got = packed(leaf, offsets_of(LENGTHS), log=log)
     (gradient,) = torch.autograd.grad(got, leaf, g)
-    plain = values.contiguous().requires_grad_()
-    expected = packed(plain, offsets_of(LENGTHS), log=log)
+    contiguous = values.contiguous().requires_grad_()
+    expected = packed(contiguous, offsets_of(LENGTHS), log=log)
     assert_same_bits(got, expected)
-    assert_same_bits(gradient, torch.autograd.grad(expected, plain, g.contiguous())[0])
+    assert_same_bits(gradient, torch.autograd.grad(expected, contiguous, g.contiguous())[0])
 
 
 @pytest.mark.parametrize("offset_dtype", INTEGER, ids=short_name)
-def test_types_of_offsets(offset_dtype: torch.dtype, log: bool) -> None:
+def test_integer_types_and_strides_of_offsets(offset_dtype: torch.dtype, log: bool) -> None:
     values = random_input((100,), torch.float32, seed=6)
     lengths = [40, 0, 60]
     expected = packed(values, offsets_of(lengths), log=log)
     offsets = offsets_of(lengths, offset_dtype)
     assert_same_bits(packed(values, offsets, log=log), expected)
-    spread = torch.stack([offsets, offsets], 1)[:, 0]  # a stride of 2
-    assert_same_bits(packed(values, spread, log=log), expected)
+    strided = torch.stack([offsets, offsets], 1)[:, 0]
+    assert_same_bits(packed(values, strided, log=log), expected)
 
 
-@pytest.mark.parametrize("result", FLOATING, ids=short_name)
-def test_dtype(result: torch.dtype, log: bool) -> None:
+@pytest.mark.parametrize("output", FLOATING, ids=short_name)
+def test_dtype_converts_integer_values(output: torch.dtype, log: bool) -> None:
     values = torch.arange(-5, 5)
-    got = packed(values, offsets_of([4, 6]), log=log, dtype=result)
-    rows = [forward(row, len(row), log=log, dtype=result) for row in values.split([4, 6])]
+    got = packed(values, offsets_of([4, 6]), log=log, dtype=output)
+    rows = [forward(row, len(row), log=log, dtype=output) for row in values.split([4, 6])]
     assert_same_bits(got, torch.cat(rows))
 
 
-def test_autocast(log: bool) -> None:
+def test_autocast_gives_float32(log: bool) -> None:
     values = random_input((10,), torch.bfloat16, seed=7)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = packed(values, offsets_of([4, 6]), log=log)
     assert_same_bits(got, packed(values, offsets_of([4, 6]), log=log, dtype=torch.float32))
 
 
-def test_threads(set_threads: Callable[[int], None], log: bool) -> None:
-    """Work is dealt out by the rows' lengths; who computes leaves no trace."""
+def test_number_of_threads_changes_no_bit(set_threads: Callable[[int], None], log: bool) -> None:
+    """Rows are distributed among threads by their lengths."""
     lengths = torch.randint(0, 2000, (300,), generator=generator(8)).tolist()
     for width in (1, 5):
         values = random_input((sum(lengths), width), torch.float32, seed=9)
@@ -149,16 +145,16 @@ def test_threads(set_threads: Callable[[int], None], log: bool) -> None:
         assert_same_bits(results[2], results[0])
 
 
-def test_past_the_caches(log: bool) -> None:
-    """So many values that results are written past the caches."""
+def test_non_temporal_stores(log: bool) -> None:
+    """Values beyond the size from which results are written with non-temporal stores."""
     lengths = [300] * 40_000
     values = random_input((sum(lengths),), torch.float32, seed=10)
     got = packed(values, offsets_of(lengths), log=log).view(40_000, 300)
     assert_same_bits(got, forward(values.view(40_000, 300), 300, log=log))
 
 
-def test_many_rows_of_few_values_take_no_more_memory() -> None:
-    """A million rows of a million values: any buffer of rows x longest would be terabytes."""
+def test_packed_rows_allocate_no_padding() -> None:
+    """A million values in a million rows: a buffer of rows x values would take terabytes."""
     total = 1_000_000
     values = torch.zeros(total)
     assert bool((packed_softmax(values, torch.arange(total + 1)) == 1).all())
@@ -166,7 +162,7 @@ def test_many_rows_of_few_values_take_no_more_memory() -> None:
     torch.testing.assert_close(halves, torch.full((total,), 2 / total))
 
 
-def test_nothing_to_compute(log: bool) -> None:
+def test_empty_values(log: bool) -> None:
     for values, offsets in (
         (torch.zeros(0), [0]),
         (torch.zeros(0), [0, 0, 0]),
@@ -177,7 +173,7 @@ def test_nothing_to_compute(log: bool) -> None:
         assert got.shape == values.shape
 
 
-def test_special_values(log: bool) -> None:
+def test_special_values_stay_in_their_row(log: bool) -> None:
     nan, inf = float("nan"), float("inf")
     values = torch.tensor([1.0, nan, 2.0, -inf, -inf, 0.0, inf, 3.0, 4.0])
     got = packed(values, torch.tensor([0, 2, 3, 5, 7, 9]), log=log)
@@ -186,19 +182,19 @@ def test_special_values(log: bool) -> None:
 
 # Errors
 
-BAD_OFFSETS = {
+INVALID_OFFSETS = {
     "descending": [0, 4, 2, 5],
-    "a late beginning": [1, 5],
-    "an early end": [0, 3, 4],
-    "a late end": [0, 6],
+    "first after 0": [1, 5],
+    "last before the end": [0, 3, 4],
+    "last after the end": [0, 6],
     "negative": [0, -1, 5],
     "no row": [0],
-    "far out": [0, 2**62, 5],
+    "huge": [0, 2**62, 5],
 }
 
 
-@pytest.mark.parametrize("offsets", BAD_OFFSETS.values(), ids=list(BAD_OFFSETS))
-def test_offsets_that_are_no_partition(offsets: list[int], log: bool) -> None:
+@pytest.mark.parametrize("offsets", INVALID_OFFSETS.values(), ids=list(INVALID_OFFSETS))
+def test_invalid_offsets(offsets: list[int], log: bool) -> None:
     with pytest.raises(ValueError, match="expected offsets that ascend from 0 to 5"):
         packed(torch.zeros(5), torch.tensor(offsets), log=log)
 
@@ -234,8 +230,8 @@ def test_other_errors(log: bool) -> None:
     assert empty.shape == (0,)
 
 
-def test_offsets_that_would_wrap_in_their_own_type(log: bool) -> None:
-    """In uint8 3 - 5 is 254, and the sum fits."""
+def test_invalid_offsets_whose_differences_overflow(log: bool) -> None:
+    """In uint8, 3 - 5 would be 254, with which the lengths would sum to 259."""
     with pytest.raises(ValueError, match="row 1 begins at 5 and has length -2"):
         packed(torch.zeros(259), torch.tensor([0, 5, 3], dtype=torch.uint8), log=log)
     extreme = torch.tensor([-(2**31), 2**31 - 1], dtype=torch.int32)
@@ -243,21 +239,21 @@ def test_offsets_that_would_wrap_in_their_own_type(log: bool) -> None:
         packed(torch.zeros(5), extreme, log=log)
 
 
-def test_offsets_that_change_meanwhile(log: bool) -> None:
-    """Another thread writes to them: results may be anything, memory stays whole."""
+def test_starts_rewritten_during_the_call(log: bool) -> None:
+    """Another thread writes to them: results are undefined, but no other memory is touched."""
     starts = torch.arange(0, 200_000, 4)
     before, values = starts.clone(), random_input((200_000, 64), torch.float32, seed=13)
     lengths = torch.tensor([4]).expand(50_000)
     done = threading.Event()
 
-    def change() -> None:
+    def rewrite() -> None:
         while not done.is_set():
             starts[25_000:] = 0
             starts.copy_(before)
 
     operators = torch.ops.masked_softmax_ext
     operator = operators.masked_log_softmax if log else operators.masked_softmax
-    thread = threading.Thread(target=change)
+    thread = threading.Thread(target=rewrite)
     thread.start()
     try:
         for _ in range(10):
@@ -268,7 +264,7 @@ def test_offsets_that_change_meanwhile(log: bool) -> None:
         thread.join()
 
 
-# torch.compile, meta, opcheck
+# torch.compile, meta and fake tensors, opcheck
 
 
 def test_compiled(log: bool) -> None:
@@ -294,18 +290,12 @@ def test_meta_and_fake_tensors(log: bool) -> None:
     values, offsets = torch.zeros(2, 5)[:, ::2], torch.tensor([0, 1, 3])
     expected = packed(values, offsets, 1, log=log)
     meta = packed(values.to("meta"), offsets.to("meta"), 1, log=log)
-    assert (meta.shape, meta.stride(), meta.dtype) == (
-        expected.shape,
-        expected.stride(),
-        expected.dtype,
-    )
     with FakeTensorMode() as mode:
         fake = packed(mode.from_tensor(values), mode.from_tensor(offsets), 1, log=log)
-    assert (fake.shape, fake.stride(), fake.dtype) == (
-        expected.shape,
-        expected.stride(),
-        expected.dtype,
-    )
+    for got in (meta, fake):
+        assert got.shape == expected.shape
+        assert got.stride() == expected.stride()
+        assert got.dtype == expected.dtype
 
 
 @pytest.mark.parametrize("with_grad", [False, True], ids=["plain", "with grad"])
@@ -331,32 +321,33 @@ def jagged(lengths: list[int], *trailing: int, requires_grad: bool = False) -> T
     return result
 
 
-def as_function(log: bool) -> Callable[..., Tensor]:
+def softmax_function(log: bool) -> Callable[..., Tensor]:
     return masked_log_softmax if log else masked_softmax
 
 
 @pytest.mark.parametrize("trailing", [(), (3,), (2, 3)], ids=str)
-def test_jagged(trailing: tuple[int, ...], log: bool) -> None:
+def test_jagged_rows_have_the_bits_of_dense_rows(trailing: tuple[int, ...], log: bool) -> None:
+    """Forward and backward."""
     lengths = [3, 1, 5, 40]
     x = jagged(lengths, *trailing, requires_grad=True)
-    got = as_function(log)(x, None, 1)
+    got = softmax_function(log)(x, None, 1)
     assert got.is_nested
     assert got.layout == torch.jagged
-    assert got.shape == x.shape  # the same ragged size: (got * x) is possible
+    assert got.shape == x.shape  # with the same ragged size, so got * x works
     for row, y in zip(x.unbind(), got.unbind(), strict=True):
         assert_same_bits(y, forward(row, len(row), 0, log=log))
     (got * x).values().sum().backward()
     assert x.grad is not None
-    plain = [row.detach().requires_grad_() for row in x.unbind()]
-    for row, gradient in zip(plain, x.grad.unbind(), strict=True):
+    rows = [row.detach().requires_grad_() for row in x.unbind()]
+    for row, gradient in zip(rows, x.grad.unbind(), strict=True):
         (forward(row, len(row), 0, log=log) * row).sum().backward()
         assert row.grad is not None
         assert_same_bits(gradient, row.grad)
 
 
-def test_jagged_with_another_ragged_dimension(log: bool) -> None:
+def test_jagged_with_the_ragged_dimension_last(log: bool) -> None:
     x = jagged([3, 1, 5], 4).transpose(1, 2)
-    got = as_function(log)(x, None, -1, scale=0.5, dtype=torch.float64)
+    got = softmax_function(log)(x, None, -1, scale=0.5, dtype=torch.float64)
     assert got.shape == x.shape
     assert got.dtype == torch.float64
     for row, y in zip(x.unbind(), got.unbind(), strict=True):
@@ -365,7 +356,7 @@ def test_jagged_with_another_ragged_dimension(log: bool) -> None:
 
 
 def test_jagged_allocates_no_padding() -> None:
-    """One long row among many short ones: padded, it would be 40 GB."""
+    """One long row and many short ones: padded, they would take 40 GB."""
     offsets = torch.tensor([0, 100_000, *range(100_001, 200_001)])
     values = random_input((200_000,), torch.float32, seed=21)
     x = torch.nested.nested_tensor_from_jagged(values, offsets)
@@ -376,11 +367,11 @@ def test_jagged_allocates_no_padding() -> None:
 def test_jagged_compiled(log: bool) -> None:
     torch._dynamo.reset()
     program = torch.compile(
-        lambda x: as_function(log)(x, None, 1), fullgraph=True, backend="aot_eager"
+        lambda x: softmax_function(log)(x, None, 1), fullgraph=True, backend="aot_eager"
     )
     for lengths in ([3, 1, 5], [2, 2, 7]):
         x = jagged(lengths, 4)
-        assert_same_bits(program(x).values(), as_function(log)(x, None, 1).values())
+        assert_same_bits(program(x).values(), softmax_function(log)(x, None, 1).values())
 
 
 def test_jagged_errors(log: bool) -> None:
@@ -388,7 +379,7 @@ def test_jagged_errors(log: bool) -> None:
     values, offsets = x.values(), x.offsets()
     with_gaps = torch.nested.nested_tensor_from_jagged(values, offsets, torch.tensor([2, 1, 3]))
     strided = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.strided)
-    function = as_function(log)
+    function = softmax_function(log)
     for message, call in (
         ("ragged dimension of the jagged input, 1, but got -1", lambda: function(x, None, -1)),
         ("ragged dimension of the jagged input, 1, but got 0", lambda: function(x, None, 0)),
@@ -405,7 +396,7 @@ def test_jagged_errors(log: bool) -> None:
         function(torch.zeros(2, 3), None)
 
 
-def test_offsets_and_lengths_say_the_same() -> None:
-    """The helper of this file."""
+def test_offsets_of() -> None:
+    """The helper of this file: consecutive offsets differ by the lengths."""
     offsets = offsets_of(LENGTHS)
     assert [b - a for a, b in pairwise(offsets.tolist())] == LENGTHS

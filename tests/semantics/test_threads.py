@@ -1,4 +1,4 @@
-"""Promise: right from several threads at once, in forked workers, and with uneven work."""
+"""Promise: right results from several calling threads, in forked workers and with uneven work."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 from masked_softmax_ext import masked_softmax
 
 
-def test_every_kind_of_lengths_with_two_threads(
+def test_two_threads_give_the_bits_of_one(
     capability: str, set_threads: Callable[[int], None], dtype: torch.dtype, log: bool
 ) -> None:
-    """Sorted lengths among them: rows go to threads by the work that they hold."""
+    """With every kind of lengths, ascending and descending."""
     rows, cols = 1500, 512
     x, g = random_input((rows, cols), dtype, seed=1), random_input((rows, cols), dtype, seed=2)
     for kind in LENGTH_KINDS:
@@ -36,15 +36,12 @@ def test_every_kind_of_lengths_with_two_threads(
             assert_same_bits(got_gradient, gradient, f"gradient, {kind.name}")
 
 
-def test_sorted_lengths_with_two_threads_are_right(
+def test_two_threads_give_right_results_for_sorted_lengths(
     set_threads: Callable[[int], None], log: bool
 ) -> None:
-    """Not only the same as with one."""
     set_threads(2)
-    x, g = (
-        random_input((1500, 512), torch.float32, seed=1),
-        random_input((1500, 512), torch.float32, seed=2),
-    )
+    x = random_input((1500, 512), torch.float32, seed=1)
+    g = random_input((1500, 512), torch.float32, seed=2)
     lengths = LENGTH_KINDS[1].make(1500, 512, generator(3)).sort().values
     y, gradient = forward_backward(x, g, lengths, log=log)
     assert_forward(y, x, lengths, log=log)
@@ -52,7 +49,7 @@ def test_sorted_lengths_with_two_threads_are_right(
 
 
 def test_uneven_work(capability: str, set_threads: Callable[[int], None], log: bool) -> None:
-    """One full row among empty ones at every place, fewer rows than threads, one row alone."""
+    """One full row first, in the middle or last among empty rows; fewer rows than threads."""
     cols = 20000
     for rows in (1, 2, 3, 40):
         x = random_input((rows, cols), torch.float32, seed=4)
@@ -62,24 +59,21 @@ def test_uneven_work(capability: str, set_threads: Callable[[int], None], log: b
             for threads in (1, 2, 4):
                 set_threads(threads)
                 y = forward(x, lengths, log=log)
-                assert_forward(
-                    y, x, lengths, log=log, what=f"row {full} of {rows}, {threads} threads"
-                )
+                what = f"row {full} of {rows}, {threads} threads"
+                assert_forward(y, x, lengths, log=log, what=what)
 
 
 def test_calls_from_several_threads_at_once(dtype: torch.dtype, log: bool) -> None:
-    """Each with its own shapes, forward and backward; none gets another's result."""
+    """Forward and backward; each thread has its own shape and gets its own results."""
     shapes = ((400, 300), (3, 70001), (5000, 7), (64, 1024))
     work = []
     for number, (rows, cols) in enumerate(shapes * 2):
-        x, g = (
-            random_input((rows, cols), dtype, seed=number),
-            random_input((rows, cols), dtype, seed=number + 50),
-        )
+        x = random_input((rows, cols), dtype, seed=number)
+        g = random_input((rows, cols), dtype, seed=number + 50)
         lengths = LENGTH_KINDS[1].make(rows, cols, generator(number))
         work.append((x, g, lengths, *forward_backward(x, g, lengths, log=log)))
     start = threading.Barrier(len(work))
-    problems: list[str] = []
+    errors: list[str] = []
 
     def run(x: Tensor, g: Tensor, lengths: Tensor, y: Tensor, gradient: Tensor) -> None:
         start.wait(60)
@@ -89,7 +83,7 @@ def test_calls_from_several_threads_at_once(dtype: torch.dtype, log: bool) -> No
                 assert_same_bits(got, y)
                 assert_same_bits(got_gradient, gradient)
         except Exception as error:
-            problems.append(repr(error))
+            errors.append(repr(error))
 
     threads = [threading.Thread(target=run, args=arguments) for arguments in work]
     for thread in threads:
@@ -97,10 +91,11 @@ def test_calls_from_several_threads_at_once(dtype: torch.dtype, log: bool) -> No
     for thread in threads:
         thread.join(120)
     assert not any(thread.is_alive() for thread in threads)
-    assert problems == []
+    assert errors == []
 
 
 def test_errors_from_several_threads_at_once() -> None:
+    """Each thread gets the error of its own call."""
     x = random_input((100, 10), torch.float32, seed=5)
     caught: list[str] = []
 
@@ -125,7 +120,7 @@ def test_errors_from_several_threads_at_once() -> None:
 
 
 def child_share(kind: str, log: bool) -> None:
-    """Prints the other thread's share of the time that both spend on processors."""
+    """Prints the share of processor time that is not spent by the calling thread."""
     torch.set_num_threads(2)
     rows, cols = 2048, 1024
     lengths = {
@@ -136,29 +131,27 @@ def child_share(kind: str, log: bool) -> None:
     x = random_input((rows, cols), torch.float32, seed=9)
     out = torch.empty_like(x)
     forward(x, lengths[kind], log=log, out=out)
-    both, own = time.process_time(), time.thread_time()
+    both, caller = time.process_time(), time.thread_time()
     for _ in range(30):
         forward(x, lengths[kind], log=log, out=out)
-    both, own = time.process_time() - both, time.thread_time() - own
-    print(f"share {(both - own) / both:.3f}")
+    both, caller = time.process_time() - both, time.thread_time() - caller
+    print(f"share {(both - caller) / both:.3f}")
 
 
 @pytest.mark.parametrize("kind", ["full", "ascending", "descending"])
 def test_two_threads_share_the_work(kind: str, log: bool) -> None:
-    """Half each, by the elements that rows hold and not by their count: with half the rows empty,
-    half the rows would be next to nothing.
+    """Rows are distributed by their valid elements, not by their count, even if half are empty.
 
-    Processor time, so one core is enough. A waiting thread must not count as a working one:
-    OpenMP's would otherwise spin.
+    Processor time is measured, so one core is enough. OMP_WAIT_POLICY keeps waiting threads from
+    spinning, which would count as work.
     """
-    printed = child.call(
-        "test_threads", "child_share", kind, log, env={"OMP_WAIT_POLICY": "PASSIVE"}
-    )
+    env = {"OMP_WAIT_POLICY": "PASSIVE"}
+    printed = child.call("test_threads", "child_share", kind, log, env=env)
     share = float(printed.split("share ")[1].split()[0])
     assert 0.3 < share < 0.7
 
 
-class Sentences(Dataset[Tensor]):
+class WeightsDataset(Dataset[Tensor]):
     def __len__(self) -> int:
         return 8
 
@@ -168,26 +161,26 @@ class Sentences(Dataset[Tensor]):
 
 
 def child_data_loader() -> None:
-    """Workers forked from a process whose thread pool has been at work."""
+    """Workers are forked from a process whose thread pool has already worked."""
     torch.set_num_threads(2)
-    big = random_input((2000, 500), torch.float32, seed=6)
-    masked_softmax(big, 400)
-    expected = [Sentences()[index] for index in range(8)]
-    loader = DataLoader(Sentences(), batch_size=None, num_workers=2, multiprocessing_context="fork")
+    masked_softmax(random_input((2000, 500), torch.float32, seed=6), 400)
+    expected = [WeightsDataset()[index] for index in range(8)]
+    loader = DataLoader(
+        WeightsDataset(), batch_size=None, num_workers=2, multiprocessing_context="fork"
+    )
     for got, item in zip(loader, expected, strict=True):
         assert_same_bits(got, item)
 
 
 def child_fork() -> None:
-    """A plain fork of a process whose threads have been at work; the new one has none of them.
+    """os.fork() of a process whose threads have already worked; the child does not inherit them.
 
-    It must say so: torch's functions, and ours beside them, would wait for them forever.
+    The child must call set_num_threads(1), as for torch's functions, or it would wait for them
+    forever.
     """
     torch.set_num_threads(2)
-    x, g = (
-        random_input((2000, 300), torch.float32, seed=7),
-        random_input((2000, 300), torch.float32, seed=8),
-    )
+    x = random_input((2000, 300), torch.float32, seed=7)
+    g = random_input((2000, 300), torch.float32, seed=8)
     lengths = torch.arange(2000) % 301
     y, gradient = forward_backward(x, g, lengths)
     pid = os.fork()
@@ -197,8 +190,8 @@ def child_fork() -> None:
         os._exit(0 if torch.equal(got, y) else 1)
     assert os.waitpid(pid, 0)[1] == 0
     got, got_gradient = forward_backward(x, g, lengths)
-    assert_same_bits(got, y, "the parent goes on")
-    assert_same_bits(got_gradient, gradient, "the parent goes on")
+    assert_same_bits(got, y, "in the parent")
+    assert_same_bits(got_gradient, gradient, "gradient in the parent")
 
 
 def test_forked_data_loader_workers() -> None:
