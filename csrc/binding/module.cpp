@@ -64,9 +64,9 @@ py::dict build_info() {
 #endif
   info["cxx_standard"] = __cplusplus / 100 % 100;
   py::list capabilities;
-#define MASKED_SOFTMAX_ISA(Name, name) capabilities.append(name);
-#include "cpu/isa_table.inc"
-#undef MASKED_SOFTMAX_ISA
+  for (const CpuCapability& capability : compiled_cpu_capabilities()) {
+    capabilities.append(capability.name);
+  }
   info["cpu_capabilities"] = capabilities;
   return info;
 }
