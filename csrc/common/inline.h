@@ -6,3 +6,5 @@
 #else
 #define MASKED_SOFTMAX_INLINE inline __attribute__((always_inline))
 #endif
+
+#define MASKED_SOFTMAX_NOINLINE __attribute__((noinline))
