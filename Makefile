@@ -1,4 +1,4 @@
-# make demo, make test and make bench are all that a newcomer types: they create .venv, install what they need and build.
+# make demo, make test and make bench need no other step: each creates .venv, installs its requirements and builds.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CUDA_TORCH ?= torch==2.14.1
@@ -6,16 +6,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 CUDA_VENV := .venv-cuda
 CUDA_BIN := $(CUDA_VENV)/bin
-# FBGEMM is built for one release of torch; empty leaves it out.
+# Built for one release of torch; make bench FBGEMM= goes without.
 FBGEMM ?= fbgemm-gpu-cpu==1.8.0
 MXNET_VENV := build/mxnet-venv
-BUILD_TOOLS := "setuptools>=77.0.3,<85" "ninja>=1.11.1,<2" "pybind11>=2.13.0,<4" "pytest>=8" "numpy>=1.26"
-# For some of the tests: ONNX and its runtime; the samples that torch tests its own functions with; generated cases; an
-# example's models.
-TEST_TOOLS := "onnx>=1.17,<2" "onnxscript>=0.5,<1" "onnxruntime>=1.20,<2" "expecttest>=0.2,<1" \
-	"hypothesis>=6,<7" "transformers>=5.10,<6"
-FUZZ_TOOLS := "atheris>=3,<4"
-DIST_TOOLS := "build>=1.2,<2" "twine>=6.1,<7" "check-wheel-contents>=0.6.1,<1"
+
+# $(call pip-install,VENV,NAMES,REQUIREMENTS): installs what pyproject.toml lists under NAMES, and REQUIREMENTS.
+define pip-install
+$(1)/bin/python tools/requirements.py $(2) >$(1)/$(firstword $(2)).txt
+$(1)/bin/python -m pip install --quiet --requirement $(1)/$(firstword $(2)).txt $(3)
+endef
 
 .PHONY: demo test bench bench-quick bench-mxnet docs dist lint kernel-test sanitizer-test fuzz build-test mutation-test \
 	emulator-test cuda-test build clean
@@ -26,24 +25,24 @@ demo: build
 test: build
 	$(BIN)/python -m pytest
 
-# This package beside what users would otherwise call: bench/README.md.
+# Compares this package with the baselines: bench/README.md.
 bench: build $(VENV)/bench.stamp
 	$(BIN)/python bench/run.py $(BENCH)
 
 bench-quick: build $(VENV)/bench.stamp
 	$(BIN)/python bench/run.py --quick $(BENCH)
 
-# One more peer for make bench. It needs numpy 1.23, so an environment of its own; Python 3.8 to 3.11.
+# MXNet, a further baseline of make bench. It needs Python 3.8 to 3.11 and, for numpy 1.23, a separate environment.
 bench-mxnet:
 	$(PYTHON) -m venv $(MXNET_VENV)
 	$(MXNET_VENV)/bin/python -m pip install --quiet "mxnet==1.9.1" "numpy<1.24"
 
-# The pages, in build/docs/html, with warnings as errors; and the examples of the docstrings.
+# Builds the documentation in build/docs/html, with warnings as errors, and tests the examples of the docstrings.
 docs: build $(VENV)/docs.stamp
 	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs/html
 	$(BIN)/python -m sphinx -W --keep-going -b doctest docs build/docs/doctest
 
-# The kernel layer alone, without torch: natively, under sanitizers, and for aarch64 under qemu where it is installed.
+# The CPU kernels without torch: native, under sanitizers, and for aarch64 under qemu if it is installed.
 kernel-test:
 	tests/kernel/run.sh
 
@@ -54,7 +53,7 @@ sanitizer-test: $(SANITIZER_TESTS)
 $(SANITIZER_TESTS): sanitizer-test-%: build
 	tests/sanitizers/run.sh $*
 
-# Inputs that nobody thought of, for so many seconds each: the kernel layer, and the Python interface.
+# Fuzzes the CPU kernels and the Python interface, each for FUZZ_SECONDS.
 FUZZ_SECONDS ?= 30
 fuzz: build $(VENV)/fuzz.stamp
 	tests/fuzz/run.sh kernel $(FUZZ_SECONDS)
@@ -64,32 +63,32 @@ fuzz: build $(VENV)/fuzz.stamp
 build-test: build
 	tests/builds/run.sh
 
-# Small faults, planted in the kernels one by one: each must be found. Half an hour.
+# Mutation testing of the CPU kernels: the tests must detect each mutation. Takes half an hour.
 mutation-test:
 	$(PYTHON) tests/kernel/mutations.py
 
-# The CUDA kernels, run on the CPU: every strategy, the emulator's own tests, and planted faults that must be found.
+# The CUDA kernels, emulated on the CPU: every strategy, the tests of the emulator, and mutations that must be detected.
 emulator-test: build
 	tests/emulator/run.sh checked machine: checker: plan: lengths: "packed rows"
 	tests/emulator/run.sh sanitizers lengths: "rows at the sizes"
 	$(BIN)/python -m pytest tests/emulator
 
-# With nvcc and a CUDA build of torch (5 GB), without a GPU: the whole extension is built, linked and imported, and its
-# kernels are disassembled.
+# Builds, links and imports the extension with CUDA, and disassembles its kernels. Needs nvcc and a CUDA build of torch
+# (5 GB), but no GPU.
 cuda-test:
 	$(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_BIN)/python -m pip install --quiet --upgrade "pip>=24"
-	$(CUDA_BIN)/python -m pip install --quiet "$(CUDA_TORCH)" $(BUILD_TOOLS)
+	$(call pip-install,$(CUDA_VENV),build,"$(CUDA_TORCH)" pytest numpy)
 	MASKED_SOFTMAX_EXT_CUDA=1 $(CUDA_BIN)/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
-	$(CUDA_BIN)/pytest tests/test_cuda_build.py tests/test_article.py
-	$(CUDA_BIN)/python bench/inspect_cuda.py --write build/cuda_kernels.md
+	$(CUDA_BIN)/pytest tests/packaging/test_cuda_build.py tests/numerics/test_article.py
+	$(CUDA_BIN)/python tests/gpu/inspect_kernels.py --write build/cuda_kernels.md
 
-# The source distribution and the wheel for TORCH, into dist/, once they are checked. For another torch, an environment of
-# its own: make dist VENV=.venv-2.11 TORCH=torch==2.11.0
+# Builds and checks the source distribution and the wheel for TORCH, in dist/. Another torch needs a separate
+# environment: make dist VENV=.venv-2.11 TORCH=torch==2.11.0
 dist: $(VENV)/dist.stamp
 	tests/builds/dist.sh $(BIN)/python
 
-lint: $(VENV)/dev.stamp
+lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -97,38 +96,31 @@ lint: $(VENV)/dev.stamp
 
 build: $(VENV)/build.stamp
 
-SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+# __init__.py has the version.
+SOURCES := setup.py pyproject.toml masked_softmax_ext/__init__.py \
+	$(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
 $(VENV)/build.stamp: $(VENV)/tools.stamp $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
-$(VENV)/tools.stamp: pyproject.toml
+$(VENV)/tools.stamp: pyproject.toml tools/requirements.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
-	$(BIN)/python -m pip install --quiet "$(TORCH)" $(BUILD_TOOLS) $(TEST_TOOLS) "matplotlib>=3.8"
+	$(call pip-install,$(VENV),build test,"$(TORCH)")
 	touch $@
 
-# The package is there already, so pip installs the extra's packages alone; torch is named so that it stays as it is.
-$(VENV)/bench.stamp: $(VENV)/build.stamp
-	$(BIN)/python -m pip install --quiet "$(TORCH)" "masked_softmax_ext[bench]"
+$(VENV)/bench.stamp: $(VENV)/tools.stamp
+	$(call pip-install,$(VENV),bench)
 	$(if $(FBGEMM),$(BIN)/python -m pip install --quiet --no-deps "$(FBGEMM)")
 	touch $@
 
-$(VENV)/docs.stamp: $(VENV)/build.stamp
-	$(BIN)/python -m pip install --quiet "$(TORCH)" "masked_softmax_ext[docs]"
-	touch $@
-
-$(VENV)/dev.stamp: $(VENV)/tools.stamp
-	$(BIN)/python -m pip install --quiet ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
+$(VENV)/docs.stamp $(VENV)/lint.stamp $(VENV)/dist.stamp: $(VENV)/%.stamp: $(VENV)/tools.stamp
+	$(call pip-install,$(VENV),$*)
 	touch $@
 
 $(VENV)/fuzz.stamp: $(VENV)/tools.stamp
-	$(BIN)/python -m pip install --quiet $(FUZZ_TOOLS)
-	touch $@
-
-$(VENV)/dist.stamp: $(VENV)/tools.stamp
-	$(BIN)/python -m pip install --quiet $(DIST_TOOLS)
+	$(BIN)/python -m pip install --quiet "atheris>=3,<4"
 	touch $@
 
 clean:

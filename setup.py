@@ -1,4 +1,4 @@
-"""Builds masked_softmax_ext._C against the torch that the environment has."""
+"""Builds masked_softmax_ext._C against the installed torch, with or without CUDA."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from setuptools.command.egg_info import egg_info
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "masked_softmax_ext"
 
-# No contraction into fused multiply-adds: one row would have different bits in different kernels.
+# -ffp-contract=off: where the compiler chooses which multiply-adds to fuse, kernels differ in the
+# last bits of the same row.
 COMPILE_ARGS = [
     "-O3",
     "-Wall",
@@ -31,22 +32,22 @@ COMPILE_ARGS = [
     "-g0",
 ]
 
-# The same for the GPU: its arithmetic is the emulator's. Constexpr functions run on both sides.
+# -fmad=false for the same reason. Device code calls constexpr functions of csrc/common.
 NVCC_ARGS = ["-O3", "-fmad=false", "--expt-relaxed-constexpr"]
 
-# 1: with CUDA or not at all; 0: without; unset: with it where torch and the machine have it.
+# 1: build with CUDA or fail; 0: build without; unset: with CUDA if torch and the machine have it.
 CUDA_SWITCH = "MASKED_SOFTMAX_EXT_CUDA"
 
-# 1: a wheel to hand out, whose name and requirement say which torch it fits. Not the default: pip
-# refuses a source distribution of 0.1.0 that installs as 0.1.0+torch2.14.1.cu130.
+# 1: the version gets a local label that names torch, and the wheel requires exactly that torch. For
+# wheels that are distributed. Not the default, because pip rejects a source distribution whose
+# version changes when it is built.
 LOCAL_VERSION_SWITCH = "MASKED_SOFTMAX_EXT_LOCAL_VERSION"
 
-OLDEST_TORCH = (2, 11)
 INSTALL = "pip install --no-build-isolation ."
 
 
 class CannotBuild(Exception):
-    """The sentence says what was found and what to do about it."""
+    """The message says what was found and what to do about it."""
 
 
 def read_switch(name: str) -> str:
@@ -56,10 +57,22 @@ def read_switch(name: str) -> str:
     return value
 
 
+def oldest_torch() -> str:
+    """The lower bound of the requirement in pyproject.toml, such as "2.11"."""
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (oldest,) = re.findall(r'"torch>=([\d.]+)', pyproject)
+    return oldest
+
+
+def release(version: str) -> tuple[int, ...]:
+    """(2, 13) for "2.13.0+cpu"."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
 def find_torch():
     """The torch that the extension will run with.
 
-    Pip's build isolation hides the environment's packages, but not where they lie.
+    Under pip's build isolation, the environment's packages are not on sys.path, but still on disk.
     """
     try:
         import torch
@@ -73,20 +86,19 @@ def find_torch():
                     f"found no torch to build against; install torch, then type: {INSTALL} "
                     "(for a wheel: python -m build --no-isolation)"
                 ) from None
-            raise CannotBuild(f"torch does not import ({error}); install it anew") from None
+            raise CannotBuild(f"torch does not import ({error}); reinstall it") from None
     except (ImportError, OSError) as error:
-        raise CannotBuild(f"torch does not import ({error}); install it anew") from None
-    found = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
-    if found < OLDEST_TORCH:
+        raise CannotBuild(f"torch does not import ({error}); reinstall it") from None
+    if release(torch.__version__) < release(oldest_torch()):
         raise CannotBuild(
-            f"expected torch {'.'.join(map(str, OLDEST_TORCH))} or newer, but found "
-            f"{torch.__version__}; type: pip install --upgrade torch && {INSTALL}"
+            f"expected torch {oldest_torch()} or newer, but found {torch.__version__}; "
+            f"type: pip install --upgrade torch && {INSTALL}"
         )
     return torch
 
 
 def find_pybind11() -> str:
-    """The folder of its headers. Without build isolation, nobody installs it for us."""
+    """The folder of pybind11's headers. Without build isolation, pip does not install pybind11."""
     try:
         import pybind11
     except ModuleNotFoundError:
@@ -98,15 +110,15 @@ def find_pybind11() -> str:
 
 
 def check_compiler() -> None:
-    """Where something lacks, the error would be a traceback, or a page of the compiler's."""
-    asked = os.environ.get("CXX", "").strip()
-    # What torch compiles with, and what setuptools links with.
-    for command in [asked] if asked else ["c++", sysconfig.get_config_var("CXX") or "c++"]:
+    """Without this check, the user would see a traceback or the compiler's errors."""
+    requested = os.environ.get("CXX", "").strip()
+    # By default torch compiles with c++, and setuptools links with Python's own compiler.
+    for command in [requested] if requested else ["c++", sysconfig.get_config_var("CXX") or "c++"]:
         compiler = shlex.split(command)[0]
         if shutil.which(compiler) is None:
             raise CannotBuild(
                 f"found no C++ compiler '{compiler}'; install one (on Debian and Ubuntu: apt "
-                f"install g++) or set CXX to the one there is, then type: {INSTALL}"
+                f"install g++) or set CXX to an installed one, then type: {INSTALL}"
             )
     headers = sysconfig.get_path("include")
     if not Path(headers, "Python.h").exists():
@@ -116,15 +128,15 @@ def check_compiler() -> None:
         )
 
 
-def find_nvcc() -> str | None:
-    """The CUDA compiler's version, such as "13.0", or None where there is none."""
+def nvcc_version() -> str | None:
+    """The version of the CUDA compiler, such as "13.0", or None if none is found."""
     from torch.utils.cpp_extension import CUDA_HOME
 
     nvcc = Path(CUDA_HOME or "", "bin", "nvcc")
     if CUDA_HOME is None or not nvcc.exists():
         return None
     if not Path(CUDA_HOME, "include", "cuda_runtime.h").exists():
-        # An nvcc on the PATH may be a link or a script: torch takes its folder for the toolkit's.
+        # If nvcc on the PATH is a link or a script, torch's CUDA_HOME is not the toolkit's folder.
         raise CannotBuild(
             f"found {nvcc}, but no cuda_runtime.h in {CUDA_HOME}/include; set CUDA_HOME to the "
             f"CUDA toolkit's folder, or {CUDA_SWITCH}=0 for a build without CUDA"
@@ -136,13 +148,14 @@ def find_nvcc() -> str | None:
     found = re.search(r"release (\d+\.\d+)", printed)
     if found is None:
         raise CannotBuild(
-            f"expected '{nvcc} --version' to name its release, but got '{printed.strip()}'; set "
+            f"expected '{nvcc} --version' to print its release, but got '{printed.strip()}'; set "
             f"CUDA_HOME to the CUDA toolkit's folder, or {CUDA_SWITCH}=0 for a build without CUDA"
         )
     return found[1]
 
 
-def builds_with_cuda(torch) -> bool:
+def uses_cuda(torch) -> bool:
+    """Whether to build with CUDA."""
     switch = read_switch(CUDA_SWITCH)
     if switch == "0":
         return False
@@ -150,15 +163,15 @@ def builds_with_cuda(torch) -> bool:
         if switch == "1":
             raise CannotBuild(
                 f"{CUDA_SWITCH}=1 asks for CUDA, but torch {torch.__version__} was built without "
-                "it; install a CUDA build of torch"
+                "CUDA; install a CUDA build of torch"
             )
         return False
-    nvcc = find_nvcc()
+    nvcc = nvcc_version()
     if nvcc is None:
         if switch == "1" or torch.cuda.is_available():
-            asks = f"{CUDA_SWITCH}=1 asks for CUDA" if switch == "1" else "torch sees a GPU"
+            reason = f"{CUDA_SWITCH}=1 asks for CUDA" if switch == "1" else "torch sees a GPU"
             raise CannotBuild(
-                f"{asks}, but no nvcc was found; install the CUDA {torch.version.cuda} toolkit "
+                f"{reason}, but no nvcc was found; install the CUDA {torch.version.cuda} toolkit "
                 f"and set CUDA_HOME to its folder, or {CUDA_SWITCH}=0 for a build without CUDA"
             )
         return False
@@ -172,14 +185,14 @@ def builds_with_cuda(torch) -> bool:
 
 
 def cuda_architectures(torch) -> str:
-    """Those of the GPUs that are seen; without any, every generation that the kernels know."""
+    """The architectures of the GPUs present; without a GPU, all those that the kernels support."""
     if "TORCH_CUDA_ARCH_LIST" in os.environ:
         return os.environ["TORCH_CUDA_ARCH_LIST"]
     if torch.cuda.is_available():
-        seen = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        return ";".join(f"{major}.{minor}" for major, minor in sorted(seen)) + "+PTX"
-    knows_blackwell = tuple(map(int, (find_nvcc() or "0.0").split("."))) >= (12, 8)
-    return "8.0;9.0;10.0+PTX" if knows_blackwell else "8.0;9.0+PTX"
+        present = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        return ";".join(f"{major}.{minor}" for major, minor in sorted(present)) + "+PTX"
+    supports_blackwell = release(nvcc_version() or "0.0") >= (12, 8)
+    return "8.0;9.0;10.0+PTX" if supports_blackwell else "8.0;9.0+PTX"
 
 
 def csrc_files(*patterns: str, folders: tuple[str, ...] = (".",)) -> list[str]:
@@ -197,14 +210,14 @@ def torch_extension(torch, with_cuda: bool) -> Extension:
     folders = ("binding", "common", "cpu") + (("cuda",) if with_cuda else ())
     sources = csrc_files("*.cpp", "*.cu", folders=folders)
     sources.remove(f"csrc/binding/{'without_cuda' if with_cuda else 'cuda_ops'}.cpp")
-    # Our warnings are for our code: torch's headers count as the system's.
+    # As system headers, torch's headers cause no warnings.
     system_includes = [
         arg
         for path in include_paths(*(("cuda",) if with_cuda else ()))
         for arg in ("-isystem", path)
     ]
-    # Messages name csrc/... and torch/include/..., not the machine that built. The last that fits
-    # counts: torch may be in an environment within ROOT.
+    # Error messages then have paths such as csrc/... and torch/include/..., without the folders of
+    # the build machine. The last matching option wins: torch may be installed below ROOT.
     prefix_maps = [
         f"-ffile-prefix-map={folder}/=" for folder in (ROOT, Path(torch.__file__).parents[1])
     ]
@@ -232,20 +245,20 @@ def build_command(torch):
     class Build(BuildExtension):
         def finalize_options(self) -> None:
             super().finalize_options()
-            # Nothing here looks whether torch's headers changed: each torch has objects of its own,
-            # and they are linked anew. They stay for the next build, an editable install's too.
+            # The build does not track torch's headers, so each version of torch has its own folder
+            # of objects, and linking is forced. A fixed folder lets editable installs reuse them.
             objects = f"torch-{torch.__version__}-{sys.implementation.cache_tag}"
             self.build_temp = str(ROOT / self.get_finalized_command("build").build_base / objects)
             self.force = True
 
         def run(self) -> None:
-            # Torch looks for ninja there, where only an activated environment has its programs.
+            # torch looks for ninja on the PATH, which misses an environment that is not activated.
             os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
             super().run()
             self.record_torch_version()
 
         def record_torch_version(self) -> None:
-            """What is compared before _C is loaded: a mismatch can crash where it does not fail."""
+            """For the check before _C is loaded: with another torch, _C could crash the process."""
             folder = ROOT if self.inplace else Path(self.build_lib)
             record = folder / PACKAGE / "_built_for.py"
             record.write_text(f'TORCH_VERSION = "{torch.__version__}"\n')
@@ -254,7 +267,7 @@ def build_command(torch):
 
 
 def local_version(torch, with_cuda: bool) -> str:
-    """Torch's version as a label, and at its end what the kernels are for: torch2.13.0.cpu"""
+    """A label that names torch and ends with the kernels' device: torch2.13.0.cpu"""
     kernels = f"cu{torch.version.cuda.replace('.', '')}" if with_cuda else "cpu"
     label = f"torch{torch.__version__}".replace("+", ".")
     return label if label.endswith(f".{kernels}") else f"{label}.{kernels}"
@@ -263,7 +276,7 @@ def local_version(torch, with_cuda: bool) -> str:
 def metadata_command(torch, with_cuda: bool):
     class Metadata(egg_info):
         def finalize_options(self) -> None:
-            # A source distribution fits them all.
+            # A source distribution is not tied to a torch.
             if "sdist" not in self.distribution.commands:
                 self.tag_build = f"+{local_version(torch, with_cuda)}"
                 pinned = f"torch=={importlib.metadata.version('torch')}"
@@ -276,26 +289,26 @@ def metadata_command(torch, with_cuda: bool):
     return Metadata
 
 
-def stopping(command: type, sentence: str) -> type:
-    def stop(self) -> None:
-        raise SystemExit(f"{PACKAGE}: {sentence}")
+def failing(command: type, message: str) -> type:
+    def run(self) -> None:
+        raise SystemExit(f"{PACKAGE}: {message}")
 
-    return type("Stopping", (command,), {"run": stop})
+    return type("Failing", (command,), {"run": run})
 
 
 try:
     torch = find_torch()
     check_compiler()
-    with_cuda = builds_with_cuda(torch)
+    with_cuda = uses_cuda(torch)
     extension = torch_extension(torch, with_cuda)
     commands = {"build_ext": build_command(torch)}
     if read_switch(LOCAL_VERSION_SWITCH) == "1":
         commands["egg_info"] = metadata_command(torch, with_cuda)
-except CannotBuild as reason:
-    # Said by the commands that build: a source distribution needs nothing.
+except CannotBuild as error:
+    # Only commands that build fail: a source distribution needs neither torch nor a compiler.
     extension = Extension(f"{PACKAGE}._C", [])
     commands = {
-        name: stopping(command, str(reason))
+        name: failing(command, str(error))
         for name, command in (("build_ext", build_ext), ("dist_info", dist_info))
     }
 

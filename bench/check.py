@@ -1,4 +1,4 @@
-"""Is a candidate's result right? Asked before it is timed; compared with float64."""
+"""Checks a candidate's result against float64, before it is timed."""
 
 from __future__ import annotations
 
@@ -7,26 +7,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bench.baselines import padding_mask
 from bench.cases import Case, Data
 
-# Of a large tensor a part is compared: evenly spaced slices of the first dimension.
+# Of a large tensor, only evenly spaced slices of the first dimension are compared.
 COMPARED_ELEMS = 1 << 20
 
-# A softmax in float32, however it is summed. Ours of 16 bits is rounded once; others round
-# their intermediate values too.
-RELATIVE = {"float32": 2e-5, "bfloat16": 2.0**-8, "float16": 2.0**-10}
-RELATIVE_OF_PEERS = {"float32": 1e-4, "bfloat16": 6e-2, "float16": 2e-2}
-SMALLEST = {"float32": 0.0, "bfloat16": 0.0, "float16": 2.0**-24}
-"""Half a unit in the last place, and a little, of float16's subnormal numbers."""
+# Relative error of a softmax in float32 whatever the order of summation. Ours rounds 16-bit results
+# once; the baselines round intermediate values too.
+RTOL = {"float32": 2e-5, "bfloat16": 2.0**-8, "float16": 2.0**-10}
+BASELINE_RTOL = {"float32": 1e-4, "bfloat16": 6e-2, "float16": 2e-2}
+ATOL = {"float32": 0.0, "bfloat16": 0.0, "float16": 2.0**-24}
+"""Just over half a unit in the last place of float16's subnormal numbers."""
 
 
 class WrongResultError(AssertionError):
-    """A candidate computes something else than the case asks for."""
+    """A candidate's result is not what the case defines."""
 
 
 @dataclass
 class Truth:
-    """In float64, of the compared slices. `magnitude` scales the error that is allowed."""
+    """The float64 result on the compared slices.
+
+    Attributes:
+        slices: Indices into the first dimension.
+        valid: Mask that broadcasts to `value`.
+        magnitude: Scale of the allowed error.
+    """
 
     slices: Tensor
     valid: Tensor
@@ -40,46 +47,42 @@ def compared_slices(case: Case) -> Tensor:
     return torch.linspace(0, count - 1, compared).long()
 
 
-def valid_columns(case: Case, lengths: Tensor) -> Tensor:
-    """True where a column is valid, of the shape of the lengths' slices."""
-    dim = case.dim % len(case.shape)
-    places = [1] * len(case.shape)
-    places[dim] = case.cols
-    cols = torch.arange(case.cols).view(places)
-    valid = cols < lengths.view(-1, *[1] * (len(case.shape) - 1))
-    return valid.expand(len(lengths), *case.shape[1:])
-
-
-def truth_of(data: Data, masked: bool) -> Truth:
-    """Of the first input: the result, or its gradient where the case has one."""
+def truth_of(data: Data, uses_lengths: bool) -> Truth:
+    """The result for the first input, or its gradient if the case has a backward pass."""
     case = data.case
     slices = compared_slices(case)
     lengths = data.lengths[slices]
-    valid = valid_columns(case, lengths if masked else torch.full_like(lengths, case.cols))
-    x = data.inputs[0][slices].double().masked_fill(~valid, -torch.inf)
-    y = torch.softmax(x, case.dim).nan_to_num(0.0)
+    x = data.inputs[0][slices].double()
+    if not uses_lengths:
+        lengths = torch.full_like(lengths, case.cols)
+    padding = padding_mask(x, lengths, case.dim)
+    y = torch.softmax(x.masked_fill(padding, -torch.inf), case.dim).nan_to_num(0.0)
     if data.gradient is None:
-        return Truth(slices, valid, y, y)
+        return Truth(slices, ~padding, y, y)
     g = data.gradient[slices].double()
     value = y * (g - (y * g).sum(case.dim, keepdim=True))
     magnitude = y * (g.abs() + (y * g.abs()).sum(case.dim, keepdim=True))
-    return Truth(slices, valid, value, magnitude)
+    return Truth(slices, ~padding, value, magnitude)
 
 
-def check(name: str, got: Tensor, truth: Truth, case: Case, is_peer: bool) -> None:
-    """Raises WrongResultError. A peer's padding and empty rows may be NaN; ours are zeros."""
+def check(name: str, got: Tensor, truth: Truth, case: Case, is_baseline: bool) -> None:
+    """Compares a result with the truth. Ours must have zeros in padding; a baseline may have NaN.
+
+    Raises:
+        WrongResultError: An element is off by more than the tolerance.
+    """
     part = got.detach()[truth.slices].double()
-    if is_peer:
+    if is_baseline:
         part = torch.where(truth.valid, part, 0.0)
-    relative = (RELATIVE_OF_PEERS if is_peer else RELATIVE)[case.dtype]
+    relative = (BASELINE_RTOL if is_baseline else RTOL)[case.dtype]
     if case.direction != "forward" and case.dtype != "float32":
-        relative *= 4  # the result is rounded, then the gradient taken from it is
+        relative *= 4  # the gradient is computed from a rounded result
     error = (part - truth.value).abs()
-    wrong = ~(error <= relative * truth.magnitude + SMALLEST[case.dtype])
+    wrong = ~(error <= relative * truth.magnitude + ATOL[case.dtype])
     if bool(wrong.any()):
         where = tuple(wrong.nonzero()[0].tolist())
         raise WrongResultError(
             f"{name} on {case.label}: {int(wrong.sum())} of {wrong.numel()} compared elements are "
-            f"wrong; the first, at {where} of the compared slices, is {part[where].item()!r}, "
-            f"not {truth.value[where].item()!r}"
+            f"wrong; the first, at {where} of the compared slices: expected "
+            f"{truth.value[where].item()!r}, got {part[where].item()!r}"
         )

@@ -1,4 +1,4 @@
-"""What the figures were measured on, and with."""
+"""The hardware and software that figures were measured on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,9 @@ import torch
 from masked_softmax_ext import _C, build_info, cpu_capability
 
 ROOT = Path(__file__).resolve().parent.parent
-USUAL_LAST_LEVEL_BYTES = 32 << 20
+DEFAULT_LLC_BYTES = 32 << 20
 
-# AMD's names of its cores, by (family, first model, last model): a virtual machine often says
-# "AMD EPYC" and no more.
+# (family, first model, last model, core): virtual machines often report only "AMD EPYC".
 AMD_CORES = (
     (23, 0x00, 0x2F, "zen1"),
     (23, 0x30, 0xFF, "zen2"),
@@ -31,20 +29,10 @@ AMD_CORES = (
     (26, 0x00, 0xFF, "zen5"),
 )
 FLAGS = ("sse4_2", "avx", "f16c", "fma", "avx2", "avx512f", "avx512bw", "avx512vl", "avx512_bf16")
-PACKAGES = (
-    "numpy",
-    "matplotlib",
-    "ctranslate2",
-    "onnxruntime",
-    "onnx",
-    "jax",
-    "jaxlib",
-    "fbgemm-gpu-cpu",
-)
 
 
 def cpu_fields() -> dict[str, str]:
-    """The first processor's entry of /proc/cpuinfo."""
+    """The first processor's fields in /proc/cpuinfo."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -55,7 +43,7 @@ def cpu_fields() -> dict[str, str]:
 
 
 def cache_bytes() -> dict[str, int]:
-    """Size of each cache that the first processor sees: L1d, L1i, L2, L3."""
+    """Size of each cache of the first processor: L1d, L1i, L2, L3."""
     sizes = {}
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         try:
@@ -71,22 +59,23 @@ def cache_bytes() -> dict[str, int]:
     return sizes
 
 
-def last_level_cache_bytes() -> int:
-    return max(cache_bytes().values(), default=USUAL_LAST_LEVEL_BYTES)
+def llc_bytes() -> int:
+    """Size of the last-level cache."""
+    return max(cache_bytes().values(), default=DEFAULT_LLC_BYTES)
 
 
 def core_name(vendor: str, family: int, model: int) -> str:
-    """AMD's name of the core, or an empty string."""
+    """AMD's name for the core, or an empty string."""
     if vendor != "AuthenticAMD":
         return ""
-    for of_family, first, last, name in AMD_CORES:
-        if family == of_family and first <= model <= last:
+    for core_family, first, last, name in AMD_CORES:
+        if family == core_family and first <= model <= last:
             return name
     return ""
 
 
 def processor_slug(fields: dict[str, str], capability: str) -> str:
-    """For file names: ``amd-epyc-zen4-avx512``."""
+    """A name for files, such as ``amd-epyc-zen4-avx512``."""
     name = fields.get("model name", platform.machine())
     name = re.sub(r"\((R|TM|tm)\)|@.*|\b\d+-Core\b|\bProcessor\b|\bCPU\b", " ", name)
     core = ""
@@ -98,22 +87,15 @@ def processor_slug(fields: dict[str, str], capability: str) -> str:
     return words.strip("-")
 
 
-def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str | None]:
-    """Of Python, torch and the optional peers; None where not installed."""
-    found: dict[str, str | None] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+def installed_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def commit() -> dict[str, Any]:
-    """Of the checkout; ``changed`` lists what differed from it."""
+    """The checkout's commit; ``changed`` lists modified and untracked files."""
 
     def git(*arguments: str) -> str:
         try:
@@ -130,7 +112,7 @@ def commit() -> dict[str, Any]:
 
 
 def describe() -> dict[str, Any]:
-    """All of it, as the JSON has it."""
+    """The JSON's description of the machine."""
     fields = cpu_fields()
     present = fields.get("flags", "").split()
     return {
@@ -148,6 +130,11 @@ def describe() -> dict[str, Any]:
         "capabilities": list(_C.cpu_capabilities()),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "build": build_info(),
-        "versions": versions(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": installed_version("numpy"),
+            "matplotlib": installed_version("matplotlib"),
+        },
         **commit(),
     }

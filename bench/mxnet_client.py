@@ -1,7 +1,7 @@
-"""MXNet as a peer.
+"""MXNet as a baseline.
 
-It needs an older numpy than anybody else, so it lives in a process of its own (mxnet_server.py),
-run by another interpreter; its turns come in the same rounds as the others'.
+It needs an old numpy, so it runs in a process of its own (mxnet_server.py) under another
+interpreter. It takes its turns in the same rounds as the other candidates.
 """
 
 from __future__ import annotations
@@ -18,34 +18,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.cases import Case, Data
-from bench.peers import Peer, Prepared
+from bench import names
+from bench.baselines import Prepared, RowBaseline
+from bench.cases import Data
 
 SERVER = Path(__file__).with_name("mxnet_server.py")
 
 
 def environment(**settings: str) -> dict[str, str]:
-    """Ours, without the module search path: that is for another interpreter."""
+    """This process's environment without PYTHONPATH, which is for this interpreter alone."""
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return inherited | settings
 
 
-class MXNet(Peer):
-    """mx.nd.softmax(use_length=True), its inputs in place before the timing."""
+class MXNet(RowBaseline):
+    """mx.nd.softmax(use_length=True); its inputs are placed before the timing."""
 
-    name = "MXNet"
+    name = names.MXNET
+    outputs = ("fresh", "out=")
 
     def __init__(self, python: str | None) -> None:
         self.python = python
         self._server: subprocess.Popen[str] | None = None
 
-    def why_missing(self) -> str | None:
+    def missing_reason(self) -> str | None:
         if self.python is None:
             return "no interpreter given (--mxnet-python)"
-        return self._why_broken()
+        version, reason = self._probe()
+        return None if version else reason
+
+    def versions(self) -> dict[str, str | None]:
+        return {self.name: self._probe()[0] if self.python is not None else None}
 
     @cache  # noqa: B019
-    def _why_broken(self) -> str | None:
+    def _probe(self) -> tuple[str | None, str]:
+        """The interpreter's version of MXNet, or None and the reason why it has none."""
         try:
             run = subprocess.run(
                 [str(self.python), "-c", "import mxnet; print(mxnet.__version__)"],
@@ -57,22 +64,12 @@ class MXNet(Peer):
             )
         except subprocess.CalledProcessError as error:
             lines = error.stderr.strip().splitlines() or ["no message"]
-            return f"{self.python} cannot import it: {lines[-1]}"
+            return None, f"{self.python} cannot import it: {lines[-1]}"
         except (OSError, subprocess.TimeoutExpired) as error:
-            return str(error)
-        self.version = run.stdout.strip()
-        return None
+            return None, str(error)
+        return run.stdout.strip(), ""
 
-    def why_not(self, case: Case) -> str | None:
-        if len(case.shape) != 2 or case.dim != -1:
-            return "measured on rows of a matrix only"
-        if case.dtype != "float32":
-            return "measured in float32 only"
-        if case.direction != "forward" or case.grad:
-            return "measured forward only"
-        return None
-
-    def prepare(self, data: Data, turn: int) -> Prepared:
+    def prepare(self, data: Data, first: int) -> Prepared:
         threads = str(data.case.threads)
         settings = {"OMP_NUM_THREADS": threads, "MXNET_CPU_WORKER_NTHREADS": threads}
         self._server = subprocess.Popen(
@@ -80,17 +77,17 @@ class MXNet(Peer):
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # Ctrl-C is ours: it ends when its input does
+            start_new_session=True,  # Ctrl-C must not reach it; it exits when its stdin closes
             env=environment(**settings, OMP_WAIT_POLICY="passive"),
         )
         with tempfile.TemporaryDirectory() as folder:
             for number, x in enumerate(data.inputs):
                 np.save(Path(folder, f"input{number}.npy"), x.numpy())
             np.save(Path(folder, "lengths.npy"), data.lengths.int().numpy())
-            self._ask(
+            self._request(
                 folder=folder,
                 inputs=len(data.inputs),
-                first=turn % len(data.inputs),
+                first=first % len(data.inputs),
                 out=data.case.output == "out=",
             )
             value = np.load(Path(folder, "result.npy"))
@@ -99,16 +96,16 @@ class MXNet(Peer):
             return torch.from_numpy(value)
 
         def run(calls: int) -> float:
-            seconds: float = self._ask(calls=calls)["seconds"]
+            seconds: float = self._request(calls=calls)["seconds"]
             return seconds
 
         return Prepared(run, result, data.case.threads)
 
-    def _ask(self, **question: object) -> dict[str, Any]:
+    def _request(self, **request: object) -> dict[str, Any]:
         assert self._server is not None
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        self._server.stdin.write(json.dumps(question) + "\n")
+        self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
         line = self._server.stdout.readline()
         if not line:

@@ -1,7 +1,8 @@
-"""Runs MXNet's softmax for mxnet_client.py; by an interpreter that has mxnet 1.9.1, not by ours.
+"""Runs MXNet's softmax for mxnet_client.py, under an interpreter that has mxnet 1.9.1.
 
-Reads a JSON object a line and answers with one: first the folder of the inputs, then so many calls
-at a time. Nothing of this project is imported.
+Reads one JSON request per line and answers each with one JSON line. The first request names the
+folder of the inputs; each later one asks for a number of timed calls. Imports nothing of this
+project.
 """
 
 import json

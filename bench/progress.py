@@ -1,4 +1,4 @@
-"""Where a run is: a bar on a terminal, and a line for every case that is done."""
+"""A progress bar on a terminal, and a line for every finished case."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ class Progress:
         self.done = 0
         self.began = time.monotonic()
 
-    def show(self, what: str) -> None:
-        """The bar, with what is being done. Only a terminal gets it."""
+    def show(self, current: str) -> None:
+        """Draws the bar and the current case, on a terminal only."""
         if not sys.stderr.isatty():
             return
         filled = WIDTH * self.done // max(1, self.total)
         bar = "#" * filled + " " * (WIDTH - filled)
-        sys.stderr.write(f"\r\x1b[K[{bar}] {self.done}/{self.total}{self._left()}  {what}"[:150])
+        sys.stderr.write(f"\r\x1b[K[{bar}] {self.done}/{self.total}{self._left()}  {current}"[:150])
         sys.stderr.flush()
 
     def finish(self, line: str) -> None:
-        """One more is done; the line stays."""
+        """Counts a case as done and prints its line."""
         self.done += 1
         self.clear()
         print(line, flush=True)

@@ -1,15 +1,15 @@
-"""masked_softmax on the CPU beside what users would otherwise call.
+"""Times masked_softmax on the CPU beside what users would otherwise call.
 
-    python bench/run.py                 the default list and the table of targets: within 10 minutes
-    python bench/run.py --quick         within 2 minutes
+    python bench/run.py                 the default cases and the targets; 10 minutes
+    python bench/run.py --quick         2 minutes
     python bench/run.py --targets       the targets alone, met or not, on each instruction set here
-    python bench/run.py --all           the full cross product: hours
+    python bench/run.py --all           the full cross product; hours
     python bench/run.py --filter "4096x512 uniform"     cases whose label has these words
 
-All candidates of a case take turns in one process; each result is compared with float64 first.
+All candidates of a case take turns in one process, and each result is first compared with float64.
 JSON and a Markdown table go to bench/results/, named by processor and date, after every case:
-Ctrl-C keeps what is done. Plots follow at the end. Peers that are not installed are named and
-skipped. bench/README.md says how the times are taken and how each peer is called.
+Ctrl-C keeps what is done. Plots follow at the end. Baselines that are not installed are named and
+skipped. bench/README.md describes how the times are taken and how each baseline is called.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import sys
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
-# `python bench/run.py` puts bench/ there, and not the folder that has it.
+# `python bench/run.py` puts bench/ on the path; its imports need the parent.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from bench import machine, plot
+from bench import machine, names, plot
+from bench.baselines import Baseline, Ours, copies
 from bench.cases import (
     SEED,
     Case,
@@ -40,17 +40,28 @@ from bench.cases import (
     without_repeats,
 )
 from bench.check import Truth, WrongResultError, check, truth_of
-from bench.optional_peers import all_peers
-from bench.peers import OURS, Ours, Peer, copies
+from bench.optional_baselines import all_baselines
 from bench.progress import Progress
-from bench.report import Report, Result, duration, results_table, targets_table
+from bench.report import (
+    Json,
+    Report,
+    Result,
+    disturbance,
+    duration,
+    results_table,
+    targets_table,
+)
 from bench.targets import Target, all_targets, evaluate
-from bench.timing import Turns, measure
+from bench.timing import Candidate, measure
 from masked_softmax_ext import _C, cpu_capability
 
 ROOT = machine.ROOT
 MXNET_PYTHON = ROOT / "build/mxnet-venv/bin/python"
 INTERRUPTED = 130
+INSTRUCTION_SETS = [name for name in _C.cpu_capabilities() if name != "scalar"] or ["scalar"]
+"""Those of this build and processor, the best last."""
+TORCH_LEVELS = ("avx2", "avx512")
+"""Values of ATEN_CPU_CAPABILITY that are instruction sets of ours too."""
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -59,21 +70,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="few cases, few rounds")
-    which.add_argument("--targets", action="store_true", help="the table of targets alone")
+    which.add_argument("--targets", action="store_true", help="the targets alone")
     which.add_argument("--all", action="store_true", help="the full cross product")
     parser.add_argument("--filter", metavar="WORDS", help="only cases whose label has all of these")
     parser.add_argument("--list", action="store_true", help="print the cases' labels, measure none")
     parser.add_argument(
         "--level",
-        choices=("best", "avx2", "avx512", "every"),
-        help="instruction set to hold us and torch to; every: one after the other "
+        choices=("best", *INSTRUCTION_SETS, "every"),
+        help="instruction set to limit masked_softmax and torch to; every: one after the other "
         "(default: every for --targets, else best)",
     )
     parser.add_argument(
-        "--seconds", type=float, help="of rounds for each case (default: 2, with --quick 0.5)"
+        "--seconds",
+        type=float,
+        help="rounds of a case take this long (default: 2, with --quick 0.5)",
     )
     parser.add_argument(
-        "--seed", type=int, default=SEED, help="of lengths and values (%(default)s)"
+        "--seed", type=int, default=SEED, help="for lengths and values (%(default)s)"
     )
     parser.add_argument(
         "--results", type=Path, default=ROOT / "bench/results", help="where to write (%(default)s)"
@@ -98,87 +111,85 @@ def chosen_targets(options: argparse.Namespace) -> list[Target]:
 
 
 def chosen_cases(options: argparse.Namespace) -> list[Case]:
-    of_targets = (target.case for target in chosen_targets(options))
+    target_cases = (target.case for target in chosen_targets(options))
     if options.quick:
         cases = without_repeats(quick_cases())
     elif options.all:
         cases = without_repeats(all_cases())
     elif options.targets:
-        cases = without_repeats(of_targets)
+        cases = without_repeats(target_cases)
     else:
-        cases = without_repeats(chain(of_targets, default_cases()))
+        cases = without_repeats(chain(target_cases, default_cases()))
     words = (options.filter or "").split()
     return [case for case in cases if all(word in case.label for word in words)]
 
 
 def levels(choice: str) -> list[str]:
-    """The instruction sets to measure, the best last."""
-    here = [name for name in _C.cpu_capabilities() if name != "scalar"] or ["scalar"]
+    """The instruction sets to measure."""
     if choice == "best":
-        # A level that the environment asks for is the best that we may use.
-        return [cpu_capability()]
-    if choice == "every":
-        return here
-    if choice not in here:
-        raise SystemExit(f"--level {choice}: this processor or build has {', '.join(here)}")
-    return [choice]
+        return [cpu_capability()]  # the environment may have limited it
+    return INSTRUCTION_SETS if choice == "every" else [choice]
 
 
-def held_to(level: str) -> dict[str, str]:
-    """The environment that holds us and torch to an instruction set."""
-    held = {"MASKED_SOFTMAX_EXT_CPU_CAPABILITY": level}
-    if level in ("avx2", "avx512"):
-        held["ATEN_CPU_CAPABILITY"] = level
-    return held
+def limits(level: str) -> dict[str, str]:
+    """The environment that limits this package and torch to an instruction set."""
+    limited = {"MASKED_SOFTMAX_EXT_CPU_CAPABILITY": level}
+    if level in TORCH_LEVELS:
+        limited["ATEN_CPU_CAPABILITY"] = level
+    return limited
 
 
-def is_held_to(level: str) -> bool:
+def is_limited_to(level: str) -> bool:
     in_torch = torch.backends.cpu.get_cpu_capability().lower()
-    return cpu_capability() == level and (level not in ("avx2", "avx512") or in_torch == level)
+    return cpu_capability() == level and (level not in TORCH_LEVELS or in_torch == level)
 
 
 def measure_case(
-    case: Case, peers: Mapping[str, Peer], missing: Mapping[str, str], seconds: float, seed: int
+    case: Case,
+    baselines: Mapping[str, Baseline],
+    missing: Mapping[str, str],
+    seconds: float,
+    seed: int,
 ) -> Result:
-    """Checks every candidate, then lets all take turns.
+    """Checks every candidate, then times them in turns.
 
     Raises:
-        WrongResultError: our own result is wrong. A peer whose result is wrong is skipped.
+        WrongResultError: Our own result is wrong. A baseline whose result is wrong is skipped.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(case.threads)
-    data = make_data(case, machine.last_level_cache_bytes(), seed)
+    data = make_data(case, machine.llc_bytes(), seed)
     truths: dict[bool, Truth] = {}
-    wanted: list[Peer] = [Ours()]
+    chosen: list[Baseline] = [Ours()]
     skipped: dict[str, str] = {}
-    for name in case.peers:
-        reason = missing.get(name) or peers[name].why_not(case)
+    for name in case.baselines:
+        reason = missing.get(name) or baselines[name].skip_reason(case)
         if reason is None:
-            wanted.append(peers[name])
+            chosen.append(baselines[name])
         else:
             skipped[name] = reason
-    turns: dict[str, Turns] = {}
+    candidates: dict[str, Candidate] = {}
     try:
-        for number, peer in enumerate(wanted):
+        for number, baseline in enumerate(chosen):
             try:
-                turns[peer.name] = prepared_turns(peer, data, number, truths)
+                candidates[baseline.name] = checked_candidate(baseline, data, number, truths)
             except Exception as error:
-                if peer.name == OURS:
+                if baseline.name == names.OURS:
                     raise
                 torch.set_num_threads(case.threads)
-                skipped[peer.name] = f"failed: {type(error).__name__}: {error}"[:300]
-        for name, copy in copies(data, len(wanted)).items():
-            turns[name] = Turns(copy.run, copy.threads, keeps=data)
-        figures = measure(turns, seconds)
+                skipped[baseline.name] = f"failed: {type(error).__name__}: {error}"[:300]
+        for name, copy in copies(data, len(chosen)).items():
+            candidates[name] = Candidate(copy.run, copy.threads, keeps=data)
+        figures = measure(candidates, seconds)
     finally:
-        for peer in wanted:
-            peer.finish()
+        for baseline in chosen:
+            baseline.finish()
         torch.set_num_threads(threads)
     buffers = len(data.inputs)
     return Result(
         case=case,
         valid_elems=data.valid_elems,
-        bytes_that_must_move=data.bytes_that_must_move,
+        bytes_moved=data.bytes_moved,
         buffers=buffers,
         in_cache=buffers == 1,
         figures=figures,
@@ -186,28 +197,37 @@ def measure_case(
     )
 
 
-def prepared_turns(peer: Peer, data: Data, turn: int, truths: dict[bool, Truth]) -> Turns:
-    prepared = peer.prepare(data, turn)
-    # Or a candidate that writes nothing would pass with what the one before it wrote.
+def checked_candidate(
+    baseline: Baseline, data: Data, first: int, truths: dict[bool, Truth]
+) -> Candidate:
+    prepared = baseline.prepare(data, first)
+    # Otherwise a candidate that writes nothing would pass with the previous one's result.
     data.outputs[0].fill_(torch.nan)
-    if peer.masked not in truths:
-        truths[peer.masked] = truth_of(data, peer.masked)
-    is_ours = isinstance(peer, Ours)
-    check(peer.name, prepared.result(), truths[peer.masked], data.case, is_peer=not is_ours)
-    return Turns(prepared.run, prepared.threads, keeps=data)
+    uses_lengths = baseline.uses_lengths
+    if uses_lengths not in truths:
+        truths[uses_lengths] = truth_of(data, uses_lengths)
+    is_baseline = not isinstance(baseline, Ours)
+    check(baseline.name, prepared.result(), truths[uses_lengths], data.case, is_baseline)
+    return Candidate(prepared.run, prepared.threads, keeps=data)
 
 
-def missing_peers(cases: list[Case], peers: Mapping[str, Peer]) -> dict[str, str]:
-    """Why those that the cases name cannot be used here."""
-    names = dict.fromkeys(name for case in cases for name in case.peers)
-    reasons = {name: peers[name].why_missing() for name in names}
+def missing_baselines(cases: list[Case], baselines: Mapping[str, Baseline]) -> dict[str, str]:
+    """Reasons why baselines of these cases cannot run here."""
+    wanted = dict.fromkeys(name for case in cases for name in case.baselines)
+    reasons = {name: baselines[name].missing_reason() for name in wanted}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def stem_of(options: argparse.Namespace, described: Mapping[str, Any]) -> Path:
-    """Of the files' names. Only the default list has no word behind the date."""
+def list_name(options: argparse.Namespace) -> str:
+    """Which list of cases the options choose."""
+    return next((word for word in ("quick", "targets", "all") if getattr(options, word)), "default")
+
+
+def stem_of(options: argparse.Namespace, described: Json) -> Path:
+    """The results' path without suffix. Only the default list has no word after the date."""
     words = [described["processor"], described["date"]]
-    words += [word for word in ("quick", "targets", "all") if getattr(options, word)]
+    if list_name(options) != "default":
+        words.append(list_name(options))
     if options.filter:
         words.append("part")
     folder: Path = options.results
@@ -215,21 +235,20 @@ def stem_of(options: argparse.Namespace, described: Mapping[str, Any]) -> Path:
 
 
 def run_here(options: argparse.Namespace) -> int:
-    """One instruction set: the one in use."""
+    """Measures with the instruction set in use."""
     cases, targets = chosen_cases(options), chosen_targets(options)
     if not cases:
         print("no case has such a label; --list shows them all")
         return 2
-    peers = all_peers(options.mxnet_python)
+    baselines = all_baselines(options.mxnet_python)
     described = machine.describe()
-    missing = missing_peers(cases, peers)
-    described["versions"] |= {
-        name: peer.version for name, peer in peers.items() if peer.version is not None
-    }
+    missing = missing_baselines(cases, baselines)
+    for baseline in baselines.values():
+        described["versions"] |= baseline.versions()
     settings = {
         "seed": options.seed,
         "seconds_a_case": options.seconds,
-        "list": next((w for w in ("quick", "targets", "all") if getattr(options, w)), "default"),
+        "list": list_name(options),
         "filter": options.filter,
     }
     report = Report(described, settings, missing)
@@ -238,13 +257,13 @@ def run_here(options: argparse.Namespace) -> int:
         f"{described['processor']}: {described['capability']}, torch "
         f"{described['versions']['torch']} ({described['torch_capability']}), {len(cases)} cases"
     )
-    for name, reason in report.missing.items():
+    for name, reason in missing.items():
         print(f"skipped: {name}: {reason}")
     runnable = [case for case in cases if case.threads <= described["processors"]]
     if len(runnable) < len(cases):
         print(
             f"skipped: {len(cases) - len(runnable)} cases with more threads than processors "
-            f"that this process may use ({described['processors']})"
+            f"available to this process ({described['processors']})"
         )
     interrupted = False
     progress = Progress(len(runnable))
@@ -252,7 +271,7 @@ def run_here(options: argparse.Namespace) -> int:
         for case in runnable:
             progress.show(case.label)
             try:
-                result = measure_case(case, peers, report.missing, options.seconds, options.seed)
+                result = measure_case(case, baselines, missing, options.seconds, options.seed)
             except WrongResultError as error:
                 report.failures.append(str(error))
                 progress.finish(f"FAILED: {error}")
@@ -267,7 +286,7 @@ def run_here(options: argparse.Namespace) -> int:
         print("interrupted: what was measured is kept")
     report.finished = not interrupted
     report.write(stem)
-    show(report, stem, options)
+    show(report.to_json(), stem, options)
     if interrupted:
         return INTERRUPTED
     missed = any(v.ratio is not None and not v.met for v in report.verdicts)
@@ -289,9 +308,13 @@ def judge(report: Report, targets: list[Target], level: str, options: argparse.N
 
 
 def line_of(result: Result) -> str:
-    ours = result.figures[OURS]
+    ours = result.figures[names.OURS]
     ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in result.ratios().items())
-    failed = [f"{n}: {why}" for n, why in result.skipped.items() if why.startswith("failed")]
+    failed = [
+        f"{name}: {reason}"
+        for name, reason in result.skipped.items()
+        if reason.startswith("failed")
+    ]
     return (
         f"{result.case.label}: {duration(ours.seconds)} (±{ours.spread:.0%}), "
         f"{result.elems_per_second / 1e9:.2f} Ge/s, {result.share_of_copy:.2f} of copy; {ratios}"
@@ -299,34 +322,34 @@ def line_of(result: Result) -> str:
     )
 
 
-def show(report: Report, stem: Path, options: argparse.Namespace) -> None:
-    if report.verdicts:
-        print(f"\n{targets_table(report.verdicts)}")
-    elif report.results:
-        print(f"\n{results_table(report.results)}")
-    for failure in report.failures:
+def show(report: Json, stem: Path, options: argparse.Namespace) -> None:
+    if report["targets"]:
+        print(f"\n{targets_table(report['targets'])}")
+    elif report["results"]:
+        print(f"\n{results_table(report['results'])}")
+    for failure in report["failures"]:
         print(f"FAILED: {failure}")
-    if report.disturbed():
-        print(f"\n{report.disturbance()}")
+    if report["disturbed"]:
+        print(f"\n{disturbance(report)}")
     written = [f"{stem}.json", f"{stem}.md"]
     if not options.no_plots:
         try:
-            written += map(str, plot.write_plots(report.to_json(), stem))
+            written += map(str, plot.write_plots(report, stem))
         except ImportError as error:
             print(f"skipped: plots: {error}; type: pip install matplotlib")
     print("\nwritten: " + "\n         ".join(written))
 
 
-def run_held(level: str, arguments: list[str]) -> int:
-    """The same in a process of its own, where we and torch are held to the instruction set."""
+def run_limited(level: str, arguments: list[str]) -> int:
+    """Measures in a child process, limited to the instruction set."""
     print(f"== {level}", flush=True)
     command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--level", "best"]
-    child = subprocess.Popen(command, env={**os.environ, **held_to(level)})
+    child = subprocess.Popen(command, env={**os.environ, **limits(level)})
     while True:
         try:
             return child.wait()
         except KeyboardInterrupt:
-            continue  # the terminal tells the child too; it ends by itself, with its results
+            continue  # the terminal signals the child too; it writes its results and exits
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -337,7 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     worst = 0
     for level in levels(options.level):
-        status = run_here(options) if is_held_to(level) else run_held(level, given)
+        status = run_here(options) if is_limited_to(level) else run_limited(level, given)
         worst = max(worst, status)
         if status == INTERRUPTED:
             break
@@ -347,6 +370,6 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:  # before the first case, or while pictures are drawn
+    except KeyboardInterrupt:  # before the first case or while plots are drawn
         print("\ninterrupted")
         sys.exit(INTERRUPTED)

@@ -1,7 +1,7 @@
-"""Times of several candidates that take turns.
+"""Interleaved timing of several candidates.
 
-A round gives every candidate one turn: as many calls as fill TURN_SECONDS, one at least. Whatever
-slows the machine for a while then slows all of them, and the median over rounds drops it.
+In each round every candidate takes one turn: as many calls as fill TURN_SECONDS, at least one. A
+disturbance then slows all candidates alike, and the median over rounds discards it.
 """
 
 from __future__ import annotations
@@ -15,21 +15,24 @@ from itertools import cycle, islice
 
 import torch
 
+Call = Callable[[], object]
 Run = Callable[[int], float]
-"""Makes so many calls; returns the seconds of them all."""
+"""Makes the given number of calls; returns the seconds of all of them."""
 
 TURN_SECONDS = 0.004
-LEAST_ROUNDS = 7
-MOST_ROUNDS = 41
-MOST_CALLS = 20000
+MIN_ROUNDS = 7
+MAX_ROUNDS = 41
+MAX_CALLS = 20000
 
 
 @dataclass
 class Figure:
-    """Seconds a call: the median over rounds, and its quartiles.
+    """Seconds per call: median and quartiles over the rounds.
 
-    processor_share: time that this process had a processor, over the time that passed; below 1
-    where one thread had to wait for others' work.
+    Attributes:
+        calls: In a turn.
+        processor_share: CPU time of this process over wall time; below 1 where a single thread had
+            to wait for other work.
     """
 
     seconds: float
@@ -42,15 +45,17 @@ class Figure:
 
     @property
     def spread(self) -> float:
-        """The middle half, as a share of the median."""
+        """Interquartile range over the median."""
         return (self.high - self.low) / self.seconds
 
 
 @dataclass
-class Turns:
-    """How a candidate takes its turns, and with how many threads of torch's.
+class Candidate:
+    """Something to time.
 
-    keeps: what has to stay alive meanwhile, where `run` knows no more than its address.
+    Attributes:
+        threads: Of torch's pool, set for its turns.
+        keeps: Kept alive with the candidate; `run` may hold raw pointers into it.
     """
 
     run: Run
@@ -58,39 +63,38 @@ class Turns:
     keeps: object = None
 
 
-def calling(works: Sequence[Callable[[], object]], first: int = 0) -> Run:
-    """Calls each in turn, the first one first; a result is dropped before the next call.
+def timed_loop(calls: Sequence[Call], first: int = 0) -> Run:
+    """Cycles through the calls, starting at `first`, and drops each result before the next call.
 
-    Candidates that start apart never find in the cache what the one before them has read there.
+    Candidates with different `first` never find in cache the buffer that the previous one read.
     """
-    endless = islice(cycle(works), first % len(works), None)
+    endless = islice(cycle(calls), first % len(calls), None)
 
-    def run(calls: int) -> float:
-        # A list: the loop then costs a call as little as a loop can.
-        scheduled = list(islice(endless, calls))
+    def run(count: int) -> float:
+        scheduled = list(islice(endless, count))  # a list has the least overhead per iteration
         begin = time.perf_counter()
-        for work in scheduled:
-            work()
+        for call in scheduled:
+            call()
         return time.perf_counter() - begin
 
     return run
 
 
 def measure(
-    candidates: dict[str, Turns], seconds: float, least_rounds: int = LEAST_ROUNDS
+    candidates: dict[str, Candidate], seconds: float, min_rounds: int = MIN_ROUNDS
 ) -> dict[str, Figure]:
-    """Interleaved rounds for about so many seconds."""
+    """Runs interleaved rounds for about the given time."""
     calls: dict[str, int] = {}
-    of_a_round = 0.0
+    round_seconds = 0.0
     for name, candidate in candidates.items():
         torch.set_num_threads(candidate.threads)
-        candidate.run(2)  # the first calls pay for pages, caches and thread pools
+        candidate.run(2)  # warm up pages, caches and thread pools
         estimate = max(min(candidate.run(1) for _ in range(3)), 1e-9)
         if estimate < TURN_SECONDS / 10:
             estimate = max(candidate.run(50) / 50, 1e-9)
-        calls[name] = max(1, min(MOST_CALLS, round(TURN_SECONDS / estimate)))
-        of_a_round += calls[name] * estimate
-    rounds = max(least_rounds, min(MOST_ROUNDS, int(seconds / of_a_round)))
+        calls[name] = max(1, min(MAX_CALLS, round(TURN_SECONDS / estimate)))
+        round_seconds += calls[name] * estimate
+    rounds = max(min_rounds, min(MAX_ROUNDS, int(seconds / round_seconds)))
     times: dict[str, list[float]] = {name: [] for name in candidates}
     processor_seconds = dict.fromkeys(candidates, 0.0)
     gc.collect()
@@ -101,7 +105,7 @@ def measure(
                 if candidate.threads != torch.get_num_threads():
                     torch.set_num_threads(candidate.threads)
                 if calls[name] > 1:
-                    candidate.run(1)  # fetches again what the others have pushed out of the caches
+                    candidate.run(1)  # refill the caches that other candidates have evicted
                 begin = time.process_time()
                 times[name].append(candidate.run(calls[name]) / calls[name])
                 processor_seconds[name] += time.process_time() - begin

@@ -1,4 +1,4 @@
-"""The documentation's settings. `make docs` builds the pages and runs their examples."""
+"""Sphinx settings. `make docs` builds the pages and runs the examples of the docstrings."""
 
 import sys
 from importlib.metadata import version as installed_version
@@ -25,7 +25,7 @@ exclude_patterns = ["extensions"]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-suppress_warnings = ["myst.header"]  # pages of the repository that are included begin lower
+suppress_warnings = ["myst.header"]  # included pages may begin below heading level 1
 
 add_module_names = False
 python_maximum_signature_line_length = 72
@@ -38,7 +38,7 @@ from masked_softmax_ext import *
 from masked_softmax_ext.compile_pass import make_backend
 """
 
-# The build is offline: what others document is named, not linked to.
+# The build is offline, so names from other libraries are not linked.
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|collections)\..*|(.*\.)?(Backend|GraphModule|Index|Module|Tensor|dtype)")

@@ -1,6 +1,6 @@
-"""The pages' drawings, in the colours of the page around them; the README's picture is a PNG.
+"""The drawings of the pages, as SVG in the page's text colour; the README's picture is a PNG.
 
-python docs/drawings.py         writes the README's picture anew
+python docs/drawings.py         rewrites the README's picture
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from masked_softmax_ext.reference import unchecked_mask  # noqa: E402
 
 README_PICTURE = ROOT / "docs" / "masked_softmax.png"
 
-INK = "#010203"  # stands for the text colour of the page around an SVG
-PLOT_INKS = ("#303030", "#606060")  # what bench/plot.py writes in
+INK = "#010203"  # placeholder; svg() replaces it with the page's text colour
+PLOT_INKS = ("#303030", "#606060")  # text colours of bench/plot.py, replaced too
 VALID, RESULT, PADDING = "#2f7fd0", "#e07b28", "#8a8a8a"
 MONO = "monospace"
 
@@ -48,7 +48,7 @@ def style(ink: str) -> dict[str, Any]:
 
 
 def svg(name: str) -> str:
-    """The drawing of that name, to be put into a page."""
+    """The drawing of that name as an SVG element, to be inlined in a page."""
     matplotlib.use("Agg")
     with matplotlib.rc_context(style(INK) | {"svg.hashsalt": name}):
         figure = DRAWINGS[name]()
@@ -74,7 +74,7 @@ def write_readme_picture() -> None:
 
 
 def canvas(width: float, height: float, scale: float = 0.42) -> tuple[Any, Any]:
-    """Axes of so many cells, the first row on top."""
+    """Axes of width x height cells, with the first row at the top."""
     figure, axes = pyplot.subplots(figsize=(width * scale, height * scale))
     axes.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
     axes.axis("off")
@@ -117,20 +117,20 @@ def grid(
     form: str,
     padding_text: str = "",
 ) -> None:
-    """A table of values, stronger where they are larger; its padding apart."""
-    least, most = values[valid].min().item(), values[valid].max().item()
+    """A grid of cells: valid ones darker for larger values, padding hatched or with its text."""
+    low, high = values[valid].min().item(), values[valid].max().item()
     for row in range(values.size(0)):
         for col in range(values.size(1)):
             if valid[row, col]:
                 value = values[row, col].item()
-                strength = 0.12 + 0.5 * (value - least) / (most - least) if most > least else 0.4
+                strength = 0.12 + 0.5 * (value - low) / (high - low) if high > low else 0.4
                 cell(axes, x + col, y + row, form.format(value) if form else "", colour, strength)
             else:
                 padding_cell(axes, x + col, y + row, padding_text)
 
 
 def padding() -> Any:
-    """Scores with padding, one row empty; their weights with zeros."""
+    """Padded scores, one row of them empty, and their weights."""
     scores = torch.tensor((*ARTICLE_SCORES, ARTICLE_SCORES[0]), dtype=torch.float64)
     lengths = torch.tensor((*ARTICLE_LENGTHS, 0))
     valid = unchecked_mask(scores, lengths, -1, None)
@@ -151,7 +151,7 @@ def padding() -> Any:
 
 
 def bounds() -> Any:
-    """What lengths and starts can say."""
+    """Masks that lengths and starts can express."""
     panels: Sequence[tuple[str, list[int], list[int] | None]] = (
         ("padding at the end", [5, 2, 0, 4], None),
         ("padding at the start", [5, 2, 1, 4], [0, 3, 4, 1]),
@@ -174,14 +174,14 @@ def bounds() -> Any:
 
 
 def broadcasting() -> Any:
-    """Which dimensions of (B, H, Q, K) scores lengths of each shape may differ along."""
+    """The dimensions of (B, H, Q, K) scores along which lengths of each shape vary."""
     shapes = (
-        ("()", "   ", "one length for all"),
-        ("(B,)", "B  ", "one a sequence"),
-        ("(B, H)", "BH ", "one a head"),
-        ("(B, 1, Q)", "B Q", "one a query, the same for all heads"),
-        ("(1, 1, Q)", "  Q", "one a query, the same everywhere: causal"),
-        ("(B, H, Q)", "BHQ", "one a row"),
+        ("()", "   ", "one length for all rows"),
+        ("(B,)", "B  ", "one per sequence"),
+        ("(B, H)", "BH ", "one per head"),
+        ("(B, 1, Q)", "B Q", "one per query, the same for all heads"),
+        ("(1, 1, Q)", "  Q", "one per query, the same everywhere: causal"),
+        ("(B, H, Q)", "BHQ", "one per row"),
     )
     figure, axes = canvas(23, 8, 0.33)
     write(axes, 4.6, 0.5, "scores", family=MONO, ha="right")
@@ -201,11 +201,11 @@ def broadcasting() -> Any:
 
 
 def empty_rows() -> Any:
-    """A row without a valid column, as it comes out."""
+    """An empty row as masked_fill with two fill values and masked_softmax compute it."""
     ways = (
         ("masked_fill(-inf), softmax", "NaN", "and NaN gradients for the whole model"),
-        ("masked_fill(-1e9), softmax", "0.25", "weights that sum to 1, of nothing"),
-        ("masked_softmax", "0", "and a gradient of zeros"),
+        ("masked_fill(-1e9), softmax", "0.25", "weights that sum to 1, all in padding"),
+        ("masked_softmax", "0", "and zero gradient"),
     )
     figure, axes = canvas(24, 4.1, 0.36)
     for row, (name, value, meaning) in enumerate(ways):
@@ -230,7 +230,7 @@ def packed() -> Any:
     write(axes, 2.5, 0.5, "padded", size=9)
     write(axes, 2.5, 5.7, f"lengths {lengths.tolist()}", size=8, family=MONO)
     arrow(axes, (6.2, 3.1), (9.2, 3.1))
-    write(axes, 15, 1.6, "packed: values, and where rows begin and end", size=9)
+    write(axes, 15, 1.6, "packed: values, and offsets of the rows", size=9)
     row_of = torch.repeat_interleave(torch.arange(4), lengths)
     grid(axes, 10.5, 2.5, row_of[None].float(), torch.ones(1, 9, dtype=torch.bool), VALID, "")
     offsets = [0, *lengths.cumsum(0).tolist()]
@@ -243,15 +243,15 @@ def packed() -> Any:
 
 
 def cpu_batch() -> Any:
-    """What moves in a forward pass on the CPU."""
+    """The memory traffic of a forward pass on the CPU."""
     figure, axes = canvas(30, 6.4, 0.26)
     lengths = torch.tensor([5, 3, 4, 2])
     ones = torch.ones(4, 5)
     valid = unchecked_mask(ones, lengths, -1, None)
     places = (
-        (0.0, "scores, in memory", "valid columns alone"),
-        (12.5, "exponentials, in the cache", "a batch: up to 16 rows, 8 KiB"),
-        (25.0, "weights, in memory", "each element once"),
+        (0.0, "scores, in memory", "valid columns only"),
+        (12.5, "exponentials, in L1 cache", "a batch: up to 16 rows, 8 KiB"),
+        (25.0, "weights, in memory", "each element once, padding too"),
     )
     for x, title, below in places:
         write(axes, x + 2.5, 0.4, title)
@@ -263,7 +263,7 @@ def cpu_batch() -> Any:
     grid(axes, 25, 1.2, ones, valid, RESULT, "", "0")
     steps = (
         (8.75, "exponentials\nand their sum", "4 bytes read for\neach valid element"),
-        (21.25, "times 1 / sum;\nzeros", "4 bytes written\nfor each element"),
+        (21.25, "multiply by 1 / sum;\nzeros in padding", "4 bytes written\nfor each element"),
     )
     for x, what, bytes_moved in steps:
         arrow(axes, (x - 3.2, 3.2), (x + 3.2, 3.2))
@@ -273,7 +273,7 @@ def cpu_batch() -> Any:
 
 
 def cuda_strategies() -> Any:
-    """Who holds a row, over its columns: csrc/cuda/launch_plan.h, of a GPU with clusters."""
+    """The CUDA strategy by number of columns, from csrc/cuda/launch_plan.h with clusters."""
     kinds = (
         ("float32, forward", (1024, 16384, 131072)),
         ("float32, backward", (512, 16384, 131072)),
@@ -293,7 +293,7 @@ def cuda_strategies() -> Any:
     axes.set_xlim(8, 1 << 20)
     ticks = (8, 64, 512, 4096, 32768, 131072, 1 << 20)
     axes.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
-    axes.set_xlabel("columns of a row")
+    axes.set_xlabel("columns")
     axes.invert_yaxis()
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(left=False)
@@ -301,16 +301,16 @@ def cuda_strategies() -> Any:
 
 
 def result(stem: str, draw: Callable[[Any], Any]) -> Callable[[], Any]:
-    """A plot of a run of the benchmark, no wider than a page."""
+    """A plot of one benchmark run, no wider than a page."""
     path = ROOT / "bench" / "results" / f"{stem}.json"
 
-    def drawn() -> Any:
+    def draw_result() -> Any:
         figure = draw(json.loads(path.read_text(encoding="utf-8")))
         width, height = figure.get_size_inches()
         figure.set_size_inches(min(width, 9.2), height)
         return figure
 
-    return drawn
+    return draw_result
 
 
 ZEN4, ZEN5 = "amd-epyc-zen4-avx512-2026-11-25", "amd-epyc-zen5-avx512-2026-11-26"

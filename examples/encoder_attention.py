@@ -1,13 +1,13 @@
-"""torch.nn's transformer encoder with lengths, where it has a mask of the padding.
+"""torch.nn's transformer encoder with lengths instead of a padding mask.
 
 LengthAttention has the parameters of nn.MultiheadAttention and takes lengths instead of a
-key_padding_mask; EncoderLayer is nn.TransformerEncoderLayer with it; both load torch's state_dict.
-On sentences of Python's language reference they give torch's outputs, attention weights and
-gradients. Where a sentence is empty, torch's attention is NaN, and this one is not.
+key_padding_mask. EncoderLayer is an nn.TransformerEncoderLayer that uses it. Both load torch's
+state_dict. On sentences from Python's language reference they give torch's outputs, attention
+weights and gradients. For an empty sentence, torch's attention is NaN; this one is finite.
 
     python examples/encoder_attention.py                 # --quick: fewer sentences, fewer rounds
 
-Ends with 1 where they differ.
+Exits with 1 if the results differ.
 """
 
 from __future__ import annotations
@@ -24,25 +24,26 @@ from masked_softmax_ext.demo import measure, terminal
 from masked_softmax_ext.demo.text import number_words, pad_into_batches, read_sentences
 
 WIDTH, HEADS, LAYERS = 64, 4, 2
-TOLERANCE = 1e-5  # float32 sums in another order differ by about 1e-6
+TOLERANCE = 1e-5  # float32 sums in a different order differ by about 1e-6
 
 
 class LengthAttention(nn.MultiheadAttention):
-    """nn.MultiheadAttention with batch_first, its keys and values as wide as its queries."""
+    """nn.MultiheadAttention with batch_first, and keys and values as wide as the queries."""
 
     def forward(  # type: ignore[override]
         self, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Of queries ``(batch, queries, width)``, and keys and values ``(batch, keys, width)``.
+        """Attention over the valid keys.
 
-        lengths: how many keys are valid, ``(batch,)``, or ``(batch, 1, queries)`` of each query.
-        Returns the output ``(batch, queries, width)``, and the weights of each head,
+        query: ``(batch, queries, width)``; key, value: ``(batch, keys, width)``.
+        lengths: the number of valid keys, ``(batch,)``, or per query ``(batch, 1, queries)``.
+        Returns the output ``(batch, queries, width)`` and the weights
         ``(batch, heads, queries, keys)``.
         """
-        maps = zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
+        projections = zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
         query, key, value = (
-            nn.functional.linear(x, *map_).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-            for x, map_ in zip((query, key, value), maps, strict=True)
+            nn.functional.linear(x, *projection).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for x, projection in zip((query, key, value), projections, strict=True)
         )
         scores = query @ key.transpose(2, 3)
         weights = masked_softmax(scores, lengths, scale=self.head_dim**-0.5)
@@ -51,7 +52,7 @@ class LengthAttention(nn.MultiheadAttention):
 
 
 class EncoderLayer(nn.TransformerEncoderLayer):
-    """nn.TransformerEncoderLayer with batch_first, its norms behind what they normalise."""
+    """nn.TransformerEncoderLayer with batch_first and post-norm, using LengthAttention."""
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__(width, heads, hidden, dropout, batch_first=True)
@@ -65,12 +66,13 @@ class EncoderLayer(nn.TransformerEncoderLayer):
 
 
 class Encoder(nn.Module):
-    """nn.TransformerEncoder of such layers."""
+    """nn.TransformerEncoder made of EncoderLayer."""
 
     def __init__(self, layers: int, width: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        made = (EncoderLayer(width, heads, hidden, dropout) for _ in range(layers))
-        self.layers = nn.ModuleList(made)
+        self.layers = nn.ModuleList(
+            EncoderLayer(width, heads, hidden, dropout) for _ in range(layers)
+        )
 
     def forward(self, src: Tensor, lengths: Tensor) -> Tensor:
         for layer in self.layers:
@@ -78,11 +80,11 @@ class Encoder(nn.Module):
         return src
 
 
-# From here on: that they do what torch's do.
+# The rest compares them with torch's own modules.
 
 
 def embed_sentences(count: int) -> tuple[Tensor, Tensor]:
-    """Words as random vectors, ``(sentences, cols, WIDTH)``, and the lengths of the sentences."""
+    """Random word vectors ``(sentences, cols, WIDTH)``, and the lengths of the sentences."""
     sentences = read_sentences()[:count]
     numbers = number_words(sentences)
     [batch] = pad_into_batches(sentences, numbers, count)
@@ -90,7 +92,7 @@ def embed_sentences(count: int) -> tuple[Tensor, Tensor]:
 
 
 class TorchAttention(nn.MultiheadAttention):
-    """What LengthAttention is compared with: torch's own, its mask made of the lengths."""
+    """The baseline of LengthAttention: torch's own, with a mask made from the lengths."""
 
     def forward(  # type: ignore[override]
         self, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor
@@ -102,7 +104,7 @@ class TorchAttention(nn.MultiheadAttention):
 
 
 class TorchEncoder(nn.TransformerEncoder):
-    """What Encoder is compared with."""
+    """The baseline of Encoder."""
 
     def __init__(self, layers: int, width: int, heads: int, hidden: int, dropout: float) -> None:
         layer = nn.TransformerEncoderLayer(width, heads, hidden, dropout, batch_first=True)
@@ -114,7 +116,7 @@ class TorchEncoder(nn.TransformerEncoder):
 
 
 def results(module: nn.Module, inputs: tuple[Tensor, ...], lengths: Tensor) -> dict[str, Tensor]:
-    """Outputs and, of a loss that all of them enter, the parameters' gradients."""
+    """The outputs, and the parameters' gradients of a loss that depends on all outputs."""
     output = module(*inputs, lengths)
     outputs = output if isinstance(output, tuple) else (output,)
     module.zero_grad()
@@ -126,7 +128,7 @@ def results(module: nn.Module, inputs: tuple[Tensor, ...], lengths: Tensor) -> d
 def compare(
     theirs: nn.Module, ours: nn.Module, inputs: tuple[Tensor, ...], lengths: Tensor, rounds: int
 ) -> tuple[float, list[float]]:
-    """The largest difference, as a share of a tensor's largest value; seconds of either."""
+    """Returns the largest difference relative to the tensor's maximum, and the seconds of each."""
     ours.load_state_dict(theirs.state_dict())
     expected, got = results(theirs, inputs, lengths), results(ours, inputs, lengths)
     assert expected.keys() == got.keys()
@@ -139,7 +141,7 @@ def compare(
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="torch.nn's encoder, with lengths.")
     parser.add_argument("--quick", action="store_true", help="fewer sentences, fewer rounds")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="for torch (default: 1)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -170,8 +172,8 @@ def main(arguments: list[str] | None = None) -> int:
         for module in attentions
     ]
     print(
-        "\nTimes: forward and backward. The encoder's attention in torch.nn makes no weights.\n"
-        "Difference: the largest in outputs, weights and all parameters' gradients, as a share of\n"
+        "\nTimes: forward and backward. The encoder's attention in torch.nn returns no weights.\n"
+        "Difference: the largest in outputs, weights and all parameters' gradients, relative to\n"
         f"the tensor's largest value; allowed: {TOLERANCE}: {'ok' if agree else 'TOO MUCH'}.\n"
         "With an empty sentence, attention and gradients are "
         + " and ".join(

@@ -1,16 +1,16 @@
 """Which sentence describes this function? Learning to rank lists of different lengths.
 
-A query is the name of a function or class of Python's standard library; its documents are the first
-sentences of all docstrings in the same file; one of them is its own. Files hold 2 to 64, padded to
-one length, and masked_log_softmax makes log-probabilities of the scores of each list: the listwise
-loss (ListNet's top-one, with one relevant document) is minus that of the right one.
+A query is the name of a function or class in Python's standard library. Its documents are the first
+sentences of all docstrings in the same file, one of which is its own. Files have 2 to 64 documents,
+padded to a common length. masked_log_softmax turns the scores of each list into log-probabilities;
+the listwise loss (ListNet's top-one, with one relevant document) is minus that of the own sentence.
 
-The scorer begins as the cosine of tf-idf vectors, the baseline, and adds a bilinear form that it
-learns: that "get" goes with "return", an Error with "raised". Whole files are held out.
+The score is the cosine of tf-idf vectors, which is the baseline, plus a learned bilinear form: it
+learns that "get" goes with "return", and an Error with "raised". Whole files are held out.
 
     python examples/listwise_ranking.py                  # half a minute
 
-Ends with 1 where it ranks no better than the baseline, or the loss is not what a mask gives.
+Exits with 1 if it ranks no better than the baseline, or if the loss differs from that of a mask.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from masked_softmax_ext import masked_log_softmax
 from masked_softmax_ext.demo import measure, terminal
 
 FEATURES, RANK = 2048, 64
-MOST_DOCUMENTS, BATCH_SIZE, EPOCHS = 64, 16, 6
-LEAST_GAIN = 0.005  # in either figure; other splits of the files give 0.013 to 0.033
-TOLERANCE = 1e-5  # of loss and gradients, against the formulation with a mask
+MAX_DOCUMENTS, BATCH_SIZE, EPOCHS = 64, 16, 6
+MIN_GAIN = 0.005  # in both metrics; other splits of the files give 0.013 to 0.033
+TOLERANCE = 1e-5  # of loss and gradients, compared with the unfused log_softmax
 
-Pairs = list[tuple[str, str]]  # names, and the sentences that describe them
+Pairs = list[tuple[str, str]]  # each a name and the sentence that describes it
 
 
 class Lists(NamedTuple):
-    """Features ``(files, most, FEATURES)`` of names and sentences, and each file's length."""
+    """Features ``(files, cols, FEATURES)`` of names and sentences, and the length of each file."""
 
     names: Tensor
     sentences: Tensor
@@ -52,30 +52,30 @@ class Lists(NamedTuple):
 
 
 def read_files() -> list[Pairs]:
-    """The pairs of each file of the standard library that has two or more."""
+    """The pairs of each file of the standard library, of files with at least two pairs."""
     root = Path(sysconfig.get_path("stdlib"))
-    apart = {"test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3"}
+    excluded = {"test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3"}
     files = []
     for file in sorted(root.rglob("*.py")):
-        if apart & set(file.relative_to(root).parts):
+        if excluded & set(file.relative_to(root).parts):
             continue
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of backslashes in others' strings
+            warnings.simplefilter("ignore")  # invalid escapes in the files' strings
             tree = ast.parse(file.read_text(encoding="utf-8"))
-        pairs: dict[str, str] = {}  # by sentence: none describes two
+        pairs: dict[str, str] = {}  # by sentence: no sentence describes two names
         for node in ast.walk(tree):
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name[:2] != "__":
                 sentence = (ast.get_docstring(node) or "").split("\n\n")[0].split(". ")[0]
                 if len(sentence.split()) >= 3 and node.name not in pairs.values():
                     pairs.setdefault(sentence, node.name)
         if len(pairs) >= 2:
-            files.append([(name, text) for text, name in pairs.items()][:MOST_DOCUMENTS])
+            files.append([(name, text) for text, name in pairs.items()][:MAX_DOCUMENTS])
     random.Random(0).shuffle(files)
     return files
 
 
 def count_features(text: str) -> Counter[int]:
-    """Words and their parts of 3 and 4 letters, by hash."""
+    """Counts words and their substrings of 3 and 4 letters, hashed to FEATURES buckets."""
     separate = re.sub(r"([a-z])([A-Z])", r"\1 \2", text).lower()
     words = [f"<{word}>" for word in re.findall(r"[a-z]+", separate)]
     parts = [word[i : i + n] for word in words for n in (3, 4) for i in range(len(word) - n + 1)]
@@ -85,7 +85,7 @@ def count_features(text: str) -> Counter[int]:
 
 
 def make_lists(files: list[Pairs], rarity: Tensor) -> list[Lists]:
-    """Batches of files, as tf-idf vectors of length 1; padding is 0."""
+    """Batches of files as tf-idf vectors of norm 1, padded with zeros."""
 
     def vectors(texts: list[str]) -> Tensor:
         counts = torch.zeros(len(texts), FEATURES)
@@ -108,7 +108,7 @@ def make_lists(files: list[Pairs], rarity: Tensor) -> list[Lists]:
 
 
 def cosine(lists: Lists) -> Tensor:
-    """Scores ``(files, names, sentences)``: the baseline."""
+    """The baseline: scores ``(files, names, sentences)``."""
     return lists.names @ lists.sentences.transpose(1, 2)
 
 
@@ -125,18 +125,18 @@ class Scorer(nn.Module):
         return 10 * cosine(Lists(names, sentences, lists.lengths)) + learned
 
 
-Logarithm = Callable[[Tensor, Tensor], Tensor]  # of scores and lengths: log-probabilities
+LogSoftmax = Callable[[Tensor, Tensor], Tensor]  # scores and lengths to log-probabilities
 
 
-def formulation(scores: Tensor, lengths: Tensor) -> Tensor:
+def unfused_log_softmax(scores: Tensor, lengths: Tensor) -> Tensor:
     padding = torch.arange(scores.size(2)) >= lengths.view(-1, 1, 1)
     return torch.log_softmax(scores.masked_fill(padding, -torch.inf), -1)
 
 
-def listwise_loss(scores: Tensor, lengths: Tensor, log_softmax: Logarithm) -> Tensor:
-    """The mean over all names; a name's own sentence has its number."""
-    of_its_own = log_softmax(scores, lengths).diagonal(dim1=1, dim2=2)
-    return -of_its_own[torch.arange(scores.size(1)) < lengths[:, None]].mean()
+def listwise_loss(scores: Tensor, lengths: Tensor, log_softmax: LogSoftmax) -> Tensor:
+    """The mean loss over all names; the sentence of name ``i`` has index ``i``."""
+    own = log_softmax(scores, lengths).diagonal(dim1=1, dim2=2)
+    return -own[torch.arange(scores.size(1)) < lengths[:, None]].mean()
 
 
 def train(scorer: Scorer, batches: list[Lists]) -> None:
@@ -153,23 +153,26 @@ def train(scorer: Scorer, batches: list[Lists]) -> None:
 
 @torch.no_grad()
 def evaluate(score: Callable[[Lists], Tensor], batches: list[Lists]) -> tuple[float, float]:
-    """The share of names whose own sentence comes first, and the mean of 1 / its rank."""
+    """The share of names whose own sentence ranks first, and its mean reciprocal rank."""
     ranks = []
     for lists in batches:
         for scores, length in zip(score(lists), lists.lengths.tolist(), strict=True):
             valid = scores[:length, :length]
             own = valid.diagonal()[:, None]
-            # Halfway among equal scores, so that a scorer to which all are alike is no good one.
+            # Ties get their middle rank, so that a constant scorer does not rank first.
             ranks.append(((valid > own).sum(1) + (valid >= own).sum(1) + 1) / 2)
     every = torch.cat(ranks).double()
     return (every == 1).double().mean().item(), every.reciprocal().mean().item()
 
 
 def compare_loss(scorer: Scorer, lists: Lists) -> tuple[float, list[float]]:
-    """Against the formulation: the largest difference of loss and of gradients, as a share of the
-    largest value; seconds of either loss alone, forward and backward."""
+    """Compares masked_log_softmax with the unfused one.
+
+    Returns the largest difference of loss and gradients, relative to the largest value, and the
+    seconds of each loss alone, forward and backward.
+    """
     kept = []
-    for log_softmax in (formulation, masked_log_softmax):
+    for log_softmax in (unfused_log_softmax, masked_log_softmax):
         scorer.zero_grad()
         loss = listwise_loss(scorer(lists), lists.lengths, log_softmax)
         loss.backward()
@@ -178,16 +181,17 @@ def compare_loss(scorer: Scorer, lists: Lists) -> tuple[float, list[float]]:
     shares = [(got - x).abs().max() / x.abs().max() for x, got in zip(*kept, strict=True)]
     scores = scorer(lists).detach().requires_grad_()
 
-    def loss_alone(log_softmax: Logarithm) -> None:
+    def loss_alone(log_softmax: LogSoftmax) -> None:
         listwise_loss(scores, lists.lengths, log_softmax).backward()
 
-    works = [partial(loss_alone, log_softmax) for log_softmax in (formulation, masked_log_softmax)]
+    functions = (unfused_log_softmax, masked_log_softmax)
+    works = [partial(loss_alone, log_softmax) for log_softmax in functions]
     return torch.stack(shares).max().item(), measure.interleaved_medians(works, 21, scores.device)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Learning to rank with masked_log_softmax.")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="for torch (default: 1)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -201,18 +205,19 @@ def main(arguments: list[str] | None = None) -> int:
         for _, text in file
         for feature in set(count_features(text))
     )
-    names = {part: sum(map(len, of_it)) for part, of_it in parts.items()}
+    names = {part: sum(map(len, chosen)) for part, chosen in parts.items()}
     frequency = torch.tensor([1.0 + known[feature] for feature in range(FEATURES)])
     rarity = (names["training"] / frequency).log().clamp(min=0.1)
-    batches = {part: make_lists(of_it, rarity) for part, of_it in parts.items()}
-    for part, of_it in parts.items():
+    batches = {part: make_lists(chosen, rarity) for part, chosen in parts.items()}
+    for part, chosen in parts.items():
         cells = sum(lists.names.shape[:2].numel() for lists in batches[part])
         padding = 1 - names[part] / cells
-        print(f"{part}: {len(of_it)} files, {names[part]} names, {padding:.0%} padding")
+        print(f"{part}: {len(chosen)} files, {names[part]} names, {padding:.0%} padding")
 
     scorer = Scorer()
     train(scorer, batches["training"])
-    chance = quarter / names["held out"]  # one guess in each file is right, whatever it is
+    # To guess the same sentence for all names of a file is right once per file.
+    chance = quarter / names["held out"]
     baseline = evaluate(cosine, batches["held out"])
     learned = evaluate(scorer, batches["held out"])
     rows = [
@@ -220,18 +225,18 @@ def main(arguments: list[str] | None = None) -> int:
         ("tf-idf, the baseline", *(f"{share:.3f}" for share in baseline)),
         ("learned", *(f"{share:.3f}" for share in learned)),
     ]
-    print("\n" + terminal.table(("held out", "own comes first", "mean of 1 / rank"), rows))
-    is_better = all(a >= b + LEAST_GAIN for a, b in zip(learned, baseline, strict=True))
+    print("\n" + terminal.table(("held out", "own ranks first", "mean of 1 / rank"), rows))
+    is_better = all(a >= b + MIN_GAIN for a, b in zip(learned, baseline, strict=True))
 
     difference, seconds = compare_loss(scorer, batches["training"][0])
     agrees = difference <= TOLERANCE
     with_mask, with_lengths = map(terminal.duration, seconds)
     print(
-        f"\nBetter than the baseline by {LEAST_GAIN} or more: {'ok' if is_better else 'NO'}. "
-        "Loss and gradients differ\n"
-        f"from those with a mask by {difference:.1e} (allowed: {TOLERANCE}): "
-        f"{'ok' if agrees else 'TOO MUCH'}.\n"
-        f"The loss alone, forward and backward: {with_mask} with a mask, {with_lengths} without."
+        f"\nBetter than the baseline by at least {MIN_GAIN}: {'ok' if is_better else 'NO'}.\n"
+        f"Loss and gradients differ from those with a mask by {difference:.1e} "
+        f"(allowed: {TOLERANCE}): {'ok' if agrees else 'TOO MUCH'}.\n"
+        f"The loss alone, forward and backward: {with_mask} with a mask, "
+        f"{with_lengths} with lengths."
     )
     return 0 if is_better and agrees else 1
 

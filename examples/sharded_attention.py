@@ -1,7 +1,8 @@
-"""Attention weights of scores that are spread over processes: python examples/sharded_attention.py
+"""Attention weights of scores sharded over processes: python examples/sharded_attention.py
 
-Over batches nothing travels. Over keys, where each process has a part of every row, two numbers a
-row do: its maximum and its sum; the rows stay where they are. Runs on the CPU, in two processes.
+Sharding over batches needs no communication. Sharding over keys gives each process a part of every
+row; the processes then exchange two numbers per row, its maximum and its sum, and the scores stay
+where they are. Runs on the CPU in two processes.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ def attend(rank: int, port: int) -> None:
         if rank == 0:
             counts = {str(name): count for name, count in communication.get_comm_counts().items()}
             print(f"sharded over {name}: equal to one process; communication: {counts or 'none'}")
-    dist.barrier()  # none leaves while another still talks
+    dist.barrier()  # no process exits while another still communicates
     sys.stdout.flush()
-    os._exit(0)  # at once: torch's threads may abort while the interpreter takes itself apart
+    os._exit(0)  # skips interpreter shutdown, during which torch's threads may abort
 
 
 def free_port() -> int:

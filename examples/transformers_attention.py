@@ -1,16 +1,17 @@
-"""Hugging Face transformers whose attention takes lengths instead of a mask.
+"""Attention for Hugging Face transformers that takes lengths instead of a mask.
 
-Two functions, registered under one name through the library's own interface, suffice. Where others
-make a mask of shape (batch, 1, queries, keys), the mask function gives each query's valid keys as a
-first one and a count, and the attention function hands both to masked_softmax_. Any model of the
-library that has the interface then runs with it; here a BERT with padding on the right and a causal
-Llama with padding on the left, on paragraphs of Python's language reference, byte by byte.
+Two functions, registered under one name through the library's own interface, are enough. Other
+implementations build a mask of shape (batch, 1, queries, keys). Here the mask function returns the
+start and the number of each query's valid keys, and the attention function passes both to
+masked_softmax_. Every model that supports the interface can use it. This example runs a BERT with
+padding on the right and a causal Llama with padding on the left, on the bytes of paragraphs from
+Python's language reference.
 
     pip install "transformers>=5.10,<6"
     python examples/transformers_attention.py            # --quick: a smaller batch, fewer rounds
 
-Ends with 1 where logits, attention weights or any parameter's gradient differ from the library's
-own attention, where generated text does, or where a mask is made after all.
+Exits with 1 if logits, attention weights, a parameter's gradient or generated text differ from the
+library's eager attention, or if a mask is built.
 """
 
 from __future__ import annotations
@@ -42,18 +43,18 @@ from masked_softmax_ext.demo import measure, terminal
 
 NAME = "masked_softmax"
 IMPLEMENTATIONS = ("eager", "sdpa", NAME)
-TOLERANCE = 1e-5  # float32 sums in another order differ by about 1e-6
+TOLERANCE = 1e-5  # float32 sums in a different order differ by about 1e-6
 
 
 class ValidKeys(NamedTuple):
-    """The keys ``starts <= key < starts + lengths`` of each query, as masked_softmax takes them."""
+    """Each query's valid keys, ``starts <= key < starts + lengths``."""
 
     lengths: Tensor  # (batch,), or (batch, 1, queries)
     starts: Tensor  # (batch,)
 
 
 def lengths_from_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """How many tokens each row has, and where the first is; padding is to their left or right."""
+    """Lengths and starts of rows that are padded on the left or on the right."""
     return mask.sum(-1), mask.int().argmax(-1)
 
 
@@ -68,7 +69,7 @@ def valid_keys(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> ValidKeys:
-    """What models pass to their attention instead of a mask."""
+    """The mask function: models pass its result to their attention in place of a mask."""
     if mask_function not in (causal_mask_function, bidirectional_mask_function) or kv_offset:
         raise NotImplementedError("expected causal or bidirectional attention to all keys")
     if attention_mask is None:
@@ -76,9 +77,9 @@ def valid_keys(
     lengths, starts = lengths_from_mask(attention_mask)
     if mask_function is bidirectional_mask_function:
         return ValidKeys(lengths, starts)
-    # A query sees itself and what is before it; one in the padding on the left sees nothing.
-    seen = torch.arange(1, q_length + 1, device=device) + q_offset - starts.view(-1, 1, 1)
-    return ValidKeys(seen.clamp(min=0).minimum(lengths.view(-1, 1, 1)), starts)
+    # A query attends to itself and to earlier keys; a query in the left padding attends to none.
+    visible = torch.arange(1, q_length + 1, device=device) + q_offset - starts.view(-1, 1, 1)
+    return ValidKeys(visible.clamp(min=0).minimum(lengths.view(-1, 1, 1)), starts)
 
 
 def attention(
@@ -91,14 +92,14 @@ def attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The output ``(batch, queries, heads, channels)``, and the weights."""
+    """Returns the output ``(batch, queries, heads, channels)`` and the weights."""
     lengths, starts = attention_mask
-    if query.size(1) > key.size(1):  # heads that share keys and values
-        sharing = query.size(1) // key.size(1)
-        key, value = key.repeat_interleave(sharing, 1), value.repeat_interleave(sharing, 1)
+    if query.size(1) > key.size(1):  # grouped-query attention
+        group_size = query.size(1) // key.size(1)
+        key, value = key.repeat_interleave(group_size, 1), value.repeat_interleave(group_size, 1)
     scale = query.size(-1) ** -0.5 if scaling is None else scaling
     scores = query @ key.transpose(2, 3)
-    weights = masked_softmax_(scores, lengths, starts=starts, scale=scale)  # no more memory
+    weights = masked_softmax_(scores, lengths, starts=starts, scale=scale)  # saves memory
     weights = nn.functional.dropout(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
@@ -107,11 +108,11 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, valid_keys)
 
 
-# From here on: that it does what the library's own attention does.
+# The rest compares it with the library's own implementations.
 
 
 class Batch(NamedTuple):
-    """``(texts, cols)`` each. Tokens are bytes, padding is 0; the mask is False there."""
+    """Both ``(texts, cols)``. Tokens are bytes; in the padding they are 0 and the mask is False."""
 
     tokens: Tensor
     mask: Tensor
@@ -121,17 +122,17 @@ class Batch(NamedTuple):
         return Batch(*(x.gather(1, padding_first) for x in self))
 
 
-def read_batch(texts: int, most_bytes: int) -> Batch:
-    """Paragraphs of Python's language reference, padded on the right."""
+def read_batch(texts: int, max_bytes: int) -> Batch:
+    """Paragraphs from Python's language reference, padded on the right."""
     paragraphs = re.split(r"\n\s*\n", "\n\n".join(topics.topics.values()))
     chosen = random.Random(0).sample([text for text in paragraphs if text.strip()], texts)
-    rows = [torch.tensor(list(text.encode()[:most_bytes])) for text in chosen]
+    rows = [torch.tensor(list(text.encode()[:max_bytes])) for text in chosen]
     tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return Batch(tokens, tokens != 0)
 
 
 def make_models() -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Small, their parameters drawn widely enough that attention prefers some tokens to others."""
+    """Small models, with initial parameters large enough that attention is not uniform."""
     sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128}
     layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -144,13 +145,13 @@ def make_models() -> tuple[PreTrainedModel, PreTrainedModel]:
 
 
 def run(model: PreTrainedModel, batch: Batch, **options: Any) -> Any:
-    labels = batch.tokens.masked_fill(~batch.mask, -100)  # the loss leaves these out
-    labels[:, 1:].masked_fill_(~batch.mask[:, :-1], -100)  # and what padding would have to predict
+    labels = batch.tokens.masked_fill(~batch.mask, -100)  # padding has no loss
+    labels[:, 1:].masked_fill_(~batch.mask[:, :-1], -100)  # nor has a token predicted from padding
     return model(batch.tokens, attention_mask=batch.mask.long(), labels=labels, **options)
 
 
 class MaskCounter(TorchDispatchMode):
-    """Counts tensors of shape ``(batch, 1, queries, keys)``, whoever makes them."""
+    """Counts all tensors of shape ``(batch, 1, queries, keys)`` that torch operators return."""
 
     def __init__(self, batch: Batch) -> None:
         super().__init__()
@@ -167,10 +168,10 @@ Results = dict[str, dict[str, Tensor]]
 
 
 def results(model: PreTrainedModel, batch: Batch, has_weights: bool) -> Results:
-    """All that must not depend on who computes attention; nothing of the queries in padding.
+    """Everything that all attention implementations must agree on, except at queries in padding.
 
-    A layer's tensors are together, with one scale for their errors: the gradient of a key's bias is
-    0 but for rounding, as softmax does not see what is added to all of a row.
+    Tensors are grouped by layer, so that errors are relative to the largest value of the layer: the
+    gradient of a key bias is 0 up to rounding, because softmax ignores a constant added to a row.
     """
     output = run(model, batch, output_attentions=has_weights)
     output.loss.backward()
@@ -185,7 +186,7 @@ def results(model: PreTrainedModel, batch: Batch, has_weights: bool) -> Results:
 
 
 def largest_difference(expected: Results, got: Results) -> float:
-    """As a share of the largest value of a layer; NaN where there is one."""
+    """The largest difference relative to the layer's largest value; NaN if any value is NaN."""
     shares = []
     for name, layer in got.items():
         largest = torch.stack([x.abs().max() for x in expected[name].values()]).max()
@@ -194,13 +195,13 @@ def largest_difference(expected: Results, got: Results) -> float:
 
 
 def generate(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The likeliest next bytes, one after the other, with the library's cache."""
+    """Greedy decoding with the library's key-value cache."""
     options = {"max_new_tokens": 16, "do_sample": False}
     return model.generate(batch.tokens, attention_mask=batch.mask.long(), **options)
 
 
 def figures(model: PreTrainedModel, batch: Batch, rounds: int) -> list[list[str]]:
-    """Time and peak memory of a training step and of inference, with each implementation."""
+    """Time and peak memory of a training step and of inference, for each implementation."""
     works: list[measure.Work] = []
     for name in IMPLEMENTATIONS:
 
@@ -223,7 +224,7 @@ def figures(model: PreTrainedModel, batch: Batch, rounds: int) -> list[list[str]
 
 
 def compare(title: str, model: PreTrainedModel, batch: Batch, rounds: int) -> bool:
-    """Prints a table; whether this package does what the library's own attention does."""
+    """Prints a table. Returns whether this package agrees with eager attention and uses no mask."""
     found, masks, texts = {}, {}, {}
     for name in IMPLEMENTATIONS:
         model.set_attn_implementation(name)
@@ -239,14 +240,14 @@ def compare(title: str, model: PreTrainedModel, batch: Batch, rounds: int) -> bo
     header = (title, "training", "peak", "inference", "peak", "masks", "difference")
     print(terminal.table(header, rows) + "\n")
     same_text = torch.equal(texts["eager"], texts[NAME])
-    # That eager makes masks proves that they are counted.
+    # Eager attention builds masks: a count above 0 shows that the counter works.
     return differences[NAME] <= TOLERANCE and same_text and masks["eager"] > 0 == masks[NAME]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="transformers, with lengths instead of masks.")
     parser.add_argument("--quick", action="store_true", help="a smaller batch, fewer rounds")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="for torch (default: 1)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
 
@@ -259,8 +260,8 @@ def main(arguments: list[str] | None = None) -> int:
     agree &= compare("Llama, padded left", llama, batch.padded_left(), rounds)
     print(
         "Masks: tensors of shape (texts, 1, bytes, bytes). Difference from eager: the largest in\n"
-        "logits, weights (sdpa has none) and all parameters' gradients, as a share of the layer's\n"
-        f"largest value; allowed: {TOLERANCE}.\n"
+        "logits, weights (sdpa returns none) and all parameters' gradients, relative to the\n"
+        f"layer's largest value; allowed: {TOLERANCE}.\n"
         + ("The same results, the same text generated, no mask." if agree else "NOT THE SAME.")
     )
     return 0 if agree else 1

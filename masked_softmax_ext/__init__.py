@@ -11,7 +11,9 @@ Example:
 
 from masked_softmax_ext._load import load_extension
 
-_C = load_extension()
+__version__ = "0.1.0"  # pyproject.toml reads this line
+
+_C = load_extension()  # registers the operators that the other modules use
 
 from masked_softmax_ext import _vmap, reference  # noqa: E402
 from masked_softmax_ext.bounds import (  # noqa: E402

@@ -1,4 +1,4 @@
-"""The demo: length-masked softmax on real text, beside the formulation that everyone writes."""
+"""The demo: length-masked softmax on real text, compared with the unfused formulation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from masked_softmax_ext.demo.text import (
     read_sentences,
 )
 
-DRAWN_WORDS = 14
+MAX_DRAWN_WORDS = 14
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,30 +60,20 @@ def main(arguments: list[str] | None = None) -> int:
         result = compare(name, batches, embeddings, options.rounds, device)
         agrees = agrees and result.worst_error <= 1.0
         rows.append(result.cells())
-    header = (
-        "batches",
-        "padding",
-        "formulation",
-        "this package",
-        "speed-up",
-        "difference",
-        "error",
-    )
+    header = ("batches", "padding", "unfused", "this package", "speed-up", "difference", "error")
     print(terminal.table(header, rows))
     print(
-        "\nTimes: one pass over all batches, medians of interleaved rounds. Difference: the\n"
-        "largest between the two. Error: this package's largest against float64, as a share\n"
-        "of the promised (4 + |scale * (x - max)|) * eps: "
-        + ("all within." if agrees else "EXCEEDED.")
+        "\nTimes: one pass over all batches, medians of interleaved rounds. Unfused: a mask,\n"
+        "masked_fill and softmax. Difference: the largest between the two. Error: this\n"
+        "package's largest against float64, as a fraction of the bound\n"
+        "(4 + |scale * (x - max)|) * eps: " + ("all within." if agrees else "EXCEEDED.")
     )
 
     if not agrees:
         return 1
 
-    print("\nMemory that one batch's weights take at their peak:")
-    print(
-        terminal.table(("", "formulation", "this package"), [memory_cells(by_arrival, embeddings)])
-    )
+    print("\nPeak memory of computing one batch's weights:")
+    print(terminal.table(("", "unfused", "this package"), [memory_cells(by_arrival, embeddings)]))
 
     draw_sentence(sentences, numbers, embeddings)
     if options.plot is not None:
@@ -101,11 +91,11 @@ def positive(text: str) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m masked_softmax_ext",
-        description="Length-masked softmax on real text, beside the pure-PyTorch formulation.",
+        description="Length-masked softmax on real text, compared with unfused PyTorch.",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--threads", type=positive, help="threads that torch may use (its own default)"
+        "--threads", type=positive, help="threads that torch may use (default: torch's)"
     )
     parser.add_argument("--sentences", type=positive, default=4096, help="how many (default: 4096)")
     parser.add_argument(
@@ -118,12 +108,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 class Comparison:
-    """The figures of one way to batch, for all its batches."""
+    """Results of one order of the sentences, over all its batches."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.padding = 0.0
-        self.formulation_seconds = 0.0
+        self.unfused_seconds = 0.0
         self.package_seconds = 0.0
         self.difference = 0.0
         self.worst_error = 0.0
@@ -132,16 +122,16 @@ class Comparison:
         return (
             self.name,
             f"{self.padding:.0%}",
-            terminal.duration(self.formulation_seconds),
+            terminal.duration(self.unfused_seconds),
             terminal.duration(self.package_seconds),
-            f"{self.formulation_seconds / self.package_seconds:.1f}x",
+            f"{self.unfused_seconds / self.package_seconds:.1f}x",
             f"{self.difference:.1e}",
             f"{self.worst_error:.2f}",
         )
 
 
-def formulation(scores: Tensor, lengths: Tensor) -> Tensor:
-    """What everyone writes, at its leanest (NaN where a sentence is empty; none is here)."""
+def unfused_softmax(scores: Tensor, lengths: Tensor) -> Tensor:
+    """Mask, masked_fill and softmax (NaN for empty sentences, which the demo does not have)."""
     padding = torch.arange(scores.size(-1), device=scores.device) >= lengths.view(-1, 1, 1, 1)
     return torch.softmax((scores * SCALE).masked_fill_(padding, -torch.inf), -1)
 
@@ -156,29 +146,29 @@ def compare(
         batch = batches[number]
         scores, lengths = embeddings.scores(batch), batch.lengths.to(device)
         weights = masked_softmax(scores, lengths, scale=SCALE)
-        difference = (weights - formulation(scores, lengths)).abs().max().item()
+        difference = (weights - unfused_softmax(scores, lengths)).abs().max().item()
         result.difference = max(result.difference, difference)
         error = measure.error_in_bounds(weights, scores, lengths, SCALE)
         result.worst_error = max(result.worst_error, error)
         seconds = measure.interleaved_medians(
             (
-                partial(formulation, scores, lengths),
+                partial(unfused_softmax, scores, lengths),
                 partial(masked_softmax, scores, lengths, scale=SCALE),
             ),
             rounds,
             device,
         )
-        result.formulation_seconds += seconds[0]
+        result.unfused_seconds += seconds[0]
         result.package_seconds += seconds[1]
     return result
 
 
 def memory_cells(batches: list[PaddedBatch], embeddings: Embeddings) -> tuple[str, str, str]:
     largest = max(batches, key=lambda batch: batch.tokens.numel())
-    scores = embeddings.scores(largest).repeat(4, 1, 1, 1)  # large enough to stand out
+    scores = embeddings.scores(largest).repeat(4, 1, 1, 1)  # large against other allocations
     lengths = largest.lengths.to(scores.device).repeat(4)
     works = (
-        partial(formulation, scores, lengths),
+        partial(unfused_softmax, scores, lengths),
         partial(masked_softmax, scores, lengths, scale=SCALE),
     )
     peaks = (measure.peak_memory_bytes(work, scores.device) for work in works)
@@ -189,7 +179,7 @@ def memory_cells(batches: list[PaddedBatch], embeddings: Embeddings) -> tuple[st
 def draw_sentence(
     sentences: list[list[str]], numbers: dict[str, int], embeddings: Embeddings
 ) -> None:
-    fitting = [sentence for sentence in sentences if len(sentence) <= DRAWN_WORDS]
+    fitting = [sentence for sentence in sentences if len(sentence) <= MAX_DRAWN_WORDS]
     if not fitting:
         return
     sentence = max(fitting, key=len)

@@ -1,4 +1,4 @@
-"""The functions' arguments as the operators take them, and what is wrong with them in words."""
+"""Conversion of the functions' arguments to those of the operators, and its error messages."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-Index: TypeAlias = int | Tensor
+Index: TypeAlias = int | Tensor  # lengths or starts
+
+# The types that the operators accept for lengths, starts and offsets.
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether it is distributed; where nobody has loaded that part of torch, it is not."""
+    # Importing torch.distributed.tensor is slow; where nothing has imported it, no DTensor exists.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -31,26 +34,28 @@ def convert(
 ) -> tuple[Tensor, int, Tensor | None, float | None, torch.dtype | None]:
     """lengths, dim, starts, scale and dtype as the operators take them."""
     dim, scale, dtype = convert_options(name, "input", input, dim, scale, dtype, validate)
-    starts = None if starts is None else _as_index(name, "starts", starts, input, dim)
-    return _as_index(name, "lengths", lengths, input, dim), dim, starts, scale, dtype
+    starts = None if starts is None else _to_tensor(name, "starts", starts, input, dim)
+    return _to_tensor(name, "lengths", lengths, input, dim), dim, starts, scale, dtype
 
 
 def convert_options(
     name: str,
-    what: str,
+    argument: str,
     input: Tensor,
     dim: int,
     scale: float | None,
     dtype: torch.dtype | type[float] | None,
     validate: bool,
 ) -> tuple[int, float | None, torch.dtype | None]:
-    """dim, scale and dtype as the operators take them."""
+    """dim, scale and dtype as the operators take them; ``argument`` is the name of ``input``."""
     if not isinstance(input, Tensor):
-        raise TypeError(f"{name}(): expected {what} to be a Tensor, but got {type(input).__name__}")
-    check_dense(name, what, input)
+        raise TypeError(
+            f"{name}(): expected {argument} to be a Tensor, but got {type(input).__name__}"
+        )
+    check_dense(name, argument, input)
     if isinstance(dim, bool) or not isinstance(dim, numbers.Integral):
         raise TypeError(f"{name}(): expected dim to be an int, but got {type(dim).__name__}")
-    check_dim(dim, max(input.dim(), 1))  # the operator knows 64 bits only
+    check_dim(dim, max(input.dim(), 1))  # here, because an operator's int has 64 bits
     if not isinstance(validate, bool):
         raise TypeError(
             f"{name}(): expected validate to be a bool, but got {type(validate).__name__}"
@@ -61,42 +66,41 @@ def convert_options(
         raise TypeError(
             f"{name}(): expected dtype to be a torch.dtype, but got {type(dtype).__name__}"
         )
-    return int(dim), convert_scale(f"{name}(): ", what, scale), dtype
+    return int(dim), convert_scale(f"{name}(): ", argument, scale), dtype
 
 
-def check_dense(name: str, what: str, tensor: Tensor) -> None:
-    """What the operators would say, where other operations come before them, or a jagged tensor."""
+def check_dense(name: str, argument: str, tensor: Tensor) -> None:
+    """The operators' check, for tensors that something else would reject or convert before them."""
     if tensor.is_nested:
-        kind = "a nested one (masked_softmax() and masked_log_softmax() take a jagged input)"
+        kind = "a nested tensor (masked_softmax() and masked_log_softmax() take a jagged input)"
     elif tensor.layout != torch.strided:
-        kind = "one of oneDNN's" if tensor.is_mkldnn else "a sparse one"
+        kind = "a oneDNN tensor" if tensor.is_mkldnn else "a sparse tensor"
         kind += "; its to_dense() gives a dense one"
     else:
         return
-    raise NotImplementedError(f"{name}(): expected {what} to be a dense tensor, but got {kind}")
+    raise NotImplementedError(f"{name}(): expected {argument} to be a dense tensor, but got {kind}")
 
 
-def convert_scale(prefix: str, what: str, scale: float | None) -> float | None:
-    """The scale as the operators take it."""
+def convert_scale(prefix: str, argument: str, scale: float | None) -> float | None:
     if scale is None or isinstance(scale, float):
         return scale
-    # A tensor is refused, not converted: its gradient would be lost without a word.
+    # Tensors are refused: the conversion would silently drop their gradient.
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise TypeError(
             f"{prefix}expected scale to be a number, but got {type(scale).__name__} "
-            f"(multiply {what} by it instead)"
+            f"(multiply {argument} by it instead)"
         )
     try:
         return float(scale)
     except OverflowError:
         raise ValueError(
-            f"{prefix}expected scale to be a number that a float can hold, but got a "
-            f"{type(scale).__name__} beyond that"
+            f"{prefix}expected scale to be a number that a float can hold, but got a larger "
+            f"{type(scale).__name__}"
         ) from None
 
 
 def check_dim(dim: int, ndim: int) -> None:
-    """In torch's words."""
+    """Raises torch's own message."""
     if not -ndim <= dim < ndim:
         raise IndexError(
             f"Dimension out of range (expected to be in range of [{-ndim}, {ndim - 1}], "
@@ -104,28 +108,32 @@ def check_dim(dim: int, ndim: int) -> None:
         )
 
 
-def _as_index(name: str, what: str, index: Index | None, input: Tensor, dim: int) -> Tensor:
+def is_integer_dtype(dtype: torch.dtype) -> bool:
+    return not (dtype == torch.bool or dtype.is_floating_point or dtype.is_complex)
+
+
+def _to_tensor(name: str, argument: str, index: Index | None, input: Tensor, dim: int) -> Tensor:
     if isinstance(index, Tensor):
-        check_dense(name, what, index)
+        check_dense(name, argument, index)
         return index
     if isinstance(index, bool) or not isinstance(index, int | torch.SymInt | numbers.Integral):
         raise TypeError(
-            f"{name}(): expected {what} to be an int or a tensor of an integer type, "
+            f"{name}(): expected {argument} to be an int or a tensor of an integer type, "
             f"but got {type(index).__name__}"
-            + (" (only a jagged input knows its own)" if index is None else "")
+            + (" (only a jagged input knows its own lengths)" if index is None else "")
         )
     is_symbol = isinstance(index, torch.SymInt) or is_dynamo_compiling()
     if not is_symbol and not -(2**63) <= index < 2**63:
         cols = input.size(dim) if input.dim() > 0 else 1
         raise ValueError(
-            f"{name}(): expected {what} from 0 to {cols} (input's size in dimension {dim}), "
+            f"{name}(): expected {argument} from 0 to {cols} (input's size in dimension {dim}), "
             f"but got {index}"
         )
     return torch.full((), index, dtype=torch.int64, device=input.device)
 
 
 def check_out(name: str, input: Tensor, result: Tensor, out: Tensor) -> None:
-    """What the operator would check of out, for when a compiler stands in its place."""
+    """The operator's checks of ``out``, for calls where ``copy_`` writes to it instead."""
     if out.dtype != result.dtype:
         raise TypeError(f"{name}(): expected out of {result.dtype}, but got {out.dtype}")
     if out.device != result.device:

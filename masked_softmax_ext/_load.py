@@ -1,4 +1,4 @@
-"""Loads the compiled extension, or says in words why it cannot be and what to type."""
+"""Loads the compiled extension. If that fails, the error says why and which command helps."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ REBUILD = "pip install --no-build-isolation --no-deps --force-reinstall ."
 
 
 def load_extension() -> ModuleType:
-    """Imports ``_C``, which registers the operators, and selects the instruction set asked for.
+    """Imports ``_C``, which registers the operators, and selects the CPU's instruction set.
 
     Raises:
         ImportError: the extension was not built, or was built for another torch.
-        RuntimeError: the environment asks for an instruction set that this processor lacks.
+        RuntimeError: the environment variable names an instruction set that this CPU lacks.
     """
     try:
         built_for = importlib.import_module("masked_softmax_ext._built_for").TORCH_VERSION
     except ModuleNotFoundError:
         raise ImportError(
-            "masked_softmax_ext has not been built: its compiled part is missing. "
+            "masked_softmax_ext has not been built: its compiled extension is missing. "
             f"In a checkout of its source, type: {REBUILD}"
         ) from None
     if built_for != torch.__version__:
@@ -35,14 +35,14 @@ def load_extension() -> ModuleType:
         extension = importlib.import_module("masked_softmax_ext._C")
     except ImportError as error:
         raise ImportError(
-            f"the compiled part of masked_softmax_ext does not load ({error}). "
+            f"the compiled extension of masked_softmax_ext does not load ({error}). "
             f"In a checkout of its source, type: {REBUILD}"
         ) from error
 
-    asked_for = os.environ.get(CAPABILITY_VARIABLE)
-    if asked_for:
+    capability = os.environ.get(CAPABILITY_VARIABLE)
+    if capability:
         try:
-            extension.set_cpu_capability(asked_for)
+            extension.set_cpu_capability(capability)
         except (ValueError, RuntimeError) as error:
-            raise RuntimeError(f"{CAPABILITY_VARIABLE}={asked_for}: {error}") from None
+            raise RuntimeError(f"{CAPABILITY_VARIABLE}={capability}: {error}") from None
     return extension

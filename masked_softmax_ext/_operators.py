@@ -1,4 +1,4 @@
-"""The operators that write to no argument, by name."""
+"""The functional operators (those that write to no argument) by name."""
 
 from __future__ import annotations
 
@@ -7,31 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Each begins with so many tensors of scores (or gradients, or results), all of one shape; then come
-# lengths, dim, starts.
-SCORES = {
-    "masked_softmax": 1,
-    "masked_log_softmax": 1,
-    "masked_softmax_backward": 2,
-    "masked_log_softmax_backward": 2,
-    "masked_log_softmax_jvp": 2,
-    "masked_softmax_backward_wrt_output": 3,
-    "masked_log_softmax_backward_wrt_output": 3,
-    "masked_softmax_backward_jvp_wrt_output": 3,
-    "masked_log_softmax_jvp_jvp_wrt_output": 3,
-}
+from masked_softmax_ext import _C
+from masked_softmax_ext._torch_internals import positional_index
+
+# Number of score-shaped tensor arguments that each operator takes first; lengths, dim and starts
+# follow. From the table of operations, csrc/common/operations.inc.
+SCORE_TENSORS: dict[str, int] = dict(_C.operations())
 
 
-def packed_of(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> int | None:
-    """The argument `packed` of a call, however it was given."""
-    if "packed" in options:
-        return options["packed"]  # type: ignore[no-any-return]
-    schema = getattr(torch.ops.masked_softmax_ext, name).default._schema
-    position = [argument.name for argument in schema.arguments].index("packed")
-    is_positional = not schema.arguments[position].kwarg_only
-    return args[position] if is_positional and position < len(args) else None
+def find_operator(name: str) -> Any:
+    return getattr(torch.ops.masked_softmax_ext, name).default
 
 
 def call_operator(name: str, *args: Any, **options: Any) -> Tensor:
-    result: Tensor = getattr(torch.ops.masked_softmax_ext, name).default(*args, **options)
+    result: Tensor = find_operator(name)(*args, **options)
     return result
+
+
+def packed_argument(operator: Any, args: tuple[Any, ...], options: dict[str, Any]) -> int | None:
+    """The argument ``packed`` of a call, given by position or by name."""
+    index = positional_index(operator, "packed")
+    if index is not None and index < len(args):
+        return args[index]  # type: ignore[no-any-return]
+    return options.get("packed")

@@ -1,7 +1,7 @@
-"""Bounds of rows (lengths, starts) made of what users have: masks, causality, windows, padding.
+"""Bounds of rows (lengths and starts) from masks, and for causal and windowed attention.
 
-Wherever two bounds meet, they are aligned as the softmax aligns them with its scores: from the
-first dimension on.
+Where bounds are combined, their shapes broadcast from the first dimension on, as the softmax aligns
+them with its scores.
 """
 
 from __future__ import annotations
@@ -14,35 +14,36 @@ import torch
 from torch import Tensor
 
 from masked_softmax_ext import reference
-from masked_softmax_ext._arguments import Index, check_dense, check_dim
+from masked_softmax_ext._arguments import Index, check_dense, check_dim, is_integer_dtype
 
 Bounds: TypeAlias = Tensor | tuple[Tensor, Tensor | None]
 
-_REFUSED = -1  # a length that no row has: the softmax refuses it
+_INVALID_LENGTH = -1  # marks a row that the softmax must reject
 
 
 def lengths_from_mask(
     mask: Tensor, dim: int = -1, *, validate: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The bounds of a mask whose True columns are, in each row, one contiguous run.
+    """The bounds of a mask whose True columns are contiguous in each row.
 
-    Where values cannot be looked at (in ``torch.compile``, ``torch.export``, ``torch.vmap``, on the
-    meta device) or are not (on CUDA, unless ``validate``), a row of several runs gets length -1. It
-    does not pass unnoticed: the softmax raises for such a row on the CPU, and makes it NaN on CUDA.
+    A row whose True columns form several runs raises an error on the CPU, and on CUDA with
+    ``validate``. Otherwise, and where values cannot be read (in ``torch.compile``, ``torch.export``
+    and ``torch.vmap``, on the meta device), its length is -1, for which the softmax raises on the
+    CPU and returns NaN on CUDA.
 
     Args:
         mask: bool, any shape; True where a column is valid. (A ``key_padding_mask`` of
             ``torch.nn.MultiheadAttention`` is True in the padding: pass ``~key_padding_mask``.)
         dim: the dimension of the columns.
-        validate: on CUDA, raise for rows of several runs at the price of one synchronisation.
+        validate: on CUDA, raise for rows with several runs, which costs a synchronisation.
 
     Returns:
         ``(lengths, starts)``: int64, of mask's shape without ``dim``, on its device. An empty row
         has length 0 and start 0.
 
     Raises:
-        ValueError: a row has several runs; the first such row is named, with its runs.
-        TypeError: ``mask`` is no bool tensor.
+        ValueError: a row has several runs; the message names the first such row and its runs.
+        TypeError: ``mask`` is not a bool tensor.
         IndexError: ``dim`` out of range.
 
     Example:
@@ -64,22 +65,22 @@ def lengths_from_mask(
     rows = mask.unsqueeze(0) if mask.dim() == 0 else mask.movedim(dim, -1)
     cols = rows.size(-1)
     lengths = rows.sum(-1)
-    # The first True of each row; 0 where there is none, or no column at all.
+    # The first True of each row, 0 if there is none. argmax needs at least one column.
     starts = rows.to(torch.uint8).argmax(-1) if cols > 0 else lengths
     is_run = (mask_from_lengths(lengths, cols, starts) == rows).all(-1)
     if mask.device.type == "cpu" or validate:
-        _raise_unless(is_run, rows)
-    return torch.where(is_run, lengths, _REFUSED), starts
+        _raise_for_several_runs(is_run, rows)
+    return torch.where(is_run, lengths, _INVALID_LENGTH), starts
 
 
 def mask_from_lengths(lengths: Index, cols: int, starts: Index | None = None) -> Tensor:
     """The mask of the columns ``start <= column < start + length``.
 
-    Values are not looked at: what lies beyond ``cols`` is cut.
+    Values are not checked: columns beyond ``cols`` are dropped.
 
     Args:
         lengths: an int, or a tensor of an integer type, any shape.
-        cols: how many columns the mask has.
+        cols: the number of columns of the mask.
         starts: the first valid column, like ``lengths``; ``None`` is 0. Its shape and that of
             lengths broadcast from the first dimension on: ``(B, 1, Q)`` with ``(B,)``.
 
@@ -87,8 +88,8 @@ def mask_from_lengths(lengths: Index, cols: int, starts: Index | None = None) ->
         bool, ``(*shape, cols)`` for lengths (broadcast with starts) of that shape, on their device.
 
     Raises:
-        ValueError: shapes that do not fit, or a negative ``cols``.
-        TypeError: lengths or starts that are no integers.
+        ValueError: shapes that do not broadcast, or a negative ``cols``.
+        TypeError: lengths or starts that are not integers.
 
     Example:
         >>> mask_from_lengths(torch.tensor([2, 1]), 3, starts=torch.tensor([1, 0]))
@@ -101,24 +102,24 @@ def mask_from_lengths(lengths: Index, cols: int, starts: Index | None = None) ->
         check_dense("mask_from_lengths", "lengths and starts", index)
     rows = _broadcast("mask_from_lengths", given)[0].shape if given else ()
     device = given[0].device if given else None
-    scores = torch.empty((), device=device).expand(*rows, cols)  # a shape: nobody reads it
+    scores = torch.empty((), device=device).expand(*rows, cols)  # only its shape is used
     return reference.unchecked_mask(scores, lengths, -1, starts)
 
 
 def causal_lengths(
     queries: int, keys: int, *, ndim: int = 4, device: torch.device | str | None = None
 ) -> Tensor:
-    """The lengths under which a query sees itself and the keys before it.
+    """The lengths of causal attention: a query sees itself and the keys before it.
 
     The last query is aligned with the last key. With more keys than queries (a decoder with cached
     keys) the first query sees ``keys - queries + 1`` of them; with fewer, the first
     ``queries - keys`` rows are empty.
 
     Args:
-        queries: how many rows there are.
-        keys: how many columns there are.
-        ndim: how many dimensions the scores have: ``(..., queries, keys)``.
-        device: where the result is to be.
+        queries: the number of rows.
+        keys: the number of columns.
+        ndim: the number of dimensions of the scores, ``(..., queries, keys)``.
+        device: the device of the result.
 
     Returns:
         int64, ``(1, ..., 1, queries)`` of ``ndim - 1`` dimensions: for the default, scores
@@ -126,7 +127,7 @@ def causal_lengths(
 
     Raises:
         ValueError: a negative size, or ``ndim`` below 2.
-        TypeError: an argument that is no int.
+        TypeError: an argument that is not an int.
 
     Example:
         >>> causal_lengths(3, 3)
@@ -147,21 +148,21 @@ def window(
     ndim: int = 4,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The bounds under which a query sees the ``size`` most recent keys, its own among them.
+    """The bounds of sliding-window attention: a query sees its key and the ``size - 1`` before it.
 
     Args:
-        queries: how many rows there are; aligned with keys as in :func:`causal_lengths`.
-        keys: how many columns there are.
-        size: how many keys a query sees at most.
-        ndim: how many dimensions the scores have.
-        device: where the results are to be.
+        queries: the number of rows; aligned with keys as in :func:`causal_lengths`.
+        keys: the number of columns.
+        size: the largest number of keys that a query sees.
+        ndim: the number of dimensions of the scores.
+        device: the device of the results.
 
     Returns:
-        ``(lengths, starts)``, each as :func:`causal_lengths` returns its lengths.
+        ``(lengths, starts)``, each of the type and shape that :func:`causal_lengths` returns.
 
     Raises:
         ValueError: a negative size, or ``ndim`` below 2.
-        TypeError: an argument that is no int.
+        TypeError: an argument that is not an int.
 
     Example:
         >>> window(4, 4, 2, ndim=2)
@@ -174,22 +175,23 @@ def window(
 
 
 def intersect_bounds(*bounds: Bounds) -> tuple[Tensor, Tensor]:
-    """The bounds of the columns that lie in all of the bounds: causal and padded, for instance.
+    """The intersection of bounds, for instance of a causal mask and padding.
 
     Args:
         bounds: each of them lengths, or a pair ``(lengths, starts)``; tensors of an integer type
             whose shapes broadcast from the first dimension on: ``(B,)`` with ``(1, 1, Q)``.
 
     Returns:
-        ``(lengths, starts)``: int64, of the common shape. A negative length, which the softmax
-        refuses, stays one.
+        ``(lengths, starts)``: int64, of the broadcast shape. Where a given length is negative, and
+        so invalid, the result's is too.
 
     Raises:
-        ValueError: no bounds, or shapes that do not fit.
+        ValueError: no bounds, or shapes that do not broadcast.
         TypeError: bounds of another type.
 
     Example:
-        A causal mask over padded keys: on the right, where ``lengths`` are the keys of each batch,
+        A causal mask over keys that are padded on the right, given the number of keys of each
+        batch:
 
         >>> from masked_softmax_ext import masked_softmax
         >>> scores = torch.zeros(2, 1, 3, 3)
@@ -199,7 +201,7 @@ def intersect_bounds(*bounds: Bounds) -> tuple[Tensor, Tensor]:
                 [0.5000, 0.5000, 0.0000],
                 [0.5000, 0.5000, 0.0000]])
 
-        and on the left, from the mask that a tokenizer gives:
+        And on the left, given a tokenizer's mask:
 
         >>> attention_mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
         >>> padding = lengths_from_mask(attention_mask.bool())
@@ -220,14 +222,14 @@ def intersect_bounds(*bounds: Bounds) -> tuple[Tensor, Tensor]:
     ]
     common = _broadcast(name, lengths + starts)
     lengths, starts = common[: len(pairs)], common[len(pairs) :]
-    # Cut where the sum would be more than an int64 holds.
+    # Saturates at the largest int64 instead of overflowing.
     ends = [
         start + torch.minimum(length, torch.iinfo(torch.int64).max - start.clamp(min=0))
         for start, length in zip(starts, lengths, strict=True)
     ]
     start, end = reduce(torch.maximum, starts), reduce(torch.minimum, ends)
-    is_refused = reduce(torch.logical_or, [length < 0 for length in lengths])
-    return torch.where(is_refused, _REFUSED, (end - start).clamp(min=0)), start
+    is_invalid = reduce(torch.logical_or, [length < 0 for length in lengths])
+    return torch.where(is_invalid, _INVALID_LENGTH, (end - start).clamp(min=0)), start
 
 
 def _causal_lengths(
@@ -241,13 +243,13 @@ def _causal_lengths(
 
 
 def _check_sizes(name: str, **sizes: int) -> None:
-    for what, size in sizes.items():
+    for argument, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int | torch.SymInt | numbers.Integral):
             raise TypeError(
-                f"{name}(): expected {what} to be an int, but got {type(size).__name__}"
+                f"{name}(): expected {argument} to be an int, but got {type(size).__name__}"
             )
         if size < 0:
-            raise ValueError(f"{name}(): expected {what} of at least 0, but got {size}")
+            raise ValueError(f"{name}(): expected {argument} of at least 0, but got {size}")
 
 
 def _is_pair(bounds: object) -> TypeGuard[tuple[Tensor, Tensor | None]]:
@@ -261,15 +263,15 @@ def _checked(name: str, index: object) -> Tensor:
             f"{type(index).__name__}"
         )
     check_dense(name, "lengths and starts", index)
-    if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
+    if not is_integer_dtype(index.dtype):
         raise TypeError(
             f"{name}(): expected lengths and starts of an integer type, but got {index.dtype}"
         )
     return index.long()
 
 
-def _raise_unless(is_run: Tensor, rows: Tensor) -> None:
-    """Where there are values to look at."""
+def _raise_for_several_runs(is_run: Tensor, rows: Tensor) -> None:
+    """Does nothing where values cannot be read."""
     if torch.compiler.is_compiling():
         return
     try:
@@ -277,7 +279,7 @@ def _raise_unless(is_run: Tensor, rows: Tensor) -> None:
             return
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
-    except RuntimeError:  # vmap, meta and fake tensors: they have none
+    except RuntimeError:  # under vmap, and for meta and fake tensors
         return
     row = tuple((~is_run).nonzero()[0].tolist())
     name = f"row {row}" if len(row) > 1 else f"row {row[0] if row else 0}"
@@ -293,7 +295,7 @@ def _raise_unless(is_run: Tensor, rows: Tensor) -> None:
 
 
 def _broadcast(name: str, indices: list[Tensor]) -> list[Tensor]:
-    """Aligned from the first dimension on: new ones come last."""
+    """Broadcasts from the first dimension on: missing dimensions are appended."""
     ndim = max(index.dim() for index in indices)
     aligned = [index[(...,) + (None,) * (ndim - index.dim())] for index in indices]
     try:

@@ -1,7 +1,7 @@
-"""The functions in terms of torch's own operators, for programs that leave torch.
+"""Decompositions of the operators into torch's own, for programs that are exported from torch.
 
-What comes out is the formulation with a mask: the same values, empty rows zeros; but nothing
-checks lengths any more, which are cut to the row instead.
+They build a mask. The values are the same, empty rows included, but lengths are clamped to the row
+instead of checked.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from masked_softmax_ext import reference
-
-_ops = torch.ops.masked_softmax_ext
+from masked_softmax_ext._operators import find_operator
 
 
 def decomposition_table() -> dict[Any, Callable[..., Any]]:
-    """For an exported program: what the operators are replaced by where it goes without them.
+    """The decompositions of the operators, for ``ExportedProgram.run_decompositions``.
 
-    ``torch.onnx.export(model, ..., dynamo=True)`` needs no table: a model is exported in torch's
-    own operators. An ``ExportedProgram`` that has the operators does.
+    They make an exported program run without this package. ``torch.onnx.export(model, ...,
+    dynamo=True)`` decomposes the operators of a model itself; an ``ExportedProgram`` that contains
+    them needs the table.
 
     Returns:
-        A dict from operators to functions, as ``ExportedProgram.run_decompositions`` takes it.
+        A dict from operators to functions.
 
     Example:
         >>> from masked_softmax_ext import MaskedSoftmax
@@ -36,18 +36,18 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
         False
     """
     return {
-        _ops.masked_softmax.default: masked_softmax,
-        _ops.masked_log_softmax.default: masked_log_softmax,
+        find_operator("masked_softmax"): masked_softmax,
+        find_operator("masked_log_softmax"): masked_log_softmax,
     }
 
 
 def masked_softmax(*args: Any, **options: Any) -> Any:
-    """What the operator ``masked_softmax`` computes, for padded rows."""
+    """The operator ``masked_softmax`` of padded rows."""
     return _decompose(reference.softmax_where, *args, **options)
 
 
 def masked_log_softmax(*args: Any, **options: Any) -> Any:
-    """What the operator ``masked_log_softmax`` computes, for padded rows."""
+    """The operator ``masked_log_softmax`` of padded rows."""
     return _decompose(reference.log_softmax_where, *args, **options)
 
 

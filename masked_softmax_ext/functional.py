@@ -14,9 +14,7 @@ from masked_softmax_ext._arguments import Index, check_dense, check_out, convert
 from masked_softmax_ext._operators import call_operator
 from masked_softmax_ext.packed import jagged_softmax
 
-_ops = torch.ops.masked_softmax_ext
-
-_MAX_DIMS = 64  # of any tensor of torch's; a dim beyond is out of range, and may not fit 64 bits
+_MAX_DIMS = 64  # torch's limit; a dim beyond it is out of range, and may not even fit 64 bits
 
 
 def masked_softmax(
@@ -42,28 +40,28 @@ def masked_softmax(
     Args:
         input: the scores, any shape and strides; float32, float64, bfloat16 or float16, or an
             integer type where ``dtype`` is given. Or a jagged nested tensor, ``dim`` its ragged
-            dimension: it knows its lengths, and is not padded.
-        lengths: how many columns of each row are valid: an int, or a tensor of an integer type on
+            dimension: it has lengths of its own and no padding.
+        lengths: the number of valid columns in each row: an int, or a tensor of an integer type on
             input's device whose shape broadcasts, from its **first** dimension on, to input's
             shape without ``dim``. For scores ``(B, H, Q, K)``: ``()``, ``(B,)``, ``(B, H)``,
             ``(B, 1, Q)``, ``(1, 1, Q)``, ``(B, H, Q)``. ``None`` for a jagged input only.
         dim: the softmax dimension.
         starts: the first valid column of each row, like ``lengths``; ``None`` is 0.
-        scale: a number multiplied into the scores; ``None`` is 1. It has no gradient.
+        scale: a number multiplied into the scores; ``None`` is 1. Not differentiable.
         dtype: the result's type; the conversion happens in the kernel. ``None`` is input's type
             (float32 under autocast).
-        validate: on CUDA, raise for invalid lengths at the price of one synchronisation, instead
-            of making their rows NaN. The CPU always raises.
-        out: a tensor of input's shape and of the result's type to write to. May be ``input``.
+        validate: on CUDA, raise for invalid lengths, which costs a synchronisation. Otherwise
+            their rows become NaN. The CPU always raises.
+        out: a tensor to write to, of input's shape and the result's type. May be ``input``.
 
     Returns:
         A contiguous tensor of input's shape (or ``out``). Differentiable twice in ``input``,
         backward and forward.
 
     Raises:
-        ValueError: lengths (and starts) outside of the columns, a shape or device that does not
-            fit, an ``out`` that overlaps.
-        TypeError: a type that does not fit.
+        ValueError: lengths (and starts) outside of the columns, a wrong shape or device, an
+            ``out`` that overlaps an argument.
+        TypeError: an argument of the wrong type.
         NotImplementedError: a tensor that is not dense (sparse, quantized, nested unless jagged).
         IndexError: ``dim`` out of range.
 
@@ -80,7 +78,8 @@ def masked_softmax(
                  [0.5000, 0.5000, 0.0000],
                  [0.3333, 0.3333, 0.3333]]])
     """
-    # Fast where nothing needs converting: every test here costs a small call some of its time.
+    # The fast path, for arguments that need no conversion. It is inline because a call to a shared
+    # function would take a noticeable part of a small softmax's time.
     if (
         type(input) is Tensor
         and type(lengths) is Tensor
@@ -92,7 +91,7 @@ def masked_softmax(
         and type(validate) is bool
         and (out is None or type(out) is Tensor)
         and not is_dynamo_compiling()
-        and not has_torch_function_unary(input)  # a TorchFunctionMode is to see the call
+        and not has_torch_function_unary(input)  # so that a TorchFunctionMode sees the call
     ):
         return _C.masked_softmax(input, lengths, dim, starts, scale, dtype, validate, out)
     return _call("masked_softmax", input, lengths, dim, starts, scale, dtype, validate, out)
@@ -113,13 +112,13 @@ def masked_log_softmax(
 
     .. math:: y_j = scale \cdot (x_j - \max x) - \log \sum_k \exp(scale \cdot (x_k - \max x))
 
-    over the valid columns. Accurate near 0 too: a row that one element dominates keeps its
-    relative precision (the sum is taken without the maximum, as ``log1p``). A row of length 0 is
-    all ``-inf``, with zero gradient.
+    over the valid columns. Results near 0 keep their relative accuracy, in rows that one element
+    dominates: the other terms are summed apart from the maximum and added with ``log1p``. A row of
+    length 0 is all ``-inf``, with zero gradient.
 
     Args:
-        input: see :func:`masked_softmax`, as all arguments.
-        lengths: how many columns of each row are valid.
+        input: the scores; all arguments are those of :func:`masked_softmax`.
+        lengths: the number of valid columns in each row.
         dim: the softmax dimension.
         starts: the first valid column of each row.
         scale: a number multiplied into the scores.
@@ -132,7 +131,7 @@ def masked_log_softmax(
         backward and forward.
 
     Raises:
-        ValueError, TypeError, NotImplementedError, IndexError: as :func:`masked_softmax`.
+        ValueError, TypeError, NotImplementedError, IndexError: as for :func:`masked_softmax`.
 
     Example:
         >>> masked_log_softmax(torch.zeros(2, 3), torch.tensor([1, 2]))
@@ -150,7 +149,7 @@ def masked_log_softmax(
         and type(validate) is bool
         and (out is None or type(out) is Tensor)
         and not is_dynamo_compiling()
-        and not has_torch_function_unary(input)  # a TorchFunctionMode is to see the call
+        and not has_torch_function_unary(input)  # so that a TorchFunctionMode sees the call
     ):
         return _C.masked_log_softmax(input, lengths, dim, starts, scale, dtype, validate, out)
     return _call("masked_log_softmax", input, lengths, dim, starts, scale, dtype, validate, out)
@@ -168,8 +167,9 @@ def masked_softmax_(
     """:func:`masked_softmax` in place: overwrites ``input`` and returns it.
 
     Args:
-        input: the scores, of a floating point type; see :func:`masked_softmax`, as all arguments.
-        lengths: how many columns of each row are valid.
+        input: the scores, of a floating point type; the others are those of
+            :func:`masked_softmax`.
+        lengths: the number of valid columns in each row.
         dim: the softmax dimension.
         starts: the first valid column of each row.
         scale: a number multiplied into the scores.
@@ -179,8 +179,8 @@ def masked_softmax_(
         ``input``.
 
     Raises:
-        ValueError, TypeError, NotImplementedError, IndexError: as :func:`masked_softmax`; ``input``
-            is then unchanged.
+        ValueError, TypeError, NotImplementedError, IndexError: as for :func:`masked_softmax`;
+            ``input`` is then unchanged.
         RuntimeError: ``input`` is a leaf that requires grad.
 
     Example:
@@ -194,8 +194,8 @@ def masked_softmax_(
     lengths, dim, starts, scale, _ = convert(
         name, input, lengths, dim, starts, scale, None, validate
     )
-    if torch.compiler.is_compiling() or is_dtensor(input):  # they know copy_
-        dtype = input.dtype if input.is_floating_point() else None  # whatever autocast says
+    if torch.compiler.is_compiling() or is_dtensor(input):  # see _call()
+        dtype = input.dtype if input.is_floating_point() else None  # takes precedence over autocast
         return input.copy_(
             _call("masked_softmax", input, lengths, dim, starts, scale, dtype, validate, None)
         )
@@ -206,16 +206,19 @@ def masked_softmax_(
         and not has_torch_function_unary(input)
     ):
         return _C.masked_softmax_(input, lengths, dim, starts, scale, validate)
-    _ops.masked_softmax_(input, lengths, dim, starts, scale=scale, validate=validate)
+    torch.ops.masked_softmax_ext.masked_softmax_(
+        input, lengths, dim, starts, scale=scale, validate=validate
+    )
     return input
 
 
 def build_info() -> dict[str, Any]:
-    """What the compiled extension was built with.
+    """Information about the build of the compiled extension.
 
     Returns:
-        A dict: ``torch`` (version), ``cuda`` (version, or None), ``compiler``, ``cxx_standard``,
-        ``cpu_capabilities`` (the instruction sets compiled in).
+        A dict with ``torch`` (version), ``cuda`` (version, or None), ``compiler``,
+        ``cxx_standard`` and ``cpu_capabilities`` (the instruction sets that it has kernels for);
+        in a build with CUDA also ``cuda_architectures``.
 
     Example:
         >>> "scalar" in build_info()["cpu_capabilities"]
@@ -227,7 +230,7 @@ def build_info() -> dict[str, Any]:
 def cpu_capability() -> str:
     """The instruction set in use on the CPU: ``"scalar"``, ``"avx2"``, ``"avx512"`` or ``"neon"``.
 
-    The best one that the processor has, unless the environment variable
+    It is the best one that the CPU supports, unless the environment variable
     ``MASKED_SOFTMAX_EXT_CPU_CAPABILITY`` names another at import.
 
     Example:
@@ -248,7 +251,7 @@ def _call(
     validate: bool,
     out: Tensor | None,
 ) -> Tensor:
-    """The functions' general way: converts the arguments and calls the operator of that name."""
+    """The general path: converts the arguments and calls the operator of that name."""
     if isinstance(input, Tensor) and input.is_nested:
         return jagged_softmax(name, input, lengths, dim, starts, scale, dtype, validate, out)
     lengths, dim, starts, scale, dtype = convert(
@@ -259,29 +262,30 @@ def _call(
             raise TypeError(f"{name}(): expected out to be a Tensor, but got {type(out).__name__}")
         check_dense(name, "out", out)
     is_distributed = is_dtensor(input)
-    # A compiler and a DTensor know copy_ as a way to write, not operators that return nothing.
+    # Under a compiler and for a DTensor, copy_ writes the result to out: neither of them handles
+    # operators that return nothing.
     if out is not None and not is_distributed and not torch.compiler.is_compiling():
-        getattr(_ops, name).out(
+        getattr(torch.ops.masked_softmax_ext, name).out(
             input, lengths, dim, starts, scale=scale, dtype=dtype, validate=validate, out=out
         )
         return out
     if out is not None and dtype is None and input.is_floating_point():
-        dtype = input.dtype  # autocast leaves calls with out= alone
+        dtype = input.dtype  # autocast does not apply to calls with out=
     if is_distributed:
-        from masked_softmax_ext._dtensor import masked as operator
+        from masked_softmax_ext._dtensor import call_operator as call
     elif torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
-        operator = _in_torchs_operators  # ONNX has no others
+        call = _call_decomposition  # the exporter translates torch's own operators only
     else:
-        operator = call_operator
-    result: Tensor = operator(
+        call = call_operator
+    result: Tensor = call(
         name, input, lengths, dim, starts, scale=scale, dtype=dtype, validate=validate
     )
     if out is None:
         return result
-    check_out(name, input, result, out)  # copy_ would take any
+    check_out(name, input, result, out)  # copy_ would convert and broadcast
     return out.copy_(result)
 
 
-def _in_torchs_operators(name: str, *args: Any, **options: Any) -> Tensor:
+def _call_decomposition(name: str, *args: Any, **options: Any) -> Tensor:
     result: Tensor = getattr(decompositions, name)(*args, **options)
     return result

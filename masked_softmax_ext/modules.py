@@ -1,4 +1,4 @@
-"""``torch.nn`` modules of the functions."""
+"""``torch.nn`` modules: the functions, and attention pooling."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class MaskedLogSoftmax(nn.Module):
 
 
 class AttentionPooling(nn.Module):
-    r"""The weighted mean of each sequence's valid steps, by weights that are learned.
+    r"""The mean of each sequence's valid steps, with learned attention weights.
 
     .. math:: y = \sum_t \alpha_t h_t, \quad \alpha = \mathrm{masked\_softmax}(s(h))
 
@@ -76,14 +76,14 @@ class AttentionPooling(nn.Module):
     et al., "Hierarchical Attention Networks for Document Classification", NAACL 2016:
     :math:`u^\top \tanh(W h_t + b)`. An empty sequence gives zeros.
 
-    Padding has a weight of exactly 0, and a gradient of 0; it must be finite, since 0 times NaN is
-    NaN.
+    The weight of padding is exactly 0, and so is its gradient. The padding must be finite, because
+    0 times NaN is NaN.
 
     Args:
-        features: the size of a step.
+        features: the number of features of a step.
         hidden: the size of the hidden layer; ``None`` for a linear score.
-        device: where the parameters are.
-        dtype: their type.
+        device: the device of the parameters.
+        dtype: the type of the parameters.
 
     Shape:
         - input: ``(..., steps, features)``; lengths, starts: as for the softmax of scores
@@ -91,8 +91,8 @@ class AttentionPooling(nn.Module):
         - output: ``(..., features)``; with ``return_weights``, weights ``(..., steps)`` too.
 
     Raises:
-        ValueError: an input of another shape; what :func:`masked_softmax_ext.masked_softmax` raises
-            for lengths and starts.
+        ValueError: an input of another shape; invalid lengths and starts, as for
+            :func:`masked_softmax_ext.masked_softmax`.
 
     Example:
         >>> pool = AttentionPooling(4, hidden=8)
@@ -113,7 +113,7 @@ class AttentionPooling(nn.Module):
         super().__init__()
         self.features = features
         self.hidden = hidden
-        # No bias in the last layer: softmax takes no notice of it.
+        # No bias in the last layer: softmax does not change when a constant is added.
         last = nn.Linear(
             features if hidden is None else hidden, 1, bias=False, device=device, dtype=dtype
         )

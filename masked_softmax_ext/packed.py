@@ -1,4 +1,4 @@
-"""Rows that lie end to end, without padding: packed values with offsets, and jagged tensors."""
+"""Packed rows, end to end without padding: values with offsets, and jagged nested tensors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from masked_softmax_ext._arguments import (
+    INTEGER_DTYPES,
     Index,
     check_dense,
     check_dim,
@@ -16,9 +17,9 @@ from masked_softmax_ext._arguments import (
     is_dtensor,
 )
 from masked_softmax_ext._operators import call_operator
+from masked_softmax_ext._torch_internals import cached_max_length, ragged_dim
 
-_INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_UNKNOWN = -1  # to the operators: nobody says how long the longest row is
+_UNKNOWN_LENGTH = -1  # the value of the operators' argument packed without a max_length
 
 
 def packed_softmax(
@@ -33,30 +34,30 @@ def packed_softmax(
 ) -> Tensor:
     r"""Softmax over each of the rows that lie end to end in one dimension.
 
-    Row ``b`` is ``values[offsets[b] : offsets[b + 1]]``, once for every index of the other
-    dimensions. Each has the bits that :func:`masked_softmax` gives it in a padded tensor (on CUDA:
-    one of ``max_length`` columns, or of as many as the longest row has).
+    Row ``b`` is ``values[offsets[b] : offsets[b + 1]]``, for every index of the other dimensions.
+    The result of each row equals, bit for bit, that of :func:`masked_softmax` for the same row in a
+    padded tensor (on CUDA: one with ``max_length`` columns, or as many as the longest row has).
 
     Args:
         values: the rows, ``(total, ...)`` for ``dim`` 0; types and strides as for
             :func:`masked_softmax`.
-        offsets: ``(batch + 1,)``, of an integer type, on values' device: where rows begin and end,
+        offsets: ``(batch + 1,)``, of an integer type, on values' device: the ends of the rows,
             ascending from 0 to ``total``.
         dim: the dimension along which the rows lie.
-        scale: a number multiplied into the values; ``None`` is 1. It has no gradient.
+        scale: a number multiplied into the values; ``None`` is 1. Not differentiable.
         dtype: the result's type; ``None`` is values' type (float32 under autocast).
-        max_length: no row is longer. The CPU needs no such word; on CUDA its absence costs a
-            synchronisation, in the backward pass another.
-        validate: on CUDA, raise for invalid offsets at the price of one synchronisation, instead of
-            making NaN of what no valid row covers. The CPU always raises.
+        max_length: an upper bound of the rows' lengths. Without it, CUDA synchronises once in the
+            forward pass and once in the backward pass. The CPU does not need it.
+        validate: on CUDA, raise for invalid offsets, which costs a synchronisation. Otherwise the
+            elements that no valid row covers become NaN. The CPU always raises.
 
     Returns:
         A contiguous tensor of values' shape. Differentiable twice in ``values``.
 
     Raises:
-        ValueError: offsets that do not ascend from 0 to ``total``, or of a shape or device that
-            does not fit.
-        TypeError: a type that does not fit.
+        ValueError: offsets that do not ascend from 0 to ``total``, or have the wrong shape or
+            device.
+        TypeError: an argument of the wrong type.
         NotImplementedError: a tensor that is not dense.
         IndexError: ``dim`` out of range.
 
@@ -77,22 +78,22 @@ def packed_log_softmax(
     max_length: int | None = None,
     validate: bool = False,
 ) -> Tensor:
-    """Logarithm of :func:`packed_softmax`, of :func:`masked_log_softmax`'s accuracy.
+    """Logarithm of :func:`packed_softmax`, as accurate as :func:`masked_log_softmax`.
 
     Args:
-        values: see :func:`packed_softmax`, as all arguments.
-        offsets: where rows begin and end.
+        values: the rows; all arguments are those of :func:`packed_softmax`.
+        offsets: the ends of the rows.
         dim: the dimension along which the rows lie.
         scale: a number multiplied into the values.
         dtype: the result's type.
-        max_length: no row is longer.
+        max_length: an upper bound of the rows' lengths.
         validate: raise for invalid offsets on CUDA too.
 
     Returns:
         A contiguous tensor of values' shape. Differentiable twice in ``values``.
 
     Raises:
-        ValueError, TypeError, NotImplementedError, IndexError: as :func:`packed_softmax`.
+        ValueError, TypeError, NotImplementedError, IndexError: as for :func:`packed_softmax`.
 
     Example:
         >>> packed_log_softmax(torch.zeros(3), torch.tensor([0, 2, 3]))
@@ -112,41 +113,40 @@ def jagged_softmax(
     validate: bool,
     out: Tensor | None,
 ) -> Tensor:
-    """The function of that name for a nested tensor: its values are packed rows."""
+    """``masked_softmax`` or ``masked_log_softmax`` of a nested tensor, whose rows are packed."""
     if input.layout != torch.jagged:
         raise NotImplementedError(
             f"{name}(): expected a dense or a jagged input, but got a nested tensor of layout "
             f"{input.layout}"
         )
-    for what, given in (("lengths", lengths), ("starts", starts), ("out", out)):
+    for argument, given in (("lengths", lengths), ("starts", starts), ("out", out)):
         if given is not None:
-            raise ValueError(f"{name}(): expected no {what} beside a jagged input, but got some")
-    ragged_dim = input._ragged_idx  # its name has no public spelling
+            raise ValueError(f"{name}(): expected no {argument} with a jagged input, but got some")
+    row_dim = ragged_dim(input)
     if isinstance(dim, int):
         check_dim(dim, input.dim())
-    if dim not in (ragged_dim, ragged_dim - input.dim()):
+    if dim not in (row_dim, row_dim - input.dim()):
         raise ValueError(
-            f"{name}(): expected dim to be the ragged dimension of the jagged input, {ragged_dim}, "
-            f"but got {dim} (over the others torch.softmax is what is needed)"
+            f"{name}(): expected dim to be the ragged dimension of the jagged input, {row_dim}, "
+            f"but got {dim} (for other dimensions, use torch.softmax)"
         )
     if input.lengths() is not None:
         raise ValueError(
             f"{name}(): expected a jagged input without gaps between its rows, but got one with "
-            "lengths beside its offsets; input.contiguous() closes them"
+            "lengths in addition to its offsets; input.contiguous() removes the gaps"
         )
     offsets = input.offsets()
-    longest = input._maybe_max_seqlen  # where it has been asked for before
     values = _packed(
         name.removeprefix("masked_"),
         input.values(),
         offsets,
-        ragged_dim - 1,
+        row_dim - 1,
         scale,
         dtype,
-        longest if type(longest) is int else None,
+        cached_max_length(input),
         validate,
     )
-    result: Tensor = torch.nested.nested_tensor_from_jagged(values, offsets, jagged_dim=ragged_dim)
+    result: Tensor = torch.nested.nested_tensor_from_jagged(values, offsets, jagged_dim=row_dim)
     return result
 
 
@@ -167,10 +167,10 @@ def _packed(
             f"{name}(): expected offsets to be a Tensor, but got {type(offsets).__name__}"
         )
     check_dense(name, "offsets", offsets)
-    if offsets.dtype not in _INTEGER:
+    if offsets.dtype not in INTEGER_DTYPES:
+        names = ", ".join(str(allowed).removeprefix("torch.") for allowed in INTEGER_DTYPES)
         raise TypeError(
-            f"{name}(): expected offsets of an integer type (int64, int32, int16, int8 or uint8), "
-            f"but got {offsets.dtype}"
+            f"{name}(): expected offsets of an integer type ({names}), but got {offsets.dtype}"
         )
     if offsets.dim() != 1 or offsets.size(0) == 0:
         raise ValueError(
@@ -186,10 +186,10 @@ def _packed(
         )
     offsets = offsets.to(torch.int64)
     if is_dtensor(values):
-        from masked_softmax_ext._dtensor import masked as operator
+        from masked_softmax_ext._dtensor import call_operator as call
     else:
-        operator = call_operator
-    return operator(
+        call = call_operator
+    return call(
         f"masked_{function}",
         values,
         offsets.diff(),
@@ -198,5 +198,5 @@ def _packed(
         scale=scale,
         dtype=dtype,
         validate=validate,
-        packed=_UNKNOWN if max_length is None else int(max_length),
+        packed=_UNKNOWN_LENGTH if max_length is None else int(max_length),
     )

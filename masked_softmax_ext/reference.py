@@ -1,6 +1,6 @@
-"""The formulation that everyone writes: a mask from the lengths, ``masked_fill``, ``softmax``.
+"""The unfused formulation in pure PyTorch: a mask from the lengths, ``masked_fill``, ``softmax``.
 
-What the fused kernels are tested against: same signatures, same results, any device. It builds a
+The fused kernels are tested against it: same signatures, same results, any device. It builds a
 mask, copies the scores, and computes on padding.
 """
 
@@ -12,7 +12,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from masked_softmax_ext._arguments import convert_scale
+from masked_softmax_ext._arguments import convert_scale, is_integer_dtype
 
 
 def masked_softmax(
@@ -28,7 +28,7 @@ def masked_softmax(
 ) -> Tensor:
     """Softmax over the valid columns; arguments as :func:`masked_softmax_ext.masked_softmax`.
 
-    Invalid lengths raise ``ValueError`` on every device, so ``validate`` changes nothing here.
+    Invalid lengths raise ``ValueError`` on every device: ``validate`` has no effect here.
 
     Returns:
         A tensor of input's shape (or ``out``); 0 in the padding.
@@ -39,7 +39,7 @@ def masked_softmax(
                 [0.0000, 0.0000, 0.0000]])
     """
     valid = valid_mask(input, lengths, dim, starts)
-    return _finish(softmax_where(valid, input, dim, scale, dtype), input, dtype, out)
+    return _convert_result(softmax_where(valid, input, dim, scale, dtype), input, dtype, out)
 
 
 def masked_log_softmax(
@@ -64,7 +64,7 @@ def masked_log_softmax(
                 [-inf, -inf, -inf]])
     """
     valid = valid_mask(input, lengths, dim, starts)
-    return _finish(log_softmax_where(valid, input, dim, scale, dtype), input, dtype, out)
+    return _convert_result(log_softmax_where(valid, input, dim, scale, dtype), input, dtype, out)
 
 
 def valid_mask(
@@ -73,19 +73,19 @@ def valid_mask(
     """The mask of the valid columns: ``start <= column < start + length``.
 
     Returns:
-        A bool tensor that broadcasts to input's shape: 1 in the dimensions that lengths and starts
-        leave open, so ``(B, 1, 1, K)`` for scores ``(B, H, Q, K)`` and lengths ``(B,)``.
+        A bool tensor that broadcasts to input's shape: ``(B, 1, 1, K)`` for scores
+        ``(B, H, Q, K)`` and lengths ``(B,)``.
 
     Raises:
-        ValueError: a length or start outside of the columns, or of a shape that does not fit.
-        TypeError: lengths or starts that are no integers.
+        ValueError: a length or start outside of the columns, or of a shape that does not broadcast.
+        TypeError: lengths or starts that are not integers.
 
     Example:
         >>> valid_mask(torch.zeros(2, 4), torch.tensor([1, 3]))
         tensor([[ True, False, False, False],
                 [ True,  True,  True, False]])
     """
-    # A compiled program cannot branch on values.
+    # A compiled program cannot branch on the values of tensors.
     return _mask(input, lengths, dim, starts, checks=not torch.compiler.is_compiling())
 
 
@@ -96,7 +96,7 @@ def softmax_where(
     scale: float | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Softmax over the columns where the mask is True, in the type to compute in."""
+    """Softmax over the columns where the mask is True, in the accumulation type."""
     logits = _masked_logits(input, valid, dim, scale, dtype)
     return torch.softmax(logits, dim).masked_fill(~valid, 0.0)
 
@@ -108,7 +108,7 @@ def log_softmax_where(
     scale: float | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Log-softmax over the columns where the mask is True, in the type to compute in."""
+    """Log-softmax over the columns where the mask is True, in the accumulation type."""
     logits = _masked_logits(input, valid, dim, scale, dtype)
     return torch.log_softmax(logits, dim).masked_fill(~valid, -math.inf)
 
@@ -116,7 +116,7 @@ def log_softmax_where(
 def unchecked_mask(
     input: Tensor, lengths: int | Tensor, dim: int, starts: int | Tensor | None
 ) -> Tensor:
-    """:func:`valid_mask` that looks at no value."""
+    """:func:`valid_mask` without the check of values."""
     return _mask(input, lengths, dim, starts, checks=False)
 
 
@@ -137,18 +137,18 @@ def _mask(
 
 
 def columns_between(length: Tensor, start: Tensor, dim: int, column: Tensor) -> Tensor:
-    """The mask of these columns of rows as :func:`per_row` lays them out."""
+    """The mask of the given columns, for lengths and starts from :func:`per_row`."""
     column = column.reshape((-1,) + (1,) * (length.dim() - 1 - dim))
     return (start <= column) & (column - start < length)
 
 
 def are_invalid(length: Tensor, start: Tensor, cols: int) -> Tensor:
-    """True for rows whose bounds are none."""
+    """True for rows with a length or start outside of the columns."""
     return (start < 0) | (length < 0) | (length > cols - start)
 
 
 def per_row(name: str, index: int | Tensor, input: Tensor, dim: int) -> Tensor:
-    """Lengths or starts in as many dimensions as input: ``dim`` and those not given of size 1."""
+    """Lengths or starts as a tensor that broadcasts with input, of size 1 in ``dim``."""
     rows = input.shape[:dim] + input.shape[dim + 1 :]
     if not isinstance(index, Tensor):
         if isinstance(index, bool) or not isinstance(index, numbers.Integral | torch.SymInt):
@@ -159,7 +159,7 @@ def per_row(name: str, index: int | Tensor, input: Tensor, dim: int) -> Tensor:
         if not isinstance(index, torch.SymInt) and not -(2**63) <= index < 2**63:
             raise ValueError(f"expected {name} from 0 to {input.size(dim)}, but got {index}")
         index = torch.full((), index, device=input.device)
-    if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
+    if not is_integer_dtype(index.dtype):
         raise TypeError(f"expected {name} of an integer type, but got {index.dtype}")
     aligned = tuple(index.shape) + (1,) * (len(rows) - index.dim())
     if len(aligned) != len(rows) or any(
@@ -188,15 +188,15 @@ def _check_bounds(length: Tensor, start: Tensor, input: Tensor, dim: int) -> Non
 def _masked_logits(
     input: Tensor, valid: Tensor, dim: int, scale: float | None, dtype: torch.dtype | None
 ) -> Tensor:
-    """The scaled scores, -inf in the padding, in the type to compute in: at least float32."""
+    """The scaled scores, -inf in the padding, in the accumulation type: at least float32."""
     result = _result_dtype(input, dtype)
-    compute = torch.promote_types(torch.promote_types(input.dtype, result), torch.float32)
-    logits = input.to(compute)
+    acc_dtype = torch.promote_types(torch.promote_types(input.dtype, result), torch.float32)
+    logits = input.to(acc_dtype)
     scale = convert_scale("", "input", scale)
     if scale is not None:
         logits = logits * scale
     logits = logits.masked_fill(~valid, -math.inf)
-    # A row without a valid column would be 0/0, in its gradient too. Any other value will do.
+    # An empty row of -inf would give NaN, in the gradient too; any finite value avoids that.
     return logits.masked_fill(~valid.any(dim, keepdim=True), 0.0)
 
 
@@ -210,7 +210,9 @@ def _result_dtype(input: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return input.dtype
 
 
-def _finish(result: Tensor, input: Tensor, dtype: torch.dtype | None, out: Tensor | None) -> Tensor:
+def _convert_result(
+    result: Tensor, input: Tensor, dtype: torch.dtype | None, out: Tensor | None
+) -> Tensor:
     result = result.to(_result_dtype(input, dtype))
     if out is None:
         return result

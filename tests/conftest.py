@@ -1,4 +1,4 @@
-"""Fixtures that every file may use."""
+"""Fixtures of all test files."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from cases import CAPABILITIES, FLOATING, short_name
-from tolerances import HAS_LONG_DOUBLE
+from numpy_reference import HAS_LONG_DOUBLE
 
 import masked_softmax_ext
 from masked_softmax_ext import _C
 
 try:
     from hypothesis import HealthCheck, settings
-except ImportError:  # test_properties.py says so
+except ImportError:  # test_properties.py is skipped then
     pass
 else:
     settings.register_profile(
@@ -28,7 +28,7 @@ else:
     settings.register_profile("long", parent=settings.get_profile("default"), max_examples=100_000)
     settings.load_profile("default")
 
-# Where each instruction set is compiled: platform.machine() of the architectures.
+# platform.machine() of the architectures that each instruction set is compiled for.
 ARCHITECTURES = {
     "avx2": ("x86_64", "AMD64"),
     "avx512": ("x86_64", "AMD64"),
@@ -37,7 +37,7 @@ ARCHITECTURES = {
 
 
 def why_unavailable(name: str) -> str | None:
-    """None where build and processor run the instruction set, else the reason in words."""
+    """Why the instruction set cannot be used here; None if it can."""
     if name in _C.cpu_capabilities():
         return None
     assert name != "scalar", "every processor runs the scalar kernels"
@@ -48,7 +48,7 @@ def why_unavailable(name: str) -> str | None:
 
 @pytest.fixture(params=CAPABILITIES)
 def capability(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set in turn, in use for the length of the test."""
+    """Each instruction set in turn; the test runs with it."""
     name: str = request.param
     reason = why_unavailable(name)
     if reason is not None:
@@ -62,7 +62,7 @@ def capability(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def set_threads() -> Iterator[Callable[[int], None]]:
-    """Sets torch's thread count; the one from before comes back afterwards."""
+    """Sets torch's thread count, which is restored after the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -77,14 +77,14 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture
 def compared_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Each floating point dtype that this platform has a wider type for, to compare with."""
+    """Each floating point dtype for which this platform has a wider type to compare with."""
     if dtype == torch.float64 and not HAS_LONG_DOUBLE:
-        pytest.skip("this platform's long double is no wider than float64")
+        pytest.skip("this platform has no long double wider than float64")
     return dtype
 
 
 @pytest.fixture(params=[False, True], ids=["softmax", "log_softmax"])
 def log(request: pytest.FixtureRequest) -> bool:
-    """softmax, then log_softmax."""
+    """False: softmax; True: log_softmax."""
     value: bool = request.param
     return value

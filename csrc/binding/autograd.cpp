@@ -1,145 +1,129 @@
-// Derivatives, backward and forward: of the two functions, and of their own derivatives, so that all second derivatives
-// exist in every mode. Third ones do not.
+// Derivatives in reverse and forward mode: of the two functions, and of their first derivatives. So all second
+// derivatives exist in every mode; third derivatives do not.
 //
-// A function's node saves its output and the lengths (and starts, where given), nothing else. Writes are counted below
-// (in_place.cpp).
+// A forward node saves its output, lengths and starts, nothing else. Writes are counted one level below (in_place.cpp).
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
-#include "binding/operators.h"
-#include "binding/rows_node.h"
+#include "binding/autograd_node.h"
 
 namespace masked_softmax {
 namespace {
 
 using torch::autograd::variable_list;
 
-const Operators& operators_of(bool is_log) { return is_log ? log_softmax_operators() : softmax_operators(); }
+// How the derivatives depend on each other. Formulas: common/formulas.h. A derivative d(a, y) is linear in its first
+// input a, so it also is its own jvp along a.
+template <Operation kOperation>
+struct DerivativesOf;
 
-at::Tensor call_backward(const Rows& rows, const at::Tensor& g, const at::Tensor& y, at::ScalarType input_dtype) {
-  return operators_of(rows.is_log)
-      .backward.call(g, y, rows.lengths, rows.dim, rows.starts, rows.scale, input_dtype, rows.packed);
-}
+template <>
+struct DerivativesOf<Operation::kSoftmax> {
+  static constexpr const char* kNodeName = "MaskedSoftmaxExtBackward";
+  static constexpr auto kBackward = Operation::kSoftmaxBackward;
+  static constexpr auto kJvp = Operation::kSoftmaxBackward;  // the Jacobian is symmetric
+};
+template <>
+struct DerivativesOf<Operation::kLogSoftmax> {
+  static constexpr const char* kNodeName = "MaskedLogSoftmaxExtBackward";
+  static constexpr auto kBackward = Operation::kLogSoftmaxBackward;
+  static constexpr auto kJvp = Operation::kLogSoftmaxJvp;
+};
+template <>
+struct DerivativesOf<Operation::kSoftmaxBackward> {
+  static constexpr const char* kNodeName = "MaskedSoftmaxExtBackwardBackward";
+  static constexpr auto kTransposed = Operation::kSoftmaxBackward;
+  static constexpr auto kBackwardWrtY = Operation::kSoftmaxBackwardWrtY;  // (gradient of the result, a, y)
+  static constexpr auto kJvpWrtY = Operation::kSoftmaxBackwardJvpWrtY;    // (tangent of y, a, y)
+};
+template <>
+struct DerivativesOf<Operation::kLogSoftmaxBackward> {
+  static constexpr const char* kNodeName = "MaskedLogSoftmaxExtBackwardBackward";
+  static constexpr auto kTransposed = Operation::kLogSoftmaxJvp;
+  static constexpr auto kBackwardWrtY = Operation::kLogSoftmaxBackwardWrtY;
+  static constexpr auto kJvpWrtY = Operation::kLogSoftmaxBackwardWrtY;  // it is diagonal
+};
+template <>
+struct DerivativesOf<Operation::kLogSoftmaxJvp> {
+  static constexpr const char* kNodeName = "MaskedLogSoftmaxExtJvpBackward";
+  static constexpr auto kTransposed = Operation::kLogSoftmaxBackward;
+  static constexpr auto kBackwardWrtY = Operation::kLogSoftmaxBackwardWrtY;  // (a, gradient of the result, y)
+  static constexpr auto kJvpWrtY = Operation::kLogSoftmaxJvpJvpWrtY;
+};
 
-// Of the function's output y along a tangent of its input; it has y's type.
-at::Tensor call_jvp(const Rows& rows, const at::Tensor& tangent, const at::Tensor& y) {
-  if (!rows.is_log) {
-    return call_backward(rows, tangent, y, y.scalar_type());
-  }
-  return masked_log_softmax_jvp().call(tangent, y, rows.lengths, rows.dim, rows.starts, rows.scale, rows.packed);
-}
-
-at::Tensor call_second_order(const c10::TypedOperatorHandle<SecondOrder>& of, const Rows& rows,
-                             const at::Tensor& tangent, const at::Tensor& g, const at::Tensor& y) {
-  return of.call(tangent, g, y, rows.lengths, rows.dim, rows.starts, rows.scale, rows.packed);
-}
-
-at::Tensor call_backward_wrt_output(const Rows& rows, const at::Tensor& grad, const at::Tensor& g,
-                                    const at::Tensor& y) {
-  return call_second_order(operators_of(rows.is_log).backward_wrt_output, rows, grad, g, y);
-}
-
-// saved: the output.
-variable_list forward_gradients(const Rows& rows, at::ScalarType input_dtype, const at::Tensor& grad,
-                                const variable_list& saved, const std::vector<bool>& /*is_needed*/) {
-  return {call_backward(rows, grad, saved[0], input_dtype)};
-}
-
-// Of the backward operators. saved: grad_output, output.
-variable_list backward_gradients(const Rows& rows, at::ScalarType /*input_dtype*/, const at::Tensor& grad,
-                                 const variable_list& saved, const std::vector<bool>& is_needed) {
-  const at::Tensor& g = saved[0];
-  const at::Tensor& y = saved[1];
-  variable_list result(2);
-  if (is_needed[0]) {
-    result[0] = rows.is_log ? call_jvp(rows, grad, y) : call_backward(rows, grad, y, g.scalar_type());
-  }
-  if (is_needed[1]) {
-    result[1] = call_backward_wrt_output(rows, grad, g, y);
-  }
-  return result;
-}
-
-// Of log_softmax's jvp. saved: tangent, output.
-variable_list jvp_gradients(const Rows& rows, at::ScalarType /*input_dtype*/, const at::Tensor& grad,
-                            const variable_list& saved, const std::vector<bool>& is_needed) {
-  const at::Tensor& tangent = saved[0];
-  const at::Tensor& y = saved[1];
-  variable_list result(2);
-  if (is_needed[0]) {
-    result[0] = call_backward(rows, grad, y, tangent.scalar_type());
-  }
-  if (is_needed[1]) {
-    result[1] = call_backward_wrt_output(rows, tangent, grad, y);
-  }
-  return result;
-}
-
-constexpr Formula kForward[] = {{"MaskedSoftmaxExtBackward", 1, forward_gradients},
-                                {"MaskedLogSoftmaxExtBackward", 1, forward_gradients}};
-constexpr Formula kBackward[] = {{"MaskedSoftmaxExtBackwardBackward", 2, backward_gradients},
-                                 {"MaskedLogSoftmaxExtBackwardBackward", 2, backward_gradients}};
-constexpr Formula kLogSoftmaxJvp = {"MaskedLogSoftmaxExtJvpBackward", 2, jvp_gradients};
-
-// The result of an operator that takes two tensors, and its node.
-void set_history(const at::Tensor& result, const Formula& formula, const Rows& rows, const at::Tensor& first,
-                 const at::Tensor& second) {
-  RowsNode::Pointer owner;
-  if (RowsNode* node = node_for(formula, rows, result.scalar_type(), {&first, &second}, owner)) {
-    node->save(first);
-    node->save(second);
-    torch::autograd::set_history(result, owner);
+// A first derivative d(a, y). A jvp always has y's type.
+template <Operation kOperation>
+at::Tensor call_derivative(const at::Tensor& a, const at::Tensor& y, const RowArguments& rows, at::ScalarType dtype,
+                           OptionalInt packed) {
+  if constexpr (info_of(kOperation).signature == Signature::kBackward) {
+    return call<kOperation>(a, y, rows, dtype, packed);
+  } else {
+    return call<kOperation>(a, y, rows, packed);
   }
 }
+
+template <Operation kForward>
+constexpr GradientFormula kForwardFormula = {
+    DerivativesOf<kForward>::kNodeName, 1,
+    // saved: output
+    [](const SavedCall& c, const at::Tensor& grad, const variable_list& saved, const std::vector<bool>&) {
+      return variable_list{call<DerivativesOf<kForward>::kBackward>(grad, saved[0], c.rows(), c.input_dtype, c.packed)};
+    }};
+
+template <Operation kDerivative>
+constexpr GradientFormula kDerivativeFormula = {
+    DerivativesOf<kDerivative>::kNodeName, 2,
+    // saved: a, output
+    [](const SavedCall& c, const at::Tensor& grad, const variable_list& saved, const std::vector<bool>& is_needed) {
+      using D = DerivativesOf<kDerivative>;
+      constexpr bool kIsBackward = info_of(kDerivative).signature == Signature::kBackward;
+      const at::Tensor& a = saved[0];
+      const at::Tensor& y = saved[1];
+      variable_list result(2);
+      if (is_needed[0]) {
+        result[0] = call_derivative<D::kTransposed>(grad, y, c.rows(), a.scalar_type(), c.packed);
+      }
+      if (is_needed[1]) {
+        result[1] = call<D::kBackwardWrtY>(kIsBackward ? grad : a, kIsBackward ? a : grad, y, c.rows(), c.packed);
+      }
+      return result;
+    }};
 
 at::Tensor tangent_of(const at::Tensor& tensor) { return tensor._fw_grad(/*level=*/0); }
 
 bool has_tangent(const at::Tensor& tensor) { return tangent_of(tensor).defined(); }
 
-// Without its tangent.
 at::Tensor primal_of(const at::Tensor& tensor) { return has_tangent(tensor) ? tensor._fw_primal(/*level=*/0) : tensor; }
 
 void set_tangent(const at::Tensor& tensor, const at::Tensor& tangent, bool is_in_place) {
   tensor._set_fw_grad(tangent, /*level=*/0, is_in_place);
 }
 
-// The tangent of an operator that takes two tensors: what along_first(tangent, second) and along_second(tangent, first)
-// make of those that have one.
-template <class AlongFirst, class AlongSecond>
-void set_tangent_of(const at::Tensor& result, const at::Tensor& first, const at::Tensor& second,
-                    const AlongFirst& along_first, const AlongSecond& along_second) {
-  at::Tensor tangent;
-  if (has_tangent(first)) {
-    tangent = along_first(tangent_of(first), primal_of(second));
-  }
-  if (has_tangent(second)) {
-    const at::Tensor other = along_second(tangent_of(second), primal_of(first));
-    tangent = tangent.defined() ? tangent.add(other) : other;
-  }
-  if (tangent.defined()) {
-    set_tangent(result, tangent.to(result.scalar_type()), /*is_in_place=*/false);
-  }
+SavedCall saved_call(const RowArguments& rows, OptionalInt packed, at::ScalarType input_dtype) {
+  return {{rows.dim, rows.scale, packed, input_dtype}, rows.lengths, rows.starts};
 }
 
-template <bool kIsLog>
-at::Tensor forward(const at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
-                   OptionalScale scale, OptionalType dtype, bool validate, OptionalInt packed) {
+template <Operation kForward>
+at::Tensor forward(const at::Tensor& input, const RowArguments& rows, OptionalType dtype, bool validate,
+                   OptionalInt packed) {
   at::Tensor output;
   {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    output = operators_of(kIsLog).forward.call(input, lengths, dim, starts, scale, dtype, validate, packed);
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    output = call<kForward>(input, rows, dtype, validate, packed);
   }
-  const Rows rows{{kIsLog, dim, scale, packed}, lengths, starts};
-  RowsNode::Pointer owner;
-  RowsNode* const node = node_for(kForward[kIsLog], rows, input.scalar_type(), {&input}, owner);
+  const SavedCall saved = saved_call(rows, packed, input.scalar_type());
+  OperatorNode::Pointer owner;
+  OperatorNode* const node = OperatorNode::create(kForwardFormula<kForward>, saved, {&input}, owner);
   if (node != nullptr) {
     torch::autograd::set_history(output, owner);
   }
   if (has_tangent(input)) {
-    set_tangent(output, call_jvp(rows, tangent_of(input), output), /*is_in_place=*/false);
+    const at::Tensor tangent =
+        call_derivative<DerivativesOf<kForward>::kJvp>(tangent_of(input), output, rows, output.scalar_type(), packed);
+    set_tangent(output, tangent, /*is_in_place=*/false);
   }
   if (node != nullptr) {
     node->save_output(output, /*is_in_place=*/false);
@@ -147,80 +131,76 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& lengths, int64_t d
   return output;
 }
 
-template <bool kIsLog>
-at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, const at::Tensor& lengths, int64_t dim,
-                    const OptionalTensor& starts, OptionalScale scale, at::ScalarType input_dtype, OptionalInt packed) {
-  const Rows rows{{kIsLog, dim, scale, packed}, lengths, starts};
+template <Operation kDerivative>
+at::Tensor derivative(const at::Tensor& a, const at::Tensor& y, const RowArguments& rows, at::ScalarType dtype,
+                      OptionalInt packed) {
   at::Tensor result;
   {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    result = call_backward(rows, grad_output, output, input_dtype);
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    result = call_derivative<kDerivative>(a, y, rows, dtype, packed);
   }
-  set_history(result, kBackward[kIsLog], rows, grad_output, output);
-  set_tangent_of(
-      result, grad_output, output,
-      [&](const at::Tensor& tangent, const at::Tensor& y) { return call_backward(rows, tangent, y, input_dtype); },
-      [&](const at::Tensor& tangent, const at::Tensor& g) {
-        return call_second_order(operators_of(kIsLog).backward_jvp_wrt_output, rows, tangent, g, primal_of(output));
-      });
+  OperatorNode::Pointer owner;
+  const SavedCall saved = saved_call(rows, packed, result.scalar_type());
+  if (OperatorNode* node = OperatorNode::create(kDerivativeFormula<kDerivative>, saved, {&a, &y}, owner)) {
+    node->save(a);
+    node->save(y);
+    torch::autograd::set_history(result, owner);
+  }
+  at::Tensor tangent;
+  if (has_tangent(a)) {
+    tangent = call_derivative<kDerivative>(tangent_of(a), primal_of(y), rows, dtype, packed);
+  }
+  if (has_tangent(y)) {
+    const at::Tensor along_y =
+        call<DerivativesOf<kDerivative>::kJvpWrtY>(tangent_of(y), primal_of(a), primal_of(y), rows, packed);
+    tangent = tangent.defined() ? tangent.add(along_y) : along_y;
+  }
+  if (tangent.defined()) {
+    set_tangent(result, tangent.to(result.scalar_type()), /*is_in_place=*/false);
+  }
   return result;
 }
 
-at::Tensor log_softmax_jvp(const at::Tensor& tangent, const at::Tensor& output, const at::Tensor& lengths, int64_t dim,
-                           const OptionalTensor& starts, OptionalScale scale, OptionalInt packed) {
-  const Rows rows{{/*is_log=*/true, dim, scale, packed}, lengths, starts};
-  at::Tensor result;
-  {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    result = call_jvp(rows, tangent, output);
-  }
-  set_history(result, kLogSoftmaxJvp, rows, tangent, output);
-  set_tangent_of(
-      result, tangent, output, [&](const at::Tensor& along, const at::Tensor& y) { return call_jvp(rows, along, y); },
-      [&](const at::Tensor& along, const at::Tensor& u) {
-        return call_second_order(masked_log_softmax_jvp_jvp_wrt_output(), rows, along, u, primal_of(output));
-      });
-  return result;
+at::Tensor log_softmax_jvp(const at::Tensor& tangent, const at::Tensor& output, const RowArguments& rows,
+                           OptionalInt packed) {
+  return derivative<Operation::kLogSoftmaxJvp>(tangent, output, rows, output.scalar_type(), packed);
 }
 
-template <bool kIsLog>
-void forward_out(const at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
-                 OptionalScale scale, OptionalType dtype, bool validate, at::Tensor& out) {
-  const Operators& operators = operators_of(kIsLog);
-  TORCH_CHECK(!torch::autograd::compute_requires_grad(input, out), operators.name,
+template <Operation kForward>
+void forward_out(const at::Tensor& input, const RowArguments& rows, OptionalType dtype, bool validate,
+                 at::Tensor& out) {
+  constexpr const char* kName = info_of(kForward).name;
+  TORCH_CHECK(!torch::autograd::compute_requires_grad(input, out), kName,
               "(): functions with out=... arguments don't support automatic differentiation, but one of the arguments "
               "requires grad.");
-  TORCH_CHECK_NOT_IMPLEMENTED(!has_tangent(input) && !has_tangent(out), operators.name,
+  TORCH_CHECK_NOT_IMPLEMENTED(!has_tangent(input) && !has_tangent(out), kName,
                               "(): functions with out=... arguments don't support forward-mode differentiation, but "
                               "one of the arguments has a tangent.");
-  at::AutoDispatchBelowAutograd below_autograd;
-  operators.forward_out.call(input, lengths, dim, starts, scale, dtype, validate, out);
+  const at::AutoDispatchBelowAutograd below_autograd;
+  call_operator<OutOperator<kForward>>(input, rows, dtype, validate, out);
 }
 
-void softmax_in_place(at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
-                      OptionalScale scale, bool validate) {
+void softmax_in_place(at::Tensor& input, const RowArguments& rows, bool validate) {
   torch::autograd::check_inplace(input, torch::autograd::compute_requires_grad(input));
-  const Rows rows{{/*is_log=*/false, dim, scale, std::nullopt}, lengths, starts};
-  RowsNode::Pointer owner;
-  // Before anything is written: lengths may be what cannot be saved.
-  RowsNode* const node = node_for(kForward[0], rows, input.scalar_type(), {&input}, owner);
+  const SavedCall saved = saved_call(rows, std::nullopt, input.scalar_type());
+  OperatorNode::Pointer owner;
+  // Whatever can fail comes before the write: saving lengths, and allocating memory for the tangent.
+  OperatorNode* const node = OperatorNode::create(kForwardFormula<Operation::kSoftmax>, saved, {&input}, owner);
   at::Tensor tangent;
   if (has_tangent(input)) {
-    // Before anything is written as well: it takes memory that there may not be.
     const at::Tensor primal = primal_of(input);
-    const at::Tensor y = softmax_operators().forward.call(primal, lengths, dim, starts, scale, primal.scalar_type(),
-                                                          validate, std::nullopt);
-    tangent = call_jvp(rows, tangent_of(input), y);
+    const at::Tensor y = call<Operation::kSoftmax>(primal, rows, primal.scalar_type(), validate, std::nullopt);
+    tangent = call<Operation::kSoftmaxBackward>(tangent_of(input), y, rows, y.scalar_type(), std::nullopt);
   }
   {
-    at::AutoDispatchBelowAutograd below_autograd;
-    masked_softmax_in_place().call(input, lengths, dim, starts, scale, validate);
+    const at::AutoDispatchBelowAutograd below_autograd;
+    call_operator<SoftmaxInPlaceOperator>(input, rows, validate);
   }
   if (node != nullptr) {
     torch::autograd::rebase_history(input, owner);
   }
   if (tangent.defined()) {
-    // Into the tangent's own memory: a view of input, or what input is a view of, may have a view of it.
+    // Into the tangent's own memory, which a view of input, or the base of input, may share.
     set_tangent(input, tangent_of(input).copy_(tangent), /*is_in_place=*/true);
   }
   if (node != nullptr) {
@@ -231,17 +211,20 @@ void softmax_in_place(at::Tensor& input, const at::Tensor& lengths, int64_t dim,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(masked_softmax_ext, Autograd, m) {
-  m.impl("masked_softmax", forward<false>);
-  m.impl("masked_softmax.out", forward_out<false>);
-  m.impl("masked_softmax_", softmax_in_place);
-  m.impl("masked_log_softmax", forward<true>);
-  m.impl("masked_log_softmax.out", forward_out<true>);
-  m.impl("masked_softmax_backward", backward<false>);
-  m.impl("masked_log_softmax_backward", backward<true>);
-  m.impl("masked_log_softmax_jvp", log_softmax_jvp);
-  for (const char* name : kSecondOrderNames) {
-    m.impl(name, torch::autograd::autogradNotImplementedFallback());
-  }
+  for_each_operation([&](auto operation) {
+    constexpr Operation kOperation = operation.value;
+    constexpr OperationInfo kInfo = info_of(kOperation);
+    if constexpr (kInfo.signature == Signature::kForward) {
+      m.impl(kInfo.name, Forward::kernel<forward<kOperation>>);
+      m.impl(full_name(OutOperator<kOperation>()).c_str(), ForwardOut::kernel<forward_out<kOperation>>);
+    } else if constexpr (kInfo.signature == Signature::kBackward) {
+      m.impl(kInfo.name, Backward::kernel<derivative<kOperation>>);
+    } else if constexpr (kInfo.signature == Signature::kSecondOrder) {
+      m.impl(kInfo.name, torch::autograd::autogradNotImplementedFallback());
+    }
+  });
+  m.impl(info_of(Operation::kLogSoftmaxJvp).name, Jvp::kernel<log_softmax_jvp>);
+  m.impl(SoftmaxInPlaceOperator::kName, InPlace::kernel<softmax_in_place>);
 }
 
 }  // namespace masked_softmax

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "binding/device_ops.h"
+#include "binding/make_problem.h"
 #include "binding/threads.h"
 #include "cpu/dispatch.h"
 #include "cpu/huge_pages.h"
@@ -14,7 +15,7 @@
 namespace masked_softmax {
 namespace {
 
-// Work below this does not pay for waking a thread: about 10 us of it (see partition.h for the unit).
+// Minimum cost of a thread's share: about 10 us, below which waking the thread costs more (unit: partition.h).
 constexpr int64_t kParallelCost = 1 << 18;
 
 void run_on_threads(const Problem& problem) {
@@ -29,14 +30,14 @@ void run_on_threads(const Problem& problem) {
 }
 
 struct Cpu {
-  static at::Tensor empty(const at::Tensor& like, at::ScalarType dtype, const RowArguments& /*arguments*/) {
+  static at::Tensor empty(const at::Tensor& like, at::ScalarType dtype, const CallArguments& /*arguments*/) {
     at::Tensor output = at::empty(like.sizes(), like.options().dtype(dtype));
     advise_huge_pages(output.data_ptr(), output.nbytes());
     return output;
   }
 
   static void compute(Operation operation, const at::Tensor& output, std::initializer_list<const at::Tensor*> inputs,
-                      const RowArguments& arguments) {
+                      const CallArguments& arguments) {
     Problem problem = make_problem(operation, output, inputs, arguments);
     check_bounds(problem, output, arguments);
     if (problem.rows > 0 && problem.cols > 0) {

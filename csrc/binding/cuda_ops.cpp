@@ -1,6 +1,6 @@
 // The operators on CUDA tensors: one kernel on the current stream (up to three for very long rows), no synchronisation.
-// Bounds are looked at by the kernel; validate=True looks at them before. For packed rows the output is filled first,
-// and where nobody names the longest of them, finding it is a synchronisation.
+// The kernels check bounds; validate=True checks them before the launch. For packed rows the output is filled with NaN
+// first, and if the caller gives no upper bound of their lengths, finding it synchronises.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/max.h>
@@ -16,6 +16,7 @@
 
 #include "binding/cuda_ops.h"
 #include "binding/device_ops.h"
+#include "binding/make_problem.h"
 #include "cuda/launch.h"
 
 namespace masked_softmax {
@@ -32,26 +33,28 @@ int device_attribute(cudaDeviceAttr attribute, c10::DeviceIndex device) {
 
 cuda::DeviceProperties device_properties(c10::DeviceIndex device) {
   cuda::DeviceProperties properties;
-  properties.multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
   properties.has_clusters = device_attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9;
   return properties;
 }
 
-// As the CPU does it: on copies in host memory.
+// On copies in host memory.
 void check_bounds_on_host(Operation operation, const at::Tensor& output,
-                          std::initializer_list<const at::Tensor*> inputs, const RowArguments& arguments) {
+                          std::initializer_list<const at::Tensor*> inputs, const CallArguments& arguments) {
   const at::Tensor lengths = arguments.lengths.cpu();
   std::optional<at::Tensor> starts;
   if (arguments.starts.has_value()) {
     starts = arguments.starts->cpu();
   }
-  const RowArguments on_host{arguments.name, lengths, arguments.dim, starts, arguments.scale, arguments.packed};
+  const CallArguments on_host{{lengths, arguments.dim, starts, arguments.scale},
+                              arguments.name,
+                              arguments.packed,
+                              /*validate=*/true};
   Problem problem = make_problem(operation, output, inputs, on_host);
   check_bounds(problem, output, on_host);
 }
 
-// A GPU cannot load an element from an odd address, and says so by an error that ends every later call too. torch makes
-// no such tensors, but takes them from other libraries.
+// A misaligned load on a GPU is an error that invalidates the context. torch makes no misaligned tensors, but accepts
+// them from other libraries.
 void check_alignment(const void* data, ElementType type, const char* what, const char* name) {
   const int64_t bytes = size_bytes(type);
   TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(bytes) == 0, name, "(): expected ", what,
@@ -69,15 +72,15 @@ void check_alignment(const Problem& problem, const char* name) {
 }
 
 struct Cuda {
-  // What no packed row covers, or one whose bounds are invalid, is NaN.
-  static at::Tensor empty(const at::Tensor& like, at::ScalarType dtype, const RowArguments& arguments) {
+  // Elements that no packed row covers, and rows with invalid bounds, are NaN.
+  static at::Tensor empty(const at::Tensor& like, at::ScalarType dtype, const CallArguments& arguments) {
     const at::TensorOptions options = like.options().dtype(dtype);
     return arguments.packed.has_value() ? at::full(like.sizes(), std::numeric_limits<double>::quiet_NaN(), options)
                                         : at::empty(like.sizes(), options);
   }
 
   static void compute(Operation operation, const at::Tensor& output, std::initializer_list<const at::Tensor*> inputs,
-                      const RowArguments& arguments) {
+                      const CallArguments& arguments) {
     if (arguments.validate) {
       check_bounds_on_host(operation, output, inputs, arguments);
     }
@@ -96,9 +99,9 @@ struct Cuda {
     const cuda::Strategy forced = forced_strategy.load(std::memory_order_relaxed);
     const cuda::LaunchPlan plan = cuda::plan_problem(problem, device_properties(output.device().index()), forced);
     TORCH_CHECK_VALUE(plan.strategy != cuda::Strategy::kAutomatic, arguments.name, "(): the strategy '",
-                      cuda::strategy_name(forced), "' was asked for, but it cannot compute rows like these");
+                      cuda::strategy_name(forced), "' is forced, but it cannot compute rows like these");
     last_strategy.store(plan.strategy, std::memory_order_relaxed);
-    at::Tensor workspace;  // the allocator gives it to nobody else before the kernels are through with it
+    at::Tensor workspace;  // stream-ordered: the allocator reuses it only after the kernels
     if (plan.workspace_bytes > 0) {
       workspace = at::empty({plan.workspace_bytes}, output.options().dtype(at::kByte));
     }

@@ -1,15 +1,15 @@
-// For tests and benchmarks: which of the CUDA kernels' strategies runs.
+// For tests and benchmarks: which strategy the CUDA kernels use.
 #pragma once
 
 #include <string>
 
 namespace masked_softmax {
 
-// All calls from now on take this strategy, or raise where it cannot compute what they ask for; "automatic" is the
-// plan's own choice. Raises std::invalid_argument for a name that is none.
+// Forces a strategy for all later calls, which raise ValueError where it cannot compute them; "automatic" is the
+// plan's own choice. Raises std::invalid_argument for an unknown name.
 void set_cuda_strategy(const std::string& name);
 
-// What the last call took.
+// The strategy of the last call.
 const char* last_cuda_strategy();
 
 }  // namespace masked_softmax

@@ -1,5 +1,5 @@
-// The operators on meta and fake tensors: the same checks, and results of the right shape, type and strides, without
-// memory. torch.compile and torch.export trace through these.
+// The operators on meta and fake tensors: the same checks, and results with shape, type and strides but no memory.
+// torch.compile and torch.export trace through these.
 #include <ATen/ops/empty.h>
 
 #include "binding/device_ops.h"
@@ -8,11 +8,11 @@ namespace masked_softmax {
 namespace {
 
 struct Meta {
-  static at::Tensor empty(const at::Tensor& like, at::ScalarType dtype, const RowArguments& /*arguments*/) {
+  static at::Tensor empty(const at::Tensor& like, at::ScalarType dtype, const CallArguments& /*arguments*/) {
     return at::empty_symint(like.sym_sizes(), like.options().dtype(dtype));
   }
 
-  static void compute(Operation, const at::Tensor&, std::initializer_list<const at::Tensor*>, const RowArguments&) {}
+  static void compute(Operation, const at::Tensor&, std::initializer_list<const at::Tensor*>, const CallArguments&) {}
 };
 
 }  // namespace

@@ -1,5 +1,5 @@
-// The Python module. Importing it registers the operators (torch.ops.masked_softmax_ext); the functions here are the
-// same operators without the way through Python's operator objects, which would double the cost of a small call.
+// The Python module. Importing it registers the operators (torch.ops.masked_softmax_ext). Its functions call them
+// directly: Python's operator objects would double the cost of a small call.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -21,20 +21,31 @@ namespace py = pybind11;
 namespace masked_softmax {
 namespace {
 
-template <const Operators& (*operators_of)()>
-at::Tensor forward(const at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
-                   OptionalScale scale, OptionalType dtype, bool validate, OptionalTensor out) {
+using PythonForward = OperatorSignature<at::Tensor, Scores<const at::Tensor&>, OptionalType, bool, OptionalTensor>;
+using PythonInPlace = OperatorSignature<at::Tensor, Scores<at::Tensor>, bool>;
+
+template <Operation kOperation>
+at::Tensor forward(const at::Tensor& input, const RowArguments& rows, OptionalType dtype, bool validate,
+                   OptionalTensor out) {
   if (out.has_value()) {
-    operators_of().forward_out.call(input, lengths, dim, starts, scale, dtype, validate, *out);
+    call_operator<OutOperator<kOperation>>(input, rows, dtype, validate, *out);
     return *out;
   }
-  return operators_of().forward.call(input, lengths, dim, starts, scale, dtype, validate, std::nullopt);
+  return call<kOperation>(input, rows, dtype, validate, std::nullopt);
 }
 
-at::Tensor softmax_in_place(at::Tensor input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
-                            OptionalScale scale, bool validate) {
-  masked_softmax_in_place().call(input, lengths, dim, starts, scale, validate);
+at::Tensor softmax_in_place(at::Tensor input, const RowArguments& rows, bool validate) {
+  call_operator<SoftmaxInPlaceOperator>(input, rows, validate);
   return input;
+}
+
+// (name, number of score-shaped tensors that it takes first) of every operator that returns a new tensor.
+std::vector<std::pair<std::string, int>> operations() {
+  std::vector<std::pair<std::string, int>> result;
+  for (Operation operation : kOperations) {
+    result.emplace_back(info_of(operation).name, input_count(operation));
+  }
+  return result;
 }
 
 py::dict build_info() {
@@ -53,9 +64,9 @@ py::dict build_info() {
 #endif
   info["cxx_standard"] = __cplusplus / 100 % 100;
   py::list capabilities;
-#define MASKED_SOFTMAX_ISA(Name, name) capabilities.append(name);
-#include "cpu/isa_table.inc"
-#undef MASKED_SOFTMAX_ISA
+  for (const CpuCapability& capability : compiled_cpu_capabilities()) {
+    capabilities.append(capability.name);
+  }
   info["cpu_capabilities"] = capabilities;
   return info;
 }
@@ -72,8 +83,8 @@ std::vector<std::string> supported_capability_names() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of masked_softmax_ext; see masked_softmax_ext.functional for its functions.";
-  // torch's own translator lives in torch's copy of pybind11 and is not seen from another version's. A python_error is
-  // a Python exception on its way through torch: a saved-tensor hook's, a dispatch mode's, checkpoint's early end.
+  // torch's translator belongs to torch's copy of pybind11, and another version of pybind11 does not see it. A
+  // python_error is a Python exception that passes through torch, raised by a saved-tensor hook or a dispatch mode.
   py::register_local_exception_translator([](std::exception_ptr error) {
     try {
       std::rethrow_exception(error);
@@ -84,9 +95,10 @@ PYBIND11_MODULE(_C, m) {
     }
   });
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
-  m.def("masked_softmax", forward<softmax_operators>, no_gil);
-  m.def("masked_log_softmax", forward<log_softmax_operators>, no_gil);
-  m.def("masked_softmax_", softmax_in_place, no_gil);
+  m.def("masked_softmax", PythonForward::kernel<forward<Operation::kSoftmax>>, no_gil);
+  m.def("masked_log_softmax", PythonForward::kernel<forward<Operation::kLogSoftmax>>, no_gil);
+  m.def("masked_softmax_", PythonInPlace::kernel<softmax_in_place>, no_gil);
+  m.def("operations", operations);
   m.def("build_info", build_info);
   m.def("cpu_capability", [] { return cpu_capability().name; });
   m.def("cpu_capabilities", supported_capability_names);

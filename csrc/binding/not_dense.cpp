@@ -1,4 +1,4 @@
-// The operators on tensors that are not dense: they say so, where torch would list its dispatch keys.
+// The operators on tensors that are not dense: an error that says so. torch's own would list dispatch keys.
 #include <ATen/core/Tensor.h>
 #include <ATen/core/stack.h>
 #include <torch/library.h>
@@ -38,30 +38,30 @@ void refuse(const c10::OperatorHandle& op, c10::DispatchKeySet /*keys*/, torch::
 }
 
 void register_all(torch::Library& library) {
-  for (const char* name :
-       {"masked_softmax", "masked_softmax.out", "masked_softmax_", "masked_log_softmax", "masked_log_softmax.out",
-        "masked_softmax_backward", "masked_log_softmax_backward", "masked_log_softmax_jvp"}) {
-    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse>());
-  }
-  for (const char* name : kSecondOrderNames) {
-    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse>());
-  }
+  const auto register_one = [&](auto op) {
+    library.impl(full_name(op).c_str(), torch::CppFunction::makeFromBoxedFunction<&refuse>());
+  };
+  for_each_functional_operator(register_one);
+  for_each_writing_operator(register_one);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(masked_softmax_ext, SparseCPU, m) { register_all(m); }
-TORCH_LIBRARY_IMPL(masked_softmax_ext, SparseCUDA, m) { register_all(m); }
-TORCH_LIBRARY_IMPL(masked_softmax_ext, SparseMeta, m) { register_all(m); }
-TORCH_LIBRARY_IMPL(masked_softmax_ext, SparseCsrCPU, m) { register_all(m); }
-TORCH_LIBRARY_IMPL(masked_softmax_ext, SparseCsrCUDA, m) { register_all(m); }
-TORCH_LIBRARY_IMPL(masked_softmax_ext, SparseCsrMeta, m) { register_all(m); }
-TORCH_LIBRARY_IMPL(masked_softmax_ext, MkldnnCPU, m) { register_all(m); }
-TORCH_LIBRARY_IMPL(masked_softmax_ext, QuantizedCPU, m) { register_all(m); }
-TORCH_LIBRARY_IMPL(masked_softmax_ext, QuantizedCUDA, m) { register_all(m); }
-TORCH_LIBRARY_IMPL(masked_softmax_ext, QuantizedMeta, m) { register_all(m); }
-TORCH_LIBRARY_IMPL(masked_softmax_ext, NestedTensorCPU, m) { register_all(m); }
-TORCH_LIBRARY_IMPL(masked_softmax_ext, NestedTensorCUDA, m) { register_all(m); }
-TORCH_LIBRARY_IMPL(masked_softmax_ext, NestedTensorMeta, m) { register_all(m); }
+#define MASKED_SOFTMAX_REFUSE(Key) \
+  TORCH_LIBRARY_IMPL(masked_softmax_ext, Key, m) { register_all(m); }
+MASKED_SOFTMAX_REFUSE(SparseCPU)
+MASKED_SOFTMAX_REFUSE(SparseCUDA)
+MASKED_SOFTMAX_REFUSE(SparseMeta)
+MASKED_SOFTMAX_REFUSE(SparseCsrCPU)
+MASKED_SOFTMAX_REFUSE(SparseCsrCUDA)
+MASKED_SOFTMAX_REFUSE(SparseCsrMeta)
+MASKED_SOFTMAX_REFUSE(MkldnnCPU)
+MASKED_SOFTMAX_REFUSE(QuantizedCPU)
+MASKED_SOFTMAX_REFUSE(QuantizedCUDA)
+MASKED_SOFTMAX_REFUSE(QuantizedMeta)
+MASKED_SOFTMAX_REFUSE(NestedTensorCPU)
+MASKED_SOFTMAX_REFUSE(NestedTensorCUDA)
+MASKED_SOFTMAX_REFUSE(NestedTensorMeta)
+#undef MASKED_SOFTMAX_REFUSE
 
 }  // namespace masked_softmax

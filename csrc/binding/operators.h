@@ -1,14 +1,19 @@
-// The operators' C++ signatures, and calls of them that go through torch's dispatcher.
+// The operators' C++ signatures and schemas, and typed calls of them through torch's dispatcher.
 //
-// `packed`: none for rows that are padded to one length. For rows that lie end to end in dimension `dim` it says that
-// none is longer than so much (negative: look for the longest), and lengths and starts, one for each of them, say
-// where.
+// Every operator takes its score-shaped tensors first, then the row arguments, then its options; the schemas name them.
+// `output` is the saved result of the forward pass. `packed` is None for padded rows. For packed rows, which lie end to
+// end in dimension `dim`, it is an upper bound of their lengths, or negative if the bound is unknown; lengths and
+// starts are then one-dimensional, one element a row. Operators that write to an argument return nothing, because torch
+// functionalizes no others.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <optional>
+#include <string>
+
+#include "common/operation.h"
 
 namespace masked_softmax {
 
@@ -17,49 +22,139 @@ using OptionalScale = std::optional<double>;
 using OptionalType = std::optional<at::ScalarType>;
 using OptionalInt = std::optional<int64_t>;
 
-using Forward = at::Tensor(const at::Tensor& input, const at::Tensor& lengths, int64_t dim,
-                           const OptionalTensor& starts, OptionalScale scale, OptionalType dtype, bool validate,
-                           OptionalInt packed);
-using ForwardOut = void(const at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
-                        OptionalScale scale, OptionalType dtype, bool validate, at::Tensor& out);
-using InPlace = void(at::Tensor& input, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
-                     OptionalScale scale, bool validate);
-using Backward = at::Tensor(const at::Tensor& grad_output, const at::Tensor& output, const at::Tensor& lengths,
-                            int64_t dim, const OptionalTensor& starts, OptionalScale scale, at::ScalarType input_dtype,
-                            OptionalInt packed);
-using Jvp = at::Tensor(const at::Tensor& tangent, const at::Tensor& output, const at::Tensor& lengths, int64_t dim,
-                       const OptionalTensor& starts, OptionalScale scale, OptionalInt packed);
-using SecondOrder = at::Tensor(const at::Tensor& tangent, const at::Tensor& grad_output, const at::Tensor& output,
-                               const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
-                               OptionalScale scale, OptionalInt packed);
-
-// The operators of that last signature.
-constexpr const char* kSecondOrderNames[] = {
-    "masked_softmax_backward_wrt_output", "masked_log_softmax_backward_wrt_output",
-    "masked_softmax_backward_jvp_wrt_output", "masked_log_softmax_jvp_jvp_wrt_output"};
-
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find_operator(const char* name, const char* overload = "") {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Signature>();
-}
-
-// One of the two functions, and the handles of its operators, looked up once.
-struct Operators {
-  const char* name;
-  c10::TypedOperatorHandle<Forward> forward;
-  c10::TypedOperatorHandle<ForwardOut> forward_out;
-  c10::TypedOperatorHandle<Backward> backward;
-  // The derivatives of `backward` with respect to `output`: backward, and along a tangent of it.
-  c10::TypedOperatorHandle<SecondOrder> backward_wrt_output;
-  c10::TypedOperatorHandle<SecondOrder> backward_jvp_wrt_output;
+// An argument that every operator takes is added here, in OperatorSignature and in the schemas below.
+struct RowArguments {
+  const at::Tensor& lengths;
+  int64_t dim;
+  const OptionalTensor& starts;
+  OptionalScale scale;
 };
 
-const Operators& softmax_operators();
-const Operators& log_softmax_operators();
-const c10::TypedOperatorHandle<InPlace>& masked_softmax_in_place();
+template <class... Tensors>
+struct Scores {};
 
-// softmax's own is its `backward`, whose Jacobian is symmetric.
-const c10::TypedOperatorHandle<Jvp>& masked_log_softmax_jvp();
-const c10::TypedOperatorHandle<SecondOrder>& masked_log_softmax_jvp_jvp_wrt_output();
+// Converts between the flat argument list of the dispatcher and functions of (scores..., rows, options...).
+template <class Result, class ScoreTypes, class... Options>
+struct OperatorSignature;
+
+template <class Result, class... Tensors, class... Options>
+struct OperatorSignature<Result, Scores<Tensors...>, Options...> {
+  using Function = Result(Tensors..., const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
+                          OptionalScale scale, Options...);
+  using Handle = c10::TypedOperatorHandle<Function>;
+
+  static Result call(const Handle& handle, Tensors... scores, const RowArguments& rows, Options... options) {
+    return handle.call(scores..., rows.lengths, rows.dim, rows.starts, rows.scale, options...);
+  }
+
+  // The kernel to register: `function` with the dispatcher's argument list.
+  template <Result (*function)(Tensors..., const RowArguments&, Options...)>
+  static Result kernel(Tensors... scores, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
+                       OptionalScale scale, Options... options) {
+    return function(scores..., RowArguments{lengths, dim, starts, scale}, options...);
+  }
+};
+
+#define MASKED_SOFTMAX_FORWARD_ROWS "Tensor lengths, int dim=-1, Tensor? starts=None, *, float? scale=None"
+#define MASKED_SOFTMAX_DERIVATIVE_ROWS "Tensor lengths, int dim, Tensor? starts, float? scale"
+using InputTensor = const at::Tensor&;
+
+struct Forward : OperatorSignature<at::Tensor, Scores<InputTensor>, OptionalType, bool, OptionalInt> {
+  static constexpr const char* kSchema = "(Tensor input, " MASKED_SOFTMAX_FORWARD_ROWS
+                                         ", ScalarType? dtype=None, bool validate=False, int? packed=None) -> Tensor";
+};
+struct ForwardOut : OperatorSignature<void, Scores<InputTensor>, OptionalType, bool, at::Tensor&> {
+  static constexpr const char* kSchema = "(Tensor input, " MASKED_SOFTMAX_FORWARD_ROWS
+                                         ", ScalarType? dtype=None, bool validate=False, Tensor(a!) out) -> ()";
+};
+struct InPlace : OperatorSignature<void, Scores<at::Tensor&>, bool> {
+  static constexpr const char* kSchema =
+      "(Tensor(a!) input, " MASKED_SOFTMAX_FORWARD_ROWS ", bool validate=False) -> ()";
+};
+struct Backward : OperatorSignature<at::Tensor, Scores<InputTensor, InputTensor>, at::ScalarType, OptionalInt> {
+  static constexpr const char* kSchema = "(Tensor grad_output, Tensor output, " MASKED_SOFTMAX_DERIVATIVE_ROWS
+                                         ", ScalarType input_dtype, int? packed=None) -> Tensor";
+};
+struct Jvp : OperatorSignature<at::Tensor, Scores<InputTensor, InputTensor>, OptionalInt> {
+  static constexpr const char* kSchema =
+      "(Tensor tangent, Tensor output, " MASKED_SOFTMAX_DERIVATIVE_ROWS ", int? packed=None) -> Tensor";
+};
+struct SecondOrder : OperatorSignature<at::Tensor, Scores<InputTensor, InputTensor, InputTensor>, OptionalInt> {
+  static constexpr const char* kSchema =
+      "(Tensor tangent, Tensor grad_output, Tensor output, " MASKED_SOFTMAX_DERIVATIVE_ROWS
+      ", int? packed=None) -> Tensor";
+};
+#undef MASKED_SOFTMAX_FORWARD_ROWS
+#undef MASKED_SOFTMAX_DERIVATIVE_ROWS
+
+// The operator of an operation: its name and signature, from the table of operations.
+template <Operation kOperation>
+struct FunctionalOperator;
+#define MASKED_SOFTMAX_OPERATION(Name, name, Signature_, Kernels) \
+  template <>                                                     \
+  struct FunctionalOperator<Operation::k##Name> {                 \
+    static constexpr const char* kName = "masked_" #name;         \
+    static constexpr const char* kOverload = "";                  \
+    using Signature = Signature_;                                 \
+  };
+#include "common/operations.inc"
+#undef MASKED_SOFTMAX_OPERATION
+
+// Its overload with out=, for a forward operation.
+template <Operation kOperation>
+struct OutOperator {
+  static constexpr const char* kName = FunctionalOperator<kOperation>::kName;
+  static constexpr const char* kOverload = "out";
+  using Signature = ForwardOut;
+};
+
+struct SoftmaxInPlaceOperator {
+  static constexpr const char* kName = "masked_softmax_";
+  static constexpr const char* kOverload = "";
+  using Signature = InPlace;
+};
+
+// Calls visit(op) with an object of every type of operator that returns a new tensor.
+template <class Visitor>
+void for_each_functional_operator(const Visitor& visit) {
+  for_each_operation([&](auto operation) { visit(FunctionalOperator<operation.value>()); });
+}
+
+// The same for every operator that writes to an argument.
+template <class Visitor>
+void for_each_writing_operator(const Visitor& visit) {
+  for_each_operation([&](auto operation) {
+    if constexpr (is_forward(operation.value)) {
+      visit(OutOperator<operation.value>());
+    }
+  });
+  visit(SoftmaxInPlaceOperator());
+}
+
+// As torch::Library names it: masked_softmax, masked_softmax.out.
+template <class Operator>
+std::string full_name(Operator /*op*/) {
+  return *Operator::kOverload == '\0' ? Operator::kName : std::string(Operator::kName) + "." + Operator::kOverload;
+}
+
+// The operator's handle, looked up once.
+template <class Operator>
+const typename Operator::Signature::Handle& handle_of() {
+  static const auto handle =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow((std::string("masked_softmax_ext::") + Operator::kName).c_str(), Operator::kOverload)
+          .template typed<typename Operator::Signature::Function>();
+  return handle;
+}
+
+// Calls an operator with (scores..., rows, options...).
+template <class Operator, class... Arguments>
+auto call_operator(Arguments&&... arguments) {
+  return Operator::Signature::call(handle_of<Operator>(), std::forward<Arguments>(arguments)...);
+}
+template <Operation kOperation, class... Arguments>
+at::Tensor call(Arguments&&... arguments) {
+  return call_operator<FunctionalOperator<kOperation>>(std::forward<Arguments>(arguments)...);
+}
 
 }  // namespace masked_softmax

@@ -1,11 +1,11 @@
-// Element i of a lies at bytes a0 + sum_k i_k * s_k, element j of b at b0 + sum_k j_k * t_k, every index within its
-// size. They share memory where the two numbers differ by less than an element: a linear equation in bounded integers.
-// With b's indices counted from the far end, all coefficients are positive; taken largest first, what the smaller ones
-// can still contribute leaves few values to try for each. (The problem, and why it is hard in general: NumPy's
-// may_share_memory.)
+// Element i of a lies at byte a0 + sum_k i_k * s_k, element j of b at b0 + sum_k j_k * t_k, with each index less than
+// its size. They overlap if the two numbers differ by less than an element: a linear equation in bounded integers.
+// Counting b's indices from the far end makes all coefficients positive. The search goes from the largest coefficient
+// to the smallest and prunes by what the remaining terms can reach. (The problem, and why it is hard in general:
+// NumPy's may_share_memory.)
 //
-// Two elements of one tensor lie in one place where the differences of their indices, not all 0, add up to 0: for some
-// dimension a difference of at least 1, for the others one of either sign.
+// Two elements of one tensor coincide if the differences of their indices, not all 0, add up to an offset of 0: the
+// search fixes a dimension whose difference is at least 1, and the others' differences may have either sign.
 #include "binding/overlap.h"
 
 #include <algorithm>
@@ -40,7 +40,7 @@ class Search {
     }
   }
 
-  // Whether the terms from k on can add up to a number in [low, high].
+  // Whether the terms from k on can sum to a number in [low, high].
   bool reaches(int64_t low, int64_t high, size_t k = 0) {
     if (high < 0 || low > reach_[k]) {
       return false;

@@ -5,11 +5,11 @@
 
 namespace masked_softmax {
 
-// Whether two have one in common. Exact, up to a bound on the search that no layout of practice comes near; beyond the
-// bound, true.
+// Whether a and b have a byte in common. Exact, up to a limit on the search that practical layouts never reach; beyond
+// the limit, true.
 bool shares_elements(const at::Tensor& a, const at::Tensor& b);
 
-// The same of two elements of one tensor.
+// Whether two elements of one tensor lie at the same address. Same limit.
 bool shares_own_elements(const at::Tensor& tensor);
 
 }  // namespace masked_softmax

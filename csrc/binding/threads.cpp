@@ -1,8 +1,7 @@
-// at::parallel_for is an inline function around an OpenMP pragma: its threads are those of whatever OpenMP library the
-// compiler that compiles us brings. Those of torch are wanted, whatever the compiler: with g++ they would come of
-// themselves, clang would load a library of its own beside torch's, and without -fopenmp there is one thread, without a
-// word. So the pragma's work is asked for by name: GOMP_parallel is what g++ makes of it (the libgomp manual, "The
-// libgomp ABI"), and libgomp, libomp and libiomp5, one of which torch has loaded, all have it.
+// at::parallel_for is an inline function with an OpenMP pragma, so its threads belong to the OpenMP library of the
+// compiler that compiles this file. With g++ that is torch's; clang would load a second library beside torch's, and
+// without -fopenmp there would silently be one thread. Calling GOMP_parallel, which g++ emits for the pragma (the
+// libgomp manual, "The libgomp ABI"), always uses torch's: libgomp, libomp and libiomp5 all export it.
 #include "binding/threads.h"
 
 #include <ATen/Config.h>
@@ -32,7 +31,7 @@ struct Team {
   std::exception_ptr error{};
 };
 
-// On every thread of the team, which may be smaller than asked for.
+// Runs on every thread of the team, which may be smaller than requested.
 void run_share(void* data) {
   Team& team = *static_cast<Team*>(data);
   try {
@@ -50,7 +49,8 @@ void run_share(void* data) {
 
 void for_each_part(int64_t parts, const std::function<void(int64_t)>& body) {
   Team team{parts, body};
-  // 0: as many as torch set. A number here makes libgomp build its pool anew whenever it changes (pytorch#32008).
+  // 0: the number that torch has set. With an explicit number, libgomp rebuilds its pool whenever it changes
+  // (pytorch#32008).
   GOMP_parallel(run_share, &team, 0, 0);
   if (team.error) {
     std::rethrow_exception(team.error);

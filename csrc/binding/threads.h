@@ -6,8 +6,8 @@
 
 namespace masked_softmax {
 
-// Calls body(part) once for each part of 0..parts, on as many threads as torch.set_num_threads allows, and returns when
-// all are done. An exception that a body throws is thrown here, after the others have ended.
+// Calls body(part) once for each part in 0..parts, on the number of threads that torch.set_num_threads sets, and
+// returns when all have finished. Rethrows an exception of a body after the others have finished.
 void for_each_part(int64_t parts, const std::function<void(int64_t)>& body);
 
 }  // namespace masked_softmax

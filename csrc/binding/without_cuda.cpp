@@ -1,11 +1,12 @@
-// The operators on CUDA tensors, in a build without CUDA: they say so, where torch would list its dispatch keys.
+// The operators on CUDA tensors in a build without CUDA: an error that says so and how to rebuild. torch's own would
+// list dispatch keys.
 #include "binding/device_ops.h"
 
 namespace masked_softmax {
 namespace {
 
 struct WithoutCuda {
-  [[noreturn]] static void refuse(const at::Tensor& tensor, const RowArguments& arguments) {
+  [[noreturn]] static void refuse(const at::Tensor& tensor, const CallArguments& arguments) {
     TORCH_CHECK_NOT_IMPLEMENTED(
         false, arguments.name,
         ": expected a tensor on the CPU, because masked_softmax_ext was built without CUDA, but ", "got one on ",
@@ -13,12 +14,12 @@ struct WithoutCuda {
         "again: MASKED_SOFTMAX_EXT_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .");
   }
 
-  static at::Tensor empty(const at::Tensor& like, at::ScalarType /*dtype*/, const RowArguments& arguments) {
+  static at::Tensor empty(const at::Tensor& like, at::ScalarType /*dtype*/, const CallArguments& arguments) {
     refuse(like, arguments);
   }
 
   static void compute(Operation /*operation*/, const at::Tensor& output,
-                      std::initializer_list<const at::Tensor*> /*inputs*/, const RowArguments& arguments) {
+                      std::initializer_list<const at::Tensor*> /*inputs*/, const CallArguments& arguments) {
     refuse(output, arguments);
   }
 };

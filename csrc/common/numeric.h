@@ -10,6 +10,8 @@
 #include <limits>
 #include <type_traits>
 
+#include "common/inline.h"
+
 namespace masked_softmax {
 
 enum class ElementType : uint8_t {
@@ -166,7 +168,7 @@ struct ElementTraits;
 
 // Calls visit(T{}) with the C++ type of `type`, and returns what it returns.
 template <class Visitor>
-inline auto visit_element_type(ElementType type, const Visitor& visit) {
+MASKED_SOFTMAX_HOST_DEVICE auto visit_element_type(ElementType type, const Visitor& visit) {
   switch (type) {
 #define MASKED_SOFTMAX_ELEMENT_TYPE(Name, name, type_t, Scalar, kind) \
   case ElementType::k##Name: return visit(type_t{});
@@ -178,7 +180,7 @@ inline auto visit_element_type(ElementType type, const Visitor& visit) {
 
 // The same for types of one kind only. Precondition: `type` is of that kind.
 template <ElementKind kKind, class Visitor>
-inline void visit_element_type_of(ElementType type, const Visitor& visit) {
+MASKED_SOFTMAX_HOST_DEVICE void visit_element_type_of(ElementType type, const Visitor& visit) {
   visit_element_type(type, [&](auto element) {
     if constexpr (ElementTraits<decltype(element)>::kKind == kKind) {
       visit(element);

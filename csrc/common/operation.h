@@ -5,6 +5,8 @@
 #include <limits>
 #include <type_traits>
 
+#include "common/inline.h"
+
 namespace masked_softmax {
 
 enum class Operation : uint8_t {
@@ -64,7 +66,7 @@ using OperationConstant = std::integral_constant<Operation, kOperation>;
 
 // Calls visit(OperationConstant<operation>()), and returns what it returns.
 template <class Visitor>
-inline auto visit_operation(Operation operation, const Visitor& visit) {
+MASKED_SOFTMAX_HOST_DEVICE auto visit_operation(Operation operation, const Visitor& visit) {
   switch (operation) {
 #define MASKED_SOFTMAX_OPERATION(Name, name, Signature, Kernels) \
   case Operation::k##Name: return visit(OperationConstant<Operation::k##Name>());
@@ -72,6 +74,14 @@ inline auto visit_operation(Operation operation, const Visitor& visit) {
 #undef MASKED_SOFTMAX_OPERATION
   }
   __builtin_unreachable();  // every enumerator has a case
+}
+
+// Calls visit(OperationConstant<operation>()) for every operation.
+template <class Visitor>
+inline void for_each_operation(const Visitor& visit) {
+#define MASKED_SOFTMAX_OPERATION(Name, name, Signature, Kernels) visit(OperationConstant<Operation::k##Name>());
+#include "common/operations.inc"
+#undef MASKED_SOFTMAX_OPERATION
 }
 
 }  // namespace masked_softmax

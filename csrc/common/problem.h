@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "common/inline.h"
 #include "common/numeric.h"
 #include "common/operation.h"
 
@@ -127,7 +128,7 @@ inline double input_factor(const Problem& problem) {
   return std::fabs(problem.scale) < 0x1p-1000 ? sign * 0x1p-64 : sign;
 }
 
-inline bool bounds_are_valid(int64_t start, int64_t length, int64_t cols) {
+MASKED_SOFTMAX_HOST_DEVICE bool bounds_are_valid(int64_t start, int64_t length, int64_t cols) {
   return start >= 0 && length >= 0 && start <= cols && length <= cols - start;
 }
 

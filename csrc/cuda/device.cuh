@@ -1,66 +1,36 @@
-// The one file that names both worlds: the GPU, as nvcc compiles for it, and the emulator of tests/emulator, which runs
-// the same kernels on a CPU. Kernels use these names only: no <<<>>>, no inline PTX, no __shared__ elsewhere.
+// The GPU's own names, for kernels: index, barrier, shuffle, intrinsic, launch. Nothing else in csrc/cuda uses <<<>>>,
+// inline PTX or __shared__.
 //
-// Floating-point contraction is off in both worlds: a multiply-add is fused where fma() says so and nowhere else, and a
-// kernel's arithmetic has the same bits in the emulator and on the GPU (but for log1p and exp2_approximate, which are
-// the device's own).
+// Floating-point contraction is off (-fmad=false): a multiply and an addition are fused only where fused_multiply_add()
+// is called.
 #pragma once
 
-#include <cstdint>
-
-#include "common/numeric.h"
-#include "cuda/launch.h"
-
-#if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
+#include "common/numeric.h"
+#include "cuda/launch_plan.h"
+#include "cuda/runtime.h"
+
 #define MASKED_SOFTMAX_DEVICE __device__ __forceinline__
 #define MASKED_SOFTMAX_DEVICE_LAMBDA __attribute__((always_inline))
-// most_threads: of a block; least_blocks: that a multiprocessor holds at once, which bounds the registers.
-#define MASKED_SOFTMAX_KERNEL(most_threads, least_blocks) __global__ void __launch_bounds__(most_threads, least_blocks)
+#define MASKED_SOFTMAX_KERNEL(max_threads_per_block, min_blocks_per_sm) \
+  __global__ void __launch_bounds__(max_threads_per_block, min_blocks_per_sm)
 #define MASKED_SOFTMAX_KERNEL_ARGUMENT const __grid_constant__
 #define MASKED_SOFTMAX_SHARED(T, name, count) __shared__ T name[count]
 #define MASKED_SOFTMAX_UNROLL _Pragma("unroll")
-// Thread-block clusters and distributed shared memory: compute capability 9.0 and later.
+// Thread block clusters and distributed shared memory: compute capability 9.0 and later.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define MASKED_SOFTMAX_HAS_CLUSTERS 1
 #else
 #define MASKED_SOFTMAX_HAS_CLUSTERS 0
 #endif
-#else
-#include "simt.h"
-
-#define MASKED_SOFTMAX_DEVICE inline
-#define MASKED_SOFTMAX_DEVICE_LAMBDA
-#define MASKED_SOFTMAX_KERNEL(most_threads, least_blocks) void
-#define MASKED_SOFTMAX_KERNEL_ARGUMENT const
-// Every kernel instantiation has its own arrays: the lambda's type tells them apart.
-#define MASKED_SOFTMAX_SHARED(T, name, count) \
-  T(&name)[count] = *static_cast<T(*)[count]>(simt::shared_array([] {}, sizeof(T) * (count), alignof(T)))
-#define MASKED_SOFTMAX_UNROLL
-#define MASKED_SOFTMAX_HAS_CLUSTERS 1
-#endif
 
 namespace masked_softmax {
 namespace cuda {
-
-constexpr unsigned kWarpThreads = 32;
-constexpr unsigned kWholeWarp = 0xffffffffu;
-
-// The unit of fast access to device memory.
-struct alignas(16) Vector16 {
-  uint32_t words[4];
-};
-
-struct LaunchShape {
-  unsigned blocks;
-  unsigned threads;       // of a block
-  unsigned cluster_size;  // blocks; 1 for none
-};
-
-#if defined(__CUDACC__)
 
 MASKED_SOFTMAX_DEVICE unsigned thread_index() { return threadIdx.x; }
 MASKED_SOFTMAX_DEVICE unsigned block_threads() { return blockDim.x; }
@@ -69,33 +39,41 @@ MASKED_SOFTMAX_DEVICE unsigned grid_blocks() { return gridDim.x; }
 
 MASKED_SOFTMAX_DEVICE void sync_block() { __syncthreads(); }
 
-// Every lane of the warp calls; lanes form groups of `width` that see their own lanes only.
+// Precondition: every lane of the warp calls. Values move within groups of `width` lanes.
 template <class T>
 MASKED_SOFTMAX_DEVICE T shuffle_xor(T value, unsigned lane_mask, unsigned width) {
-  return __shfl_xor_sync(kWholeWarp, value, lane_mask, width);
+  return __shfl_xor_sync(0xffffffffu, value, lane_mask, width);
 }
 template <class T>
 MASKED_SOFTMAX_DEVICE T shuffle_up(T value, unsigned distance, unsigned width) {
-  return __shfl_up_sync(kWholeWarp, value, distance, width);
+  return __shfl_up_sync(0xffffffffu, value, distance, width);
 }
 
-// Tells the compiler, which would otherwise ask at every access whether memory is shared.
+// Tells the compiler that p points to global memory, so that accesses need no test for shared memory.
 template <class T>
 MASKED_SOFTMAX_DEVICE T* in_device_memory(T* p) {
   __builtin_assume(__isGlobal(p));
   return p;
 }
 
-// A plain load, not one through the read-only path: input and output may be the same memory.
-MASKED_SOFTMAX_DEVICE Vector16 load16(const void* p) {
+// 16 bytes at a multiple of 16. A plain load, not one through the read-only cache: the output may overwrite the input.
+template <class Bits>
+MASKED_SOFTMAX_DEVICE Bits load16(const void* p) {
   const uint4 loaded = *static_cast<const uint4*>(p);
-  return {{loaded.x, loaded.y, loaded.z, loaded.w}};
+  Bits bits;
+  static_assert(sizeof(Bits) == 16, "loads 16 bytes");
+  memcpy(&bits, &loaded, 16);
+  return bits;
 }
-// To an address of which the compiler knows nothing: where another branch stores some of the same elements, it would
-// make one sequence of predicated 4-byte stores of both.
-MASKED_SOFTMAX_DEVICE void store16(void* p, const Vector16& v) {
+// The asm hides the address: otherwise the compiler merges this store with a branch that stores some of the same
+// elements, into one sequence of predicated 4-byte stores.
+template <class Bits>
+MASKED_SOFTMAX_DEVICE void store16(void* p, const Bits& bits) {
+  static_assert(sizeof(Bits) == 16, "stores 16 bytes");
+  uint4 stored;
+  memcpy(&stored, &bits, 16);
   asm("" : "+l"(p));
-  *static_cast<uint4*>(in_device_memory(p)) = make_uint4(v.words[0], v.words[1], v.words[2], v.words[3]);
+  *static_cast<uint4*>(in_device_memory(p)) = stored;
 }
 
 // The 64 bits high:low shifted right by `bits` (0 to 31); the lower 32 of the result.
@@ -106,7 +84,7 @@ MASKED_SOFTMAX_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) { return __
 
 MASKED_SOFTMAX_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 MASKED_SOFTMAX_DEVICE double fused_multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
-// As IEEE 754 has it: the other operand where one is NaN.
+// As IEEE 754's maxNum: if one operand is NaN, the other.
 MASKED_SOFTMAX_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 MASKED_SOFTMAX_DEVICE double larger(double a, double b) { return fmax(a, b); }
 MASKED_SOFTMAX_DEVICE float log_one_plus(float a) { return log1pf(a); }
@@ -141,7 +119,7 @@ MASKED_SOFTMAX_DEVICE T narrow(float value) {
     return static_cast<T>(value);
   }
 }
-// A double goes to 16 bits through float, rounded to odd there: see round_to_odd() in common/numeric.h.
+// A double goes to 16 bits by way of a float rounded to odd: see round_to_odd() in common/numeric.h.
 template <class T>
 MASKED_SOFTMAX_DEVICE T narrow(double value) {
   if constexpr (sizeof(T) == 2) {
@@ -164,14 +142,15 @@ MASKED_SOFTMAX_DEVICE unsigned cluster_size() {
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
   return size;
 }
-// What a thread of the cluster wrote before, every thread of it sees behind.
+// Cluster-wide barrier with release and acquire ordering: writes made before it by any thread of the cluster are
+// visible to all of them after it.
 MASKED_SOFTMAX_DEVICE void sync_cluster() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 // The value of a shared variable in the cluster's block `rank`.
 template <class T>
 MASKED_SOFTMAX_DEVICE T load_from_block(const T* shared, unsigned rank) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "distributed shared memory is read in words");
+  static_assert(std::is_floating_point_v<T>, "loads an f32 or an f64");
   const auto own = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   unsigned address;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(own), "r"(rank));
@@ -187,106 +166,21 @@ MASKED_SOFTMAX_DEVICE T load_from_block(const T* shared, unsigned rank) {
 }
 #endif
 
-template <class Kernel, class... Arguments>
-Status launch(Kernel* kernel, const LaunchShape& shape, Stream stream, const Arguments&... arguments) {
+template <class Argument>
+Status launch(void (*kernel)(Argument), const LaunchPlan& plan, Stream stream, const Argument& argument) {
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = shape.cluster_size;
+  cluster.val.clusterDim.x = plan.cluster_size;
   cluster.val.clusterDim.y = 1;
   cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(shape.blocks);
-  config.blockDim = dim3(shape.threads);
+  config.gridDim = dim3(plan.blocks);
+  config.blockDim = dim3(plan.threads);
   config.stream = stream;
   config.attrs = &cluster;
-  config.numAttrs = shape.cluster_size > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  config.numAttrs = plan.cluster_size > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, argument);
 }
-
-#else  // the emulator
-
-inline unsigned thread_index() { return simt::this_thread().thread; }
-inline unsigned block_threads() { return simt::this_thread().block_threads; }
-inline unsigned block_index() { return simt::this_thread().block; }
-inline unsigned grid_blocks() { return simt::this_thread().grid_blocks; }
-
-inline void sync_block(simt::Place place = simt::Place::here()) { simt::sync_block(place); }
-
-template <class T>
-T shuffle_xor(T value, unsigned lane_mask, unsigned width, simt::Place place = simt::Place::here()) {
-  return simt::shuffle_xor(kWholeWarp, value, lane_mask, width, place);
-}
-template <class T>
-T shuffle_up(T value, unsigned distance, unsigned width, simt::Place place = simt::Place::here()) {
-  return simt::shuffle_up(kWholeWarp, value, distance, width, place);
-}
-
-template <class T>
-T* in_device_memory(T* p) {
-  return p;
-}
-
-inline Vector16 load16(const void* p) {
-  simt::check_load(p, 16);
-  Vector16 v;
-  std::memcpy(&v, p, 16);
-  return v;
-}
-inline void store16(void* p, const Vector16& v) {
-  simt::check_store(p, 16);
-  std::memcpy(p, &v, 16);
-}
-
-inline uint32_t funnel_shift_right(uint32_t low, uint32_t high, unsigned bits) {
-  return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> (bits & 31));
-}
-inline uint64_t multiply_high(uint64_t a, uint64_t b) {
-  return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
-}
-
-inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
-inline double fused_multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
-inline float larger(float a, float b) { return std::fmax(a, b); }
-inline double larger(double a, double b) { return std::fmax(a, b); }
-inline float log_one_plus(float a) { return std::log1p(a); }
-inline double log_one_plus(double a) { return std::log1p(a); }
-inline float exp2_approximate(float a) { return std::exp2(a); }
-inline uint32_t float_bits(float a) { return bit_cast<uint32_t>(a); }
-inline float bits_float(uint32_t a) { return bit_cast<float>(a); }
-inline uint64_t float_bits(double a) { return bit_cast<uint64_t>(a); }
-inline double bits_float(uint64_t a) { return bit_cast<double>(a); }
-
-template <class T>
-T widen(T value) {
-  return value;
-}
-inline float widen(bfloat16_t value) { return bfloat16_to_float(value); }
-inline float widen(float16_t value) { return float16_to_float(value); }
-inline float widen(bool8_t value) { return to_acc<float>(value); }
-template <class T>
-T narrow(float value) {
-  return from_acc<T>(value);
-}
-template <class T>
-T narrow(double value) {
-  return from_acc<T>(value);
-}
-
-inline unsigned cluster_rank() { return simt::this_thread().cluster_rank; }
-inline unsigned cluster_size() { return simt::this_thread().cluster_size; }
-inline void sync_cluster(simt::Place place = simt::Place::here()) { simt::sync_cluster(place); }
-template <class T>
-T load_from_block(const T* shared, unsigned rank) {
-  return *static_cast<const T*>(simt::shared_of_block(shared, rank));
-}
-
-template <class Kernel, class... Arguments>
-Status launch(Kernel* kernel, const LaunchShape& shape, Stream /*stream*/, const Arguments&... arguments) {
-  const auto body = [&] { kernel(arguments...); };
-  return simt::launch({shape.blocks, shape.threads, shape.cluster_size}, body);
-}
-
-#endif
 
 }  // namespace cuda
 }  // namespace masked_softmax

@@ -1,9 +1,8 @@
 // The exponential of one element: see common/exponential.h.
 //
-// In fused multiply-adds, not in the GPU's own approximate instruction: that one leaves 2 eps, of the 4 that a float32
-// result may be off by, and the polynomial has the same bits on every GPU and in the emulator. Bandwidth hides it: a
-// float32 element has 50 instructions' time on an H200. A 16-bit result, which is rounded to 8 or 11 bits and has 25,
-// takes the instruction.
+// float32 results use the polynomial, in fused multiply-adds: the GPU's approximate instruction leaves 2 eps of the 4
+// that a result may be off by, and the polynomial has the same bits on every GPU. 16-bit results, rounded to 8 or 11
+// bits, use the instruction.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -23,41 +22,43 @@ MASKED_SOFTMAX_DEVICE acc_t exp2_polynomial(acc_t f) {
   }
 }
 
-// 2^(t * c + correction + kBias) for t * c <= 0 and a correction much smaller than 1. Below the smallest normal number
-// it is 0; NaN gives NaN, -inf gives 0.
+// 2^(t * c + correction + kBias) for t * c <= 0 and a correction much smaller than 1. Results below the smallest normal
+// number are 0; NaN gives NaN, -inf gives 0.
 template <int kBias = 0, class acc_t>
 MASKED_SOFTMAX_DEVICE acc_t exp2_product(acc_t t, acc_t c, acc_t correction = 0) {
   using E = Exp2<acc_t>;
-  constexpr acc_t kShift = E::kMagic + kBias;
+  constexpr acc_t kMagic = E::kMagic + kBias;
   constexpr int kFractionBits = std::numeric_limits<acc_t>::digits - 1;
-  const acc_t shifted = fused_multiply_add(t, c, kShift);
-  const acc_t n = shifted - kShift;
+  const acc_t rounded = fused_multiply_add(t, c, kMagic);
+  const acc_t n = rounded - kMagic;
   const acc_t f = fused_multiply_add(t, c, -n) + correction;
-  const acc_t power = bits_float(float_bits(shifted) << kFractionBits);  // 2^(n + kBias)
+  const acc_t power = bits_float(float_bits(rounded) << kFractionBits);  // 2^(n + kBias)
   return n < E::kMinExponent - kBias ? acc_t{0} : exp2_polynomial(f) * power;
 }
 
-// What a kernel needs of the scale, in the type that it computes in.
+// The problem's scale in the accumulation type.
 template <class acc_t>
 struct Scaling {
-  acc_t factor;  // that elements are multiplied by as they come
+  acc_t factor;  // multiplied into elements as they are loaded: input_factor() in common/problem.h
   acc_t scale;
-  acc_t exponent;
-  acc_t exponent_low;
+  ScaledLog2e<acc_t> log2e;  // times scale in a forward pass
 
   MASKED_SOFTMAX_DEVICE explicit Scaling(const KernelProblem& problem)
-      : factor(static_cast<acc_t>(problem.factor)), scale(static_cast<acc_t>(problem.scale)) {
+      : factor(static_cast<acc_t>(problem.factor)),
+        scale(static_cast<acc_t>(problem.scale)),
+        log2e(log2e_of(problem)) {}
+
+ private:
+  MASKED_SOFTMAX_DEVICE static ScaledLog2e<acc_t> log2e_of(const KernelProblem& problem) {
     if constexpr (std::is_same_v<acc_t, float>) {
-      exponent = problem.exponent_float.high;
-      exponent_low = problem.exponent_float.low;
+      return problem.log2e_float;
     } else {
-      exponent = problem.exponent_double.high;
-      exponent_low = problem.exponent_double.low;
+      return problem.log2e_double;
     }
   }
 };
 
-// x - max, and its rounding error (TwoDiff: Knuth, as Sum in groups.cuh).
+// x - row_max and its rounding error (TwoDiff: Knuth, as Sum in groups.cuh).
 template <class acc_t>
 struct Distance {
   acc_t t;
@@ -67,47 +68,47 @@ struct Distance {
     const acc_t part = t - x;
     error = (x - (t - part)) - (row_max + part);
   }
+
+  // What the rounding of t and of log2e leaves out of the exponent. Without it, the sum of many equal terms would be
+  // off by half an eps for each unit of their distance.
+  MASKED_SOFTMAX_DEVICE acc_t correction(const ScaledLog2e<acc_t>& log2e) const {
+    return fused_multiply_add(t, log2e.low, error * log2e.high);
+  }
 };
 
-// What the rounding of x - max and of the exponent leaves out: many equal terms would put their sum off by half an eps
-// for each unit of their distance.
-template <class acc_t>
-MASKED_SOFTMAX_DEVICE acc_t exponent_correction(const Distance<acc_t>& distance, const Scaling<acc_t>& scaling) {
-  return fused_multiply_add(distance.t, scaling.exponent_low, distance.error * scaling.exponent);
-}
-
-// exp(scale * (x - max))
+// exp(scale * (x - row_max))
 template <bool kApproximate, class acc_t>
-MASKED_SOFTMAX_DEVICE acc_t exponential(const Distance<acc_t>& distance, const Scaling<acc_t>& scaling) {
+MASKED_SOFTMAX_DEVICE acc_t exp_of_distance(const Distance<acc_t>& distance, const Scaling<acc_t>& scaling) {
   if constexpr (kApproximate) {
-    return exp2_approximate(distance.t * scaling.exponent);
+    return exp2_approximate(distance.t * scaling.log2e.high);
   } else {
-    return exp2_product(distance.t, scaling.exponent, exponent_correction(distance, scaling));
+    return exp2_product(distance.t, scaling.log2e.high, distance.correction(scaling.log2e));
   }
 }
 
-// The same times 2^kTailBias.
+// The same times 2^kTailBias: a term of log_softmax's tail (common/exponential.h).
 template <class acc_t>
-MASKED_SOFTMAX_DEVICE acc_t rest_term(const Distance<acc_t>& distance, const Scaling<acc_t>& scaling) {
-  return exp2_product<kTailBias>(distance.t, scaling.exponent, exponent_correction(distance, scaling));
+MASKED_SOFTMAX_DEVICE acc_t tail_term(const Distance<acc_t>& distance, const Scaling<acc_t>& scaling) {
+  return exp2_product<kTailBias>(distance.t, scaling.log2e.high, distance.correction(scaling.log2e));
 }
 
-// exp(y) for a saved log_softmax y, whose error does not grow with |y|.
+// exp(y) for a saved log_softmax y, with an error that does not grow with |y|.
 template <bool kApproximate, class acc_t>
-MASKED_SOFTMAX_DEVICE acc_t exponential_of_log(acc_t y, const Scaling<acc_t>& log2e) {
+MASKED_SOFTMAX_DEVICE acc_t exp_of_log(acc_t y, const Scaling<acc_t>& scaling) {
+  const ScaledLog2e<acc_t>& log2e = scaling.log2e;
   if constexpr (kApproximate) {
-    return exp2_approximate(fused_multiply_add(y, log2e.exponent, y * log2e.exponent_low));
+    return exp2_approximate(fused_multiply_add(y, log2e.high, y * log2e.low));
   } else {
-    return exp2_product(y, log2e.exponent, y * log2e.exponent_low);
+    return exp2_product(y, log2e.high, y * log2e.low);
   }
 }
 
-// log(sum(e)) from the sum of all but the maxima, times 2^kTailBias, and how many maxima there are.
+// log(sum) from the biased tail and the number of maxima.
 template <class acc_t>
-MASKED_SOFTMAX_DEVICE acc_t log_of_sum(acc_t rest, acc_t maxima) {
+MASKED_SOFTMAX_DEVICE acc_t log_of_sum(acc_t tail, acc_t maxima) {
   constexpr acc_t kUnbias = 0x1p-64;
-  static_assert(kTailBias == 64, "kUnbias takes the bias away again");
-  return log_one_plus(fused_multiply_add(rest, kUnbias, maxima - 1));
+  static_assert(kTailBias == 64, "kUnbias is 2^-kTailBias");
+  return log_one_plus(fused_multiply_add(tail, kUnbias, maxima - 1));
 }
 
 }  // namespace cuda

@@ -1,8 +1,14 @@
-// Groups of threads that share a row, and what they find out together: a maximum, a sum. A group has as many threads
-// for each piece of the row.
+// Groups of threads that share a row, and their reductions.
 //
-// Every thread of a group gets the same result, in the same bits however the threads are scheduled, and whatever group
-// they are: SumOrder in launch_plan.h says in which order sums are taken. An absent one is 0, which changes no sum.
+// reduce() gives every thread of a group the same result, bit for bit, however the threads are scheduled and whichever
+// group they form: results are combined in the order that SumOrder (launch_plan.h) defines. Absent results are neutral.
+//
+// A group has
+//   thread(), threads()  the thread's number among those that share a chunk of the row (SumOrder)
+//   chunk(), chunks()    the chunk that they share; only for rows held in registers
+//   reduce(result)       a Max, Sum or Count over all of the group's threads
+//   sync()               the barrier between the last use of a result and the next row
+//   kShuffleLanes        lanes of a warp with consecutive threads
 #pragma once
 
 #include "cuda/device.cuh"
@@ -10,33 +16,48 @@
 namespace masked_softmax {
 namespace cuda {
 
-// A sum and its rounding error (TwoSum: Knuth, The Art of Computer Programming, vol. 2, 4.2.2): as good as in twice the
-// precision, so neither a row's length nor how it is spread over threads shows in its accuracy.
+// The three results. words[] is what threads exchange; kFirstWord is the place among the kResultWords of all three.
+
+template <class acc_t>
+struct Max {
+  static constexpr int kFirstWord = 0;
+  static constexpr int kWords = 1;
+  acc_t words[kWords] = {-std::numeric_limits<acc_t>::infinity()};
+
+  MASKED_SOFTMAX_DEVICE void add(acc_t value) { words[0] = larger(words[0], value); }
+  MASKED_SOFTMAX_DEVICE void combine(const Max& other) { add(other.words[0]); }
+  MASKED_SOFTMAX_DEVICE acc_t value() const { return words[0]; }
+};
+
+// A sum and its rounding error (TwoSum: Knuth, The Art of Computer Programming, vol. 2, 4.2.2). As accurate as in twice
+// the precision, so neither a row's length nor the number of threads affects its accuracy.
 template <class acc_t>
 struct Sum {
-  acc_t high = 0;
-  acc_t low = 0;
+  static constexpr int kFirstWord = 1;
+  static constexpr int kWords = 2;
+  acc_t words[kWords] = {0, 0};
 
   MASKED_SOFTMAX_DEVICE void add(acc_t value) {
+    const acc_t high = words[0];
     const acc_t sum = high + value;
     const acc_t part = sum - high;
-    low += (high - (sum - part)) + (value - part);
-    high = sum;
+    words[1] += (high - (sum - part)) + (value - part);
+    words[0] = sum;
   }
-  // A few values, added to each other first, in pairs.
+  // The values are first added to each other, in pairs.
   template <int kCount>
   MASKED_SOFTMAX_DEVICE void add(const acc_t (&values)[kCount]) {
     add(pairwise<0, kCount>(values));
   }
-  // The same result whichever of the two is added to the other.
-  MASKED_SOFTMAX_DEVICE void add(const Sum& other) {
-    const acc_t lows = low + other.low;
-    low = 0;
-    add(other.high);
-    low += lows;
+  // Commutative, bit for bit.
+  MASKED_SOFTMAX_DEVICE void combine(const Sum& other) {
+    const acc_t lows = words[1] + other.words[1];
+    words[1] = 0;
+    add(other.words[0]);
+    words[1] += lows;
   }
-  // An infinite sum has no rounding error to speak of.
-  MASKED_SOFTMAX_DEVICE acc_t total() const { return low == low ? high + low : high; }
+  // The rounding error of an infinite sum is NaN, and is left out.
+  MASKED_SOFTMAX_DEVICE acc_t value() const { return words[1] == words[1] ? words[0] + words[1] : words[0]; }
 
  private:
   template <int kFirst, int kCount, int kAll>
@@ -49,285 +70,227 @@ struct Sum {
   }
 };
 
-template <unsigned kWidth, class acc_t>
-MASKED_SOFTMAX_DEVICE acc_t lanes_max(acc_t value) {
-  MASKED_SOFTMAX_UNROLL
-  for (unsigned distance = kWidth / 2; distance > 0; distance /= 2) {
-    value = larger(value, shuffle_xor(value, distance, kWidth));
+// Exact up to 2^24 in float32.
+template <class acc_t>
+struct Count {
+  static constexpr int kFirstWord = 3;
+  static constexpr int kWords = 1;
+  acc_t words[kWords] = {0};
+
+  MASKED_SOFTMAX_DEVICE void add(acc_t value) { words[0] += value; }
+  MASKED_SOFTMAX_DEVICE void combine(const Count& other) { add(other.words[0]); }
+  MASKED_SOFTMAX_DEVICE acc_t value() const { return words[0]; }
+};
+
+static_assert(Count<float>::kFirstWord + Count<float>::kWords == kResultWords, "the last word of the last result");
+
+// Results in memory that threads share, one of each kind in each slot. Every word of a kind has an array to itself.
+template <class acc_t>
+struct ResultSlots {
+  acc_t* words;
+  int64_t slots;
+
+  template <class Result>
+  MASKED_SOFTMAX_DEVICE acc_t* address(int64_t slot, int word) const {
+    return words + (Result::kFirstWord + word) * slots + slot;
   }
-  return value;
+  template <class Result>
+  MASKED_SOFTMAX_DEVICE void store(int64_t slot, const Result& result) const {
+    MASKED_SOFTMAX_UNROLL
+    for (int word = 0; word < Result::kWords; ++word) {
+      *address<Result>(slot, word) = result.words[word];
+    }
+  }
+  template <class Result>
+  MASKED_SOFTMAX_DEVICE Result load(int64_t slot) const {
+    Result result;
+    MASKED_SOFTMAX_UNROLL
+    for (int word = 0; word < Result::kWords; ++word) {
+      result.words[word] = *address<Result>(slot, word);
+    }
+    return result;
+  }
+};
+
+// Slots in the block's shared memory: the same ones for each call with the same kSlots.
+template <class acc_t, int kSlots>
+MASKED_SOFTMAX_DEVICE ResultSlots<acc_t> shared_slots() {
+  MASKED_SOFTMAX_SHARED(acc_t, words, kResultWords * kSlots);
+  return {words, kSlots};
 }
 
-template <unsigned kWidth, class acc_t>
-MASKED_SOFTMAX_DEVICE Sum<acc_t> lanes_sum(Sum<acc_t> sum) {
+// Over kWidth lanes, a power of two.
+template <unsigned kWidth, class Result>
+MASKED_SOFTMAX_DEVICE Result reduce_lanes(Result result) {
   MASKED_SOFTMAX_UNROLL
   for (unsigned distance = 1; distance < kWidth; distance *= 2) {
-    Sum<acc_t> other;
-    other.high = shuffle_xor(sum.high, distance, kWidth);
-    other.low = shuffle_xor(sum.low, distance, kWidth);
-    sum.add(other);
+    Result other;
+    MASKED_SOFTMAX_UNROLL
+    for (int word = 0; word < Result::kWords; ++word) {
+      other.words[word] = shuffle_xor(result.words[word], distance, kWidth);
+    }
+    result.combine(other);
   }
-  return sum;
+  return result;
 }
 
-// Of counts, which are exact.
-template <unsigned kWidth, class acc_t>
-MASKED_SOFTMAX_DEVICE acc_t lanes_count(acc_t count) {
-  MASKED_SOFTMAX_UNROLL
-  for (unsigned distance = kWidth / 2; distance > 0; distance /= 2) {
-    count += shuffle_xor(count, distance, kWidth);
-  }
-  return count;
-}
-
-// A binary tree over sums that come one after another: 0 and 1, 2 and 3; then these pairs; and so on. Holds one sum for
-// each level, in registers: the loops are unrolled.
-template <class acc_t, int kLevels>
-class TreeSum {
+// Combines results that come one after another in a binary tree: 0 and 1, 2 and 3; then these pairs; and so on. Holds
+// one result for each level, in registers: the loops are unrolled.
+template <class Result, int kLevels>
+class Tree {
  public:
-  // At most 2^(kLevels - 1) times.
-  MASKED_SOFTMAX_DEVICE void add(Sum<acc_t> sum) {
+  // Precondition: called at most 2^(kLevels - 1) times.
+  MASKED_SOFTMAX_DEVICE void add(Result result) {
     bool is_placed = false;
     MASKED_SOFTMAX_UNROLL
     for (int level = 0; level < kLevels; ++level) {
       if (!is_placed) {
         if ((count_ >> level & 1) == 0) {
-          levels_[level] = sum;
+          levels_[level] = result;
           is_placed = true;
         } else {
-          const Sum<acc_t> right = sum;
-          sum = levels_[level];
-          sum.add(right);
+          const Result right = result;
+          result = levels_[level];
+          result.combine(right);
         }
       }
     }
     ++count_;
   }
 
-  MASKED_SOFTMAX_DEVICE Sum<acc_t> total() const {
-    Sum<acc_t> sum;
+  MASKED_SOFTMAX_DEVICE Result total() const {
+    Result result;
     MASKED_SOFTMAX_UNROLL
     for (int level = 0; level < kLevels; ++level) {
       if ((count_ >> level & 1) != 0) {
-        sum.add(levels_[level]);
+        result.combine(levels_[level]);
       }
     }
-    return sum;
+    return result;
   }
 
  private:
-  Sum<acc_t> levels_[kLevels];
+  Result levels_[kLevels];
   unsigned count_ = 0;
 };
 
 // kWidth lanes of a warp: a power of two up to 32.
-template <unsigned kWidth, class acc_t>
+template <unsigned kWidth>
 class LaneGroup {
  public:
-  static constexpr int kSumLevels = 1;
-  static constexpr unsigned kRunLanes = kWidth;
+  static constexpr int kTreeLevels = 1;  // of a thread that sums for several threads of an order
+  static constexpr unsigned kShuffleLanes = kWidth;
 
   MASKED_SOFTMAX_DEVICE unsigned thread() const { return thread_index() % kWidth; }
   MASKED_SOFTMAX_DEVICE unsigned threads() const { return kWidth; }
-  MASKED_SOFTMAX_DEVICE unsigned pieces() const { return 1; }
-  MASKED_SOFTMAX_DEVICE unsigned piece() const { return 0; }
-  MASKED_SOFTMAX_DEVICE void meet() const {}  // a shuffle lets nobody ahead
-  MASKED_SOFTMAX_DEVICE acc_t max(acc_t value) const { return lanes_max<kWidth>(value); }
-  MASKED_SOFTMAX_DEVICE Sum<acc_t> sum(const Sum<acc_t>& value) const { return lanes_sum<kWidth>(value); }
-  MASKED_SOFTMAX_DEVICE acc_t count(acc_t value) const { return lanes_count<kWidth>(value); }
+  MASKED_SOFTMAX_DEVICE unsigned chunk() const { return 0; }
+  MASKED_SOFTMAX_DEVICE unsigned chunks() const { return 1; }
+  MASKED_SOFTMAX_DEVICE void sync() const {}  // no barrier needed: the shuffles already synchronize the lanes
+
+  template <class Result>
+  MASKED_SOFTMAX_DEVICE Result reduce(const Result& result) const {
+    return reduce_lanes<kWidth>(result);
+  }
 };
 
-// What the warps of a block found, in shared memory: one array for each kind of result.
-template <class acc_t>
-struct WarpResults {
-  static constexpr int kMostWarps = 32;  // for a BlockGroup
-  acc_t* maxima;
-  acc_t* sum_highs;
-  acc_t* sum_lows;
-  acc_t* counts;
-};
-
-// A whole block: threads are a multiple of 32. No thread may write a result where a slower one still reads the last:
-// between two uses of the same array comes another barrier, be it another array's or, at the end of a row, the
-// kernel's.
+// A block, of a multiple of 32 threads. Two reductions of one kind need a barrier between them, so that no thread
+// stores a result while a slower one still loads the last: that of another reduction, or sync() at a row's end.
 template <class acc_t>
 class BlockGroup {
  public:
-  static constexpr int kSumLevels = 3;
-  static_assert(kStridedThreads << (kSumLevels - 1) >= kWidestBlock, "as many threads as an order may have");
-  static constexpr unsigned kRunLanes = kWarpThreads;
-
-  MASKED_SOFTMAX_DEVICE explicit BlockGroup(const WarpResults<acc_t>& results) : results_(results) {}
+  static constexpr int kTreeLevels = 3;
+  static_assert(kStridedThreads << (kTreeLevels - 1) >= kMaxBlockThreads, "a thread sums for at most four");
+  static constexpr unsigned kShuffleLanes = kWarpThreads;
 
   MASKED_SOFTMAX_DEVICE unsigned thread() const { return thread_index(); }
   MASKED_SOFTMAX_DEVICE unsigned threads() const { return block_threads(); }
-  MASKED_SOFTMAX_DEVICE unsigned pieces() const { return 1; }
-  MASKED_SOFTMAX_DEVICE unsigned piece() const { return 0; }
-  MASKED_SOFTMAX_DEVICE void meet() const { sync_block(); }
+  MASKED_SOFTMAX_DEVICE unsigned chunk() const { return 0; }
+  MASKED_SOFTMAX_DEVICE unsigned chunks() const { return 1; }
+  MASKED_SOFTMAX_DEVICE void sync() const { sync_block(); }
 
-  MASKED_SOFTMAX_DEVICE acc_t max(acc_t value) const {
-    value = lanes_max<kWarpThreads>(value);
-    if (lane() == 0) {
-      results_.maxima[warp()] = value;
+  template <class Result>
+  MASKED_SOFTMAX_DEVICE Result reduce(Result result) const {
+    const unsigned lane = thread_index() % kWarpThreads;
+    result = reduce_lanes<kWarpThreads>(result);
+    if (lane == 0) {
+      warp_results_.store(thread_index() / kWarpThreads, result);
     }
     sync_block();
-    return lanes_max<kWarpThreads>(lane() < warps() ? results_.maxima[lane()]
-                                                    : -std::numeric_limits<acc_t>::infinity());
-  }
-
-  MASKED_SOFTMAX_DEVICE Sum<acc_t> sum(const Sum<acc_t>& value) const {
-    Sum<acc_t> warp_sum = lanes_sum<kWarpThreads>(value);
-    if (lane() == 0) {
-      results_.sum_highs[warp()] = warp_sum.high;
-      results_.sum_lows[warp()] = warp_sum.low;
-    }
-    sync_block();
-    Sum<acc_t> of_lane;
-    if (lane() < warps()) {
-      of_lane.high = results_.sum_highs[lane()];
-      of_lane.low = results_.sum_lows[lane()];
-    }
-    return lanes_sum<kWarpThreads>(of_lane);
-  }
-
-  MASKED_SOFTMAX_DEVICE acc_t count(acc_t value) const {
-    value = lanes_count<kWarpThreads>(value);
-    if (lane() == 0) {
-      results_.counts[warp()] = value;
-    }
-    sync_block();
-    return lanes_count<kWarpThreads>(lane() < warps() ? results_.counts[lane()] : acc_t{0});
+    const bool is_warp = lane < block_threads() / kWarpThreads;
+    return reduce_lanes<kWarpThreads>(is_warp ? warp_results_.template load<Result>(lane) : Result());
   }
 
  private:
-  MASKED_SOFTMAX_DEVICE unsigned lane() const { return thread_index() % kWarpThreads; }
-  MASKED_SOFTMAX_DEVICE unsigned warp() const { return thread_index() / kWarpThreads; }
-  MASKED_SOFTMAX_DEVICE unsigned warps() const { return block_threads() / kWarpThreads; }
-
-  WarpResults<acc_t> results_;
+  static constexpr int kMaxWarps = kMaxBlockThreads / kWarpThreads;
+  ResultSlots<acc_t> warp_results_ = shared_slots<acc_t, kMaxWarps>();
 };
 
 #if MASKED_SOFTMAX_HAS_CLUSTERS
-// A cluster of blocks, a piece of the row to each. Each block leaves its result in its own shared memory, the cluster
-// meets, and everyone reads all of them, in the order of the pieces. Each kind of result may be asked for once; a
-// kernel ends with leave(): until then another block may still read.
+// A cluster of blocks, each with a chunk of the row. A block stores its result in its own shared memory; after a
+// cluster barrier every thread loads all blocks' results, in the chunks' order. Precondition: one reduction of each
+// kind, and sync() before a block returns, so that its shared memory outlives the others' loads.
 template <class acc_t>
 class ClusterGroup {
  public:
-  static constexpr unsigned kRunLanes = kWarpThreads;
-
-  // block_results: one element of each kind.
-  MASKED_SOFTMAX_DEVICE ClusterGroup(const WarpResults<acc_t>& warp_results, const WarpResults<acc_t>& block_results)
-      : block_(warp_results), results_(block_results) {}
+  static constexpr unsigned kShuffleLanes = kWarpThreads;
 
   MASKED_SOFTMAX_DEVICE unsigned thread() const { return thread_index(); }
   MASKED_SOFTMAX_DEVICE unsigned threads() const { return block_threads(); }
-  MASKED_SOFTMAX_DEVICE unsigned pieces() const { return cluster_size(); }
-  MASKED_SOFTMAX_DEVICE unsigned piece() const { return cluster_rank(); }
-  MASKED_SOFTMAX_DEVICE void leave() const { sync_cluster(); }
+  MASKED_SOFTMAX_DEVICE unsigned chunk() const { return cluster_rank(); }
+  MASKED_SOFTMAX_DEVICE unsigned chunks() const { return cluster_size(); }
+  MASKED_SOFTMAX_DEVICE void sync() const { sync_cluster(); }
 
-  MASKED_SOFTMAX_DEVICE acc_t max(acc_t value) const {
-    value = block_.max(value);
+  template <class Result>
+  MASKED_SOFTMAX_DEVICE Result reduce(Result result) const {
+    result = block_.reduce(result);
     if (thread_index() == 0) {
-      *results_.maxima = value;
+      block_results_.store(0, result);
     }
     sync_cluster();
+    Result total;
     for (unsigned rank = 0; rank < cluster_size(); ++rank) {
-      value = larger(value, load_from_block(results_.maxima, rank));
+      Result other;
+      MASKED_SOFTMAX_UNROLL
+      for (int word = 0; word < Result::kWords; ++word) {
+        other.words[word] = load_from_block(block_results_.template address<Result>(0, word), rank);
+      }
+      total.combine(other);
     }
-    return value;
-  }
-
-  MASKED_SOFTMAX_DEVICE Sum<acc_t> sum(const Sum<acc_t>& value) const {
-    const Sum<acc_t> of_block = block_.sum(value);
-    if (thread_index() == 0) {
-      *results_.sum_highs = of_block.high;
-      *results_.sum_lows = of_block.low;
-    }
-    sync_cluster();
-    Sum<acc_t> sum;
-    for (unsigned rank = 0; rank < cluster_size(); ++rank) {
-      Sum<acc_t> other;
-      other.high = load_from_block(results_.sum_highs, rank);
-      other.low = load_from_block(results_.sum_lows, rank);
-      sum.add(other);
-    }
-    return sum;
-  }
-
-  MASKED_SOFTMAX_DEVICE acc_t count(acc_t value) const {
-    value = block_.count(value);
-    if (thread_index() == 0) {
-      *results_.counts = value;
-    }
-    sync_cluster();
-    acc_t count = 0;
-    for (unsigned rank = 0; rank < cluster_size(); ++rank) {
-      count += load_from_block(results_.counts, rank);
-    }
-    return count;
+    return total;
   }
 
  private:
   BlockGroup<acc_t> block_;
-  WarpResults<acc_t> results_;
+  ResultSlots<acc_t> block_results_ = shared_slots<acc_t, 1>();
 };
 #endif
 
-// The same lane of each of a block's kWarps warps: 32 groups, each with a row of its own. Each warp's 32 results lie
-// side by side.
+// One lane of each of a block's kWarps warps: 32 groups, each with a row of its own.
 template <unsigned kWarps, class acc_t>
-class WarpsGroup {
+class ColumnGroup {
  public:
-  static constexpr int kSumLevels = 8;
-  static_assert(kWarps << (kSumLevels - 1) >= kWidestBlock, "as many threads as an order may have");
-  MASKED_SOFTMAX_DEVICE explicit WarpsGroup(const WarpResults<acc_t>& results) : results_(results) {}
+  static constexpr int kTreeLevels = 8;
+  static_assert(kWarps << (kTreeLevels - 1) >= kMaxBlockThreads, "a thread sums for at most 128");
 
   MASKED_SOFTMAX_DEVICE unsigned thread() const { return thread_index() / kWarpThreads; }
   MASKED_SOFTMAX_DEVICE unsigned threads() const { return kWarps; }
-  MASKED_SOFTMAX_DEVICE void meet() const { sync_block(); }
+  MASKED_SOFTMAX_DEVICE void sync() const { sync_block(); }
 
-  MASKED_SOFTMAX_DEVICE acc_t max(acc_t value) const {
-    results_.maxima[thread_index()] = value;
+  template <class Result>
+  MASKED_SOFTMAX_DEVICE Result reduce(const Result& result) const {
+    results_.store(thread_index(), result);
     sync_block();
-    for (unsigned warp = 0; warp < kWarps; ++warp) {
-      value = larger(value, results_.maxima[place(warp)]);
-    }
-    return value;
-  }
-
-  MASKED_SOFTMAX_DEVICE Sum<acc_t> sum(const Sum<acc_t>& value) const {
-    results_.sum_highs[thread_index()] = value.high;
-    results_.sum_lows[thread_index()] = value.low;
-    sync_block();
-    TreeSum<acc_t, 4> sum;
-    static_assert(kWarps <= 8, "a level for each power of two");
+    Tree<Result, 4> tree;
+    static_assert(kWarps <= 8, "a tree of four levels");
     MASKED_SOFTMAX_UNROLL
     for (unsigned warp = 0; warp < kWarps; ++warp) {
-      Sum<acc_t> of_warp;
-      of_warp.high = results_.sum_highs[place(warp)];
-      of_warp.low = results_.sum_lows[place(warp)];
-      sum.add(of_warp);
+      tree.add(results_.template load<Result>(warp * kWarpThreads + thread_index() % kWarpThreads));
     }
-    return sum.total();
-  }
-
-  MASKED_SOFTMAX_DEVICE acc_t count(acc_t value) const {
-    results_.counts[thread_index()] = value;
-    sync_block();
-    acc_t count = 0;
-    for (unsigned warp = 0; warp < kWarps; ++warp) {
-      count += results_.counts[place(warp)];
-    }
-    return count;
+    return tree.total();
   }
 
  private:
-  MASKED_SOFTMAX_DEVICE unsigned place(unsigned warp) const {
-    return warp * kWarpThreads + thread_index() % kWarpThreads;
-  }
-
-  WarpResults<acc_t> results_;
+  ResultSlots<acc_t> results_ = shared_slots<acc_t, kWarps * kWarpThreads>();
 };
 
 }  // namespace cuda

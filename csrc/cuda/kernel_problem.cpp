@@ -27,7 +27,7 @@ Divisor make_divisor(int64_t divisor) {
   Divisor result;
   result.divisor = static_cast<uint64_t>(divisor);
   if (divisor > 1) {
-    unsigned bits = 0;  // the smallest power of two that is not below the divisor
+    unsigned bits = 0;  // 2^bits is the smallest power of two that is at least the divisor
     while ((uint64_t{1} << bits) < result.divisor) {
       ++bits;
     }
@@ -41,24 +41,26 @@ Divisor make_divisor(int64_t divisor) {
 KernelProblem make_kernel_problem(const Problem& problem, const LaunchPlan& plan, void* workspace) {
   KernelProblem result;
   result.problem = problem;
-  for (int input = problem.input_count; input < kMaxInputs; ++input) {  // the strided kernels walk all of them
+  // The strided kernels compute an offset for every input, present or not.
+  for (int input = problem.input_count; input < kMaxInputs; ++input) {
     result.problem.inputs[input] = Operand{};
     for (int64_t& stride : result.problem.inputs[input].row_strides) {
       stride = 0;
     }
   }
   result.order = plan.order;
-  result.pieces = plan.pieces;
+  result.chunks = plan.chunks;
   result.workspace = workspace;
   for (int dim = 0; dim < problem.row_ndim; ++dim) {
     result.row_sizes[dim] = make_divisor(problem.row_sizes[dim]);
   }
   result.output_rows_are_aligned = output_rows_are_aligned(problem);
+  result.output_is_16_bit = size_bytes(problem.output.type) == 2;
   result.factor = input_factor(problem);
   result.scale = problem.scale / result.factor;
-  const double exponent = is_forward(problem.operation) ? result.scale : 1.0;
-  result.exponent_float = ScaledLog2e<float>(exponent);
-  result.exponent_double = ScaledLog2e<double>(exponent);
+  const double exponent_scale = is_forward(problem.operation) ? result.scale : 1.0;
+  result.log2e_float = ScaledLog2e<float>(exponent_scale);
+  result.log2e_double = ScaledLog2e<double>(exponent_scale);
   return result;
 }
 

@@ -1,4 +1,4 @@
-// A Problem as kernels take it: with what finding a row's memory needs beside, and all of it by value.
+// A kernel's argument: the problem, and what the host computes once for all rows. Passed by value.
 #pragma once
 
 #include "common/exponential.h"
@@ -8,9 +8,9 @@
 namespace masked_softmax {
 namespace cuda {
 
-// Division by a number that is known before the launch, as a multiplication: n / divisor = (n * multiplier) >> (64 +
-// shift) for 0 <= n < 2^63 (Granlund and Montgomery, "Division by invariant integers using multiplication", PLDI 1994,
-// with one bit of n to spare). A 64-bit division costs a GPU over a hundred instructions.
+// Division by a divisor known before the launch, as a multiplication: n / divisor = (n * multiplier) >> (64 + shift)
+// for 0 <= n < 2^63 (Granlund and Montgomery, "Division by invariant integers using multiplication", PLDI 1994, with
+// one bit of n to spare). A 64-bit division costs a GPU over a hundred instructions.
 struct Divisor {
   uint64_t divisor = 1;
   uint64_t multiplier = 0;
@@ -19,26 +19,34 @@ struct Divisor {
 
 Divisor make_divisor(int64_t divisor);  // divisor >= 1
 
+// What follows from a pair of types.
+template <class input_t, class output_t>
+struct RowTypes {
+  using acc_t = std::conditional_t<sizeof(input_t) == 8 || sizeof(output_t) == 8, double, float>;
+  static constexpr int kElems =  // of a vector: 16 bytes of the narrowest operand
+      16 / static_cast<int>(sizeof(input_t) < sizeof(output_t) ? sizeof(input_t) : sizeof(output_t));
+  // See exp2.cuh.
+  static constexpr bool kApproximate = sizeof(output_t) == 2 && std::is_same_v<acc_t, float>;
+};
+
 struct KernelProblem {
   Problem problem;
   Divisor row_sizes[kMaxRowDims];
-  // Whether every row of the output begins, with its valid columns, at a multiple of 16 bytes.
-  bool output_rows_are_aligned = false;
-  double factor = 1.0;  // forward passes: see input_factor()
+  bool output_rows_are_aligned = false;  // every row's valid columns begin at a multiple of 16 bytes
+  bool output_is_16_bit = false;
 
-  // RowScale and log2(e), in both computing types.
-  ScaledLog2e<float> exponent_float{1.0};
-  ScaledLog2e<double> exponent_double{1.0};
+  // The scale in both accumulation types; see Scaling in exp2.cuh.
+  double factor = 1.0;
   double scale = 1.0;
+  ScaledLog2e<float> log2e_float{1.0};
+  ScaledLog2e<double> log2e_double{1.0};
 
   SumOrder order;
-  // What the pieces of split rows leave for each other; see split_rows.cuh.
-  int64_t pieces = 1;
-  void* workspace = nullptr;
+  int64_t chunks = 1;         // of a split row
+  void* workspace = nullptr;  // see split_rows.cuh
 };
 
-// Kernels take at most 4 KiB of arguments.
-static_assert(sizeof(KernelProblem) <= 4096 - 64, "a kernel's arguments are limited");
+static_assert(sizeof(KernelProblem) <= 4096 - 64, "kernels take at most 4 KiB of arguments");
 
 KernelProblem make_kernel_problem(const Problem& problem, const LaunchPlan& plan, void* workspace);
 

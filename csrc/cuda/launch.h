@@ -1,33 +1,29 @@
-// Computes a problem on the GPU.
+// Computes a problem on the GPU. The folder, from the call to the arithmetic:
+//
+//   launch.cu                   the choice of kernels by strategy and types
+//   strategies.inc              the table of strategies
+//   launch_plan.h               strategy, grid and block from a row's size, and the order of its sums
+//   kernel_problem.h            a kernel's argument
+//   registers_*.cu              the kernels of one type pair, by launch_registers.cuh
+//   register_rows.cuh           rows held in registers: lanes, block, cluster
+//   split_rows.cuh              rows held in registers by several blocks: split
+//   strided_rows.cuh            rows of any types and layout: column, strided
+//   groups.cuh, row.cuh         threads that share a row; where a row lies
+//   vector_access.cuh, exp2.cuh, device.cuh    16-byte accesses, exponentials, the GPU's own instructions
 #pragma once
 
 #include "common/problem.h"
 #include "cuda/launch_plan.h"
-
-#if defined(__CUDACC__) || defined(MASKED_SOFTMAX_EXT_WITH_CUDA)
-#include <cuda_runtime_api.h>
-#endif
+#include "cuda/runtime.h"
 
 namespace masked_softmax {
 namespace cuda {
 
-#if defined(__CUDACC__) || defined(MASKED_SOFTMAX_EXT_WITH_CUDA)
-using Stream = cudaStream_t;
-using Status = cudaError_t;
-constexpr Status kSuccess = cudaSuccess;
-constexpr Status kInvalidLaunch = cudaErrorInvalidConfiguration;
-#else  // the emulator's
-using Stream = void*;
-using Status = int;
-constexpr Status kSuccess = 0;
-constexpr Status kInvalidLaunch = 9;
-#endif
-
-// The plan that launch_problem() follows; its strategy is kAutomatic where the forced one cannot compute the problem.
+// Returns the plan for launch_problem(). Its strategy is kAutomatic if the forced one cannot compute the problem.
 LaunchPlan plan_problem(const Problem& problem, const DeviceProperties& device, Strategy forced);
 
-// Enqueues the kernels and returns at once. problem.rows and problem.cols are at least 1; `workspace` is device memory
-// of plan.workspace_bytes, aligned to 16.
+// Enqueues the kernels and returns. Preconditions: problem.rows and problem.cols are at least 1; `workspace` is device
+// memory of plan.workspace_bytes, aligned to 16 bytes.
 Status launch_problem(const Problem& problem, const LaunchPlan& plan, void* workspace, Stream stream);
 
 }  // namespace cuda

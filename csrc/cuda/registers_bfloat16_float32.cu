@@ -1,9 +1,3 @@
 #include "cuda/launch_registers.cuh"
 
-namespace masked_softmax {
-namespace cuda {
-
-template Status launch_registers<bfloat16_t, float>(const KernelProblem&, const LaunchPlan&, Stream);
-
-}  // namespace cuda
-}  // namespace masked_softmax
+MASKED_SOFTMAX_INSTANTIATE(bfloat16_t, float)

@@ -1,4 +1,4 @@
-// Where one row lies: offsets from its number, bounds from lengths and starts.
+// Where a row lies: its offsets, from its number; its bounds, from lengths and starts.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -12,27 +12,25 @@ struct Row {
   int64_t input_offsets[kMaxInputs];
   int64_t start;
   int64_t length;
-  bool is_valid;  // whether start and length lie within the row; if not, length is 0 here
+  bool is_valid;  // start and length lie within the row; otherwise they are 0 here
 };
 
 MASKED_SOFTMAX_DEVICE int64_t load_row_index(const RowIndex& index, int64_t offset) {
   if (index.data == nullptr) {
     return index.value;
   }
-  switch (index.type) {
-    case ElementType::kInt8: return static_cast<const int8_t*>(index.data)[offset];
-    case ElementType::kUInt8: return static_cast<const uint8_t*>(index.data)[offset];
-    case ElementType::kInt16: return static_cast<const int16_t*>(index.data)[offset];
-    case ElementType::kInt32: return static_cast<const int32_t*>(index.data)[offset];
-    default: return static_cast<const int64_t*>(index.data)[offset];
-  }
+  int64_t value = 0;
+  visit_element_type_of<ElementKind::kInteger>(index.type, [&](auto element) MASKED_SOFTMAX_DEVICE_LAMBDA {
+    value = static_cast<const decltype(element)*>(index.data)[offset];
+  });
+  return value;
 }
 
 MASKED_SOFTMAX_DEVICE uint64_t divide(uint64_t n, const Divisor& by) {
   return by.divisor == 1 ? n : multiply_high(n, by.multiplier) >> by.shift;
 }
 
-// Row number `index` of problem.rows; kInputs of its inputs.
+// Row number `index`, with the offsets of its first kInputs inputs.
 template <int kInputs>
 MASKED_SOFTMAX_DEVICE Row find_row(const KernelProblem& kernel_problem, int64_t index) {
   const Problem& problem = kernel_problem.problem;
@@ -41,7 +39,6 @@ MASKED_SOFTMAX_DEVICE Row find_row(const KernelProblem& kernel_problem, int64_t 
   int64_t start_offset = 0;
   auto rest = static_cast<uint64_t>(index);
   for (int dim = problem.row_ndim - 1; dim >= 0; --dim) {
-    // The outermost dimension takes what is left.
     const uint64_t outer = dim == 0 ? 0 : divide(rest, kernel_problem.row_sizes[dim]);
     const auto position = static_cast<int64_t>(rest - outer * kernel_problem.row_sizes[dim].divisor);
     rest = outer;
@@ -54,8 +51,7 @@ MASKED_SOFTMAX_DEVICE Row find_row(const KernelProblem& kernel_problem, int64_t 
   }
   row.start = load_row_index(problem.starts, start_offset);
   row.length = load_row_index(problem.lengths, length_offset);
-  row.is_valid = row.start >= 0 && row.length >= 0 && row.start <= problem.cols &&
-                 row.length <= problem.cols - row.start && row.length <= problem.longest();
+  row.is_valid = bounds_are_valid(row.start, row.length, problem.cols) && row.length <= problem.longest();
   if (!row.is_valid) {
     row.start = 0;
     row.length = 0;
@@ -63,13 +59,10 @@ MASKED_SOFTMAX_DEVICE Row find_row(const KernelProblem& kernel_problem, int64_t 
   return row;
 }
 
-// What padding holds; all of a row whose bounds are invalid is NaN.
+// The value of padding. All of an invalid row is padding, and is NaN.
 template <class acc_t>
-MASKED_SOFTMAX_DEVICE acc_t padding_value(Operation operation, const Row& row) {
-  if (!row.is_valid) {
-    return std::numeric_limits<acc_t>::quiet_NaN();
-  }
-  return operation == Operation::kLogSoftmax ? -std::numeric_limits<acc_t>::infinity() : acc_t{0};
+MASKED_SOFTMAX_DEVICE acc_t padding_of(const Problem& problem, const Row& row) {
+  return row.is_valid ? static_cast<acc_t>(padding_value(problem.operation)) : std::numeric_limits<acc_t>::quiet_NaN();
 }
 
 }  // namespace cuda

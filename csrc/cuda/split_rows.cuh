@@ -1,19 +1,17 @@
-// Rows that neither a block nor a cluster can hold: cut into pieces, a block to each, in three launches (two for a
-// gradient, which needs no maximum). Each leaves one result a piece in the workspace, and the next one reads all of a
-// row's results. Nothing waits for another block, so any number of blocks may be under way.
+// Rows that neither a block nor a cluster can hold, cut into chunks with a block for each, in three launches: two for a
+// gradient, which needs no maximum. Each launch leaves a result for every chunk in the workspace, and the next one
+// loads all results of a row. No block waits for another, so a grid may have any number of blocks.
 //
-//   split_maxima     the largest element of each piece
-//   split_sums       the sum of each piece: SumOrder in launch_plan.h
-//   split_results    the results
+//   split_maxima     the maximum of each chunk
+//   split_sums       the sum of each chunk, and the number of maxima
+//   split_results    the results, from the sum over all chunks in their order: SumOrder in launch_plan.h
 //
-// What moves: valid elements are read three times (twice), the output is written once. 64 rows of 131072 floats are 32
-// MiB, which an A100 (40 MB) and an H200 (60 MB) hold in their second-level cache: there two of the reads are from it.
-// On paper (H200, as compiled for 9.0): 62 to 96 registers, 1.5 KiB of shared memory, two blocks of 512 threads for the
-// maxima and one for the rest, with 32 to 64 KiB in flight. Out of that cache half of a copy's bandwidth, 0.75 within.
+// Bytes moved. Valid elements are read three times (twice for a gradient), the output is written once. The later reads
+// come from L2 where the rows fit it: 64 rows of 131072 floats are 32 MiB, an A100's L2 holds 40 MB, an H200's 60 MB.
 //
-// Workspace: for each row and piece four values of the computing type.
+// Workspace: ResultSlots for each row, with a slot for each chunk, of the accumulation type.
 //
-// A piece is held in registers as in register_rows.cuh, whose preconditions hold.
+// A chunk is held in registers as in register_rows.cuh, whose preconditions hold.
 #pragma once
 
 #include "cuda/register_rows.cuh"
@@ -21,165 +19,101 @@
 namespace masked_softmax {
 namespace cuda {
 
-// One row's part of the workspace.
+// A block with its chunk of a row. reduce() is over the results that all chunks have left.
 template <class acc_t>
-class PieceResults {
+class SplitGroup {
  public:
-  MASKED_SOFTMAX_DEVICE PieceResults(const KernelProblem& problem, int64_t row)
-      : pieces_(problem.pieces),
-        results_(in_device_memory(static_cast<acc_t*>(problem.workspace)) + row * kPieceResults * pieces_) {}
+  static constexpr unsigned kShuffleLanes = kWarpThreads;
 
-  MASKED_SOFTMAX_DEVICE acc_t& maximum(int64_t piece) const { return results_[piece]; }
-  MASKED_SOFTMAX_DEVICE acc_t& sum_high(int64_t piece) const { return results_[pieces_ + piece]; }
-  MASKED_SOFTMAX_DEVICE acc_t& sum_low(int64_t piece) const { return results_[2 * pieces_ + piece]; }
-  MASKED_SOFTMAX_DEVICE acc_t& count(int64_t piece) const { return results_[3 * pieces_ + piece]; }
-
- private:
-  int64_t pieces_;
-  acc_t* results_;
-};
-
-// A block with its piece of a row.
-template <class acc_t>
-class PieceGroup : public BlockGroup<acc_t> {
- public:
-  MASKED_SOFTMAX_DEVICE PieceGroup(const WarpResults<acc_t>& warp_results, const KernelProblem& problem, int64_t block)
-      : BlockGroup<acc_t>(warp_results),
-        row_(block / problem.pieces),
-        piece_(block % problem.pieces),
-        pieces_(problem.pieces),
-        results_(problem, row_) {}
+  // `index` counts the chunks of all rows.
+  MASKED_SOFTMAX_DEVICE SplitGroup(const BlockGroup<acc_t>& block, const KernelProblem& problem, int64_t index)
+      : block_(block),
+        row_(index / problem.chunks),
+        chunk_(index % problem.chunks),
+        results_{in_device_memory(static_cast<acc_t*>(problem.workspace)) + row_ * kResultWords * problem.chunks,
+                 problem.chunks} {}
 
   MASKED_SOFTMAX_DEVICE int64_t row() const { return row_; }
-  MASKED_SOFTMAX_DEVICE int64_t piece() const { return piece_; }
-  MASKED_SOFTMAX_DEVICE int64_t pieces() const { return pieces_; }
+  MASKED_SOFTMAX_DEVICE unsigned thread() const { return block_.thread(); }
+  MASKED_SOFTMAX_DEVICE unsigned threads() const { return block_.threads(); }
+  MASKED_SOFTMAX_DEVICE int64_t chunk() const { return chunk_; }
+  MASKED_SOFTMAX_DEVICE int64_t chunks() const { return results_.slots; }
 
-  MASKED_SOFTMAX_DEVICE void leave_max(acc_t largest) const {
-    largest = this->max(largest);
+  // Leaves the chunk's result, given this thread's part of it.
+  template <class Result>
+  MASKED_SOFTMAX_DEVICE void leave(const Result& part) const {
+    const Result of_chunk = block_.reduce(part);
     if (thread_index() == 0) {
-      results_.maximum(piece_) = largest;
-    }
-  }
-  MASKED_SOFTMAX_DEVICE void leave_sum(const Sum<acc_t>& sum) const {
-    const Sum<acc_t> of_piece = this->sum(sum);
-    if (thread_index() == 0) {
-      results_.sum_high(piece_) = of_piece.high;
-      results_.sum_low(piece_) = of_piece.low;
-    }
-  }
-  MASKED_SOFTMAX_DEVICE void leave_count(acc_t count) const {
-    count = this->count(count);
-    if (thread_index() == 0) {
-      results_.count(piece_) = count;
+      results_.store(chunk_, of_chunk);
     }
   }
 
-  MASKED_SOFTMAX_DEVICE acc_t row_max() const {
-    acc_t largest = -std::numeric_limits<acc_t>::infinity();
-    for (int64_t piece = thread_index(); piece < pieces_; piece += block_threads()) {
-      largest = larger(largest, results_.maximum(piece));
+  MASKED_SOFTMAX_DEVICE Max<acc_t> reduce(const Max<acc_t>& /*part*/) const {
+    Max<acc_t> max;
+    for (int64_t chunk = thread_index(); chunk < chunks(); chunk += block_threads()) {
+      max.combine(results_.template load<Max<acc_t>>(chunk));
     }
-    return this->max(largest);
+    return block_.reduce(max);
   }
-  // In the pieces' order; every thread takes the same steps.
-  MASKED_SOFTMAX_DEVICE Sum<acc_t> row_sum() const {
-    Sum<acc_t> sum;
-    for (int64_t piece = 0; piece < pieces_; ++piece) {
-      Sum<acc_t> of_piece;
-      of_piece.high = results_.sum_high(piece);
-      of_piece.low = results_.sum_low(piece);
-      sum.add(of_piece);
+  // Every thread combines all chunks, in their order.
+  template <class Result>
+  MASKED_SOFTMAX_DEVICE Result reduce(const Result& /*part*/) const {
+    Result result;
+    for (int64_t chunk = 0; chunk < chunks(); ++chunk) {
+      result.combine(results_.template load<Result>(chunk));
     }
-    return sum;
-  }
-  MASKED_SOFTMAX_DEVICE acc_t row_count() const {
-    acc_t count = 0;
-    for (int64_t piece = 0; piece < pieces_; ++piece) {
-      count += results_.count(piece);
-    }
-    return count;
+    return result;
   }
 
  private:
-  int64_t row_;
-  int64_t piece_;
-  int64_t pieces_;
-  PieceResults<acc_t> results_;
+  const BlockGroup<acc_t>& block_;
+  const int64_t row_;
+  const int64_t chunk_;
+  const ResultSlots<acc_t> results_;
 };
 
-// Calls visit(group) for every piece of every row that this block has.
-template <class acc_t, class Visitor>
-MASKED_SOFTMAX_DEVICE void for_each_piece(const KernelProblem& problem, const Visitor& visit) {
-  MASKED_SOFTMAX_SHARED(acc_t, maxima, WarpResults<acc_t>::kMostWarps);
-  MASKED_SOFTMAX_SHARED(acc_t, sum_highs, WarpResults<acc_t>::kMostWarps);
-  MASKED_SOFTMAX_SHARED(acc_t, sum_lows, WarpResults<acc_t>::kMostWarps);
-  MASKED_SOFTMAX_SHARED(acc_t, counts, WarpResults<acc_t>::kMostWarps);
-  const int64_t blocks = problem.problem.rows * problem.pieces;
-  for (int64_t block = block_index(); block < blocks; block += grid_blocks()) {
-    const PieceGroup<acc_t> group({maxima, sum_highs, sum_lows, counts}, problem, block);
-    visit(group);
-    group.meet();  // the next piece's results go where this one's were read
+template <Pass kPass, bool kForward, class input_t, class output_t, int kVectors>
+MASKED_SOFTMAX_DEVICE void split_pass(const KernelProblem& kernel_problem) {
+  using acc_t = typename RowTypes<input_t, output_t>::acc_t;
+  const BlockGroup<acc_t> block;
+  const int64_t count = kernel_problem.problem.rows * kernel_problem.chunks;
+  for (int64_t index = block_index(); index < count; index += grid_blocks()) {
+    const SplitGroup<acc_t> group(block, kernel_problem, index);
+    compute_row<kPass, kForward, input_t, output_t, kVectors>(group, kernel_problem, group.row());
+    block.sync();
   }
 }
 
 template <class input_t, class output_t, int kVectors>
 MASKED_SOFTMAX_KERNEL(kSplitThreads, 1)
 split_maxima(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
-  using acc_t = typename RowTypes<input_t, output_t>::acc_t;
-  using Group = PieceGroup<acc_t>;
-  for_each_piece<acc_t>(kernel_problem, [&](const Group& group) {
-    ForwardRow<input_t, output_t, kVectors, Group> row(group, kernel_problem, group.row());
-    group.leave_max(row.load());
-  });
+  split_pass<Pass::kMaxima, true, input_t, output_t, kVectors>(kernel_problem);
 }
 
 template <bool kForward, class input_t, class output_t, int kVectors>
 MASKED_SOFTMAX_KERNEL(kSplitThreads, 1)
 split_sums(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
-  using acc_t = typename RowTypes<input_t, output_t>::acc_t;
-  using Group = PieceGroup<acc_t>;
-  for_each_piece<acc_t>(kernel_problem, [&](const Group& group) {
-    if constexpr (kForward) {
-      ForwardRow<input_t, output_t, kVectors, Group> row(group, kernel_problem, group.row());
-      row.load();
-      const acc_t row_max = group.row_max();
-      if (kernel_problem.problem.operation == Operation::kLogSoftmax) {
-        acc_t maxima = 0;
-        group.leave_sum(row.take_distances(row_max, maxima));
-        group.leave_count(maxima);
-      } else {
-        group.leave_sum(row.take_exponentials(row_max));
-      }
-    } else {
-      BackwardRow<input_t, output_t, kVectors, Group> row(group, kernel_problem, group.row());
-      group.leave_sum(row.sum());
-    }
-  });
+  split_pass<Pass::kSums, kForward, input_t, output_t, kVectors>(kernel_problem);
 }
 
 template <bool kForward, class input_t, class output_t, int kVectors>
 MASKED_SOFTMAX_KERNEL(kSplitThreads, 1)
 split_results(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
-  using acc_t = typename RowTypes<input_t, output_t>::acc_t;
-  using Group = PieceGroup<acc_t>;
-  for_each_piece<acc_t>(kernel_problem, [&](const Group& group) {
-    if constexpr (kForward) {
-      ForwardRow<input_t, output_t, kVectors, Group> row(group, kernel_problem, group.row());
-      row.load();
-      const acc_t row_max = group.row_max();
-      if (kernel_problem.problem.operation == Operation::kLogSoftmax) {
-        acc_t maxima = 0;
-        row.take_distances(row_max, maxima);
-        row.store_log_softmax(log_of_sum(group.row_sum().total(), group.row_count()));
-      } else {
-        row.take_exponentials(row_max);
-        row.store_softmax(group.row_sum().total());
-      }
-    } else {
-      BackwardRow<input_t, output_t, kVectors, Group> row(group, kernel_problem, group.row());
-      row.store(group.row_sum().total());
-    }
-  });
+  split_pass<Pass::kResults, kForward, input_t, output_t, kVectors>(kernel_problem);
+}
+
+template <bool kForward, class input_t, class output_t>
+Status launch_split(const KernelProblem& problem, const LaunchPlan& plan, Stream stream) {
+  constexpr int kVectors = block_vectors(RowTypes<input_t, output_t>::kElems);
+  Status status = kSuccess;
+  if constexpr (kForward) {
+    status = launch(split_maxima<input_t, output_t, kVectors>, plan, stream, problem);
+  }
+  if (status == kSuccess) {
+    status = launch(split_sums<kForward, input_t, output_t, kVectors>, plan, stream, problem);
+  }
+  return status == kSuccess ? launch(split_results<kForward, input_t, output_t, kVectors>, plan, stream, problem)
+                            : status;
 }
 
 }  // namespace cuda

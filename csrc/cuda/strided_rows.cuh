@@ -1,24 +1,23 @@
-// Rows of any layout and any types, for every operation: element by element, all read again for every sweep.
+// Rows of any types and layout, for every operation, read again in every pass: element by element, as each may be in
+// another cache line.
 //
-//   column_rows     the rows lie side by side (the softmax dimension is not the last): 32 neighbours to a warp, which
-//                   reads 32 adjacent elements at a time; a block's warps share the columns
-//   strided_rows    everything else: a part of a warp or a block to a row
+//   column_rows      unit row stride (the softmax dimension is not the last): a warp takes 32 rows, and loads 32
+//                    adjacent elements at a time; the block's warps share the columns
+//   strided_lanes    everything else, short rows: a part of a warp takes a row
+//   strided_rows     everything else, long rows: a block takes a row
 //
-// A row's sums are taken in the order of the strategy that holds rows of its size in registers (SumOrder in
-// launch_plan.h), so that it has the same bits in any layout.
+// Formulas: softmax and log_softmax as in register_rows.cuh, derivatives in common/formulas.h. A row's sums are taken
+// in the order of the strategy that holds rows of its size in registers (SumOrder in launch_plan.h), so a row has the
+// same bits in any layout.
 //
-// What moves. A forward pass reads each valid element three times, a backward pass twice; the second and third time
-// from the second-level cache as long as the rows under way fit it: 32 rows of 512 columns in float32 are 64 KiB a
-// block, 8 MiB for 132 multiprocessors (an H200 has 60 MiB).
+// Bytes moved. A forward pass reads each valid element three times, a derivative once for each sum and once for the
+// result. Later reads come from L2 where the rows under way fit it. Where adjacent elements are not in one cache line,
+// a read moves the line: 1/8 of it is used by float32 with a stride of 8.
 //
-// On paper (as compiled for 9.0): 114 to 123 registers (168 for column_rows in float64), 1.5 to 5 KiB of shared memory,
-// two blocks of 256 threads, with 16 KiB in flight of the 20 KiB that an H200 asks for. column_rows: 0.6 of a copy at
-// best, as the elements come one by one. strided_rows, where neighbours are not in one line: the line's share, 1/8 for
-// float32 with a stride of 8.
-//
-// Formulas: Operation in common/problem.h. Everything runs in acc_t; extreme scales come here in float64.
+// Accumulation type: acc_t, which is float64 for extreme scales too.
 #pragma once
 
+#include "common/formulas.h"
 #include "cuda/exp2.cuh"
 #include "cuda/groups.cuh"
 #include "cuda/row.cuh"
@@ -26,79 +25,52 @@
 namespace masked_softmax {
 namespace cuda {
 
-template <class T>
-struct As {
-  using type = T;
-};
+constexpr int kMaxVectorElems = 8;
 
-MASKED_SOFTMAX_DEVICE bool is_16_bit(ElementType type) {
-  return type == ElementType::kBFloat16 || type == ElementType::kFloat16;
-}
-
-constexpr int kMostVectorElems = 8;
-
-// The columns of one of SumOrder's vectors.
+// The elements of one of SumOrder's vectors.
 template <class acc_t>
-using VectorValues = acc_t[kMostVectorElems];
+using VectorValues = acc_t[kMaxVectorElems];
 
-// `count` elements from `offset` on, zeros behind them. The type is looked at once for all, so that their loads are
-// under way together.
+// Loads `count` elements from `offset` on, and zeros after them. The type is dispatched once for all of them, so that
+// their loads overlap.
 template <class acc_t>
 MASKED_SOFTMAX_DEVICE void load_elements(const Operand& operand, int64_t offset, int count,
                                          VectorValues<acc_t>& values) {
-  const auto load_as = [&](auto convert) MASKED_SOFTMAX_DEVICE_LAMBDA {
-    const auto* first = in_device_memory(static_cast<const typename decltype(convert)::type*>(operand.data)) + offset;
+  visit_element_type(operand.type, [&](auto element) MASKED_SOFTMAX_DEVICE_LAMBDA {
+    const auto* first = in_device_memory(static_cast<const decltype(element)*>(operand.data)) + offset;
     MASKED_SOFTMAX_UNROLL
-    for (int i = 0; i < kMostVectorElems; ++i) {
+    for (int i = 0; i < kMaxVectorElems; ++i) {
       values[i] = i < count ? static_cast<acc_t>(widen(first[i * operand.col_stride])) : acc_t{0};
     }
-  };
-  switch (operand.type) {
-    case ElementType::kFloat64: load_as(As<double>()); break;
-    case ElementType::kBFloat16: load_as(As<bfloat16_t>()); break;
-    case ElementType::kFloat16: load_as(As<float16_t>()); break;
-    case ElementType::kInt8: load_as(As<int8_t>()); break;
-    case ElementType::kUInt8: load_as(As<uint8_t>()); break;
-    case ElementType::kBool: load_as(As<bool8_t>()); break;
-    case ElementType::kInt16: load_as(As<int16_t>()); break;
-    case ElementType::kInt32: load_as(As<int32_t>()); break;
-    case ElementType::kInt64: load_as(As<int64_t>()); break;
-    default: load_as(As<float>()); break;
-  }
+  });
 }
 
 template <class acc_t>
 MASKED_SOFTMAX_DEVICE void store_elements(const Operand& operand, int64_t offset, int count,
                                           const VectorValues<acc_t>& values) {
-  const auto store_as = [&](auto convert) MASKED_SOFTMAX_DEVICE_LAMBDA {
-    using T = typename decltype(convert)::type;
+  visit_element_type_of<ElementKind::kFloating>(operand.type, [&](auto element) MASKED_SOFTMAX_DEVICE_LAMBDA {
+    using T = decltype(element);
     T* const first = in_device_memory(static_cast<T*>(operand.data)) + offset;
     MASKED_SOFTMAX_UNROLL
-    for (int i = 0; i < kMostVectorElems; ++i) {
+    for (int i = 0; i < kMaxVectorElems; ++i) {
       if (i < count) {
-        const T narrowed = narrow<T>(values[i]);  // the emulator does not see a store of what a call returns
-        first[i * operand.col_stride] = narrowed;
+        first[i * operand.col_stride] = narrow<T>(values[i]);
       }
     }
-  };
-  switch (operand.type) {
-    case ElementType::kFloat64: store_as(As<double>()); break;
-    case ElementType::kBFloat16: store_as(As<bfloat16_t>()); break;
-    case ElementType::kFloat16: store_as(As<float16_t>()); break;
-    default: store_as(As<float>()); break;
-  }
+  });
 }
 
-// One row, its columns dealt out to the group's threads.
+// One row, its columns distributed over the group's threads.
 template <class acc_t, class Group>
 class StridedRow {
  public:
+  // Row `index` of the problem; an empty row if `index` is past the last one.
   MASKED_SOFTMAX_DEVICE StridedRow(const Group& group, const KernelProblem& kernel_problem, int64_t index)
       : group_(group),
         problem_(kernel_problem.problem),
         order_(kernel_problem.order),
         scaling_(kernel_problem),
-        approximate_(std::is_same_v<acc_t, float> && is_16_bit(kernel_problem.problem.output.type)),
+        approximate_(std::is_same_v<acc_t, float> && kernel_problem.output_is_16_bit),
         exists_(index < kernel_problem.problem.rows),
         row_(exists_ ? find_row<kMaxInputs>(kernel_problem, index) : Row{}) {}
 
@@ -141,36 +113,36 @@ class StridedRow {
     }
   }
 
-  // The sum over the valid columns. compute_terms(first, count, terms) replaces the terms, zeros, of those that there
-  // are. All threads of a block take as many turns, whatever their rows.
+  // The sum over the valid columns. compute_terms(first, count, terms) sets the first `count` terms; the others are
+  // zeros. All threads of a block run equally many iterations, whatever their rows.
   template <class ComputeTerms>
   MASKED_SOFTMAX_DEVICE acc_t sum(const ComputeTerms& compute_terms) const {
     Sum<acc_t> sum;
-    for (int64_t piece = 0; piece < problem_.longest(); piece += order_.piece_elems()) {
-      sum.add(group_.sum(part_of_piece(piece, compute_terms)));
-      group_.meet();  // before the results' memory is used again
+    for (int64_t chunk = 0; chunk < problem_.longest(); chunk += order_.chunk_elems()) {
+      sum.combine(group_.reduce(part_of_chunk(chunk, compute_terms)));
+      group_.sync();
     }
-    return sum.total();
+    return sum.value();
   }
 
-  // What this thread adds to the piece that begins with valid column `piece`. It has the part of one thread of the
-  // order, or those of a few that follow one another.
+  // This thread's part of the sum of the chunk that begins at valid column `chunk`: that of one thread of the order, or
+  // those of a few consecutive ones.
   template <class ComputeTerms>
-  MASKED_SOFTMAX_DEVICE Sum<acc_t> part_of_piece(int64_t piece, const ComputeTerms& compute_terms) const {
-    TreeSum<acc_t, Group::kSumLevels> sums;
+  MASKED_SOFTMAX_DEVICE Sum<acc_t> part_of_chunk(int64_t chunk, const ComputeTerms& compute_terms) const {
+    Tree<Sum<acc_t>, Group::kTreeLevels> tree;
     const unsigned parts = parts_of_thread();
     for (unsigned i = 0; i < parts; ++i) {
       const unsigned thread = group_.thread() * parts + i;
       Sum<acc_t> sum;
       for (int k = 0; thread < static_cast<unsigned>(order_.threads) && k < order_.vectors; ++k) {
-        const int64_t first = piece + (int64_t{k} * order_.threads + thread) * order_.elems;
+        const int64_t first = chunk + (int64_t{k} * order_.threads + thread) * order_.elems;
         Values terms = {};
         compute_terms(first, count_from(first), terms);
         sum.add(terms);
       }
-      sums.add(sum);
+      tree.add(sum);
     }
-    return sums.total();
+    return tree.total();
   }
 
   MASKED_SOFTMAX_DEVICE unsigned parts_of_thread() const {
@@ -181,131 +153,141 @@ class StridedRow {
     return parts;
   }
 
-  MASKED_SOFTMAX_DEVICE acc_t exp_of_distance(const Distance<acc_t>& distance) const {
-    return approximate_ ? exponential<kCanApproximate>(distance, scaling_) : exponential<false>(distance, scaling_);
+  MASKED_SOFTMAX_DEVICE acc_t exp_of(const Distance<acc_t>& distance) const {
+    return approximate_ ? exp_of_distance<kCanApproximate>(distance, scaling_)
+                        : exp_of_distance<false>(distance, scaling_);
   }
   MASKED_SOFTMAX_DEVICE acc_t exp_of(acc_t y) const {
-    return approximate_ ? exponential_of_log<kCanApproximate>(y, scaling_) : exponential_of_log<false>(y, scaling_);
+    return approximate_ ? exp_of_log<kCanApproximate>(y, scaling_) : exp_of_log<false>(y, scaling_);
   }
 
-  // See ForwardRow in register_rows.cuh.
+  // Calls visit(OperationConstant<operation>()) with the problem's operation, in a forward pass or in a derivative.
+  template <bool kForward, class Visitor>
+  MASKED_SOFTMAX_DEVICE void visit_own_operation(const Visitor& visit) const {
+    visit_operation(problem_.operation, [&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
+      if constexpr (is_forward(decltype(operation)::value) == kForward) {
+        visit(operation);
+      }
+    });
+  }
+
+  // The formulas and the sum's terms are ForwardRow's in register_rows.cuh.
   MASKED_SOFTMAX_DEVICE void forward() const {
-    const bool is_log = problem_.operation == Operation::kLogSoftmax;
-    acc_t largest = -std::numeric_limits<acc_t>::infinity();
+    Max<acc_t> max;
     for_each_vector([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
       Values x;
       load(0, first, count, x);
       MASKED_SOFTMAX_UNROLL
-      for (int i = 0; i < kMostVectorElems; ++i) {
-        largest = i < count ? larger(largest, x[i] * scaling_.factor) : largest;
-      }
-    });
-    const acc_t row_max = group_.max(largest);
-
-    acc_t maxima = 0;
-    const acc_t total = sum([&](int64_t first, int count, Values& terms) MASKED_SOFTMAX_DEVICE_LAMBDA {
-      Values x;
-      load(0, first, count, x);
-      MASKED_SOFTMAX_UNROLL
-      for (int i = 0; i < kMostVectorElems; ++i) {
-        const Distance<acc_t> distance(x[i] * scaling_.factor, row_max);
-        const bool is_maximum = is_log && i < count && distance.t == 0;
-        maxima += is_maximum ? acc_t{1} : acc_t{0};
-        if (i < count && !is_maximum) {
-          terms[i] = is_log ? rest_term(distance, scaling_) : exp_of_distance(distance);
+      for (int i = 0; i < kMaxVectorElems; ++i) {
+        if (i < count) {
+          max.add(x[i] * scaling_.factor);
         }
       }
     });
-    const acc_t log_sum = is_log ? log_of_sum(total, group_.count(maxima)) : acc_t{0};
-    const acc_t reciprocal = 1 / total;
+    const acc_t row_max = group_.reduce(max).value();
+
+    Count<acc_t> maxima;
+    const acc_t total = sum([&](int64_t first, int count, Values& terms) MASKED_SOFTMAX_DEVICE_LAMBDA {
+      Values x;
+      load(0, first, count, x);
+      visit_own_operation<true>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
+        MASKED_SOFTMAX_UNROLL
+        for (int i = 0; i < kMaxVectorElems; ++i) {
+          if (i < count) {
+            const Distance<acc_t> distance(x[i] * scaling_.factor, row_max);
+            terms[i] = forward_term<decltype(operation)::value>(distance, maxima);
+          }
+        }
+      });
+    });
+    acc_t normalizer = 0;  // log(sum), or 1 / sum
+    visit_own_operation<true>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
+      if constexpr (decltype(operation)::value == Operation::kLogSoftmax) {
+        normalizer = log_of_sum(total, group_.reduce(maxima).value());
+      } else {
+        normalizer = 1 / total;
+      }
+    });
     for_each_vector([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
       Values x;
       load(0, first, count, x);
-      MASKED_SOFTMAX_UNROLL
-      for (int i = 0; i < kMostVectorElems; ++i) {
-        const Distance<acc_t> distance(x[i] * scaling_.factor, row_max);
-        x[i] = is_log ? distance.t * scaling_.scale - log_sum : exp_of_distance(distance) * reciprocal;
-      }
+      visit_own_operation<true>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
+        MASKED_SOFTMAX_UNROLL
+        for (int i = 0; i < kMaxVectorElems; ++i) {
+          const Distance<acc_t> distance(x[i] * scaling_.factor, row_max);
+          x[i] = forward_result<decltype(operation)::value>(distance, normalizer);
+        }
+      });
       store(first, count, x);
     });
   }
 
-  // The inputs of a derivative, in Operation's order; zeros where it has fewer.
-  struct Inputs {
+  template <Operation kOperation>
+  MASKED_SOFTMAX_DEVICE acc_t forward_term(const Distance<acc_t>& distance, Count<acc_t>& maxima) const {
+    if constexpr (kOperation == Operation::kLogSoftmax) {
+      maxima.add(distance.t == 0 ? acc_t{1} : acc_t{0});
+      return distance.t != 0 ? tail_term(distance, scaling_) : acc_t{0};
+    } else {
+      static_assert(kOperation == Operation::kSoftmax, "no other forward operation is known");
+      return exp_of(distance);
+    }
+  }
+  template <Operation kOperation>
+  MASKED_SOFTMAX_DEVICE acc_t forward_result(const Distance<acc_t>& distance, acc_t normalizer) const {
+    if constexpr (kOperation == Operation::kLogSoftmax) {
+      return distance.t * scaling_.scale - normalizer;
+    } else {
+      return exp_of(distance) * normalizer;
+    }
+  }
+
+  // Calls visit(formula, i, in) for the vector's elements, with the inputs of each in the order of operations.inc.
+  template <class Visitor>
+  MASKED_SOFTMAX_DEVICE void for_each_input(int64_t first, int count, const Visitor& visit) const {
     Values a;
     Values b;
     Values c = {};
-  };
-  MASKED_SOFTMAX_DEVICE void load_inputs(int64_t first, int count, Inputs& in) const {
-    load(0, first, count, in.a);
-    load(1, first, count, in.b);
+    load(0, first, count, a);
+    load(1, first, count, b);
     if (problem_.input_count > 2) {
-      load(2, first, count, in.c);
+      load(2, first, count, c);
     }
-  }
-
-  // What is summed over the row.
-  MASKED_SOFTMAX_DEVICE acc_t term(const Inputs& in, int i) const {
-    switch (problem_.operation) {
-      case Operation::kSoftmaxBackward: return in.a[i] * in.b[i];
-      case Operation::kLogSoftmaxBackward: return in.a[i];
-      case Operation::kLogSoftmaxJvp: return in.a[i] * exp_of(in.b[i]);
-      case Operation::kSoftmaxBackwardWrtY:
-      case Operation::kSoftmaxBackwardJvpWrtY: return in.b[i] * in.c[i];
-      case Operation::kLogSoftmaxJvpJvpWrtY: return in.a[i] * in.b[i] * exp_of(in.c[i]);
-      default: return in.b[i];  // kLogSoftmaxBackwardWrtY
-    }
-  }
-
-  // What the second sum, if there is one, is of.
-  MASKED_SOFTMAX_DEVICE acc_t second_term(const Inputs& in, int i) const {
-    return in.a[i] * (problem_.operation == Operation::kSoftmaxBackwardWrtY ? in.c[i] : in.b[i]);
-  }
-
-  // first, second: the sums of the terms.
-  MASKED_SOFTMAX_DEVICE acc_t result(const Inputs& in, int i, acc_t first, acc_t second) const {
-    const acc_t scale = scaling_.scale;
-    switch (problem_.operation) {
-      case Operation::kSoftmaxBackward: return scale * in.b[i] * (in.a[i] - first);
-      case Operation::kLogSoftmaxBackward: return scale * (in.a[i] - exp_of(in.b[i]) * first);
-      case Operation::kLogSoftmaxJvp: return scale * (in.a[i] - first);
-      case Operation::kSoftmaxBackwardWrtY: return scale * (in.a[i] * (in.b[i] - first) - in.b[i] * second);
-      case Operation::kSoftmaxBackwardJvpWrtY: return scale * (in.a[i] * (in.b[i] - first) - in.c[i] * second);
-      case Operation::kLogSoftmaxJvpJvpWrtY: return -(scale * first);
-      default: return -(scale * (in.a[i] * exp_of(in.c[i]) * first));
-    }
+    visit_own_operation<false>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
+      MASKED_SOFTMAX_UNROLL
+      for (int i = 0; i < kMaxVectorElems; ++i) {
+        const acc_t in[kMaxInputs] = {a[i], b[i], c[i]};
+        visit(Formula<decltype(operation)::value>(), i, in);
+      }
+    });
   }
 
   MASKED_SOFTMAX_DEVICE void derivative() const {
-    const auto sum_of = [&](bool is_second) MASKED_SOFTMAX_DEVICE_LAMBDA {
-      return sum([&](int64_t first, int count, Values& terms) MASKED_SOFTMAX_DEVICE_LAMBDA {
-        Inputs in;
-        load_inputs(first, count, in);
-        MASKED_SOFTMAX_UNROLL
-        for (int i = 0; i < kMostVectorElems; ++i) {
-          if (i < count) {
-            terms[i] = is_second ? second_term(in, i) : term(in, i);
-          }
-        }
-      });
-    };
-    // One place in the code for both sums.
+    const auto exp = [&](acc_t y) MASKED_SOFTMAX_DEVICE_LAMBDA { return exp_of(y); };
+    int sum_count = 1;
+    visit_own_operation<false>(
+        [&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA { sum_count = Formula<decltype(operation)::value>::kSums; });
+    // A loop, so that the code for a sum is there once.
     acc_t sums[2] = {0, 0};
-    const bool has_second = problem_.operation == Operation::kSoftmaxBackwardWrtY ||
-                            problem_.operation == Operation::kSoftmaxBackwardJvpWrtY;
-    for (int s = 0; s < (has_second ? 2 : 1); ++s) {
-      const acc_t found = sum_of(s == 1);
-      sums[0] = s == 0 ? found : sums[0];
-      sums[1] = found;
+    for (int s = 0; s < sum_count; ++s) {
+      const acc_t total = sum([&](int64_t first, int count, Values& terms) MASKED_SOFTMAX_DEVICE_LAMBDA {
+        for_each_input(first, count, [&](auto formula, int i, const acc_t* in) MASKED_SOFTMAX_DEVICE_LAMBDA {
+          constexpr int kSums = decltype(formula)::kSums;
+          static_assert(kSums <= 2, "`sums` has two");
+          acc_t of_element[kSums];
+          decltype(formula)::terms(in, exp, of_element);
+          if (i < count) {
+            terms[i] = s == 0 ? of_element[0] : of_element[kSums - 1];
+          }
+        });
+      });
+      sums[0] = s == 0 ? total : sums[0];
+      sums[1] = total;
     }
     for_each_vector([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
-      Inputs in;
-      load_inputs(first, count, in);
       Values results;
-      MASKED_SOFTMAX_UNROLL
-      for (int i = 0; i < kMostVectorElems; ++i) {
-        results[i] = result(in, i, sums[0], sums[1]);
-      }
+      for_each_input(first, count, [&](auto formula, int i, const acc_t* in) MASKED_SOFTMAX_DEVICE_LAMBDA {
+        results[i] = decltype(formula)::result(in, sums, scaling_.scale, exp);
+      });
       store(first, count, results);
     });
   }
@@ -313,8 +295,8 @@ class StridedRow {
   MASKED_SOFTMAX_DEVICE void fill_padding() const {
     Values padding;
     MASKED_SOFTMAX_UNROLL
-    for (int i = 0; i < kMostVectorElems; ++i) {
-      padding[i] = padding_value<acc_t>(problem_.operation, row_);
+    for (int i = 0; i < kMaxVectorElems; ++i) {
+      padding[i] = padding_of<acc_t>(problem_, row_);
     }
     for (int64_t col = group_.thread(); col < problem_.cols; col += group_.threads()) {
       if (col < row_.start || col >= row_.start + row_.length) {
@@ -327,7 +309,7 @@ class StridedRow {
   const Problem& problem_;
   const SumOrder& order_;
   const Scaling<acc_t> scaling_;
-  const bool approximate_;  // as RowTypes in register_rows.cuh does
+  const bool approximate_;  // as RowTypes::kApproximate
   const bool exists_;
   const Row row_;
 };
@@ -335,11 +317,11 @@ class StridedRow {
 template <class acc_t, unsigned kThreads>
 MASKED_SOFTMAX_KERNEL(kStridedThreads, 2)
 strided_lanes(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
-  using Group = LaneGroup<kThreads, acc_t>;
+  using Group = LaneGroup<kThreads>;
   const Group group;
   const int64_t rows_per_block = block_threads() / kThreads;
   const int64_t step = rows_per_block * grid_blocks();
-  // The loop's end is the same for all lanes of a warp.
+  // All lanes of a warp leave the loop together.
   for (int64_t first = block_index() * rows_per_block; first < kernel_problem.problem.rows; first += step) {
     StridedRow<acc_t, Group>(group, kernel_problem, first + thread_index() / kThreads).compute();
   }
@@ -348,33 +330,40 @@ strided_lanes(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
 template <class acc_t>
 MASKED_SOFTMAX_KERNEL(kStridedThreads, 2)
 strided_rows(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
-  MASKED_SOFTMAX_SHARED(acc_t, maxima, WarpResults<acc_t>::kMostWarps);
-  MASKED_SOFTMAX_SHARED(acc_t, sum_highs, WarpResults<acc_t>::kMostWarps);
-  MASKED_SOFTMAX_SHARED(acc_t, sum_lows, WarpResults<acc_t>::kMostWarps);
-  MASKED_SOFTMAX_SHARED(acc_t, counts, WarpResults<acc_t>::kMostWarps);
   using Group = BlockGroup<acc_t>;
-  const Group group({maxima, sum_highs, sum_lows, counts});
+  const Group group;
   for (int64_t row = block_index(); row < kernel_problem.problem.rows; row += grid_blocks()) {
     StridedRow<acc_t, Group>(group, kernel_problem, row).compute();
-    group.meet();  // the next row's results go where this one's were read
+    group.sync();
   }
 }
-
-constexpr unsigned kColumnWarps = kStridedThreads / kWarpThreads;
 
 template <class acc_t>
 MASKED_SOFTMAX_KERNEL(kStridedThreads, sizeof(acc_t) == 8 ? 1 : 2)
 column_rows(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
-  MASKED_SOFTMAX_SHARED(acc_t, maxima, kColumnWarps * kWarpThreads);
-  MASKED_SOFTMAX_SHARED(acc_t, sum_highs, kColumnWarps * kWarpThreads);
-  MASKED_SOFTMAX_SHARED(acc_t, sum_lows, kColumnWarps * kWarpThreads);
-  MASKED_SOFTMAX_SHARED(acc_t, counts, kColumnWarps * kWarpThreads);
-  using Group = WarpsGroup<kColumnWarps, acc_t>;
-  const Group group({maxima, sum_highs, sum_lows, counts});
+  using Group = ColumnGroup<kStridedThreads / kWarpThreads, acc_t>;
+  const Group group;
   const int64_t step = int64_t{kWarpThreads} * grid_blocks();
   for (int64_t first = int64_t{block_index()} * kWarpThreads; first < kernel_problem.problem.rows; first += step) {
     StridedRow<acc_t, Group>(group, kernel_problem, first + thread_index() % kWarpThreads).compute();
-    group.meet();
+    group.sync();
+  }
+}
+
+// The launches, in the order of strategies.inc.
+
+template <class acc_t>
+Status launch_column(const KernelProblem& problem, const LaunchPlan& plan, Stream stream) {
+  return launch(column_rows<acc_t>, plan, stream, problem);
+}
+
+template <class acc_t>
+Status launch_strided(const KernelProblem& problem, const LaunchPlan& plan, Stream stream) {
+  static_assert(kLanesSteps[0].threads_per_row == 8, "lanes are 8 or a warp");
+  switch (problem.order.threads) {
+    case 8: return launch(strided_lanes<acc_t, 8>, plan, stream, problem);
+    case kWarpThreads: return launch(strided_lanes<acc_t, kWarpThreads>, plan, stream, problem);
+    default: return launch(strided_rows<acc_t>, plan, stream, problem);
   }
 }
 

@@ -1,4 +1,4 @@
-"""The directive ``drawing``: a drawing of docs/drawings.py inside the page."""
+"""The directive ``drawing``: inlines a drawing of docs/drawings.py as SVG."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers draw by themselves: the pages load nothing from elsewhere."""
+"""Formulas as MathML, which browsers render natively: the pages load no external script."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The demo's pieces; ``python -m masked_softmax_ext`` puts them together."""
+"""The parts of the demo, ``python -m masked_softmax_ext``."""

@@ -13,13 +13,13 @@ SCALE = HEAD_SIZE**-0.5
 
 
 class Embeddings:
-    """Query and key vectors for every word, from a seed: ``(words, HEADS, HEAD_SIZE)`` each."""
+    """Random query and key vectors ``(words + 1, HEADS, HEAD_SIZE)``; word 0 is padding."""
 
     def __init__(self, words: int, seed: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(seed)
         shape = (words + 1, HEADS, HEAD_SIZE)
         self.queries = torch.randn(shape, generator=generator).to(device)
-        # Half of the query goes into the key, so that a word attends to itself and to its repeats.
+        # Keys correlate with queries, so that a word attends to itself and to its repeats.
         self.keys = 0.5 * self.queries + torch.randn(shape, generator=generator).to(device)
 
     def scores(self, batch: PaddedBatch) -> Tensor:

@@ -1,4 +1,4 @@
-"""Time, memory and differences of two ways to compute the same thing."""
+"""Measurements for the demo: time, memory and error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Work = Callable[[], object]
 
 
 def interleaved_medians(works: Sequence[Work], rounds: int, device: torch.device) -> list[float]:
-    """Seconds of each, the median over rounds in which all take turns."""
+    """Seconds that each takes: medians over rounds in which all run once, in turn."""
     seconds: list[list[float]] = [[] for _ in works]
     for work in works:
         work()
@@ -34,7 +34,7 @@ def interleaved_medians(works: Sequence[Work], rounds: int, device: torch.device
 
 
 def peak_memory_bytes(work: Work, device: torch.device) -> int:
-    """The most that torch's allocator holds at once while ``work`` runs, beyond what it held."""
+    """Peak of the memory that torch's allocator gives out while ``work`` runs."""
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -42,13 +42,13 @@ def peak_memory_bytes(work: Work, device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler writes its log to stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silences the profiler's log on stderr
     cpu = [ProfilerActivity.CPU]
-    # Without acc_events, torch 2.11 warns that it drops what came before: there is nothing before.
+    # Without acc_events, torch 2.11 warns that earlier events are dropped, though there are none.
     with profile(activities=cpu, profile_memory=True, acc_events=True) as profiler:
         work()
     with tempfile.TemporaryDirectory() as folder:
-        # The trace has every allocation; profiler.events() loses those that an operator both makes
+        # The trace has every allocation; profiler.events() omits those that one operator both makes
         # and frees.
         trace = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(trace))
@@ -58,9 +58,10 @@ def peak_memory_bytes(work: Work, device: torch.device) -> int:
 
 
 def error_in_bounds(result: Tensor, scores: Tensor, lengths: Tensor, scale: float) -> float:
-    """The largest error of a float32 softmax against float64, as a share of what is promised.
+    """The largest error of a float32 softmax against float64, as a fraction of the bound.
 
-    The promise: ``(4 + |d|) * eps`` relative, ``d = scale * (x - max)``; subnormal results apart.
+    The bound is relative, ``(4 + |d|) * eps`` with ``d = scale * (x - max)``; subnormal results are
+    not counted.
     """
     cols = scores.size(-1)
     valid = (torch.arange(cols, device=scores.device) < lengths.view(-1, 1, 1, 1)).expand_as(scores)

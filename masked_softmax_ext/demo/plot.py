@@ -1,4 +1,4 @@
-"""Scores before, weights after, as two coloured grids."""
+"""A plot of the scores and the weights as two coloured grids."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from masked_softmax_ext.functional import masked_softmax
 
-# The example that articles on masked softmax use: np.random.seed(1),
+# The example of many articles on masked softmax: np.random.seed(1),
 # np.random.random((4, 6)).round(1) * 2 + 3.
 ARTICLE_SCORES = (
     (3.8, 4.4, 3.0, 3.6, 3.2, 3.2),
@@ -40,15 +40,17 @@ def write_plot(path: Path) -> None:
 
     figure, (before, after) = pyplot.subplots(1, 2, figsize=(9.2, 3.1), layout="constrained")
     valid = torch.arange(scores.size(1)) < lengths[:, None]
-    _grid(before, scores, valid, "scores, padded rows", "{:.1f}", "YlGnBu")
-    _grid(after, weights, valid, "masked_softmax(scores, lengths)", "{:.2f}", "YlOrRd")
+    _draw_grid(before, scores, valid, "scores, padded rows", "{:.1f}", "YlGnBu")
+    _draw_grid(after, weights, valid, "masked_softmax(scores, lengths)", "{:.2f}", "YlOrRd")
     before.set_yticks(range(len(ARTICLE_LENGTHS)), [f"length {n}" for n in ARTICLE_LENGTHS])
     after.set_yticks([])
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def _grid(axes: Any, values: Tensor, valid: Tensor, title: str, form: str, colours: str) -> None:
+def _draw_grid(
+    axes: Any, values: Tensor, valid: Tensor, title: str, number_format: str, colours: str
+) -> None:
     shown = values.masked_fill(~valid, float("nan"))
     axes.imshow(shown.numpy(), cmap=colours, aspect="auto")
     axes.set_facecolor("#e8e8e8")
@@ -62,5 +64,5 @@ def _grid(axes: Any, values: Tensor, valid: Tensor, title: str, form: str, colou
             value = values[row, column].item()
             is_valid = bool(valid[row, column])
             colour = "#9a9a9a" if not is_valid else "white" if value > middle else "#303030"
-            text = form.format(value) if value else "0"
+            text = number_format.format(value) if value else "0"
             axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=10)

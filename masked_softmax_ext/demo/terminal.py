@@ -1,4 +1,4 @@
-"""What the demo draws in the terminal."""
+"""Terminal output of the demo: tables, a heat map, a progress bar."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHADES = " .:-=+*#%@"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns as wide as they need be: the first to the left, the others to the right."""
+    """A table whose first column is aligned left and the others right."""
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     text = []
@@ -26,7 +26,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def heat_map(weights: Tensor, words: Sequence[str]) -> str:
-    """Rows of ``weights`` as shades, the darkest for each row's largest: who attends to whom."""
+    """The weights as shades, one row a word; the darkest shade is the row's largest weight."""
     name_width = max(map(len, words))
     lines = []
     for word, row in zip(words, weights.tolist(), strict=True):
@@ -36,19 +36,19 @@ def heat_map(weights: Tensor, words: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def progress(items: Sequence[object], what: str) -> Iterator[int]:
-    """The numbers of the items; a bar on a terminal once they take longer than a second."""
+def progress(items: Sequence[object], label: str) -> Iterator[int]:
+    """Yields the indices of items; draws a bar on a terminal if they take more than a second."""
     started = time.monotonic()
     drawn = False
     for number in range(len(items)):
         yield number
         if sys.stderr.isatty() and (drawn or time.monotonic() - started > 1.0):
             filled = 30 * (number + 1) // len(items)
-            sys.stderr.write(f"\r  {what} [{'#' * filled}{' ' * (30 - filled)}]")
+            sys.stderr.write(f"\r  {label} [{'#' * filled}{' ' * (30 - filled)}]")
             sys.stderr.flush()
             drawn = True
     if drawn:
-        sys.stderr.write("\r" + " " * (len(what) + 36) + "\r")
+        sys.stderr.write("\r" + " " * (len(label) + 36) + "\r")
 
 
 def duration(seconds: float) -> str:

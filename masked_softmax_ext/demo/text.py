@@ -1,4 +1,4 @@
-"""Real text, cut into sentences and padded into batches."""
+"""Real text, split into sentences and padded into batches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PaddedBatch:
 
 
 def read_sentences() -> list[list[str]]:
-    """The sentences of Python's own language reference, which every Python carries along."""
+    """The sentences of Python's language reference, which the standard library contains."""
     sentences = []
     for topic in sorted(topics.topics):
         for sentence in re.split(r"(?<=[.!?:])\s+|\n{2,}", topics.topics[topic]):
@@ -39,7 +39,7 @@ def read_sentences() -> list[list[str]]:
 
 
 def number_words(sentences: list[list[str]]) -> dict[str, int]:
-    """Each word's number, from 1 on; 0 is padding."""
+    """A number for each word, starting at 1; 0 is padding."""
     words = sorted({word for sentence in sentences for word in sentence})
     return {word: number for number, word in enumerate(words, start=1)}
 
@@ -47,7 +47,7 @@ def number_words(sentences: list[list[str]]) -> dict[str, int]:
 def pad_into_batches(
     sentences: list[list[str]], numbers: dict[str, int], batch_size: int
 ) -> list[PaddedBatch]:
-    """Batches in the order of the sentences, each as wide as its longest one."""
+    """Batches in the order of the sentences, each as wide as its longest sentence."""
     batches = []
     for first in range(0, len(sentences), batch_size):
         rows = sentences[first : first + batch_size]

@@ -1,23 +1,26 @@
 #!/usr/bin/env bash
-# Builds the extension in other ways than `make build`, each in an environment of its own on top of .venv, warnings being
-# errors, and runs short tests on each:
-#   clang     clang++ as C++20, with the oldest build requirements that pyproject.toml allows
-#   no-ninja  g++ as C++17, without ninja: one file at a time
-# and compiles the kernel layer with each compiler by each standard:
-#   standards
-# Without an argument: all three. What the machine lacks is skipped visibly.
+# Other ways to build than `make build`, with warnings as errors:
+#   clang      the extension with clang++ as C++20 and the oldest build requirements that pyproject.toml allows
+#   no-ninja   the extension with g++ as C++17 and without ninja
+#   standards  the kernel layer with each compiler and each C++ standard
+# The extension is built in its own environment on top of .venv, and short tests run on it. Without an argument: all
+# three. If a compiler is missing, its part is reported as skipped.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 PYTHON=$PWD/.venv/bin/python
-TESTS=(tests/test_article.py tests/test_threads.py tests/test_build.py::test_one_openmp_library)
+TESTS=(
+  tests/numerics/test_article.py
+  tests/semantics/test_threads.py
+  tests/packaging/test_build.py::test_one_openmp_library
+)
 
-# The packages of .venv, under those that are installed on top, and a copy of the tree.
+# A copy of the tree, and an environment that falls back to the packages of .venv.
 make_environment() {
   local folder=$1
   rm -rf "$folder"
   mkdir -p "$folder/tree"
-  # Without the setuptools that Python 3.11 and older bring, which is too old and would hide that of .venv.
+  # Without pip, and so without the old setuptools that Python 3.11 and older install with it, which would hide .venv's.
   "$PYTHON" -m venv --without-pip "$folder/venv"
   local packages='import sysconfig; print(sysconfig.get_path("platlib"))'
   "$PYTHON" -c "$packages" >"$("$folder/venv/bin/python" -c "$packages")/below.pth"
@@ -54,11 +57,11 @@ no-ninja() {
   make_environment "$folder"
   mkdir "$folder/programs"
   printf '#!/bin/sh\nexit 1\n' >"$folder/programs/ninja"
-  # Unoptimised: one file at a time is slow enough.
+  # Unoptimized, because files are compiled one after another.
   compiler=$(command -v g++)
   printf '#!/bin/sh\nexec %s "$@" -O0\n' "$compiler" >"$folder/programs/g++"
   chmod +x "$folder"/programs/*
-  local TESTS=(tests/test_article.py)
+  local TESTS=(tests/numerics/test_article.py)
   PATH=$folder/programs:$PATH CXX=g++ CFLAGS="-Werror -std=c++17" build_and_test "$folder"
 }
 

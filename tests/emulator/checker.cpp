@@ -16,37 +16,37 @@
 namespace simt {
 namespace {
 
-// How far apart the threads are that have read a byte since they last met.
-enum class Spread : uint8_t { kNobody, kThread, kWarp, kBlock, kCluster, kGrid };
+// The smallest unit that contains all threads that have read a byte since they last synchronized.
+enum class Spread : uint8_t { kNone, kThread, kWarp, kBlock, kCluster, kGrid };
 
-// The last access of a kind, and when it was. There are two for every byte, so they are small: counts of meetings that
-// have run over are equal once in thousands, and then a race is reported where there is none.
+// The last access of a kind, with the thread's synchronizations before it. Two of them are kept for every byte, so the
+// counts are short. A count that wraps around may equal an older one, and a false race is reported; this is rare.
 struct Access {
-  Access() : thread(0), cluster_met(0), block_met(0), warp_met(0), spread(0) {}
-  Access(uint32_t in_thread, const Meetings& met, Spread how_far)
+  Access() : thread(0), cluster_syncs(0), block_syncs(0), warp_syncs(0), spread(0) {}
+  Access(uint32_t in_thread, const SyncCounts& syncs, Spread distance)
       : thread(in_thread & 0xffffff),
-        cluster_met(met.cluster & 0xff),
-        block_met(met.block & 0xffff),
-        warp_met(met.warp & 0x1fff),
-        spread(static_cast<uint64_t>(how_far)) {}
+        cluster_syncs(syncs.cluster & 0xff),
+        block_syncs(syncs.block & 0xffff),
+        warp_syncs(syncs.warp & 0x1fff),
+        spread(static_cast<uint64_t>(distance)) {}
 
   uint64_t thread : 24;  // in the grid
-  uint64_t cluster_met : 8;
-  uint64_t block_met : 16;
-  uint64_t warp_met : 13;
+  uint64_t cluster_syncs : 8;
+  uint64_t block_syncs : 16;
+  uint64_t warp_syncs : 13;
   uint64_t spread : 3;
 
-  Spread how_far() const { return static_cast<Spread>(spread); }
-  bool before_cluster_met(const Meetings& met) const { return cluster_met != (met.cluster & 0xff); }
-  bool before_block_met(const Meetings& met) const { return block_met != (met.block & 0xffff); }
-  bool before_warp_met(const Meetings& met) const { return warp_met != (met.warp & 0x1fff); }
+  Spread distance() const { return static_cast<Spread>(spread); }
+  bool before_cluster_sync(const SyncCounts& syncs) const { return cluster_syncs != (syncs.cluster & 0xff); }
+  bool before_block_sync(const SyncCounts& syncs) const { return block_syncs != (syncs.block & 0xffff); }
+  bool before_warp_sync(const SyncCounts& syncs) const { return warp_syncs != (syncs.warp & 0x1fff); }
 };
 
 struct Cell {
   Access load;
   Access store;
-  uint32_t era = 0;         // the launch, or for shared memory the cluster, that the accesses belong to
-  uint32_t allowed_in = 0;  // the generation of buffers that its permission belongs to
+  uint32_t era = 0;         // of the accesses: the launch's number; for shared memory, the cluster's
+  uint32_t allowed_in = 0;  // of the permission: the generation of buffers
   uint8_t permission = 0;
   bool was_written = false;
 };
@@ -55,20 +55,20 @@ constexpr size_t kPageBytes = 4096;
 using Page = std::array<Cell, kPageBytes>;
 
 std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
-// The last page of each of a few numbers: fibers take turns, and each has pages of its own.
+// A direct-mapped cache of pages: fibers alternate, each with pages of its own.
 struct KnownPage {
   uintptr_t number = 0;
   Page* page = nullptr;
 };
 std::array<KnownPage, 256> known_pages;
-// Forgetting all buffers is a new generation: pages stay, and their cells no longer count.
+// forget_buffers() begins a new generation. Pages are kept, and cells of older generations are ignored.
 uint32_t generation = 1;
 bool has_buffers = false;
 size_t unwritten = 0;
 
 struct SharedCell {
   Cell cell;
-  uint32_t cluster = 0;  // in which an array last covered it
+  uint32_t cluster = 0;  // the last one in which an array covered it
 };
 std::vector<SharedCell> shared_cells;  // as machine().shared
 uint32_t cluster_number = 0;
@@ -106,25 +106,25 @@ Spread spread_between(uint32_t thread, const Fiber& fiber) {
   return thread % threads / kWarpLanes != own % threads / kWarpLanes ? Spread::kBlock : Spread::kWarp;
 }
 
-// Whether an earlier access comes before what `fiber` does now, in every order in which threads may run.
+// Whether an earlier access happens before the fiber's current one in every order in which threads may run.
 bool is_ordered(const Access& earlier, const Fiber& fiber, bool a_shuffle_orders) {
-  if (earlier.how_far() == Spread::kNobody) {
+  if (earlier.distance() == Spread::kNone) {
     return true;
   }
-  const Spread apart = std::max(earlier.how_far(), spread_between(earlier.thread, fiber));
+  const Spread apart = std::max(earlier.distance(), spread_between(earlier.thread, fiber));
   switch (apart) {
     case Spread::kGrid: return false;
-    case Spread::kCluster: return earlier.before_cluster_met(fiber.met);
-    case Spread::kBlock: return earlier.before_block_met(fiber.met);
+    case Spread::kCluster: return earlier.before_cluster_sync(fiber.syncs);
+    case Spread::kBlock: return earlier.before_block_sync(fiber.syncs);
     case Spread::kWarp:
-      return earlier.before_block_met(fiber.met) || (a_shuffle_orders && earlier.before_warp_met(fiber.met));
+      return earlier.before_block_sync(fiber.syncs) || (a_shuffle_orders && earlier.before_warp_sync(fiber.syncs));
     default: return true;
   }
 }
 
-Access access_of(const Fiber& fiber, Spread spread) { return {thread_number(fiber), fiber.met, spread}; }
+Access access_of(const Fiber& fiber, Spread spread) { return {thread_number(fiber), fiber.syncs, spread}; }
 
-// Where in the kernel's source the current access stands.
+// The place in the kernel's source of the current access.
 std::string source_of(const void* return_address) {
   Dl_info info;
   if (return_address == nullptr || dladdr(return_address, &info) == 0 || info.dli_fname == nullptr) {
@@ -159,7 +159,7 @@ struct Range {
 };
 Range host_stack{0, 0};
 
-// The program's own constants.
+// Whether the program's own segments, with its constants, hold the address.
 bool belongs_to_program(uintptr_t address) {
   static const std::vector<Range> segments = [] {
     std::vector<Range> found;
@@ -184,7 +184,7 @@ void report(const char* what, size_t size_bytes, bool is_store, const char* memo
        memory + " memory" + source_of(return_address));
 }
 
-// One byte. Returns what is wrong, or null.
+// Records an access to one byte. Returns the mistake, or null.
 const char* update(Cell& cell, const Fiber& fiber, uint32_t era, bool is_store) {
   if (cell.era != era) {
     cell.era = era;
@@ -196,7 +196,7 @@ const char* update(Cell& cell, const Fiber& fiber, uint32_t era, bool is_store) 
   if (!is_store) {
     const bool replaces = is_ordered(cell.load, fiber, true);
     const Spread spread =
-        replaces ? Spread::kThread : std::max(cell.load.how_far(), spread_between(cell.load.thread, fiber));
+        replaces ? Spread::kThread : std::max(cell.load.distance(), spread_between(cell.load.thread, fiber));
     cell.load = access_of(fiber, spread);
     return nullptr;
   }
@@ -216,7 +216,7 @@ void check_shared(uintptr_t address, size_t size_bytes, bool is_store, const voi
       return report("out of bounds", size_bytes, is_store, "shared", return_address);
     }
     if (!is_store && !shared.cell.was_written) {
-      return report("not initialised", size_bytes, is_store, "shared", return_address);
+      return report("not initialized", size_bytes, is_store, "shared", return_address);
     }
     if (const char* wrong = update(shared.cell, current_fiber(), cluster_number, is_store)) {
       return report(wrong, size_bytes, is_store, "shared", return_address);
@@ -238,8 +238,8 @@ void check_device(uintptr_t address, size_t size_bytes, bool is_store, const voi
     if ((cell->permission & needed) == 0) {
       return report("forbidden", size_bytes, is_store, "device", return_address);
     }
-    if (!is_store && (cell->permission & kHoldsNothing) != 0 && !cell->was_written) {
-      return report("not initialised", size_bytes, is_store, "device", return_address);
+    if (!is_store && (cell->permission & kUninitialized) != 0 && !cell->was_written) {
+      return report("not initialized", size_bytes, is_store, "device", return_address);
     }
     if (is_store && !cell->was_written && (cell->permission & kMustBeWritten) != 0) {
       --unwritten;
@@ -272,8 +272,8 @@ void allow(const void* p, size_t size_bytes, uint8_t permission) {
 }
 
 void forget_buffers() {
-  constexpr size_t kMostPages = 4096;  // half a gigabyte of cells
-  if (pages.size() > kMostPages) {
+  constexpr size_t kMaxPages = 4096;  // half a gigabyte of cells
+  if (pages.size() > kMaxPages) {
     pages.clear();
     known_pages.fill({});
   }
@@ -296,7 +296,7 @@ void remember_host_stack() {
 }
 
 void begin_checked_cluster() {
-  shared_cells.resize(kMostClusterBlocks * kSharedBytes);
+  shared_cells.resize(kMaxClusterBlocks * kSharedBytes);
   ++cluster_number;
 }
 
@@ -306,7 +306,7 @@ void add_shared_array(const void* p, size_t size_bytes, unsigned /*block*/) {
     shared_cells[offset + i].cluster = cluster_number;
     shared_cells[offset + i].cell = Cell();
   }
-  // A value that was not stored is not mistaken for one that was.
+  // NaN, in case that a value is used that was never stored.
   std::memset(const_cast<void*>(p), 0xff, size_bytes);
 }
 
@@ -316,7 +316,7 @@ void check_access(const void* p, size_t size_bytes, bool is_store, const void* r
     return;
   }
   const auto address = reinterpret_cast<uintptr_t>(p);
-  if (is_within(address, m.stacks, size_t{kMostBlockThreads} * kMostClusterBlocks * kStackBytes)) {
+  if (is_within(address, m.stacks, size_t{kMaxBlockThreads} * kMaxClusterBlocks * kStackBytes)) {
     if (!is_within(address, m.stacks + m.current * kStackBytes, kStackBytes)) {
       report("another thread's local memory", size_bytes, is_store, "local", return_address);
     }
@@ -328,7 +328,7 @@ void check_access(const void* p, size_t size_bytes, bool is_store, const void* r
   ++m.counters.accesses;
   m.counters.wide_accesses += size_bytes == 16 ? 1 : 0;
   const bool is_vector = size_bytes <= 16 && (size_bytes & (size_bytes - 1)) == 0;
-  const bool is_shared = is_within(address, m.shared, kMostClusterBlocks * kSharedBytes);
+  const bool is_shared = is_within(address, m.shared, kMaxClusterBlocks * kSharedBytes);
   if (!is_shared && !has_buffers) {
     return;
   }

@@ -1,38 +1,40 @@
-// What threads do together: barriers, shuffles, shared memory.
+// Barriers, shuffles and shared memory.
 #include "checker.h"
 #include "machine.h"
 
 namespace simt {
 namespace {
 
-bool same(const Place& a, const Place& b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+bool same(const Location& a, const Location& b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
 
-std::string text_of(const Place& place) { return std::string(place.file) + ":" + std::to_string(place.line); }
+std::string text_of(const Location& location) {
+  return std::string(location.file) + ":" + std::to_string(location.line);
+}
 
-template <class Meet>
-void arrive(Barrier& barrier, const char* what, Place place, const Meet& meet) {
+template <class Count>
+void arrive(Barrier& barrier, const char* what, Location location, const Count& count) {
   Machine& m = machine();
   if (barrier.arrived == 0) {
-    barrier.place = place;
-  } else if (!same(barrier.place, place)) {
-    fail(std::string("threads meet at different places: some at ") + text_of(barrier.place) + ", one at " +
-         text_of(place));
+    barrier.location = location;
+  } else if (!same(barrier.location, location)) {
+    fail(std::string("threads synchronize at different places: some at ") + text_of(barrier.location) + ", one at " +
+         text_of(location));
   }
   if (barrier.returned > 0) {
-    fail(std::string("a thread waits at a ") + what + " that another one has left for good, at " + text_of(place));
+    fail(std::string("a thread waits at a ") + what + " after another thread has returned, at " + text_of(location));
   }
   if (++barrier.arrived < barrier.count) {
-    wait_for(what, place);
+    wait_for(what, location);
     return;
   }
   barrier.arrived = 0;
   for (unsigned i = 0; i < barrier.count; ++i) {
     Fiber& fiber = m.fibers[barrier.first + i];
-    meet(fiber.met);
+    count(fiber.syncs);
     wake(fiber);
   }
-  // The last one queues like the others: it has no right to go first.
-  wait_for(what, place);
+  // The last thread to arrive does not run first: it queues like the others.
+  wait_for(what, location);
 }
 
 unsigned source_lane(const Fiber& fiber) {
@@ -46,31 +48,32 @@ unsigned source_lane(const Fiber& fiber) {
 
 }  // namespace
 
-void sync_block(Place place) {
-  arrive(machine().blocks[current_fiber().block].barrier, "block barrier", place, [](Meetings& met) { ++met.block; });
+void sync_block(Location location) {
+  arrive(machine().blocks[current_fiber().block].barrier, "block barrier", location,
+         [](SyncCounts& syncs) { ++syncs.block; });
 }
 
-void sync_cluster(Place place) {
-  arrive(machine().cluster, "cluster barrier", place, [](Meetings& met) {
-    ++met.cluster;
-    ++met.block;
+void sync_cluster(Location location) {
+  arrive(machine().cluster, "cluster barrier", location, [](SyncCounts& syncs) {
+    ++syncs.cluster;
+    ++syncs.block;
   });
 }
 
-uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t value, unsigned argument, unsigned width, Place place) {
+uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t value, unsigned argument, unsigned width, Location location) {
   Machine& m = machine();
   Fiber& fiber = current_fiber();
   if (mask != 0xffffffffu || width == 0 || width > kWarpLanes || (width & (width - 1)) != 0) {
-    fail("expected a shuffle of the whole warp in groups of a power of two, at " + text_of(place));
+    fail("expected a shuffle of the whole warp in groups of a power of two, at " + text_of(location));
   }
   Warp& warp = m.warps[fiber.warp];
   if (warp.lanes != 0xffffffffu) {
-    fail("a shuffle of the whole warp, of whose lanes some have returned or never were, at " + text_of(place));
+    fail("a shuffle in a warp with lanes that have returned or do not exist, at " + text_of(location));
   }
-  if (warp.arrived != 0 && !same(warp.place, place)) {
-    fail("lanes of a warp shuffle at different places: " + text_of(warp.place) + " and " + text_of(place));
+  if (warp.arrived != 0 && !same(warp.location, location)) {
+    fail("lanes of a warp shuffle at different places: " + text_of(warp.location) + " and " + text_of(location));
   }
-  warp.place = place;
+  warp.location = location;
   fiber.shuffle = kind;
   fiber.value = value;
   fiber.argument = argument;
@@ -85,11 +88,11 @@ uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t value, unsigned argument,
     }
     for (unsigned lane = 0; lane < kWarpLanes; ++lane) {
       lanes[lane].value = results[lane];
-      ++lanes[lane].met.warp;
+      ++lanes[lane].syncs.warp;
       wake(lanes[lane]);
     }
   }
-  wait_for("shuffle", place);
+  wait_for("shuffle", location);
   return current_fiber().value;
 }
 
@@ -100,11 +103,11 @@ void* shared_memory(const void* key, size_t size_bytes, size_t alignment) {
       return block.shared + offset;
     }
   }
-  // A gap that belongs to nobody keeps neighbours apart.
+  // A gap that no array covers, so that an access past an array's end is out of bounds.
   constexpr size_t kGap = 64;
   const size_t offset = (block.shared_used + kGap + alignment - 1) / alignment * alignment;
   if (offset + size_bytes > kSharedBytes) {
-    fail("more shared memory than a block has");
+    fail("out of shared memory");
   }
   block.shared_used = offset + size_bytes;
   block.shared_arrays.emplace_back(key, offset);
@@ -119,7 +122,7 @@ const void* shared_of_block(const void* shared, unsigned rank) {
          std::to_string(m.blocks.size()));
   }
   if (m.blocks[rank].barrier.returned > 0) {
-    fail("distributed shared memory is read when threads of its block may have returned");
+    fail("distributed shared memory is read while threads of its block may have returned");
   }
   const char* own = m.blocks[current_fiber().block].shared;
   return m.blocks[rank].shared + (static_cast<const char*>(shared) - own);

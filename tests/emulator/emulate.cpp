@@ -12,7 +12,7 @@ namespace {
 
 using namespace masked_softmax;
 
-// Whether the kernels were compiled to announce their accesses: run.sh says so.
+// Whether the kernels are compiled to announce their accesses: set by run.sh.
 constexpr bool kIsChecked = MASKED_SOFTMAX_EMULATOR_IS_CHECKED != 0;
 
 const char* at(const void* data, int64_t offset, ElementType type) {
@@ -41,27 +41,27 @@ void allow_index(const Problem& problem, const RowIndex& index, int64_t row) {
   }
 }
 
-// Exactly what a kernel may touch: the valid elements of its inputs, all elements of its output, its bounds. Padding is
-// out of bounds.
+// Allows a kernel exactly the valid elements of its inputs, all elements of its output, and its lengths and starts.
+// Padding of inputs is out of bounds.
 void allow_problem(const Problem& problem) {
   RowWalker walker(problem, 0, problem.rows);
   int64_t row = 0;
   for (RowRun run; walker.next(run);) {
-    for (int64_t ahead = 0; ahead < run.rows; ++ahead, ++row) {
+    for (int64_t i = 0; i < run.rows; ++i, ++row) {
       allow_index(problem, problem.lengths, row);
       allow_index(problem, problem.starts, row);
-      const RowBounds bounds = run.bounds(ahead);
-      const bool is_valid = bounds_are_valid(run.raw_start(ahead), run.raw_length(ahead), problem.cols) &&
-                            bounds.length() <= problem.longest();
+      const RowBounds bounds = run.bounds(i);
+      const bool is_valid =
+          bounds_are_valid(run.raw_start(i), run.raw_length(i), problem.cols) && bounds.length() <= problem.longest();
       constexpr uint8_t kIsWritten = simt::kMayWrite | simt::kMustBeWritten;
       if (!problem.packing.is_packed) {
-        allow_columns(problem.output, run.output_offset(ahead), 0, problem.cols, kIsWritten);
-      } else if (is_valid) {  // around it is another row
-        allow_columns(problem.output, run.output_offset(ahead), bounds.start, bounds.end, kIsWritten);
+        allow_columns(problem.output, run.output_offset(i), 0, problem.cols, kIsWritten);
+      } else if (is_valid) {  // the columns around it are another row's
+        allow_columns(problem.output, run.output_offset(i), bounds.start, bounds.end, kIsWritten);
       }
       if (is_valid) {
         for (int k = 0; k < problem.input_count; ++k) {
-          allow_columns(problem.inputs[k], run.input_offset(k, ahead), bounds.start, bounds.end, simt::kMayRead);
+          allow_columns(problem.inputs[k], run.input_offset(k, i), bounds.start, bounds.end, simt::kMayRead);
         }
       }
     }
@@ -78,14 +78,14 @@ void set_order(unsigned seed) {
 Emulation emulate(const Problem& problem, cuda::Strategy forced, const cuda::DeviceProperties& device, unsigned seed) {
   const cuda::LaunchPlan plan = cuda::plan_problem(problem, device, forced);
   if (plan.strategy == cuda::Strategy::kAutomatic) {
-    return {plan.strategy, "the strategy cannot compute rows like these"};
+    return {plan.strategy, "the strategy cannot compute such rows"};
   }
   const auto workspace_bytes = static_cast<size_t>(plan.workspace_bytes);
   std::vector<std::max_align_t> workspace(workspace_bytes / sizeof(std::max_align_t) + 1);
   simt::forget_buffers();
   if (kIsChecked) {
     allow_problem(problem);
-    simt::allow(workspace.data(), workspace_bytes, simt::kMayRead | simt::kMayWrite | simt::kHoldsNothing);
+    simt::allow(workspace.data(), workspace_bytes, simt::kMayRead | simt::kMayWrite | simt::kUninitialized);
   }
   set_order(seed);
   const cuda::Status status = cuda::launch_problem(problem, plan, workspace.data(), nullptr);

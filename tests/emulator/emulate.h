@@ -8,15 +8,14 @@
 namespace emulator {
 
 struct Emulation {
-  // What ran; kAutomatic: the forced strategy cannot compute such rows, and nothing did.
-  masked_softmax::cuda::Strategy strategy;
-  std::string error;  // empty where all went well
+  masked_softmax::cuda::Strategy strategy;  // kAutomatic: the forced strategy cannot compute such rows
+  std::string error;                        // empty: success
 };
 
-constexpr masked_softmax::cuda::DeviceProperties kWithClusters{4, true};
-constexpr masked_softmax::cuda::DeviceProperties kWithoutClusters{4, false};
+constexpr masked_softmax::cuda::DeviceProperties kWithClusters{true};
+constexpr masked_softmax::cuda::DeviceProperties kWithoutClusters{false};
 
-// `seed` decides in which order threads run. problem.rows and problem.cols are at least 1.
+// `seed` determines the order in which threads run. Precondition: problem.rows and problem.cols are at least 1.
 Emulation emulate(const masked_softmax::Problem& problem, masked_softmax::cuda::Strategy forced,
                   const masked_softmax::cuda::DeviceProperties& device, unsigned seed);
 

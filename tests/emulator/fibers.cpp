@@ -1,4 +1,4 @@
-// Fibers: how they begin, wait, go on and end; and the launch of a grid, one cluster after another.
+// Fibers, and the launch of a grid: one cluster after another.
 #include <sys/mman.h>
 
 #include <map>
@@ -10,7 +10,7 @@
 #error "the emulator switches stacks in x86-64 assembly"
 #endif
 
-// Keeps what a function call must preserve on the old stack and takes it from the new one.
+// Pushes the callee-saved registers onto the old stack and pops them from the new one.
 asm(R"(
 .text
 .globl simt_switch_stacks
@@ -77,7 +77,8 @@ void report_deadlock() {
     if (fiber.is_done) {
       ++done;
     } else {
-      ++waiting[std::string(fiber.waits_for) + " at " + fiber.place.file + ":" + std::to_string(fiber.place.line)];
+      ++waiting[std::string(fiber.waits_for) + " at " + fiber.location.file + ":" +
+                std::to_string(fiber.location.line)];
     }
   }
   std::string text = "deadlock:";
@@ -100,7 +101,7 @@ void run_next() {
   }
 }
 
-// The first thing that a fiber runs, and the last.
+// The outermost function of a fiber.
 void fiber_main() {
   running_body(running_context);
   Machine& m = machine();
@@ -112,13 +113,13 @@ void fiber_main() {
   ++m.cluster.returned;
   warp.lanes &= ~(1u << fiber.lane);
   if (warp.arrived != 0) {
-    fail("a lane returns while others of its warp wait for it in a shuffle");
+    fail("a lane returns while other lanes of its warp wait in a shuffle");
   }
   if (block.arrived != 0) {
-    fail("a thread returns while others of its block wait for it at a barrier");
+    fail("a thread returns while other threads of its block wait at a barrier");
   }
   if (m.cluster.arrived != 0) {
-    fail("a thread returns while others of its cluster wait for it at a barrier");
+    fail("a thread returns while other threads of its cluster wait at a barrier");
   }
   if (m.cluster.returned == m.cluster.count) {
     return_to_host();
@@ -141,8 +142,8 @@ void prepare_fiber(const Grid& grid, unsigned first_block, unsigned number) {
   fiber.warp = fiber.block * ((grid.threads + kWarpLanes - 1) / kWarpLanes) + thread / kWarpLanes;
   fiber.lane = thread % kWarpLanes;
   fiber.index = {thread, grid.threads, first_block + fiber.block, grid.blocks, fiber.block, grid.cluster_size};
-  // What simt_switch_stacks() takes off a new stack: six registers, and fiber_main to return to. Tops are spread over
-  // cache sets: all at the same offset of a page, they would evict each other.
+  // simt_switch_stacks() pops six registers and returns to fiber_main. Stacks begin at different offsets of a page, or
+  // they would compete for the same cache sets.
   char* top = m.stacks + (size_t{number} + 1) * kStackBytes - 256 - number % 32 * 128;
   void** stack = reinterpret_cast<void**>(top);
   *--stack = nullptr;
@@ -194,10 +195,10 @@ uint64_t next_random() {  // xorshift64 (Marsaglia, Journal of Statistical Softw
   return random_state;
 }
 
-void wait_for(const char* what, Place place) {
+void wait_for(const char* what, Location location) {
   Fiber& fiber = current_fiber();
   fiber.waits_for = what;
-  fiber.place = place;
+  fiber.location = location;
   run_next();
 }
 
@@ -221,18 +222,18 @@ ThreadIndex this_thread() { return current_fiber().index; }
 
 int launch_threads(const Grid& grid, void (*body)(const void*), const void* context) {
   Machine& m = machine();
-  if (grid.blocks == 0 || grid.threads == 0 || grid.threads > kMostBlockThreads || grid.cluster_size == 0 ||
-      grid.cluster_size > kMostClusterBlocks || grid.blocks % grid.cluster_size != 0) {
+  if (grid.blocks == 0 || grid.threads == 0 || grid.threads > kMaxBlockThreads || grid.cluster_size == 0 ||
+      grid.cluster_size > kMaxClusterBlocks || grid.blocks % grid.cluster_size != 0) {
     fail("invalid launch: " + std::to_string(grid.blocks) + " blocks of " + std::to_string(grid.threads) +
          " threads in clusters of " + std::to_string(grid.cluster_size));
     return kInvalidConfiguration;
   }
   if (!m.error.empty()) {
-    return kLaunchFailed;  // as on a GPU: the context is lost
+    return kLaunchFailed;  // like a GPU whose context is lost
   }
   if (m.stacks == nullptr) {
-    m.stacks = reserve(size_t{kMostBlockThreads} * kMostClusterBlocks * kStackBytes);
-    m.shared = reserve(kMostClusterBlocks * kSharedBytes);
+    m.stacks = reserve(size_t{kMaxBlockThreads} * kMaxClusterBlocks * kStackBytes);
+    m.shared = reserve(kMaxClusterBlocks * kSharedBytes);
   }
   running_body = body;
   running_context = context;

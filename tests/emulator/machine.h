@@ -1,4 +1,4 @@
-// The emulator's inside: the threads of the cluster that runs, and who waits for whom.
+// The emulator's state: the threads of the running cluster, and what they wait for.
 #pragma once
 
 #include <string>
@@ -10,13 +10,13 @@
 namespace simt {
 
 constexpr unsigned kWarpLanes = 32;
-constexpr unsigned kMostBlockThreads = 1024;
-constexpr unsigned kMostClusterBlocks = 16;
-constexpr size_t kSharedBytes = 227 * 1024;  // of a block
-constexpr size_t kStackBytes = 64 * 1024;    // of a thread
+constexpr unsigned kMaxBlockThreads = 1024;
+constexpr unsigned kMaxClusterBlocks = 16;
+constexpr size_t kSharedBytes = 227 * 1024;  // per block
+constexpr size_t kStackBytes = 64 * 1024;    // per thread
 
-// How often a thread has met others: two accesses are ordered where a meeting lies between them.
-struct Meetings {
+// How many barriers and shuffles a thread has passed. Two accesses are ordered if one of them lies between.
+struct SyncCounts {
   uint32_t cluster = 0;
   uint32_t block = 0;
   uint32_t warp = 0;
@@ -30,9 +30,9 @@ struct Fiber {
   unsigned lane = 0;
   bool is_done = false;
   const char* waits_for = nullptr;
-  Place place{"", 0};
-  Meetings met;
-  // The shuffle that the thread takes part in.
+  Location location{"", 0};
+  SyncCounts syncs;
+  // The shuffle that it waits in.
   Shuffle shuffle{};
   uint64_t value = 0;
   unsigned argument = 0;
@@ -40,19 +40,19 @@ struct Fiber {
   void* stack_pointer = nullptr;
 };
 
-// Threads that meet: those of a block or of a cluster.
+// The barrier of a block or of a cluster.
 struct Barrier {
   unsigned first = 0;  // fiber
   unsigned count = 0;
   unsigned arrived = 0;
-  unsigned returned = 0;  // threads that will not come any more
-  Place place{"", 0};
+  unsigned returned = 0;  // threads that have returned from the kernel
+  Location location{"", 0};
 };
 
 struct Warp {
-  unsigned lanes = 0;    // as bits: those that there are
-  unsigned arrived = 0;  // those that wait in a shuffle
-  Place place{"", 0};
+  unsigned lanes = 0;    // bit mask: lanes that exist and have not returned
+  unsigned arrived = 0;  // bit mask: lanes that wait in a shuffle
+  Location location{"", 0};
 };
 
 struct Block {
@@ -63,7 +63,7 @@ struct Block {
 };
 
 struct Machine {
-  std::vector<Fiber> fibers;  // of the cluster that runs
+  std::vector<Fiber> fibers;  // of the running cluster
   std::vector<Block> blocks;
   Barrier cluster;
   std::vector<Warp> warps;
@@ -72,7 +72,7 @@ struct Machine {
   bool is_running = false;
   uint64_t launch_number = 0;
   char* stacks = nullptr;
-  char* shared = nullptr;  // kMostClusterBlocks times kSharedBytes
+  char* shared = nullptr;  // kMaxClusterBlocks times kSharedBytes
   void* host_stack_pointer = nullptr;
   std::string error;
   Counters counters{};
@@ -80,14 +80,13 @@ struct Machine {
 
 Machine& machine();
 
-// The fiber that runs.
 inline Fiber& current_fiber() { return machine().fibers[machine().current]; }
 
-// Lets others run until somebody wakes this fiber.
-void wait_for(const char* what, Place place);
+// Runs other fibers until wake() is called with this one.
+void wait_for(const char* what, Location location);
 void wake(Fiber& fiber);
 
-// Ends the launch: the error is kept, no fiber runs again. Does not return inside of a kernel.
+// Ends the launch with an error, unless an earlier one is kept. Does not return when called from a kernel.
 void fail(const std::string& what);
 
 uint64_t next_random();

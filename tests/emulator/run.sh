@@ -2,13 +2,14 @@
 # Builds the CUDA kernels for the emulator with g++, links them with the tests of tests/kernel and those here, and runs
 # them:
 #   plain       the kernels as they are: values, bits, unreadable pages
-#   checked     every load and store announced to the checker: bounds, initialisation, races
+#   checked     every load and store checked: bounds, initialization, races
 #   sanitizers  under AddressSanitizer and UndefinedBehaviorSanitizer: local arrays, shifts, overflow
 # Usage: run.sh MODE [PART OF A PROMISE]...; without arguments: all three. CXX names the compiler.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-FLAGS=(-std=c++17 -Wall -Wextra -Werror -Wno-unknown-pragmas -ffp-contract=off -g1 -Icsrc -Itests/kernel -Itests/emulator)
+FLAGS=(-std=c++17 -Wall -Wextra -Werror -Wno-unknown-pragmas -ffp-contract=off -g1 -Itests/emulator/include -Icsrc -Itests/kernel
+  -Itests/emulator)
 KERNEL_TESTS=(main test_values test_rows test_bits test_layouts test_guard test_packed)
 
 build_and_run() {
@@ -25,10 +26,10 @@ build_and_run() {
       echo "$folder/$(basename "$file").o $test_flags -DMASKED_SOFTMAX_EMULATOR_IS_CHECKED=$is_checked -c $file"
     done
   } | xargs -P 2 -L 1 "${CXX:-g++}" "${FLAGS[@]}" -o
-  # What counts over all tests comes last: tests run in the order of linking.
+  # strategies.cpp comes last: tests run in link order, and it counts the launches of all others.
   local objects
   objects=$(ls "$folder"/*.o | grep -v /strategies)
-  # shellcheck disable=SC2086 # one word an object, one a flag
+  # shellcheck disable=SC2086 # lists, to be split into words
   "${CXX:-g++}" $test_flags $objects "$folder/strategies.cpp.o" -ldl -lpthread -o "$folder/emulator_tests"
   "$folder/emulator_tests" "$@"
 }

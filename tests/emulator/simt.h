@@ -1,7 +1,7 @@
-// The GPU that csrc/cuda/device.cuh sees when no CUDA compiler reads it: its threads, their barriers, their memory.
+// The GPU that include/cuda/device.cuh is written over: threads, barriers, shuffles, shared memory.
 //
-// Every CUDA thread is a fiber; all run on one operating-system thread, one at a time, until they wait for each other.
-// Which fiber goes next is drawn from a seeded generator, so an order that exposes a mistake is found, and found again.
+// Every CUDA thread is a fiber. All run on one operating-system thread, one at a time, each until it waits for others.
+// A seeded generator draws which fiber runs next, so an order that exposes a mistake can be reproduced.
 #pragma once
 
 #include <cstddef>
@@ -12,15 +12,17 @@
 
 namespace simt {
 
-// Where in a kernel an operation stands, for messages.
-struct Place {
+// The place in a kernel's source that calls, for messages.
+struct Location {
   const char* file;
   int line;
 
-  static constexpr Place here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
+  static constexpr Location current(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {file, line};
+  }
 };
 
-// What a CUDA thread knows about itself. By value: a reference would be a load from the emulator's own memory.
+// Returned by value: through a reference, the kernel would load from the emulator's own memory.
 struct ThreadIndex {
   unsigned thread;
   unsigned block_threads;
@@ -31,37 +33,37 @@ struct ThreadIndex {
 };
 ThreadIndex this_thread();
 
-void sync_block(Place place);
-void sync_cluster(Place place);
+void sync_block(Location location);
+void sync_cluster(Location location);
 
-// Every lane of the warp takes part, at the same place; the result is what lane `source` of them passed. Groups of
-// `width` lanes see each other only: a source outside of the group is the lane itself.
+// Precondition: every lane of the warp calls, at the same location. Returns the value that the source lane passed.
+// Values move within groups of `width` lanes: a source outside of the group is the lane itself.
 enum class Shuffle { kXor, kUp };
-uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t value, unsigned argument, unsigned width, Place place);
+uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t value, unsigned argument, unsigned width, Location location);
 
 template <class T>
-T shuffle_as(Shuffle kind, unsigned mask, T value, unsigned argument, unsigned width, Place place) {
-  static_assert(sizeof(T) <= sizeof(uint64_t) && std::is_trivially_copyable_v<T>, "one register, or two");
+T shuffle_as(Shuffle kind, unsigned mask, T value, unsigned argument, unsigned width, Location location) {
+  static_assert(sizeof(T) <= sizeof(uint64_t) && std::is_trivially_copyable_v<T>, "a value of one or two registers");
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
-  bits = shuffle(kind, mask, bits, argument, width, place);
+  bits = shuffle(kind, mask, bits, argument, width, location);
   std::memcpy(&value, &bits, sizeof(T));
   return value;
 }
 template <class T>
-T shuffle_xor(unsigned mask, T value, unsigned lane_mask, unsigned width, Place place) {
-  return shuffle_as(Shuffle::kXor, mask, value, lane_mask, width, place);
+T shuffle_xor(unsigned mask, T value, unsigned lane_mask, unsigned width, Location location) {
+  return shuffle_as(Shuffle::kXor, mask, value, lane_mask, width, location);
 }
 template <class T>
-T shuffle_up(unsigned mask, T value, unsigned distance, unsigned width, Place place) {
-  return shuffle_as(Shuffle::kUp, mask, value, distance, width, place);
+T shuffle_up(unsigned mask, T value, unsigned distance, unsigned width, Location location) {
+  return shuffle_as(Shuffle::kUp, mask, value, distance, width, location);
 }
 
-// Accesses wider than the compiler's own, which it therefore does not announce: see checker.h.
+// For the 16-byte accesses, which the compiler does not announce: see checker.h.
 void check_load(const void* p, size_t size_bytes);
 void check_store(const void* p, size_t size_bytes);
 
-// A block's static shared memory: one array for each key, the same for all of the block's threads.
+// A block's static shared memory: one array for each key, shared by the block's threads.
 void* shared_memory(const void* key, size_t size_bytes, size_t alignment);
 template <class Key>
 void* shared_array(Key, size_t size_bytes, size_t alignment) {
@@ -73,7 +75,7 @@ const void* shared_of_block(const void* shared, unsigned rank);
 
 struct Grid {
   unsigned blocks;
-  unsigned threads;  // of a block
+  unsigned threads;  // per block
   unsigned cluster_size;
 };
 
@@ -81,7 +83,7 @@ constexpr int kSuccess = 0;
 constexpr int kInvalidConfiguration = 9;
 constexpr int kLaunchFailed = 719;
 
-// Runs body() as every thread of the grid; error() says what went wrong.
+// Runs body() in every thread of the grid.
 int launch_threads(const Grid& grid, void (*body)(const void* context), const void* context);
 template <class Body>
 int launch(const Grid& grid, const Body& body) {
@@ -92,14 +94,14 @@ int launch(const Grid& grid, const Body& body) {
 enum class Order { kRandom, kForwards, kBackwards };
 void set_order(Order order, uint64_t seed);
 
-// What the first faulty launch since clear_error() did wrong, or an empty text.
+// The first error since clear_error(), or an empty string.
 const std::string& error();
 void clear_error();
 
 struct Counters {
   uint64_t threads;
   uint64_t switches;
-  uint64_t accesses;  // to device and shared memory that were checked
+  uint64_t accesses;  // checked, to device and shared memory
   uint64_t wide_accesses;
 };
 const Counters& counters();

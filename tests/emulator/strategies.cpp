@@ -1,5 +1,5 @@
-// The CUDA kernels' strategies in the place of the CPU's instruction sets: whatever tests/kernel promises of one, the
-// other must keep. Links instead of csrc/cpu/dispatch.cpp.
+// The CUDA strategies instead of the CPU's instruction sets, so that the tests in tests/kernel run the CUDA kernels.
+// Linked instead of csrc/cpu/dispatch.cpp.
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -15,28 +15,28 @@ namespace {
 using cuda::Strategy;
 
 template <class T>
-T* moved(T* data, int64_t offset, ElementType type) {
+T* advanced(T* data, int64_t offset, ElementType type) {
   visit_element_type(
       type, [&](auto element) { data = static_cast<char*>(data) + offset * static_cast<int64_t>(sizeof(element)); });
   return data;
 }
 
-// The rows [begin, end) of a problem as a problem of their own, one by one: a launch computes all of its rows.
+// Calls visit() with each of the rows [begin, end) as a problem of its own: a launch computes all rows of a problem.
 template <class Visitor>
 void for_each_row(const Problem& problem, int64_t begin, int64_t end, const Visitor& visit) {
   RowWalker walker(problem, begin, end);
   for (RowRun run; walker.next(run);) {
-    for (int64_t ahead = 0; ahead < run.rows; ++ahead) {
+    for (int64_t i = 0; i < run.rows; ++i) {
       Problem row = problem;
       row.rows = 1;
       row.row_ndim = 0;
-      row.output.data = moved(problem.output.data, run.output_offset(ahead), problem.output.type);
+      row.output.data = advanced(problem.output.data, run.output_offset(i), problem.output.type);
       for (int k = 0; k < problem.input_count; ++k) {
-        row.inputs[k].data = moved(problem.inputs[k].data, run.input_offset(k, ahead), problem.inputs[k].type);
+        row.inputs[k].data = advanced(problem.inputs[k].data, run.input_offset(k, i), problem.inputs[k].type);
       }
       row.lengths.data = row.starts.data = nullptr;
-      row.lengths.value = run.raw_length(ahead);
-      row.starts.value = run.raw_start(ahead);
+      row.lengths.value = run.raw_length(i);
+      row.starts.value = run.raw_start(i);
       visit(row);
     }
   }
@@ -47,7 +47,7 @@ int launches[sizeof(cuda::kStrategies) / sizeof(cuda::kStrategies[0])];
 void launch(const Problem& problem, Strategy forced) {
   static unsigned seed = 0;
   emulator::Emulation done = emulator::emulate(problem, forced, emulator::kWithClusters, ++seed);
-  if (done.strategy == Strategy::kAutomatic) {  // not for rows like these
+  if (done.strategy == Strategy::kAutomatic) {  // it cannot compute such rows
     done = emulator::emulate(problem, Strategy::kAutomatic, emulator::kWithClusters, seed);
   }
   ++launches[static_cast<size_t>(done.strategy)];
@@ -69,9 +69,9 @@ void run(const Problem& problem, int64_t begin, int64_t end) {
 bool is_supported() { return true; }
 
 const std::vector<CpuCapability> kCapabilities = {
-    {"lanes", run<Strategy::kLanes>, is_supported},         {"block", run<Strategy::kBlock>, is_supported},
-    {"cluster", run<Strategy::kCluster>, is_supported},     {"split", run<Strategy::kSplit>, is_supported},
-    {"column", run<Strategy::kColumn>, is_supported},       {"strided", run<Strategy::kStrided>, is_supported},
+#define MASKED_SOFTMAX_STRATEGY(Name, name, Rows) {#name, run<Strategy::k##Name>, is_supported},
+#include "cuda/strategies.inc"
+#undef MASKED_SOFTMAX_STRATEGY
     {"automatic", run<Strategy::kAutomatic>, is_supported},
 };
 const CpuCapability* in_use = &kCapabilities.back();
@@ -94,7 +94,7 @@ void set_cpu_capability(const std::string& name) {
 
 namespace kernel_tests {
 
-// Comes last: it counts what the other tests have run.
+// Linked last: it counts the launches of all other tests.
 TEST("strategies: each was launched") {
   using namespace masked_softmax;
   for (cuda::Strategy strategy : cuda::kStrategies) {

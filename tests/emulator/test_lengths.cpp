@@ -1,4 +1,4 @@
-// Lengths and starts on a GPU: nobody looks at them before the kernel does.
+// Lengths and starts on a GPU, where the kernel is the first to read them.
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -25,8 +25,8 @@ struct Memory {
   }
 };
 
-// Rows that lie one after another, or side by side.
-Problem make_problem(Memory& memory, bool side_by_side) {
+// Contiguous rows, or rows of unit row stride.
+Problem make_problem(Memory& memory, bool unit_row_stride) {
   Problem problem;
   problem.rows = kRows;
   problem.cols = kCols;
@@ -34,8 +34,8 @@ Problem make_problem(Memory& memory, bool side_by_side) {
   problem.row_sizes[0] = kRows;
   for (Operand* operand : {&problem.output, &problem.inputs[0]}) {
     operand->type = ElementType::kFloat32;
-    operand->col_stride = side_by_side ? kRows : 1;
-    operand->row_strides[0] = side_by_side ? 1 : kCols;
+    operand->col_stride = unit_row_stride ? kRows : 1;
+    operand->row_strides[0] = unit_row_stride ? 1 : kCols;
   }
   problem.output.data = memory.output.data();
   problem.inputs[0].data = memory.input.data();
@@ -44,14 +44,14 @@ Problem make_problem(Memory& memory, bool side_by_side) {
   return problem;
 }
 
-float result(const Memory& memory, bool side_by_side, int64_t row, int64_t col) {
-  return memory.output[static_cast<size_t>(side_by_side ? col * kRows + row : row * kCols + col)];
+float result(const Memory& memory, bool unit_row_stride, int64_t row, int64_t col) {
+  return memory.output[static_cast<size_t>(unit_row_stride ? col * kRows + row : row * kCols + col)];
 }
 
-void check_row(const Memory& memory, bool side_by_side, int64_t row, int64_t start, int64_t length) {
+void check_row(const Memory& memory, bool unit_row_stride, int64_t row, int64_t start, int64_t length) {
   double sum = 0;
   for (int64_t col = 0; col < kCols; ++col) {
-    const float value = result(memory, side_by_side, row, col);
+    const float value = result(memory, unit_row_stride, row, col);
     const bool is_valid = start <= col && col < start + length;
     CHECK(is_valid ? value > 0 && value <= 1 : value == 0 && !std::signbit(value),
           "row " << row << ", column " << col << ": " << value);
@@ -60,8 +60,11 @@ void check_row(const Memory& memory, bool side_by_side, int64_t row, int64_t sta
   CHECK(std::fabs(sum - (length > 0 ? 1 : 0)) < 1e-6, "row " << row << " sums to " << sum);
 }
 
-constexpr Strategy kAll[] = {Strategy::kLanes, Strategy::kBlock,  Strategy::kCluster,
-                             Strategy::kSplit, Strategy::kColumn, Strategy::kStrided};
+constexpr Strategy kAll[] = {
+#define MASKED_SOFTMAX_STRATEGY(Name, name, Rows) Strategy::k##Name,
+#include "cuda/strategies.inc"
+#undef MASKED_SOFTMAX_STRATEGY
+};
 
 void emulate(const Problem& problem, Strategy strategy) {
   static unsigned seed = 0;
@@ -79,34 +82,39 @@ void check_index_type(ElementType type) {
     starts[static_cast<size_t>(row * 2)] = static_cast<T>(row % 5);
   }
   for (Strategy strategy : kAll) {
-    const bool side_by_side = strategy == Strategy::kColumn;
+    const bool unit_row_stride = strategy == Strategy::kColumn;
     Memory memory;
-    Problem problem = make_problem(memory, side_by_side);
+    Problem problem = make_problem(memory, unit_row_stride);
     problem.lengths.data = lengths.data();
     problem.starts.data = starts.data();
     problem.lengths.type = problem.starts.type = type;
     problem.lengths.row_strides[0] = problem.starts.row_strides[0] = 2;
     emulate(problem, strategy);
     for (int64_t row = 0; row < kRows; ++row) {
-      check_row(memory, side_by_side, row, row % 5, row % 7 * 5);
+      check_row(memory, unit_row_stride, row, row % 5, row % 7 * 5);
     }
   }
 }
 
 }  // namespace
 
-TEST("lengths: every strategy reads them, and starts, in every integer type and by their stride") {
-  check_index_type<int8_t>(ElementType::kInt8);
-  check_index_type<uint8_t>(ElementType::kUInt8);
-  check_index_type<int16_t>(ElementType::kInt16);
-  check_index_type<int32_t>(ElementType::kInt32);
-  check_index_type<int64_t>(ElementType::kInt64);
+TEST("lengths: every strategy reads lengths and starts of every integer type, by their strides") {
+  const auto check = [](ElementType type) {
+    visit_element_type_of<ElementKind::kInteger>(type,
+                                                 [&](auto element) { check_index_type<decltype(element)>(type); });
+  };
+#define MASKED_SOFTMAX_ELEMENT_TYPE(Name, name, type_t, Scalar, kind) \
+  if (ElementKind::kind == ElementKind::kInteger) {                   \
+    check(ElementType::k##Name);                                      \
+  }
+#include "common/element_types.inc"
+#undef MASKED_SOFTMAX_ELEMENT_TYPE
 }
 
-TEST("lengths: an invalid one makes its row NaN, and touches nothing else") {
+TEST("lengths: an invalid one makes its row NaN, and changes nothing else") {
   constexpr int64_t kLowest = std::numeric_limits<int64_t>::min();
   constexpr int64_t kLargest = std::numeric_limits<int64_t>::max();
-  // start, length
+  // Pairs of start and length.
   const std::vector<std::pair<int64_t, int64_t>> invalid{
       {0, kCols + 1}, {1, kCols},           {0, -1},      {-1, 3},       {kCols + 1, 0}, {kCols, 1},
       {0, kLowest},   {kLargest, kLargest}, {kLowest, 1}, {1, kLargest}, {3, kCols - 2}};
@@ -119,9 +127,9 @@ TEST("lengths: an invalid one makes its row NaN, and touches nothing else") {
   }
   for (Strategy strategy : kAll) {
     for (Operation operation : {Operation::kSoftmax, Operation::kLogSoftmax}) {
-      const bool side_by_side = strategy == Strategy::kColumn;
+      const bool unit_row_stride = strategy == Strategy::kColumn;
       Memory memory;
-      Problem problem = make_problem(memory, side_by_side);
+      Problem problem = make_problem(memory, unit_row_stride);
       problem.operation = operation;
       problem.lengths.data = lengths.data();
       problem.starts.data = starts.data();
@@ -129,10 +137,10 @@ TEST("lengths: an invalid one makes its row NaN, and touches nothing else") {
       for (int64_t row = 0; row < kRows; ++row) {
         if (row % 3 == 1) {
           for (int64_t col = 0; col < kCols; ++col) {
-            CHECK(std::isnan(result(memory, side_by_side, row, col)), "row " << row << ", column " << col);
+            CHECK(std::isnan(result(memory, unit_row_stride, row, col)), "row " << row << ", column " << col);
           }
         } else if (operation == Operation::kSoftmax) {
-          check_row(memory, side_by_side, row, starts[static_cast<size_t>(row)], lengths[static_cast<size_t>(row)]);
+          check_row(memory, unit_row_stride, row, starts[static_cast<size_t>(row)], lengths[static_cast<size_t>(row)]);
         }
       }
     }

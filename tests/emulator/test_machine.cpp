@@ -1,4 +1,4 @@
-// The emulator itself: what threads exchange, and that each kind of mistake is found.
+// The emulator itself: threads exchange values, and each kind of mistake is found.
 #include <string>
 #include <vector>
 
@@ -9,10 +9,10 @@
 namespace {
 
 using simt::Grid;
-using simt::Place;
+using simt::Location;
 using simt::this_thread;
 
-// Runs a kernel in several orders; returns the first error.
+// Runs a kernel in several orders of its threads. Returns the first error.
 template <class Kernel>
 std::string error_of(const Grid& grid, const Kernel& kernel) {
   std::string error;
@@ -38,9 +38,9 @@ void expect_success(const Grid& grid, const Kernel& kernel) {
   CHECK(error.empty(), error);
 }
 
-void sync_block() { simt::sync_block(Place::here()); }
+void sync_block() { simt::sync_block(Location::current()); }
 
-// A shared variable; `write` and `read` tell the checker, as the compiler does in kernels.
+// A shared variable. write() and read() announce the access, as the compiler does in kernels.
 int& shared_int() {
   return *static_cast<int*>(simt::shared_array([] {}, sizeof(int), alignof(int)));
 }
@@ -55,7 +55,7 @@ int read(const int& from) {
 
 }  // namespace
 
-TEST("machine: every thread of every block runs once and knows its place") {
+TEST("machine: every thread of every block runs once and knows its index") {
   std::vector<int> runs(7 * 96);
   simt::launch({7, 96, 1}, [&] { ++runs[this_thread().block * 96 + this_thread().thread]; });
   for (int count : runs) {
@@ -63,14 +63,14 @@ TEST("machine: every thread of every block runs once and knows its place") {
   }
 }
 
-TEST("machine: shuffles carry a lane's value to its group alone") {
+TEST("machine: shuffles move a value within its group of lanes only") {
   for (unsigned width : {2u, 8u, 32u}) {
     std::vector<unsigned> up(64);
     std::vector<unsigned> across(64);
     expect_success({1, 64, 1}, [&] {
       const unsigned own = this_thread().thread;
-      up[own] = simt::shuffle_up(0xffffffffu, own, 1, width, Place::here());
-      across[own] = simt::shuffle_xor(0xffffffffu, own, width / 2, width, Place::here());
+      up[own] = simt::shuffle_up(0xffffffffu, own, 1, width, Location::current());
+      across[own] = simt::shuffle_xor(0xffffffffu, own, width / 2, width, Location::current());
     });
     for (unsigned i = 0; i < 64; ++i) {
       CHECK(up[i] == (i % width == 0 ? i : i - 1), width << ", " << i << ": " << up[i]);
@@ -79,7 +79,7 @@ TEST("machine: shuffles carry a lane's value to its group alone") {
   }
 }
 
-TEST("machine: a value stored before a barrier is loaded behind it, from another block of the cluster too") {
+TEST("machine: a value stored before a barrier is loaded after it, also from another block of the cluster") {
   expect_success({1, 128, 1}, [] {
     int& shared = shared_int();
     if (this_thread().thread == 77) {
@@ -87,7 +87,7 @@ TEST("machine: a value stored before a barrier is loaded behind it, from another
     }
     sync_block();
     if (read(shared) != 5) {
-      simt::sync_cluster(Place::here());  // nobody else comes: a deadlock
+      simt::sync_cluster(Location::current());  // no other thread arrives: a deadlock
     }
   });
   std::vector<int> got(4);
@@ -96,16 +96,16 @@ TEST("machine: a value stored before a barrier is loaded behind it, from another
     if (this_thread().thread == 0) {
       write(shared, static_cast<int>(this_thread().cluster_rank) * 10);
     }
-    simt::sync_cluster(Place::here());
+    simt::sync_cluster(Location::current());
     const unsigned next = (this_thread().cluster_rank + 1) % 4;
     const int value = read(*static_cast<const int*>(simt::shared_of_block(&shared, next)));
     got[this_thread().cluster_rank] = value;
-    simt::sync_cluster(Place::here());
+    simt::sync_cluster(Location::current());
   });
   CHECK((got == std::vector<int>{10, 20, 30, 0}), got[0] << " " << got[1] << " " << got[2] << " " << got[3]);
 }
 
-TEST("machine: orders differ, and a seed gives the same one again") {
+TEST("machine: orders differ, and a seed reproduces its order") {
   const auto order_of = [](simt::Order order, uint64_t seed) {
     std::vector<unsigned> order_of_threads;
     simt::set_order(order, seed);
@@ -124,7 +124,7 @@ TEST("checker: races in shared memory") {
     if (this_thread().thread == 40) {
       write(shared, 1);
     }
-    simt::shuffle_xor(0xffffffffu, 1, 1, 32, Place::here());  // orders a warp's loads before its stores, no more
+    simt::shuffle_xor(0xffffffffu, 1, 1, 32, Location::current());  // orders only a warp's loads before its stores
     if (this_thread().thread == 0) {
       sync_block();
     } else {
@@ -142,19 +142,20 @@ TEST("checker: races in shared memory") {
       write(shared, 2);
     }
   });
-  expect_error("race with another thread's store", {2, 32, 2}, [] {  // a block's barrier is none of the cluster's
-    int& shared = shared_int();
-    if (this_thread().thread == 0) {
-      write(shared, 1);
-    }
-    sync_block();
-    const unsigned other = 1 - this_thread().cluster_rank;
-    read(*static_cast<const int*>(simt::shared_of_block(&shared, other)));
-    simt::sync_cluster(Place::here());
-  });
+  expect_error("race with another thread's store", {2, 32, 2},
+               [] {  // a block's barrier does not synchronize the cluster
+                 int& shared = shared_int();
+                 if (this_thread().thread == 0) {
+                   write(shared, 1);
+                 }
+                 sync_block();
+                 const unsigned other = 1 - this_thread().cluster_rank;
+                 read(*static_cast<const int*>(simt::shared_of_block(&shared, other)));
+                 simt::sync_cluster(Location::current());
+               });
 }
 
-TEST("checker: two threads write one byte of device memory, or one reads what another writes") {
+TEST("checker: races in device memory") {
   std::vector<int> memory(4);
   simt::forget_buffers();
   simt::allow(memory.data(), 16, simt::kMayRead | simt::kMayWrite);
@@ -173,21 +174,21 @@ TEST("checker: two threads write one byte of device memory, or one reads what an
   simt::forget_buffers();
 }
 
-TEST("checker: memory that is out of bounds, read-only, misaligned or holds nothing") {
+TEST("checker: accesses that are out of bounds, forbidden, misaligned or of uninitialized memory") {
   std::vector<int> memory(8);
   const auto single = [&](const char* part, const auto& access) {
     simt::forget_buffers();
     simt::allow(memory.data(), 12, simt::kMayRead);
-    simt::allow(memory.data() + 4, 4, simt::kMayRead | simt::kMayWrite | simt::kHoldsNothing);
+    simt::allow(memory.data() + 4, 4, simt::kMayRead | simt::kMayWrite | simt::kUninitialized);
     expect_error(part, {1, 1, 1}, access);
     simt::forget_buffers();
   };
   single("out of bounds", [&] { read(memory[3]); });
   single("out of bounds", [&] { write(memory[5], 1); });
   single("forbidden", [&] { write(memory[0], 1); });
-  single("not initialised", [&] { read(memory[4]); });
+  single("not initialized", [&] { read(memory[4]); });
   single("misaligned", [&] { simt::check_load(reinterpret_cast<char*>(memory.data()) + 2, 4); });
-  expect_error("not initialised", {1, 1, 1}, [] { read(shared_int()); });
+  expect_error("not initialized", {1, 1, 1}, [] { read(shared_int()); });
   expect_error("out of bounds", {1, 1, 1}, [] { write(*(&shared_int() + 1), 1); });
   expect_error("another thread's local memory", {1, 2, 1}, [] {
     static int* local_of_first;
@@ -203,7 +204,7 @@ TEST("checker: memory that is out of bounds, read-only, misaligned or holds noth
   });
 }
 
-TEST("checker: bytes that must be written are counted until they are") {
+TEST("checker: bytes that must be written are counted until they are written") {
   std::vector<int> memory(4);
   simt::forget_buffers();
   simt::allow(memory.data(), 16, simt::kMayWrite | simt::kMustBeWritten);
@@ -212,41 +213,41 @@ TEST("checker: bytes that must be written are counted until they are") {
   simt::forget_buffers();
 }
 
-TEST("machine: threads that miss each other are reported, not waited for") {
+TEST("machine: threads that do not synchronize together are reported") {
   expect_error("deadlock", {1, 64, 1}, [] {
     if (this_thread().thread < 32) {
       sync_block();
     } else {
-      simt::sync_cluster(Place::here());
+      simt::sync_cluster(Location::current());
     }
   });
-  expect_error("returns while others", {1, 64, 1}, [] {
+  expect_error("returns while other threads", {1, 64, 1}, [] {
     if (this_thread().thread != 3) {
       sync_block();
     }
   });
   expect_error("different places", {1, 32, 1}, [] {
     if (this_thread().thread < 16) {
-      simt::shuffle_xor(0xffffffffu, 1, 1, 32, Place::here());
+      simt::shuffle_xor(0xffffffffu, 1, 1, 32, Location::current());
     } else {
-      simt::shuffle_xor(0xffffffffu, 1, 1, 32, Place::here());
+      simt::shuffle_xor(0xffffffffu, 1, 1, 32, Location::current());
     }
   });
-  expect_error("whose lanes some have returned or never were", {1, 40, 1},
-               [] { simt::shuffle_xor(0xffffffffu, 1, 1, 32, Place::here()); });
+  expect_error("lanes that have returned or do not exist", {1, 40, 1},
+               [] { simt::shuffle_xor(0xffffffffu, 1, 1, 32, Location::current()); });
   expect_error("threads of its block may have returned", {2, 32, 2}, [] {
     int& shared = shared_int();
     if (this_thread().cluster_rank == 1) {
       return;
     }
     for (int i = 0; i < 100; ++i) {
-      simt::shuffle_xor(0xffffffffu, 1, 1, 32, Place::here());
+      simt::shuffle_xor(0xffffffffu, 1, 1, 32, Location::current());
     }
     read(*static_cast<const int*>(simt::shared_of_block(&shared, 1)));
   });
 }
 
-TEST("machine: launches that no device takes") {
+TEST("machine: launches that no device accepts") {
   for (const Grid& grid : {Grid{0, 32, 1}, Grid{1, 0, 1}, Grid{1, 1025, 1}, Grid{3, 32, 2}, Grid{32, 32, 32}}) {
     CHECK(simt::launch(grid, [] {}) == simt::kInvalidConfiguration, grid.blocks << " " << grid.threads);
     CHECK(!simt::error().empty(), "no error");

@@ -1,4 +1,4 @@
-// The plan: every size around its thresholds.
+// The launch plan, for every size around its thresholds.
 #include <algorithm>
 #include <set>
 #include <vector>
@@ -12,8 +12,6 @@ using namespace masked_softmax::cuda;
 using emulator::kWithClusters;
 using emulator::kWithoutClusters;
 
-constexpr Strategy kBySize[] = {Strategy::kLanes, Strategy::kBlock, Strategy::kCluster, Strategy::kSplit};
-
 std::string text_of(const RowShape& shape) {
   return std::to_string(shape.rows) + " rows of " + std::to_string(shape.cols) + ", " +
          std::to_string(shape.elems_per_vector) + " to a vector, " + std::to_string(shape.inputs) + " inputs";
@@ -23,7 +21,7 @@ bool same(const SumOrder& a, const SumOrder& b) {
   return a.threads == b.threads && a.vectors == b.vectors && a.elems == b.elems;
 }
 
-// Every size up to the largest block's, then those around all multiples of what a warp or a block holds.
+// Every size that lanes hold and more, then those around all multiples of the sizes that a warp or a block holds.
 std::vector<int64_t> all_cols() {
   std::set<int64_t> cols;
   for (int64_t i = 1; i <= 5000; ++i) {
@@ -64,11 +62,11 @@ void for_each_shape(const Visitor& visit) {
 
 }  // namespace
 
-TEST("plan: every row has room, and every launch is one that a device takes") {
+TEST("plan: every row fits, and a device accepts every launch") {
   for_each_shape([](const RowShape& shape, const DeviceProperties& device) {
     const LaunchPlan plan = plan_launch(shape, device);
-    const int64_t pieces = plan.strategy == Strategy::kSplit ? plan.pieces : plan.cluster_size;
-    CHECK(plan.order.piece_elems() * pieces >= shape.cols, text_of(shape));
+    const int64_t chunks = plan.strategy == Strategy::kSplit ? plan.chunks : plan.cluster_size;
+    CHECK(plan.order.chunk_elems() * chunks >= shape.cols, text_of(shape));
     CHECK(plan.blocks >= 1 && plan.threads >= 32 && plan.threads <= 1024 && plan.threads % 32 == 0, text_of(shape));
     CHECK(plan.cluster_size == 1 || plan.strategy == Strategy::kCluster, text_of(shape));
     CHECK(plan.cluster_size <= 8 && plan.blocks % plan.cluster_size == 0, text_of(shape));
@@ -76,7 +74,7 @@ TEST("plan: every row has room, and every launch is one that a device takes") {
   });
 }
 
-TEST("plan: strategies follow one another as rows grow, and clusters are asked for only where there are any") {
+TEST("plan: strategies come in the table's order as rows grow, and clusters only where the device has them") {
   Strategy last[2][9][4] = {};
   for_each_shape([&](const RowShape& shape, const DeviceProperties& device) {
     const Strategy now = plan_launch(shape, device).strategy;
@@ -120,11 +118,11 @@ TEST("plan: neither the number of rows nor the layout changes how a row is summe
       const LaunchPlan other = plan_launch(shape, device);
       CHECK(other.strategy == plan.strategy && same(other.order, plan.order), text_of(shape));
     }
-    for (bool is_side_by_side : {false, true}) {
+    for (bool has_unit_row_stride : {false, true}) {
       shape.fits_registers = false;
-      shape.is_side_by_side = is_side_by_side;
+      shape.has_unit_row_stride = has_unit_row_stride;
       const LaunchPlan other = plan_launch(shape, device);
-      CHECK(other.strategy == (is_side_by_side ? Strategy::kColumn : Strategy::kStrided), text_of(shape));
+      CHECK(other.strategy == (has_unit_row_stride ? Strategy::kColumn : Strategy::kStrided), text_of(shape));
       CHECK(same(other.order, plan.order), text_of(shape));
     }
   });
@@ -141,9 +139,12 @@ TEST("plan: 64 rows of 131072 columns fill a GPU") {
   }
 }
 
-TEST("plan: a forced strategy is taken, or refused where it cannot hold the row") {
+TEST("plan: a forced strategy is used, or refused if it cannot hold the row") {
   for_each_shape([](RowShape shape, const DeviceProperties& device) {
-    for (Strategy forced : kBySize) {
+    for (Strategy forced : kStrategies) {
+      if (!holds_rows(forced)) {
+        continue;
+      }
       const LaunchPlan plan = plan_launch(shape, device, forced);
       CHECK(plan.strategy == forced || plan.strategy == Strategy::kAutomatic, text_of(shape));
       const bool holds_any_row = forced == Strategy::kSplit;
@@ -151,7 +152,7 @@ TEST("plan: a forced strategy is taken, or refused where it cannot hold the row"
     }
     CHECK(plan_launch(shape, device, Strategy::kStrided).strategy == Strategy::kStrided, text_of(shape));
     CHECK(plan_launch(shape, device, Strategy::kColumn).strategy == Strategy::kAutomatic, text_of(shape));
-    shape.is_side_by_side = true;
+    shape.has_unit_row_stride = true;
     CHECK(plan_launch(shape, device, Strategy::kColumn).strategy == Strategy::kColumn, text_of(shape));
   });
 }

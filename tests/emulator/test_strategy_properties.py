@@ -1,6 +1,6 @@
 """Promise: whatever is asked, every CUDA strategy gives the right answer. Generated cases.
 
-As tests/test_properties.py, of which this has the properties; each case forces a strategy. All
+As tests/numerics/test_properties.py, of which this has the properties; each case forces a strategy. All
 memory lies in poison, and what a case does not own must be as it was afterwards. One case in eight
 runs with every access looked up.
 

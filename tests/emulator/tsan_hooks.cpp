@@ -1,5 +1,5 @@
-// What code compiled with -fsanitize=thread calls before each access to memory. These take the place of the sanitizer's
-// runtime, which is not linked.
+// The functions that code compiled with -fsanitize=thread calls before each access to memory, instead of the
+// sanitizer's runtime.
 #include "checker.h"
 
 #define SIMT_HOOK(name, size, is_store) \

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode  # no public spelling
 
 SIZES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 64, 65, 130)
-MOST_ELEMS = 4000
+MAX_ELEMS = 4000
 
 OTHER = (
     torch.bool,
@@ -33,20 +33,20 @@ class Subclass(Tensor):
 
 
 class Indexable:
-    """Something that counts as an int for some of Python."""
+    """Not an int, but has __index__."""
 
     def __index__(self) -> int:
         return 1
 
 
 class Failing(int):
-    """An int whose conversions raise."""
+    """An int whose conversion raises."""
 
     def __index__(self) -> int:
         raise ValueError("this int is not to be converted")
 
 
-THINGS: tuple[Any, ...] = (
+OBJECTS: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 3, 7, 64, 2**31, 2**63 - 1, 2**63, -(2**63) - 1, 10**400),
     *(0.0, 1.0, -0.5, 1e300, 1e-320, float("nan"), float("inf"), 1j, Fraction(1, 3)),
     *("", "1", "float32", "\ud800", b"\xff", (), (1, 2), [1, 2], [[1.0, 2.0]], {}, ..., slice(1)),
@@ -57,7 +57,7 @@ THINGS: tuple[Any, ...] = (
 
 
 class Draw:
-    """Arguments, from the fuzzer's bytes: mostly such that fit, now and then some that do not."""
+    """Draws arguments from the fuzzer's bytes: most of them fit, some do not."""
 
     def __init__(self, data: bytes) -> None:
         self.bytes = atheris.FuzzedDataProvider(data)
@@ -67,24 +67,23 @@ class Draw:
         return self.bytes.ConsumeIntInRange(0, largest)
 
     def one_in(self, count: int) -> bool:
-        return self.up_to(count - 1) == count - 1  # not where the bytes have run out
+        return self.up_to(count - 1) == count - 1  # never once the bytes are used up
 
     def one_of(self, options: Any) -> Any:
         return options[self.up_to(len(options) - 1)]
 
-    def thing(self) -> Any:
-        """Anything at all."""
+    def anything(self) -> Any:
         if self.one_in(4):
             return self.tensor(self.shape(), self.dtype())
         if self.one_in(8):
             return self.bytes.ConsumeUnicode(8)
         if self.one_in(8):
             return self.bytes.ConsumeInt(self.up_to(16))
-        return self.one_of(THINGS)
+        return self.one_of(OBJECTS)
 
     def shape(self) -> tuple[int, ...]:
         shape: list[int] = []
-        room = MOST_ELEMS
+        room = MAX_ELEMS
         for _ in range(self.one_of((2, 2, 1, 3, 4, 0, 5))):
             size = min(self.one_of(SIZES), room)
             shape.append(size)
@@ -107,12 +106,12 @@ class Draw:
         return x.nan_to_num(0, 0, 0).clamp(-99, 99).to(dtype) if dtype in INTEGER else x.to(dtype)
 
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Of that shape, unless it is a strange one."""
+        """A tensor of that shape, or one of an unusual kind."""
         x = self.values(shape, dtype)
         x = self.laid_out(x)
         if self.one_in(3) and x.is_floating_point():
             x.requires_grad_()
-        return self.strange(x) if self.one_in(5) else x
+        return self.unusual(x) if self.one_in(5) else x
 
     def laid_out(self, x: Tensor) -> Tensor:
         """The same shape, with other strides."""
@@ -130,14 +129,14 @@ class Draw:
             return memory[1:].view(x.shape).copy_(x)
         return x
 
-    def strange(self, x: Tensor) -> Tensor:
-        """A tensor of another kind, where there is one of its type and shape."""
+    def unusual(self, x: Tensor) -> Tensor:
+        """A tensor of an unusual kind, if torch has that kind for this type and shape."""
         try:
-            return self.of_another_kind(x)
+            return self.of_unusual_kind(x)
         except RuntimeError:
             return x
 
-    def of_another_kind(self, x: Tensor) -> Tensor:
+    def of_unusual_kind(self, x: Tensor) -> Tensor:
         kind = self.up_to(16)
         if kind == 0:
             return x.to_sparse()
@@ -156,13 +155,13 @@ class Draw:
             return x.as_subclass(Subclass)
         if kind == 7 and x.is_floating_point():
             return torch.nn.Parameter(x)
-        if kind == 8 and x.dim() > 0 and hasattr(x, "refine_names"):  # torch 2.13 has none any more
+        if kind == 8 and x.dim() > 0 and hasattr(x, "refine_names"):  # not in torch 2.13
             return x.refine_names(*(f"d{d}" for d in range(x.dim())))
         if kind == 9:
             with torch.inference_mode():
                 return x.clone()
         if kind == 10 and x.dtype in FLOATING:
-            return torch._neg_view(x.clone())  # of a leaf that is a view, torch trips over itself
+            return torch._neg_view(x.clone())  # torch fails where a leaf is a view
         if kind == 11:
             return torch._lazy_clone(x)
         if kind == 12 and not x.is_complex():
@@ -178,7 +177,7 @@ class Draw:
         return x
 
     def shrink_storage(self, tensors: list[Any]) -> None:
-        """Of one of them, as resize_() does: one that nobody but the package will look at."""
+        """Makes one storage too small, as resize_() can. Only tensors that torch will not read."""
         shrinkable = [
             x for x in tensors if is_plain(x) and not x.is_neg() and not torch._C._is_cow_tensor(x)
         ]
@@ -188,13 +187,13 @@ class Draw:
 
     def dim(self, ndim: int, fits: int = -1) -> Any:
         if self.one_in(12):
-            return self.thing()
+            return self.anything()
         return self.one_of((fits, fits, *range(-ndim, ndim))) if not self.one_in(12) else ndim
 
     def index(self, input: Any, dim: Any, largest: int | None = None) -> Any:
         """Lengths or starts."""
         if self.one_in(12):
-            return self.thing()
+            return self.anything()
         shape = shape_of(input, (2, 3))
         dim = dim if type(dim) is int and -len(shape) <= dim < len(shape) else -1
         cols = shape[dim] if shape else 1
@@ -209,11 +208,11 @@ class Draw:
         largest = max(min(largest, torch.iinfo(dtype).max), 0)
         low, high = (-1, largest + 3) if self.one_in(8) else (0, largest + 1)
         index = torch.randint(low, high, rows, generator=self.generator).to(dtype)
-        return self.strange(self.laid_out(index)) if self.one_in(8) else self.laid_out(index)
+        return self.unusual(self.laid_out(index)) if self.one_in(8) else self.laid_out(index)
 
     def scale(self) -> Any:
         if self.one_in(12):
-            return self.thing()
+            return self.anything()
         return self.one_of(
             (None, None, 1.0, 0.125, -1.0, 2, 0.0, 1e30, float("nan"), float("inf"), 1e-320)
         )
@@ -223,22 +222,22 @@ class Draw:
         if self.one_in(2):
             options["scale"] = self.scale()
         if self.one_in(3):
-            options["dtype"] = self.thing() if self.one_in(8) else self.dtype()
+            options["dtype"] = self.anything() if self.one_in(8) else self.dtype()
         if self.one_in(6):
-            options["validate"] = self.thing() if self.one_in(4) else self.one_in(2)
+            options["validate"] = self.anything() if self.one_in(4) else self.one_in(2)
         if with_out and self.one_in(4):
             options["out"] = self.out(input)
         if self.one_in(40):
-            options[self.one_of(("mask", "out", "dtype", "starts", "\ud800"))] = self.thing()
+            options[self.one_of(("mask", "out", "dtype", "starts", "\ud800"))] = self.anything()
         return options
 
     def out(self, input: Any) -> Any:
         if self.one_in(8) or not isinstance(input, Tensor):
-            return self.thing()
+            return self.anything()
         how = self.up_to(7)
         if how == 0:
             return input
-        if how == 1 and is_plain(input) and input.dim() > 1:  # of the same memory
+        if how == 1 and is_plain(input) and input.dim() > 1:  # shares memory with the input
             return input.transpose(0, 1)
         if how == 2 and is_plain(input) and input.dim() > 0 and input.size(0) > 0:
             return input[:1].expand(input.shape)
@@ -248,7 +247,7 @@ class Draw:
 
     def offsets(self, values: Any, dim: Any) -> Any:
         if self.one_in(10):
-            return self.thing()
+            return self.anything()
         shape = shape_of(values, ())
         total = shape[dim] if type(dim) is int and -len(shape) <= dim < len(shape) else 3
         ends = sorted(self.up_to(total) for _ in range(self.up_to(6)))
@@ -271,7 +270,7 @@ class Draw:
 
 
 def shape_of(x: Any, otherwise: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a tensor that has one shape, which nested ones have not."""
+    """The shape of a dense tensor, otherwise the given one; nested tensors have no single shape."""
     return tuple(x.shape) if isinstance(x, Tensor) and not x.is_nested else otherwise
 
 
@@ -283,7 +282,7 @@ def is_plain(x: Any) -> bool:
         and x.device.type == "cpu"
         and not x.is_nested
         and not x.is_quantized
-        and x.numel() <= MOST_ELEMS
+        and x.numel() <= MAX_ELEMS
         and holds_its_elements(x)
     )
 

@@ -1,4 +1,4 @@
-# Builds the kernel fuzzer, from the repository's root: make -f tests/fuzz/kernel.mk (run.sh does).
+# Builds the kernel fuzzer; run.sh calls it from the repository's root.
 CLANG ?= clang++
 FOLDER := build/fuzz/kernel
 SANITIZERS := address,undefined
@@ -7,8 +7,8 @@ FLAGS := -std=c++17 -O1 -gline-tables-only -Wall -Wextra -Werror -ffp-contract=o
 SOURCES := $(wildcard csrc/common/*.cpp csrc/cpu/*.cpp) tests/fuzz/kernel_fuzzer.cpp
 OBJECTS := $(SOURCES:%.cpp=$(FOLDER)/%.o)
 
-# These four checks before every memory access triple the compile time of the instruction sets. AddressSanitizer and
-# unreadable pages cover three of them, gcc's sanitizers (tests/kernel/run.sh) the fourth, alignment.
+# These four checks precede every memory access and triple the compile time of the instruction sets. AddressSanitizer
+# and guard pages catch what the first three do; gcc's sanitizer checks alignment in tests/kernel/run.sh.
 $(FOLDER)/csrc/cpu/isa_%.o: FLAGS += -fno-sanitize=null,object-size,pointer-overflow,alignment
 
 $(FOLDER)_fuzzer: $(OBJECTS)

@@ -1,8 +1,8 @@
 """The Python interface under atheris: any arguments to any public function, and to the operators.
 
-What holds for every call: it returns a result of the right shape and type, or raises an exception
-of a type that callers expect, with a message in words. The process never crashes. A failed call
-leaves its arguments alone. Where the reference gives a result too, the two agree.
+Every call returns a result of the right shape and type, or raises an exception of a documented type
+with a message in plain words. The process never crashes. A call that fails does not change its
+arguments. Where the shipped reference returns a result, the two agree.
 
     tests/fuzz/run.sh python [SECONDS]
 """
@@ -23,7 +23,7 @@ from cases import FLOATING, valid_like
 from torch import Tensor
 from torch._subclasses import FakeTensorMode  # no public spelling
 
-# Which way an argument was drawn is as good a guide as which way the package took with it.
+# draw is instrumented too: its branches tell the fuzzer which kind of argument it has drawn.
 with atheris.instrument_imports(include=["masked_softmax_ext", "draw"]):
     from draw import Draw, is_plain, shape_of
 
@@ -46,15 +46,15 @@ FORWARD = {
 }
 REFERENCES = [function for name, function in FORWARD.items() if name.startswith("reference.")]
 
-# Operators, and how many tensors of scores each takes.
-SCORES = {"masked_softmax_": 1, **_operators.SCORES}
+# The number of score-shaped tensors that each operator takes.
+SCORES = {"masked_softmax_": 1, **_operators.SCORE_TENSORS}
 
-EXPECTED = (TypeError, ValueError, IndexError, RuntimeError)  # the last is NotImplementedError too
-UNEXPECTED = (UnicodeError, RecursionError)  # though they derive from one of those
+EXPECTED = (TypeError, ValueError, IndexError, RuntimeError)  # NotImplementedError: RuntimeError
+UNEXPECTED = (UnicodeError, RecursionError)  # subclasses of these
 BAD_WORDS = ("INTERNAL ASSERT", "incompatible function arguments", "Could not run 'masked")
 
-# Of the comparison with the reference, which is held to its own accuracy: for softmax relative, for
-# log_softmax, which the reference takes as a difference, absolute.
+# Tolerances of the comparison with the reference, set by the reference's own accuracy: relative for
+# softmax, absolute for log_softmax, which the reference computes as a difference.
 RELATIVE = {torch.float32: 1e-4, torch.float64: 1e-11, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SMALLEST = {torch.float32: 2e-38, torch.float64: 1e-300, torch.bfloat16: 2e-38, torch.float16: 1e-7}
 
@@ -72,39 +72,41 @@ def attempt(function: Callable[..., Any], *arguments: Any, **options: Any) -> An
     except EXPECTED as error:
         if isinstance(error, UNEXPECTED):
             raise
-        # Now, not whenever they are collected: where torch fails to print a tensor, as a complex32
-        # one under autocast, its frame holds a guard that turns autocast on again when it goes.
+        # Clears frames at once: where torch fails to print a tensor (complex32 under autocast),
+        # the frame holds a guard that turns autocast on again when it is collected.
         traceback.clear_frames(error.__traceback__)
         if function in REFERENCES:
-            return error  # torch's own operators have words of their own
+            return error  # its messages may be torch's
         message = str(error)
-        words = re.findall(r"(?<!\S)[a-z]{2,}", message)  # not the parts of a name
-        # Of a jagged tensor, and of a fake one where another is sparse, torch itself says no more
-        # than the operator's name.
+        words = re.findall(r"(?<!\S)[a-z]{2,}", message)  # excludes parts of dotted names
+        # For a jagged tensor, and for a fake one with a sparse argument, torch's message is the
+        # operator's name alone.
         is_operator = isinstance(function, torch._ops.OpOverloadPacket)
         is_fake = type(error).__module__.startswith("torch._subclasses")
         is_name = re.fullmatch(r"[\w.]+", message) is not None
         is_torchs = is_name and (is_operator or is_fake)
-        assert len(words) >= 3 or is_torchs, f"a message of words: {message!r}"
-        assert not any(bad in message for bad in BAD_WORDS), f"a message for users: {message}"
+        assert len(words) >= 3 or is_torchs, f"expected a message of words, but got {message!r}"
+        assert not any(bad in message for bad in BAD_WORDS), (
+            f"expected a message for users, but got {message}"
+        )
         return error
 
 
 def call(mode: Any, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Calls it in that mode, and looks whether anything was written that must not be."""
+    """Calls the function in that mode; no argument but the output may be written."""
     given = [*arguments, *options.values()]
     before = [(x, bits(x)) for x in given if is_plain(x)]
     with mode or nullcontext():
         result = attempt(function, *arguments, **options)
     if function in REFERENCES:
-        return result  # it writes to out= by copy_(), which has errors of its own
+        return result  # it writes out= with copy_(), which may fail halfway
     in_place = function in (FORWARD["masked_softmax_"], OPERATORS.masked_softmax_)
     output = arguments[0] if in_place else options.get("out")
     may_write = is_plain(output) and not isinstance(result, Exception)
     written = output.untyped_storage().data_ptr() if may_write else None
     for x, old in before:
         is_written = x.untyped_storage().data_ptr() == written
-        assert is_written or bits(x) == old, "an argument is left alone"
+        assert is_written or bits(x) == old, "an argument was written"
     return result
 
 
@@ -112,13 +114,13 @@ def check_result(
     name: str, result: Any, mode: Any, arguments: list[Any], options: dict[str, Any]
 ) -> None:
     input = arguments[0]
-    assert isinstance(result, Tensor), f"a tensor, but got {type(result)}"
+    assert isinstance(result, Tensor), f"expected a tensor, but got {type(result)}"
     if name.startswith("reference.") or not is_plain(input) or not is_plain(result):
         return
     tensors = [x for x in (*arguments, *options.values()) if isinstance(x, Tensor)]
     if isinstance(mode, FakeTensorMode) and not all(map(is_plain, tensors)):
-        return  # where one is sparse and out= is given, torch calls nothing at all
-    assert result.shape == input.shape, f"{tuple(result.shape)} for {tuple(input.shape)}"
+        return  # torch may not call the operator then
+    assert result.shape == input.shape, f"shape {tuple(result.shape)} for {tuple(input.shape)}"
     dtype = options.get("dtype")
     if isinstance(dtype, torch.dtype):
         assert result.dtype == dtype
@@ -131,7 +133,7 @@ def check_result(
 def compare(
     log: bool, before: Tensor, result: Tensor, arguments: list[Any], options: dict[str, Any]
 ) -> None:
-    """With the reference, and exactly in the padding."""
+    """The padding is exact, and the rest agrees with the reference."""
     dim = arguments[2] if len(arguments) > 2 else -1
     lengths, starts = arguments[1], options.get("starts")
     if any(isinstance(index, Tensor) and not is_plain(index) for index in (lengths, starts)):
@@ -139,7 +141,7 @@ def compare(
     valid = valid_like(result, lengths, int(dim), starts)
     padding = result.detach()[~valid]
     expected_padding = torch.full_like(padding, float("-inf") if log else 0.0)
-    assert bits(padding) == bits(expected_padding), "padding is exact"
+    assert bits(padding) == bits(expected_padding), "padding is not exact"
     scale = options.get("scale")
     if scale is not None and not 1e-2 <= abs(float(scale)) <= 10:
         return
@@ -150,7 +152,7 @@ def compare(
     with torch.no_grad():
         expected = attempt(function, before, lengths, dim, dtype=result.dtype, **given)
     if isinstance(expected, Exception):
-        raise AssertionError("the reference gives a result too") from expected
+        raise AssertionError("the reference raised") from expected
     relative = RELATIVE[result.dtype]
     tolerance = {"rtol": relative, "atol": relative if log else SMALLEST[result.dtype]}
     torch.testing.assert_close(result.detach(), expected, equal_nan=True, **tolerance)
@@ -164,7 +166,7 @@ def differentiate(draw: Draw, result: Tensor, input: Tensor) -> None:
     )
     create_graph = draw.one_in(3)
     if draw.one_in(12):
-        grad = draw.thing()
+        grad = draw.anything()
     gradients = attempt(
         torch.autograd.grad, result, input, grad, create_graph=create_graph, allow_unused=True
     )
@@ -180,7 +182,7 @@ def differentiate(draw: Draw, result: Tensor, input: Tensor) -> None:
 
 
 def call_masked(draw: Draw, name: str) -> None:
-    input = draw.thing() if draw.one_in(16) else draw.tensor(draw.shape(), draw.dtype())
+    input = draw.anything() if draw.one_in(16) else draw.tensor(draw.shape(), draw.dtype())
     arguments: list[Any] = [input]
     options: dict[str, Any] = {}
     shape = shape_of(input, (2, 3))
@@ -226,12 +228,12 @@ def call_masked(draw: Draw, name: str) -> None:
 
 
 def call_packed(draw: Draw, name: str) -> None:
-    values = draw.thing() if draw.one_in(16) else draw.tensor(draw.shape(), draw.dtype())
+    values = draw.anything() if draw.one_in(16) else draw.tensor(draw.shape(), draw.dtype())
     dim = draw.dim(len(shape_of(values, (3,))), 0) if draw.one_in(2) else 0
     arguments = [values, draw.offsets(values, dim), dim]
     options = draw.options(values, with_out=False)
     if draw.one_in(4):
-        options["max_length"] = draw.thing() if draw.one_in(3) else draw.up_to(130)
+        options["max_length"] = draw.anything() if draw.one_in(3) else draw.up_to(130)
     mode = draw.mode()
     result = call(mode, FORWARD[name], *arguments, **options)
     if isinstance(result, Exception):
@@ -247,7 +249,7 @@ def call_operator(draw: Draw, name: str) -> None:
     for _ in range(SCORES[name]):
         own_shape = draw.shape() if draw.one_in(12) else shape
         own_dtype = draw.dtype() if draw.one_in(8) else dtype
-        scores.append(draw.thing() if draw.one_in(24) else draw.tensor(own_shape, own_dtype))
+        scores.append(draw.anything() if draw.one_in(24) else draw.tensor(own_shape, own_dtype))
     dim = draw.dim(len(shape)) if draw.one_in(2) else -1
     rows: list[Any] = [
         draw.index(scores[-1], dim),
@@ -263,7 +265,7 @@ def call_operator(draw: Draw, name: str) -> None:
             rows.append(draw.one_of((-1, 0, 1, 5, 2**40, None)))
     else:
         options = draw.options(scores[0], with_out=name != "masked_softmax_")
-        options.pop("starts", None)  # given already; torch's words for that are a bug report
+        options.pop("starts", None)  # already given; twice makes torch report an internal error
         if name == "masked_softmax_":
             options.pop("dtype", None)
         elif draw.one_in(4):
@@ -272,7 +274,7 @@ def call_operator(draw: Draw, name: str) -> None:
 
 
 def call_transformed(draw: Draw, name: str) -> None:
-    """vmap and forward-mode differentiation of a call that fits."""
+    """vmap or forward-mode differentiation of a call with fitting arguments."""
     shape = draw.shape()
     x = draw.laid_out(draw.values(shape, draw.one_of(FLOATING)))
     if draw.one_in(2):
@@ -287,13 +289,13 @@ def call_transformed(draw: Draw, name: str) -> None:
 
 
 def fuzz_one_input(data: bytes) -> None:
-    call_something(Draw(data))
-    assert torch.is_grad_enabled(), "no call leaves a mode behind"
-    assert not torch.is_inference_mode_enabled(), "no call leaves a mode behind"
-    assert not torch.is_autocast_enabled("cpu"), "no call leaves a mode behind"
+    call_any_function(Draw(data))
+    assert torch.is_grad_enabled(), "a call left a mode behind"
+    assert not torch.is_inference_mode_enabled(), "a call left a mode behind"
+    assert not torch.is_autocast_enabled("cpu"), "a call left a mode behind"
 
 
-def call_something(draw: Draw) -> None:
+def call_any_function(draw: Draw) -> None:
     target = draw.up_to(3 + len(FORWARD))
     if target == 0:
         return call_operator(draw, draw.one_of(tuple(SCORES)))

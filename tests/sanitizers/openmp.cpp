@@ -1,6 +1,6 @@
-// Tells ThreadSanitizer what OpenMP's library, which it has not compiled, does where a parallel region begins and ends:
-// what was written before it is seen by its threads, and what they have written is seen behind it. Linked with
-// --wrap=GOMP_parallel, so for our own regions alone.
+// Tells ThreadSanitizer how OpenMP's runtime, which is not instrumented, synchronizes a parallel region: writes before
+// the region are visible to its threads, and their writes are visible after it. Linked with --wrap=GOMP_parallel, so
+// it covers this extension's regions only.
 extern "C" {
 
 void __tsan_acquire(void* address);

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Builds the whole extension with a sanitizer of g++'s, in a folder of its own, and runs the Python tests on it:
-#   address   AddressSanitizer and UndefinedBehaviorSanitizer: the tests that reach every path of binding and kernels
-#   thread    ThreadSanitizer: many Python threads, and torch's own below them
-# Before that, faults planted in a copy of single files must be reported.
-# Usage: run.sh MODE [ARGUMENT OF PYTEST]...   PYTHON names the interpreter; it has torch and pytest.
+# Builds the extension with g++'s sanitizers under build/sanitizers and runs Python tests on it:
+#   address   AddressSanitizer and UndefinedBehaviorSanitizer: tests that reach every path of binding and kernels
+#   thread    ThreadSanitizer: calls from many Python threads, each of which uses torch's threads
+# First, planted faults must be reported: each is an edit of one file in a copy of the extension.
+# Usage: run.sh MODE [PYTEST ARGUMENT]...   PYTHON names the interpreter, which has torch and pytest.
 #
-# Sanitized are binding/, common/ and the plain kernels (scalar), which are what runs. The other instruction sets take
-# ten times as long to compile so; under sanitizers they are tested by tests/kernel/run.sh.
+# The binding, csrc/common and the scalar kernels are instrumented, and the tests run those. Instrumented, the other
+# instruction sets take ten times as long to compile; tests/kernel/run.sh tests them under sanitizers.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 ROOT=$PWD
@@ -16,21 +16,22 @@ mode=${1-}
 case $mode in
   address)
     FLAGS="-O0 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
-    # What reaches every path. Those that repeat a path for many numbers prove nothing more here; those that measure
-    # memory have other needs, torch's compilers take minutes, and threads are the other mode's.
-    TESTS=(tests/test_{article,edges,strides,errors,padding,gradients,broadcasting,packed}.py
+    # These reach every path. Left out are tests that repeat a path with other numbers, that measure memory, that wait
+    # minutes for torch's compilers, and those of threads (the other mode).
+    TESTS=(tests/numerics/test_{article,edges,gradients}.py
+      tests/semantics/test_{strides,errors,padding,broadcasting,packed}.py
       -k "not avx2 and not avx512 and not neon and not compiled")
     ;;
   thread)
     FLAGS="-O1 -g1 -fsanitize=thread"
-    TESTS=(tests/sanitizers/test_races.py tests/test_threads.py -k "at_once")
+    TESTS=(tests/sanitizers/test_races.py tests/semantics/test_threads.py -k "at_once")
     ;;
   *) echo "expected address or thread, but got '$mode'" >&2 && exit 2 ;;
 esac
 shift
 FOLDER=$ROOT/build/sanitizers/$mode
 
-# The compiler that setup.py is given: its own flags come first, ours win.
+# The compiler that setup.py is given. Our flags follow its own, so they take precedence.
 COMPILER=$FOLDER/g++
 wrapper="#!/bin/sh
 case \"\$*\" in
@@ -38,7 +39,7 @@ case \"\$*\" in
   *) exec g++ \"\$@\" $FLAGS ;;
 esac"
 if [[ $(cat "$COMPILER" 2>/dev/null) != "$wrapper" ]]; then
-  rm -rf "$FOLDER" # what other flags have made
+  rm -rf "$FOLDER" # built with other flags
   mkdir -p "$FOLDER"
   echo "$wrapper" >"$COMPILER"
   chmod +x "$COMPILER"
@@ -59,20 +60,21 @@ build() {
   }
 }
 
-# Runs Python on the extension in a folder; the current one comes first in its search path, so no other is found.
+# sanitized FOLDER ARGUMENT...: runs Python there, so that FOLDER comes first in the module search path.
 sanitized() {
   local folder=$1 preload
   shift
   if [[ $mode == address ]]; then
-    # Without libstdc++ there AddressSanitizer finds nothing to throw exceptions with: Python has none.
+    # AddressSanitizer needs libstdc++ loaded to intercept exceptions, and Python does not link it.
     preload="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so) $(g++ -print-file-name=libstdc++.so)"
   else
     preload=$(g++ -print-file-name=libtsan.so)
   fi
-  # A read of unreadable pages ends the process as ever: tests look for that. Leaks are tests/test_leaks.py's: at its
-  # end Python leaves much behind. What torch allocates in one way and frees in another is its own affair.
-  # ThreadSanitizer knows no code that it did not compile: that of Python and torch is left alone, its locks count.
-  # Address randomisation is more than its shadow memory bears.
+  # ASAN_OPTIONS: SIGSEGV and SIGBUS keep their default action, which tests expect. LeakSanitizer would report what
+  # Python never frees (tests/semantics/test_leaks.py looks for leaks), and torch frees some memory with another
+  # function than it was allocated with.
+  # TSAN_OPTIONS: accesses in Python and torch, which are not instrumented, are ignored; their locks are not.
+  # setarch: ThreadSanitizer's shadow memory does not support address space randomization.
   (cd "$folder" && env \
     LD_PRELOAD="$preload" \
     ASAN_OPTIONS=handle_segv=0:handle_sigbus=0:detect_leaks=0:alloc_dealloc_mismatch=0:detect_stack_use_after_return=1 \
@@ -82,8 +84,8 @@ sanitized() {
     setarch --addr-no-randomize "$PYTHON" "$@")
 }
 
-# plant FILE EDIT CODE REPORT PLACE: the file, edited by sed, in an extension that is otherwise the same. Running the code
-# must end in that report of that place.
+# plant FILE EDIT CODE REPORT PLACE: edits a copy of FILE with sed and links it into a copy of the extension. Running
+# CODE must then end in a report that contains REPORT and PLACE.
 plant() {
   local file=$1 edit=$2 code=$3 report=$4 place=$5 name folder=$FOLDER/planted output torch_libs
   name=$(basename "$file" .cpp)
@@ -91,7 +93,7 @@ plant() {
   cp -r "$FOLDER/lib" "$folder"
   sed "$edit" "$file" >"$folder/$name.cpp"
   if cmp -s "$file" "$folder/$name.cpp"; then
-    echo "the fault does not fit $file any more: $edit" >&2
+    echo "expected sed to change $file, but it changed nothing: $edit" >&2
     return 1
   fi
   "$COMPILER" -std=c++20 -fPIC -ffp-contract=off -Icsrc -c "$folder/$name.cpp" -o "$folder/$name.o"
@@ -100,15 +102,15 @@ plant() {
     xargs -0 "$COMPILER" -shared "$folder/$name.o" "${LINK[@]}" -L"$torch_libs" -lc10 -ltorch -ltorch_cpu -ltorch_python \
       -o "$(ls "$folder"/masked_softmax_ext/_C.*.so)"
   if output=$(sanitized "$folder" -c "import torch, threading, masked_softmax_ext as m; $code" 2>&1); then
-    echo "a fault planted in $file was not found: $edit" >&2
+    echo "the fault planted in $file was not reported: $edit" >&2
     return 1
   fi
   if ! grep -q "$report" <<<"$output" || ! grep -q "$place" <<<"$output"; then
-    echo "a fault planted in $file ended otherwise than in '$report' of $place:" >&2
+    echo "expected a report of '$report' in $place for the fault planted in $file, but got:" >&2
     echo "$output" >&2
     return 1
   fi
-  echo "found what was planted in $file: $report"
+  echo "reported: the fault planted in $file ($report)"
 }
 
 plant_for_address() {
@@ -134,5 +136,5 @@ build
 if (($# == 0)); then
   set -- "${TESTS[@]}"
 fi
-# --capture=sys: pytest would keep a report to itself, and die with it.
+# --capture=sys: a report goes to the file descriptor; if pytest captured that, the report would die with the process.
 sanitized "$FOLDER/lib" -m pytest -q --capture=sys -p no:cacheprovider -c "$ROOT/pyproject.toml" --rootdir "$ROOT" "${@/#tests/$ROOT/tests}"

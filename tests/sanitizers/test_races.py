@@ -1,6 +1,6 @@
-"""Promise: calls from many threads at once race nowhere.
+"""Promise: concurrent calls from many threads have no data race.
 
-The results are compared here; races themselves are what run.sh thread sees, under ThreadSanitizer.
+These tests compare the results; `run.sh thread` runs them under ThreadSanitizer, which finds races.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import masked_softmax_ext
 from masked_softmax_ext import _C, masked_softmax, masked_softmax_, packed_softmax
 
 ROUNDS = 6
-SHAPE = (1500, 64)  # work for two threads of torch's
+SHAPE = (1500, 64)  # enough work for two of torch's threads
 
 
-def together(works: Sequence[Callable[[], object]]) -> None:
-    """Each in a thread of its own, all at once; what one raises is raised."""
+def run_concurrently(works: Sequence[Callable[[], object]]) -> None:
+    """Runs each in its own thread, all starting at once; reraises the first error."""
     start, errors = threading.Barrier(len(works)), []
 
     def run(work: Callable[[], object]) -> None:
@@ -42,7 +42,7 @@ def together(works: Sequence[Callable[[], object]]) -> None:
 
 
 class Shared:
-    """What all threads read, and what should come out."""
+    """The operands that all threads read."""
 
     def __init__(self) -> None:
         self.lengths = torch.arange(SHAPE[0]) % (SHAPE[1] + 1)
@@ -53,7 +53,7 @@ class Shared:
         self.g = {dtype: torch.ones_like(x) for dtype, x in self.x.items()}
 
     def results(self) -> list[Tensor]:
-        """A call of every kind; what is written is the caller's own."""
+        """A call of every kind; each writes to its own tensors."""
         results = []
         for dtype, x in self.x.items():
             for log in (False, True):
@@ -66,7 +66,7 @@ class Shared:
             results.append(packed_softmax(x, self.offsets))
         return results
 
-    def refuse(self) -> None:
+    def make_invalid_calls(self) -> None:
         wrong = self.lengths.clone()
         wrong[700] = SHAPE[1] + 1
         for log in (False, True):
@@ -79,7 +79,7 @@ class Shared:
 
 
 def child_calls(is_first: bool) -> None:
-    """is_first: nothing was called before, so that what is made once is made by several at once."""
+    """is_first: these are the process's first calls, so one-time initialization is concurrent."""
     torch.set_num_threads(2)
     shared = Shared()
     expected = [] if is_first else shared.results()
@@ -90,17 +90,17 @@ def child_calls(is_first: bool) -> None:
         for _ in range(1 if is_first else ROUNDS):
             results.append(shared.results())
 
-    def refuse() -> None:
+    def make_invalid_calls() -> None:
         for _ in range(1 if is_first else ROUNDS * 4):
-            shared.refuse()
+            shared.make_invalid_calls()
 
-    def choose() -> None:
+    def change_settings() -> None:
         for number in range(ROUNDS * 50):
             _C.set_cpu_capability(name)
             assert masked_softmax_ext.cpu_capability() == name
             torch.set_num_threads(1 + number % 3)
 
-    together([compute, compute, compute, refuse, choose])
+    run_concurrently([compute, compute, compute, make_invalid_calls, change_settings])
     expected = expected or shared.results()
     for result in results:
         for got, right in zip(result, expected, strict=True):
@@ -108,9 +108,9 @@ def child_calls(is_first: bool) -> None:
 
 
 def test_calls_of_every_kind_at_once() -> None:
-    """Three threads that compute, one that is refused, one that changes settings."""
-    child.call("sanitizers.test_races", "child_calls", False, timeout_s=600)
+    """Three threads compute, one makes invalid calls, one changes settings."""
+    child.call("test_races", "child_calls", False, timeout_s=600)
 
 
 def test_first_calls_at_once() -> None:
-    child.call("sanitizers.test_races", "child_calls", True, timeout_s=600)
+    child.call("test_races", "child_calls", True, timeout_s=600)

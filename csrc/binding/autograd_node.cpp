@@ -1,0 +1,98 @@
+#include "binding/autograd_node.h"
+
+#include <torch/csrc/autograd/functions/utils.h>
+
+#include <memory>
+#include <mutex>
+#include <type_traits>
+#include <utility>
+
+namespace masked_softmax {
+namespace {
+
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+template <class T, class... Arguments>
+auto make_node(Arguments&&... arguments) {
+  if constexpr (std::is_same_v<OperatorNode::Pointer, std::shared_ptr<Node>>) {
+    // torch's deleter frees long chains of nodes without recursion. Only versions with shared_ptr have it.
+    return std::shared_ptr<T>(new T(std::forward<Arguments>(arguments)...), [](auto* node) { deleteNode(node); });
+  } else {
+    return c10::make_intrusive<T>(std::forward<Arguments>(arguments)...);
+  }
+}
+
+}  // namespace
+
+OperatorNode::OperatorNode(const GradientFormula& formula, const SavedCall& call) : formula_(formula), options_(call) {
+  saved_.reserve(5);
+  saved_.push_back({SavedVariable(call.lengths, false), false});
+  saved_.push_back({SavedVariable(call.starts, false), false});
+}
+
+OperatorNode* OperatorNode::create(const GradientFormula& formula, const SavedCall& call,
+                                   std::initializer_list<const at::Tensor*> inputs, Pointer& owner) {
+  bool requires_grad = false;
+  for (const at::Tensor* input : inputs) {
+    requires_grad = requires_grad || torch::autograd::compute_requires_grad(*input);
+  }
+  if (!requires_grad) {
+    return nullptr;
+  }
+  torch::autograd::edge_list edges;
+  for (const at::Tensor* input : inputs) {
+    edges.push_back(torch::autograd::impl::gradient_edge(*input));
+  }
+  auto node = make_node<OperatorNode>(formula, call);
+  node->set_next_edges(std::move(edges));
+  owner = node;
+  return node.get();
+}
+
+void OperatorNode::save(const at::Tensor& tensor) { saved_.push_back({SavedVariable(tensor, false), false}); }
+
+void OperatorNode::save_output(const at::Tensor& output, bool is_in_place) {
+  saved_.push_back({SavedVariable(output, true, is_in_place && output.is_view()), true});
+}
+
+std::vector<bool> OperatorNode::needed() const {
+  std::vector<bool> result;
+  for (size_t i = 0; i < formula_.inputs; ++i) {
+    result.push_back(task_should_compute_output(i));
+  }
+  return result;
+}
+
+variable_list OperatorNode::unpack() {
+  variable_list result;
+  for (const Saved& saved : saved_) {
+    result.push_back(saved.is_output ? saved.tensor.unpack(getptr()) : saved.tensor.unpack());
+  }
+  return result;
+}
+
+variable_list OperatorNode::gradients_of(const GradientFormula& formula, const CallOptions& options,
+                                         const at::Tensor& grad, const variable_list& tensors,
+                                         const std::vector<bool>& is_needed) {
+  if (!grad.defined()) {
+    return variable_list(formula.inputs);
+  }
+  const OptionalTensor starts = tensors[1].defined() ? OptionalTensor(tensors[1]) : std::nullopt;
+  return formula.gradients({options, tensors[0], starts}, grad, {tensors.begin() + 2, tensors.end()}, is_needed);
+}
+
+variable_list OperatorNode::apply(variable_list&& grads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return gradients_of(formula_, options_, grads[0], unpack(), needed());
+}
+
+void OperatorNode::release_variables() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (Saved& saved : saved_) {
+    saved.tensor.reset_data();
+  }
+}
+
+}  // namespace masked_softmax

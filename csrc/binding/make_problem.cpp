@@ -1,0 +1,158 @@
+#include "binding/make_problem.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/WrapDimUtils.h>
+
+namespace masked_softmax {
+namespace {
+
+ElementType element_type(at::ScalarType type) {
+  switch (type) {
+#define MASKED_SOFTMAX_ELEMENT_TYPE(Name, name, type_t, Scalar, kind) \
+  case at::ScalarType::Scalar: return ElementType::k##Name;
+#include "common/element_types.inc"
+#undef MASKED_SOFTMAX_ELEMENT_TYPE
+    default: TORCH_INTERNAL_ASSERT(false, "unchecked scalar type ", type);
+  }
+}
+
+struct ColsAndStride {
+  int64_t size;
+  int64_t stride;
+};
+
+ColsAndStride columns(const at::Tensor& tensor, int64_t dim) {
+  return tensor.dim() == 0 ? ColsAndStride{1, 1} : ColsAndStride{tensor.size(dim), tensor.stride(dim)};
+}
+
+// A storage may be smaller than its tensors need: FSDP frees storages by resize_().
+void check_memory(const at::Tensor& tensor, const char* name) {
+  const size_t needed = at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.element_size(),
+                                                         tensor.storage_offset());
+  const size_t held = tensor.storage().nbytes();
+  TORCH_CHECK(needed <= held || tensor.numel() == 0, name, "(): expected tensors whose storage holds their elements, ",
+              "but got one of shape ", tensor.sizes(), " that needs ", needed, " bytes, in a storage of ", held);
+}
+
+// The caller passes an input's const data pointer: a mutable one would materialize a lazy clone (torch._lazy_clone).
+Operand make_operand(const at::Tensor& tensor, int64_t dim, void* data) {
+  Operand operand;
+  operand.data = data;
+  operand.type = element_type(tensor.scalar_type());
+  operand.col_stride = columns(tensor, dim).stride;
+  return operand;
+}
+
+RowIndex make_row_index(const std::optional<at::Tensor>& tensor) {
+  RowIndex index;
+  if (tensor.has_value()) {
+    index.data = tensor->const_data_ptr();
+    index.type = element_type(tensor->scalar_type());
+  }
+  return index;
+}
+
+int64_t row_index_stride(const std::optional<at::Tensor>& index, int64_t row_dim) {
+  if (!index.has_value() || row_dim >= index->dim() || index->size(row_dim) == 1) {
+    return 0;
+  }
+  return index->stride(row_dim);
+}
+
+// How far one step along a row dimension moves in each operand.
+struct RowStrides {
+  int64_t output = 0;
+  int64_t inputs[kMaxInputs] = {};
+  int64_t lengths = 0;
+  int64_t starts = 0;
+};
+
+// Calls visit(row_strides, stride) for each operand of the problem.
+template <class Visit>
+void for_each_operand(Problem& problem, const RowStrides& strides, const Visit& visit) {
+  visit(problem.output.row_strides, strides.output);
+  for (int k = 0; k < problem.input_count; ++k) {
+    visit(problem.inputs[k].row_strides, strides.inputs[k]);
+  }
+  visit(problem.lengths.row_strides, strides.lengths);
+  visit(problem.starts.row_strides, strides.starts);
+}
+
+// Adds a row dimension inside of those that the problem has. It is merged with the last one if that keeps every
+// operand's strides.
+void add_row_dimension(Problem& problem, int64_t size, const RowStrides& strides, const char* name) {
+  problem.rows *= size;
+  if (size == 1) {
+    return;
+  }
+  const int last = problem.row_ndim - 1;
+  bool is_merged = last >= 0;
+  for_each_operand(problem, strides, [&](int64_t* row_strides, int64_t stride) {
+    is_merged = is_merged && row_strides[last] == stride * size;
+  });
+  if (!is_merged) {
+    TORCH_CHECK_VALUE(problem.row_ndim < kMaxRowDims, name, "(): expected at most ", kMaxRowDims,
+                      " dimensions that cannot be merged, but got more");
+    problem.row_sizes[problem.row_ndim++] = 1;
+  }
+  const int dim = problem.row_ndim - 1;
+  problem.row_sizes[dim] *= size;
+  for_each_operand(problem, strides, [&](int64_t* row_strides, int64_t stride) { row_strides[dim] = stride; });
+}
+
+}  // namespace
+
+Problem make_problem(Operation operation, const at::Tensor& output, std::initializer_list<const at::Tensor*> inputs,
+                     const CallArguments& arguments) {
+  check_memory(output, arguments.name);
+  for (const at::Tensor* input : inputs) {
+    check_memory(*input, arguments.name);
+  }
+  check_memory(arguments.lengths, arguments.name);
+  if (arguments.starts.has_value()) {
+    check_memory(*arguments.starts, arguments.name);
+  }
+
+  const int64_t ndim = output.dim();
+  const int64_t dim = at::maybe_wrap_dim(arguments.dim, ndim);
+  Problem problem;
+  problem.operation = operation;
+  problem.scale = arguments.scale.value_or(1.0);
+  problem.rows = 1;
+  problem.cols = columns(output, dim).size;
+  problem.output = make_operand(output, dim, output.mutable_data_ptr());
+  problem.input_count = 0;
+  for (const at::Tensor* input : inputs) {
+    problem.inputs[problem.input_count++] = make_operand(*input, dim, const_cast<void*>(input->const_data_ptr()));
+  }
+  problem.lengths = make_row_index(arguments.lengths);
+  problem.starts = make_row_index(arguments.starts);
+
+  int64_t row_dim = 0;  // in lengths and starts
+  if (arguments.packed.has_value()) {
+    const int64_t longest = *arguments.packed >= 0 ? *arguments.packed : problem.cols;
+    problem.packing = {true, longest < problem.cols ? longest : problem.cols, output.numel()};
+    RowStrides strides;
+    strides.lengths = arguments.lengths.stride(0);
+    strides.starts = arguments.starts->stride(0);
+    add_row_dimension(problem, arguments.lengths.size(0), strides, arguments.name);
+    row_dim = 1;  // the others are broadcast
+  }
+  for (int64_t d = 0; d < ndim; ++d) {
+    if (d == dim) {
+      continue;
+    }
+    RowStrides strides;
+    strides.output = output.stride(d);
+    for (int k = 0; k < problem.input_count; ++k) {
+      strides.inputs[k] = inputs.begin()[k]->stride(d);
+    }
+    strides.lengths = row_index_stride(arguments.lengths, row_dim);
+    strides.starts = row_index_stride(arguments.starts, row_dim);
+    add_row_dimension(problem, output.size(d), strides, arguments.name);
+    ++row_dim;
+  }
+  return problem;
+}
+
+}  // namespace masked_softmax

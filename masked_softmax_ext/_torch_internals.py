@@ -1,0 +1,95 @@
+"""Every access to torch's private interfaces from Python.
+
+They work with torch 2.11 to 2.14. For the next release, check that
+
+- Dynamo still stores a node's result during capture in ``node.meta["example_value"]``, tensors as
+  ``FakeTensor``, and still captures ``Tensor.data`` as a call of ``_get_data_attr``;
+- ``torch._dynamo.lookup_backend`` and ``torch._inductor.list_mode_options`` still exist, and
+  Inductor's backend still takes ``config_patches``;
+- ``OpOverload._schema`` still lists the arguments with ``name`` and ``kwarg_only``;
+- jagged tensors still have ``_ragged_idx`` and ``_maybe_max_seqlen``.
+
+``test_compile_pass.py``, ``test_packed.py`` and ``test_transforms.py`` fail where one does not.
+
+``_dtensor.py`` calls ``torch.distributed.tensor.experimental.register_sharding`` itself: it is
+documented, but experimental.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, Node
+
+# Graphs that Dynamo captured
+
+
+def example_value(argument: Any) -> Any:
+    """The value of a node during capture; any other argument is its own value."""
+    return argument.meta.get("example_value") if isinstance(argument, Node) else argument
+
+
+def fake_tensor(argument: Any) -> Tensor | None:
+    """The tensor of a node during capture; None for other tensor subclasses and wrapped tensors."""
+    value = example_value(argument)
+    return value if isinstance(value, FakeTensor) else None
+
+
+def is_written_to(tensor: Tensor) -> bool:
+    """Whether the program writes to this tensor or to a view of it, anywhere."""
+    return tensor._version != 0
+
+
+def uses_tensor_data(graph: Graph) -> bool:
+    """Whether the program uses ``Tensor.data``: writes through it change no version counter."""
+    return any(getattr(node.target, "__name__", "") == "_get_data_attr" for node in graph.nodes)
+
+
+def is_statically_true(condition: bool | torch.SymBool) -> bool:
+    """Whether the condition holds for all sizes the program accepts; adds no guard."""
+    # Imported here because it loads sympy.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
+# Backends of torch.compile
+
+
+def lookup_backend(backend: str | Callable[..., Any]) -> Callable[..., Any]:
+    compiler: Callable[..., Any] = torch._dynamo.lookup_backend(backend)
+    return compiler
+
+
+def inductor_options(mode: str = "default", options: Any = None, **others: Any) -> dict[str, Any]:
+    """``mode`` and ``options`` of ``torch.compile`` under the names that Inductor's backend has."""
+    patches = {**torch._inductor.list_mode_options(mode), **(options or {})}
+    return {"config_patches": patches, **others}
+
+
+# Operators
+
+
+def positional_index(operator: Any, argument: str) -> int | None:
+    """The position of an operator's argument; None if it is keyword-only."""
+    arguments = operator._schema.arguments
+    index = [a.name for a in arguments].index(argument)
+    return None if arguments[index].kwarg_only else index
+
+
+# Jagged nested tensors
+
+
+def ragged_dim(jagged: Any) -> int:
+    dim: int = jagged._ragged_idx
+    return dim
+
+
+def cached_max_length(jagged: Any) -> int | None:
+    """The length of the longest row if the tensor has it already; computing it synchronises."""
+    length = jagged._maybe_max_seqlen
+    return length if type(length) is int else None

@@ -1,0 +1,110 @@
+// The emulator's csrc/cuda/device.cuh: the same names for a GPU that simt.h emulates. Found first on the include path.
+//
+// Arithmetic has the GPU's bits, except for log_one_plus() and exp2_approximate().
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "common/numeric.h"
+#include "cuda/launch_plan.h"
+#include "cuda/runtime.h"
+#include "simt.h"
+
+#define MASKED_SOFTMAX_DEVICE inline
+#define MASKED_SOFTMAX_DEVICE_LAMBDA
+#define MASKED_SOFTMAX_KERNEL(max_threads_per_block, min_blocks_per_sm) void
+#define MASKED_SOFTMAX_KERNEL_ARGUMENT const
+// The lambda's type identifies the array: one for each instantiation of the function that declares it.
+#define MASKED_SOFTMAX_SHARED(T, name, count) \
+  T(&name)[count] = *static_cast<T(*)[count]>(simt::shared_array([] {}, sizeof(T) * (count), alignof(T)))
+#define MASKED_SOFTMAX_UNROLL
+#define MASKED_SOFTMAX_HAS_CLUSTERS 1
+
+namespace masked_softmax {
+namespace cuda {
+
+inline unsigned thread_index() { return simt::this_thread().thread; }
+inline unsigned block_threads() { return simt::this_thread().block_threads; }
+inline unsigned block_index() { return simt::this_thread().block; }
+inline unsigned grid_blocks() { return simt::this_thread().grid_blocks; }
+
+inline void sync_block(simt::Location location = simt::Location::current()) { simt::sync_block(location); }
+
+template <class T>
+T shuffle_xor(T value, unsigned lane_mask, unsigned width, simt::Location location = simt::Location::current()) {
+  return simt::shuffle_xor(0xffffffffu, value, lane_mask, width, location);
+}
+template <class T>
+T shuffle_up(T value, unsigned distance, unsigned width, simt::Location location = simt::Location::current()) {
+  return simt::shuffle_up(0xffffffffu, value, distance, width, location);
+}
+
+template <class T>
+T* in_device_memory(T* p) {
+  return p;
+}
+
+template <class Bits>
+Bits load16(const void* p) {
+  simt::check_load(p, 16);
+  Bits bits;
+  std::memcpy(&bits, p, 16);
+  return bits;
+}
+template <class Bits>
+void store16(void* p, const Bits& bits) {
+  simt::check_store(p, 16);
+  std::memcpy(p, &bits, 16);
+}
+
+inline uint32_t funnel_shift_right(uint32_t low, uint32_t high, unsigned bits) {
+  return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> (bits & 31));
+}
+inline uint64_t multiply_high(uint64_t a, uint64_t b) {
+  return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
+}
+
+inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+inline double fused_multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
+inline float larger(float a, float b) { return std::fmax(a, b); }
+inline double larger(double a, double b) { return std::fmax(a, b); }
+inline float log_one_plus(float a) { return std::log1p(a); }
+inline double log_one_plus(double a) { return std::log1p(a); }
+inline float exp2_approximate(float a) { return std::exp2(a); }
+inline uint32_t float_bits(float a) { return bit_cast<uint32_t>(a); }
+inline float bits_float(uint32_t a) { return bit_cast<float>(a); }
+inline uint64_t float_bits(double a) { return bit_cast<uint64_t>(a); }
+inline double bits_float(uint64_t a) { return bit_cast<double>(a); }
+
+template <class T>
+T widen(T value) {
+  return value;
+}
+inline float widen(bfloat16_t value) { return bfloat16_to_float(value); }
+inline float widen(float16_t value) { return float16_to_float(value); }
+inline float widen(bool8_t value) { return to_acc<float>(value); }
+
+// Inlined, and the result is a variable: -fsanitize=thread does not announce a store of a call's own result.
+template <class T, class acc_t>
+__attribute__((always_inline)) inline T narrow(acc_t value) {
+  T narrowed = from_acc<T>(value);
+  return narrowed;
+}
+
+inline unsigned cluster_rank() { return simt::this_thread().cluster_rank; }
+inline unsigned cluster_size() { return simt::this_thread().cluster_size; }
+inline void sync_cluster(simt::Location location = simt::Location::current()) { simt::sync_cluster(location); }
+template <class T>
+T load_from_block(const T* shared, unsigned rank) {
+  return *static_cast<const T*>(simt::shared_of_block(shared, rank));
+}
+
+template <class Argument>
+Status launch(void (*kernel)(Argument), const LaunchPlan& plan, Stream /*stream*/, const Argument& argument) {
+  return simt::launch({plan.blocks, plan.threads, plan.cluster_size}, [&] { kernel(argument); });
+}
+
+}  // namespace cuda
+}  // namespace masked_softmax

@@ -1,0 +1,403 @@
+"""The checks of test_distributed.py: each runs in every process of a group of `world` processes."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from calls import forward
+from cases import assert_same_bits, generator, random_input
+from tolerances import assert_forward
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn.parallel import DistributedDataParallel
+
+from masked_softmax_ext import (
+    MaskedSoftmax,
+    masked_softmax,
+    masked_softmax_,
+    packed_softmax,
+    reference,
+)
+
+CHECKS: dict[str, Callable[[int], None]] = {}
+
+
+def check(function: Callable[[int], None]) -> Callable[[int], None]:
+    CHECKS[function.__name__] = function
+    return function
+
+
+def run(rank: int, world: int, port: int, folder: str) -> None:
+    """Runs every check and writes each one's traceback ("" if it passed) to RANK.json."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timeout)
+    errors: dict[str, str] = {}
+    for name, function in CHECKS.items():
+        try:
+            function(world)
+            errors[name] = ""
+        except Exception:
+            errors[name] = traceback.format_exc()
+        dist.barrier()
+    Path(folder, f"{rank}.json").write_text(json.dumps(errors))
+    dist.barrier()
+    # Skips the interpreter's shutdown, which may abort the threads in which torch destroys groups.
+    os._exit(0)
+
+
+# Operands
+
+X = random_input((5, 7, 9), torch.float32, seed=1)  # no size is divisible by 2 or 4
+G = random_input((5, 7, 9), torch.float32, seed=2)
+LENGTHS = torch.randint(0, 8, (5, 7), generator=generator(3))
+LENGTHS[0] = 0
+STARTS = torch.randint(0, 3, (5, 7), generator=generator(4))
+
+
+def indices(mesh: Any) -> Iterator[tuple[Any, Any, Tensor, Tensor | None]]:
+    """Lengths and starts for the call on the mesh, then the same as plain tensors."""
+    sharded = distribute_tensor(LENGTHS, mesh, [Shard(0)] * mesh.ndim)
+    yield LENGTHS, STARTS, LENGTHS, STARTS
+    yield sharded, None, LENGTHS, None
+    yield LENGTHS[:, :1], 1, LENGTHS[:, :1], torch.tensor(1)
+    yield LENGTHS[:, 0], None, LENGTHS[:, 0], None
+    yield 2, None, torch.tensor(2), None
+
+
+def assert_like_unsharded(
+    mesh: Any,
+    placements: list[Placement],
+    dim: int,
+    log: bool,
+    indices: tuple[Any, Any, Tensor, Tensor | None],
+    **options: Any,
+) -> None:
+    lengths, starts, plain_lengths, plain_starts = indices
+    x = distribute_tensor(X, mesh, placements).requires_grad_()
+    y = forward(x, lengths, dim, starts=starts, log=log, **options)
+    (gradient,) = torch.autograd.grad(y, x, distribute_tensor(G, mesh, placements))
+    assert isinstance(y, DTensor)
+    for before, after in zip(placements, y.placements, strict=True):
+        # Replicated scores may take the placement of sharded lengths.
+        assert before == after or before.is_replicate(), f"{placements} became {y.placements}"
+    leaf = X.clone().requires_grad_()
+    expected = forward(leaf, plain_lengths, dim, starts=plain_starts, log=log, **options)
+    (expected_gradient,) = torch.autograd.grad(expected, leaf, G)
+    got, got_gradient = y.full_tensor().detach(), gradient.full_tensor()
+    if any(placement.is_shard(dim % 3) for placement in placements):
+        torch.testing.assert_close(got, expected.detach(), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(got_gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+    else:
+        assert_same_bits(got, expected.detach())
+        assert_same_bits(got_gradient, expected_gradient)
+
+
+# Dimensions other than the softmax dimension
+
+
+@check
+def other_dimensions(world: int) -> None:
+    """The bits of the unsharded call, for lengths and starts of every kind."""
+    mesh = init_device_mesh("cpu", (world,))
+    for (dim, placement), log, given in itertools.product(
+        ((-1, Shard(0)), (-1, Shard(1)), (-1, Replicate()), (0, Shard(2)), (1, Shard(0))),
+        (False, True),
+        indices(mesh),
+    ):
+        if dim == -1 or not isinstance(given[0], Tensor) or given[0].dim() == 0:
+            assert_like_unsharded(mesh, [placement], dim, log, given, scale=0.5)
+
+
+@check
+def no_communication(world: int) -> None:
+    """Forward and backward communicate nothing: each process has its rows and their lengths."""
+    mesh = init_device_mesh("cpu", (world,))
+    x = distribute_tensor(X, mesh, [Shard(0)]).requires_grad_()
+    g = distribute_tensor(G, mesh, [Shard(0)])
+    for lengths in (LENGTHS, distribute_tensor(LENGTHS, mesh, [Shard(0)]), 3):
+        with CommDebugMode() as mode:
+            torch.autograd.grad(masked_softmax(x, lengths), x, g)
+        assert mode.get_total_counts() == 0, mode.get_comm_counts()
+
+
+@check
+def partial_scores(world: int) -> None:
+    """A pending sum of the scores is computed before the softmax."""
+    mesh = init_device_mesh("cpu", (world,))
+    x = DTensor.from_local(X / world, mesh, [Partial()], run_check=False)
+    y = masked_softmax(x, LENGTHS)
+    torch.testing.assert_close(y.full_tensor(), masked_softmax(X, LENGTHS))
+
+
+@check
+def second_order(world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    results = []
+    for x in (X.clone(), distribute_tensor(X, mesh, [Shard(0)])):
+        leaf = x.requires_grad_()
+        (first,) = torch.autograd.grad(
+            (masked_softmax(leaf, 9) ** 2).sum(), leaf, create_graph=True
+        )
+        (second,) = torch.autograd.grad((first**2).sum(), leaf)
+        results.append(second.full_tensor() if isinstance(second, DTensor) else second)
+    torch.testing.assert_close(*results)
+    assert float(results[0].abs().max()) > 1e-4
+
+
+@check
+def writes(world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    for placement in (Shard(0), Shard(2)):
+        x = distribute_tensor(X, mesh, [placement])
+        out = distribute_tensor(torch.full_like(X, 7.0), mesh, [placement])
+        assert masked_softmax(x, LENGTHS, out=out) is out
+        assert masked_softmax_(x, LENGTHS) is x
+        for written in (out, x):
+            torch.testing.assert_close(written.full_tensor(), masked_softmax(X, LENGTHS))
+
+
+@check
+def packed_rows(world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    values, offsets = X[:, 0], torch.tensor([0, 2, 5])
+    for placement in (Shard(1), Replicate()):
+        got = packed_softmax(distribute_tensor(values, mesh, [placement]), offsets)
+        assert_same_bits(got.full_tensor(), packed_softmax(values, offsets))
+
+
+@check
+def compiled(world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    program = torch.compile(
+        lambda x, lengths: masked_softmax(x, lengths) * 2, backend="aot_eager", fullgraph=True
+    )
+    lengths = distribute_tensor(LENGTHS, mesh, [Replicate()])
+    got = program(distribute_tensor(X, mesh, [Shard(0)]), lengths)
+    assert_same_bits(got.full_tensor(), masked_softmax(X, LENGTHS) * 2)
+
+
+# The softmax dimension
+
+
+@check
+def sharded_rows(world: int) -> None:
+    """Each process holds some columns of every row, possibly none."""
+    mesh = init_device_mesh("cpu", (world,))
+    for dim, log, given in itertools.product((-1, 0, 1), (False, True), indices(mesh)):
+        if dim == -1 or not isinstance(given[0], Tensor) or given[0].dim() == 0:
+            assert_like_unsharded(mesh, [Shard(dim % 3)], dim, log, given, scale=-0.7)
+
+
+@check
+def sharded_rows_are_not_gathered(world: int) -> None:
+    """Only reductions of one number for each row are communicated: maxima and sums."""
+    mesh = init_device_mesh("cpu", (world,))
+    x = distribute_tensor(X, mesh, [Shard(2)]).requires_grad_()
+    g = distribute_tensor(G, mesh, [Shard(2)])
+    with CommDebugMode() as mode:
+        torch.autograd.grad(masked_softmax(x, LENGTHS), x, g)
+    names = {str(name) for name in mode.get_comm_counts()}
+    assert all("reduce" in name and "scatter" not in name for name in names), names
+    assert mode.get_total_counts() == 3, mode.get_comm_counts()
+
+
+@check
+def special_values_in_sharded_rows(world: int) -> None:
+    nan, inf = float("nan"), float("inf")
+    mesh = init_device_mesh("cpu", (world,))
+    x = torch.zeros(7, 8)
+    x[1, :] = -inf  # NaN, as in torch.softmax
+    x[2, :7] = -inf  # all columns of at least one process
+    x[3, 7] = nan
+    x[4, 0] = inf
+    x[5, :6] = nan  # in the padding
+    x[6, :] = torch.arange(8.0) * 1e4
+    lengths, starts = torch.tensor([0, 8, 8, 8, 8, 2, 8]), torch.tensor([0, 0, 0, 0, 0, 6, 0])
+    for log in (False, True):
+        y = forward(distribute_tensor(x, mesh, [Shard(1)]), lengths, starts=starts, log=log)
+        expected = forward(x, lengths, starts=starts, log=log)
+        torch.testing.assert_close(y.full_tensor(), expected, equal_nan=True)
+
+
+@check
+def types_of_sharded_rows(world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    for dtype, result in (
+        (torch.float64, None),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float16),
+    ):
+        x = distribute_tensor(X.to(dtype), mesh, [Shard(2)])
+        got = masked_softmax(x, LENGTHS, dtype=result).full_tensor()
+        torch.testing.assert_close(got, masked_softmax(X.to(dtype), LENGTHS, dtype=result))
+
+
+@check
+def bad_lengths(world: int) -> None:
+    """Every process raises, so none waits for one that has raised."""
+    mesh = init_device_mesh("cpu", (world,))
+    for placement, lengths, starts in (
+        (Shard(2), LENGTHS + 8, None),
+        (Shard(2), LENGTHS - 1, None),
+        (Shard(2), LENGTHS, LENGTHS + 5),
+        (Replicate(), LENGTHS + 8, None),
+    ):
+        x = distribute_tensor(X, mesh, [placement])
+        with pytest.raises(ValueError, match=r"expected .* 9"):
+            masked_softmax(x, lengths, starts=starts)
+
+
+@check
+def accuracy_of_sharded_rows(world: int) -> None:
+    """SPEC.md's bounds for large scores, close scores and logarithms near 0."""
+    mesh = init_device_mesh("cpu", (world,))
+    x = torch.zeros(4, 8)
+    x[0] = torch.tensor([3e38, 3e38, 1, 1, 0, 0, 0, 0])
+    x[1] = torch.tensor([1000.1, 1000.2, 1000.35, 999.7, 1000.0, 1000.01, 998.0, 1001.0])
+    x[2] = torch.tensor([0.0, -30, -31, -40, -50, -60, -70, -80])
+    x[3] = random_input((8,), torch.float32, seed=9)
+    for scale, log in itertools.product((None, 0.1, -0.5, 10.0, 1e35, -1e-35), (False, True)):
+        y = forward(distribute_tensor(x, mesh, [Shard(1)]), 8, scale=scale, log=log)
+        assert_forward(y.full_tensor(), x, 8, scale=scale, log=log, what=f"scale {scale}")
+
+
+@check
+def autocast_of_sharded_rows(world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    for placement in (Shard(0), Shard(2)):
+        x = distribute_tensor(X.bfloat16(), mesh, [placement])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = masked_softmax(x, LENGTHS)
+        assert y.dtype == torch.float32
+        torch.testing.assert_close(
+            y.full_tensor(), masked_softmax(X.bfloat16(), LENGTHS, dtype=torch.float32)
+        )
+
+
+@check
+def bad_arguments(world: int) -> None:
+    """The same errors for every placement."""
+    mesh = init_device_mesh("cpu", (world,))
+    for placement in (Shard(0), Shard(1), Shard(2)):
+        x = distribute_tensor(X, mesh, [placement])
+        with pytest.raises(ValueError, match=r"masked_softmax.*lengths to broadcast.*\[2\]"):
+            masked_softmax(x, torch.tensor([1, 2]))
+        with pytest.raises(TypeError, match=r"masked_softmax.*lengths to be an int or a tensor"):
+            masked_softmax(x, LENGTHS.double())
+        with pytest.raises(TypeError, match=r"masked_softmax.*dtype= to name the result's"):
+            masked_softmax(x.long(), LENGTHS)
+        with pytest.raises(TypeError, match=r"masked_softmax.*dtype to be float32"):
+            masked_softmax(x, LENGTHS, dtype=torch.int64)
+
+
+@check
+def two_dimensional_meshes(world: int) -> None:
+    if world != 4:
+        return
+    mesh = init_device_mesh("cpu", (2, 2))
+    for placements, log, given in itertools.product(
+        (
+            [Shard(0), Shard(1)],
+            [Shard(0), Shard(2)],
+            [Shard(2), Shard(1)],
+            [Shard(2), Shard(2)],
+            [Replicate(), Shard(2)],
+        ),
+        (False, True),
+        indices(mesh),
+    ):
+        assert_like_unsharded(mesh, placements, -1, log, given)
+
+
+# Training
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.score = nn.Linear(8, 1, dtype=torch.float64)
+        self.softmax = MaskedSoftmax()
+        self.head = nn.Linear(8, 2, dtype=torch.float64)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        weights = self.softmax(self.score(x).squeeze(-1), lengths)
+        result: Tensor = self.head((weights.unsqueeze(-1) * x).sum(1))
+        return result
+
+
+class UnfusedAttention(Attention):
+    """The same with the unfused formulation, on one process."""
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        weights = reference.masked_softmax(self.score(x).squeeze(-1), lengths)
+        result: Tensor = self.head((weights.unsqueeze(-1) * x).sum(1))
+        return result
+
+
+def trained(model: nn.Module, x: Tensor, lengths: Tensor) -> nn.Module:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(x, lengths) ** 2).mean().backward()
+        optimizer.step()
+    return model
+
+
+def assert_trained_alike(model: nn.Module, x: Tensor, lengths: Tensor) -> None:
+    expected = dict(trained(UnfusedAttention(), x, lengths).named_parameters())
+    before = dict(UnfusedAttention().named_parameters())
+    for name, parameter in model.named_parameters():
+        got = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        torch.testing.assert_close(got, expected[name])
+        assert not torch.equal(got, before[name]) or name == "score.bias"
+
+
+def batch(world: int) -> tuple[Tensor, Tensor, slice]:
+    """The whole batch, and this process's part of it."""
+    x = random_input((4 * world, 6, 8), torch.float64, seed=5)
+    lengths = torch.randint(0, 7, (4 * world,), generator=generator(6))
+    rank = dist.get_rank()
+    return x, lengths, slice(4 * rank, 4 * rank + 4)
+
+
+@check
+def distributed_data_parallel(world: int) -> None:
+    x, lengths, own = batch(world)
+    model = DistributedDataParallel(Attention())
+    trained(model, x[own], lengths[own])
+    assert_trained_alike(model.module, x, lengths)
+
+
+@check
+def fully_sharded(world: int) -> None:
+    x, lengths, own = batch(world)
+    model = Attention()
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in (model.score, model.head):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    trained(model, x[own], lengths[own])
+    assert_trained_alike(model, x, lengths)

@@ -1,0 +1,352 @@
+"""Promise: the pure-PyTorch reference computes what SPEC.md defines.
+
+It is compared with numbers computed by hand and with torch.softmax of the valid columns alone,
+never with the kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import assert_same_bits, generator, row_shape
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from masked_softmax_ext.reference import masked_log_softmax, masked_softmax, valid_mask
+
+NAN, INF = math.nan, math.inf
+
+FUNCTIONS = pytest.mark.parametrize("function", [masked_softmax, masked_log_softmax])
+
+# Logits whose exponentials are 1, 2 and 3, so that weights can be computed by hand.
+ONE, TWO, THREE = 0.0, math.log(2.0), math.log(3.0)
+
+
+def assert_close(got: Tensor, expected: Any) -> None:
+    """Equal within a relative error of 16 eps, which rejects zeros; NaN equals NaN."""
+    expected = torch.as_tensor(expected, dtype=got.dtype)
+    rtol = 16 * torch.finfo(got.dtype).eps
+    torch.testing.assert_close(got, expected, rtol=rtol, atol=0.0, equal_nan=True)
+
+
+def assert_same(got: Tensor, expected: Any) -> None:
+    """The same bits as the expected tensor or number, and no NaN."""
+    assert not got.isnan().any(), f"expected no NaN, but got {got}"
+    assert_same_bits(got, torch.as_tensor(expected, dtype=got.dtype).expand_as(got))
+
+
+# Numbers computed by hand
+
+
+def test_softmax_by_hand() -> None:
+    x = torch.tensor([[ONE, TWO, THREE, 9.0], [TWO, 9.0, 9.0, 9.0], [ONE, ONE, ONE, ONE]])
+    weights = masked_softmax(x, torch.tensor([3, 1, 4]))
+    assert_close(weights, [[1 / 6, 2 / 6, 3 / 6, 0], [1, 0, 0, 0], [1 / 4, 1 / 4, 1 / 4, 1 / 4]])
+
+
+def test_log_softmax_by_hand() -> None:
+    x = torch.tensor([[ONE, TWO, THREE, 9.0], [TWO, 9.0, 9.0, 9.0]])
+    log_weights = masked_log_softmax(x, torch.tensor([3, 1]))
+    sixth = math.log(6.0)
+    assert_close(log_weights, [[-sixth, TWO - sixth, THREE - sixth, -INF], [0, -INF, -INF, -INF]])
+
+
+def test_starts_by_hand() -> None:
+    x = torch.tensor([[9.0, ONE, THREE, 9.0], [9.0, 9.0, 9.0, TWO]])
+    weights = masked_softmax(x, torch.tensor([2, 1]), starts=torch.tensor([1, 3]))
+    assert_close(weights, [[0, 1 / 4, 3 / 4, 0], [0, 0, 0, 1]])
+
+
+def test_scale_by_hand() -> None:
+    """exp(2 * log(2)) = 4 and exp(-log(3)) = 1/3."""
+    assert_close(masked_softmax(torch.tensor([ONE, TWO, 9.0]), 2, scale=2.0), [1 / 5, 4 / 5, 0])
+    assert_close(masked_softmax(torch.tensor([ONE, THREE, 9.0]), 2, scale=-1), [3 / 4, 1 / 4, 0])
+    assert_close(masked_softmax(torch.tensor([ONE, THREE, 9.0]), 2, scale=0), [1 / 2, 1 / 2, 0])
+
+
+def test_dim_by_hand() -> None:
+    """Lengths align with the dimensions other than `dim`: here there is one for each column."""
+    x = torch.tensor([[ONE, TWO], [THREE, 9.0], [9.0, 9.0]])
+    expected = [[1 / 4, 1], [3 / 4, 0], [0, 0]]
+    assert_close(masked_softmax(x, torch.tensor([2, 1]), 0), expected)
+    assert_close(masked_softmax(x, torch.tensor([2, 1]), -2), expected)
+
+
+def test_gradient_by_hand() -> None:
+    """y * (g - sum(y * g)) with y = 1/4, 3/4 and g = 1, 0: 3/16, -3/16."""
+    x = torch.tensor([ONE, THREE, 9.0], requires_grad=True)
+    masked_softmax(x, 2)[0].backward()
+    assert x.grad is not None
+    assert_close(x.grad, [3 / 16, -3 / 16, 0])
+
+
+def test_log_gradient_by_hand() -> None:
+    """g - y * sum(g) with y = 1/4, 3/4 and g = 1, 0: 3/4, -3/4."""
+    x = torch.tensor([ONE, THREE, 9.0], requires_grad=True)
+    masked_log_softmax(x, 2)[0].backward()
+    assert x.grad is not None
+    assert_close(x.grad, [3 / 4, -3 / 4, 0])
+
+
+# Against torch.softmax of the valid columns alone, row by row
+
+
+def expected_rows(
+    x: Tensor, lengths: Tensor, starts: Tensor, dim: int, scale: float, log: bool
+) -> Iterator[tuple[tuple[int, ...], Tensor, slice]]:
+    """For each row: its index, torch's result for its valid columns, and those columns."""
+    function = torch.log_softmax if log else torch.softmax
+    rows = x.movedim(dim, -1)
+    for index in product(*map(range, rows.shape[:-1])):
+        start, length = int(starts[index]), int(lengths[index])
+        valid = slice(start, start + length)
+        yield index, function(rows[index][valid] * scale, -1), valid
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("dim", [0, 1, 2, -1])
+def test_each_row_is_softmax_of_its_valid_columns(dim: int, log: bool) -> None:
+    gen = generator(1)
+    x = torch.randn(5, 6, 7, dtype=torch.float64, generator=gen)
+    cols, rows = x.shape[dim], row_shape(x.shape, dim)
+    lengths = torch.randint(0, cols + 1, rows, generator=gen)
+    starts = (torch.rand(rows, generator=gen) * (cols + 1 - lengths)).long()
+    function = masked_log_softmax if log else masked_softmax
+    got = function(x, lengths, dim, starts=starts, scale=0.7).movedim(dim, -1)
+    for index, expected, valid in expected_rows(x, lengths, starts, dim, 0.7, log):
+        row = got[index].clone()
+        assert_close(row[valid], expected)
+        row[valid] = -INF if log else 0.0
+        assert_same(row, -INF if log else 0.0)
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (2,), (2, 3), (2, 1, 4), (1, 1, 4), (1, 3), (2, 3, 4), (2, 3, 1)]
+)
+def test_lengths_broadcast_from_the_first_dimension(shape: tuple[int, ...]) -> None:
+    """For scores (B, H, Q, K), lengths may be (), (B,), (B, H), (B, 1, Q) and so on."""
+    gen = generator(2)
+    x = torch.randn(2, 3, 4, 5, generator=gen)
+    lengths = torch.randint(0, 6, shape, generator=gen)
+    every_row = torch.empty(2, 3, 4, dtype=torch.int64)
+    for b, h, q in product(range(2), range(3), range(4)):
+        index = [i if size > 1 else 0 for i, size in zip((b, h, q), shape, strict=False)]
+        every_row[b, h, q] = lengths[tuple(index)]
+    assert_same(masked_softmax(x, lengths), masked_softmax(x, every_row))
+
+
+def test_lengths_may_be_numpy_integers() -> None:
+    expected = masked_softmax(torch.zeros(3, 5), 2, starts=1)
+    assert torch.equal(masked_softmax(torch.zeros(3, 5), np.int64(2), starts=np.int8(1)), expected)
+
+
+def test_causal_lengths() -> None:
+    x = torch.randn(2, 4, 4, generator=generator(3))
+    causal = x.masked_fill(torch.ones(4, 4).triu(1).bool(), -INF)
+    assert_close(masked_softmax(x, torch.arange(1, 5).view(1, 4)), causal.softmax(-1))
+
+
+@pytest.mark.parametrize("index_type", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_integer_types_of_lengths(index_type: torch.dtype) -> None:
+    x = torch.randn(3, 200, generator=generator(4))
+    lengths, starts = torch.tensor([100, 0, 7]), torch.tensor([100, 3, 120])
+    got = masked_softmax(x, lengths.to(index_type), starts=starts.to(index_type))
+    assert_same(got, masked_softmax(x, lengths, starts=starts))
+
+
+def test_valid_mask() -> None:
+    mask = valid_mask(torch.zeros(2, 3, 4), torch.tensor([1, 4]), starts=torch.tensor([2, 0]))
+    assert mask.tolist() == [[[False, False, True, False]], [[True] * 4]]
+    assert valid_mask(torch.zeros(2, 3), torch.tensor([1, 0, 2]), 0).tolist() == [
+        [True, False, True],
+        [False, False, True],
+    ]
+
+
+# Padding and empty rows
+
+
+def nan_in_padding() -> tuple[Tensor, Tensor, Tensor]:
+    """Scores with NaN in the padding, their lengths, and True where there is padding."""
+    x = torch.randn(4, 5, dtype=torch.float64, generator=generator(5))
+    lengths = torch.tensor([3, 0, 5, 1])
+    padding = torch.arange(5) >= lengths[:, None]
+    return x.masked_fill(padding, NAN), lengths, padding
+
+
+@FUNCTIONS
+def test_padding_and_empty_rows_are_constant(
+    function: Callable[..., Tensor],
+) -> None:
+    x, lengths, padding = nan_in_padding()
+    got = function(x, lengths)
+    assert_same(got[padding], -INF if function is masked_log_softmax else 0.0)
+    assert not got[~padding].isnan().any()
+    assert_same(got, function(x.masked_fill(padding, INF), lengths))
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("poison", [NAN, INF, -INF])
+def test_padding_has_no_gradient(function: Callable[..., Tensor], poison: float) -> None:
+    """Whatever the padding of input and incoming gradient holds, and without intermediate NaNs."""
+    x, lengths, padding = nan_in_padding()
+    x = x.masked_fill(padding, poison).requires_grad_()
+    g = torch.randn(4, 5, dtype=torch.float64, generator=generator(6))
+    with torch.autograd.set_detect_anomaly(True):
+        y = function(x, lengths, scale=0.5)
+        (gradient,) = torch.autograd.grad(
+            y, x, g.masked_fill(padding, poison).requires_grad_(), create_graph=True
+        )
+        (second,) = torch.autograd.grad(gradient.square().sum(), x)
+    for derivative in (gradient.detach(), second):
+        assert_same(derivative[padding], 0.0)
+        assert derivative[~padding].isfinite().all()
+        assert derivative[0].abs().max() > 0
+
+
+@FUNCTIONS
+def test_gradcheck(function: Callable[..., Tensor]) -> None:
+    x, lengths, padding = nan_in_padding()
+    x = x.masked_fill(padding, 2.0).requires_grad_()
+    starts = torch.tensor([2, 5, 0, 1])
+    valid = valid_mask(x, lengths, starts=starts)
+
+    def valid_results(x: Tensor) -> Tensor:  # the -inf of padding has no finite differences
+        return function(x, lengths, starts=starts, scale=1.3)[valid]
+
+    assert gradcheck(valid_results, x, check_forward_ad=True)
+    assert gradgradcheck(valid_results, x)
+
+
+# Infinities, NaN and empty tensors
+
+
+def test_infinities_and_nan_in_valid_columns() -> None:
+    x = torch.tensor([[-INF, 0.0, 5.0], [-INF, -INF, 5.0], [NAN, 0.0, 5.0], [0.0, INF, 5.0]])
+    assert_close(masked_softmax(x, 2), [[0, 1, 0], [NAN, NAN, 0], [NAN, NAN, 0], [NAN, NAN, 0]])
+    log = masked_log_softmax(x, 2)
+    assert_close(log, [[-INF, 0, -INF], [NAN, NAN, -INF], [NAN, NAN, -INF], [NAN, NAN, -INF]])
+
+
+@FUNCTIONS
+def test_empty_and_0_dim_tensors(function: Callable[..., Tensor]) -> None:
+    assert function(torch.zeros(0, 3), 3).shape == (0, 3)
+    assert function(torch.zeros(3, 0), 0).shape == (3, 0)
+    log = function is masked_log_softmax
+    assert_same(function(torch.tensor(7.0), 1), 0.0 if log else 1.0)
+    assert_same(function(torch.tensor(7.0), 0), -INF if log else 0.0)
+
+
+# Types
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_results_are_float32_results_rounded_once(
+    function: Callable[..., Tensor], dtype: torch.dtype
+) -> None:
+    x = torch.randn(9, 33, generator=generator(7)).to(dtype)
+    assert_same(function(x, 20, scale=0.3), function(x.float(), 20, scale=0.3).to(dtype))
+    assert_same(function(x, 20, dtype=torch.float32), function(x.float(), 20))
+
+
+@FUNCTIONS
+def test_dtype_converts_the_result(function: Callable[..., Tensor]) -> None:
+    x = torch.randn(9, 33, generator=generator(8))
+    assert function(x, 20, dtype=torch.float64).dtype == torch.float64
+    assert_same(function(x, 20, dtype=torch.float64), function(x.double(), 20))
+    assert_same(function(x.double(), 20, dtype=torch.float32), function(x.double(), 20).float())
+    assert_same(function(x, 20, dtype=torch.bfloat16), function(x, 20).bfloat16())
+    integers = torch.arange(6).view(2, 3)
+    assert_same(function(integers, 2, dtype=torch.float32), function(integers.float(), 2))
+
+
+def test_autocast_gives_float32() -> None:
+    x = torch.randn(3, 4).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same(masked_softmax(x, 2), masked_softmax(x, 2, dtype=torch.float32))
+        assert masked_softmax(x, 2, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+# out=, torch.compile, errors
+
+
+@FUNCTIONS
+def test_out(function: Callable[..., Tensor]) -> None:
+    x, lengths, _ = nan_in_padding()
+    expected = function(x, lengths)
+    out = torch.empty_like(x)
+    assert function(x, lengths, out=out) is out
+    assert_same(out, expected)
+    assert function(x, lengths, out=x) is x
+    assert_same(x, expected)
+
+
+ERRORS: list[tuple[str, type[Exception], str, dict[str, Any]]] = [
+    ("too long", ValueError, r"row \(1,\) has start 0 and length 6", {"lengths": [5, 6, 7]}),
+    ("negative", ValueError, r"row \(2,\) has start 0 and length -1", {"lengths": [5, 0, -1]}),
+    ("past the end", ValueError, r"row \(0,\) has start 1", {"lengths": 5, "starts": [1, 0, 0]}),
+    ("negative start", ValueError, r"row \(1,\)", {"lengths": 5, "starts": [0, -1, 0]}),
+    ("sum beyond 64 bits", ValueError, r"row \(0,\)", {"lengths": (1 << 63) - 1, "starts": 1}),
+    ("wrong shape", ValueError, r"of shape \(2,\)", {"lengths": [5, 5]}),
+    ("too many dimensions", ValueError, r"of shape \(3, 1\)", {"lengths": [[5], [5], [5]]}),
+    ("floating point", TypeError, "float32", {"lengths": [1.0, 2.0, 3.0]}),
+    ("bool", TypeError, "bool", {"lengths": [True, True, True]}),
+    ("dim", IndexError, "range", {"lengths": 5, "dim": 2}),
+    ("integer input", TypeError, "dtype=", {"lengths": 5, "input": torch.zeros(3, 5).long()}),
+    ("out's shape", ValueError, r"\(3, 5\)", {"lengths": 5, "out": torch.zeros(4, 3, 5)}),
+    ("bool as an int", TypeError, "int or a tensor .* got bool", {"lengths": True}),
+    ("scale of a wrong type", TypeError, "number, but got str", {"lengths": 5, "scale": "2"}),
+    ("scale beyond floats", ValueError, "float can hold", {"lengths": 5, "scale": 10**400}),
+    (
+        "input of a wrong type",
+        TypeError,
+        "Tensor, but got list",
+        {"lengths": 5, "input": [[0.0] * 5] * 3},
+    ),
+    ("beyond 64 bits", ValueError, str(2**64), {"lengths": 2**64}),
+    ("below 64 bits", ValueError, str(-(2**64)), {"lengths": 5, "starts": -(2**64)}),
+    ("out of a wrong type", TypeError, "Tensor, but got list", {"lengths": 5, "out": [0.0]}),
+    ("out's dtype", TypeError, "float32", {"lengths": 5, "out": torch.zeros(3, 5).double()}),
+]
+
+
+@FUNCTIONS
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [case[1:] for case in ERRORS],
+    ids=[case[0] for case in ERRORS],
+)
+@pytest.mark.parametrize("validate", [False, True])
+def test_errors(
+    function: Callable[..., Tensor],
+    error: type[Exception],
+    message: str,
+    arguments: dict[str, Any],
+    validate: bool,
+) -> None:
+    arguments = {"input": torch.zeros(3, 5), **arguments}
+    for name in ("lengths", "starts"):
+        if isinstance(arguments.get(name), list):
+            arguments[name] = torch.tensor(arguments[name])
+    with pytest.raises(error, match=message):
+        function(**arguments, validate=validate)
+
+
+def test_without_rows_no_length_is_out_of_bounds() -> None:
+    """Lengths are checked for each row; a tensor without columns has rows."""
+    assert masked_softmax(torch.zeros(0, 5), 6).shape == (0, 5)
+    with pytest.raises(ValueError, match="length 1"):
+        masked_softmax(torch.zeros(5, 0), 1)
+
+
+def test_compiles_into_one_graph() -> None:
+    x, lengths, _ = nan_in_padding()
+    compiled = torch.compile(masked_softmax, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x, lengths, scale=0.5), masked_softmax(x, lengths, scale=0.5))

@@ -1,0 +1,234 @@
+"""Promise: a build that cannot succeed says why in one sentence; the OpenMP library is torch's."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import child
+import pytest
+import torch
+
+from masked_softmax_ext import build_info
+
+ROOT = Path(__file__).parents[2]
+
+# A module that is None in sys.modules cannot be imported.
+SETUP_COMMAND = """
+import runpy, sys
+for name in {missing}:
+    sys.modules[name] = None
+{preamble}
+sys.argv = ["setup.py", {command!r}]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+def run_in_root(code: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs Python code in the repository's root, without CUDA unless env selects it."""
+    pytest.importorskip("setuptools")
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "MASKED_SOFTMAX_EXT_CUDA": "0", **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def run_setup(
+    command: str, *missing: str, preamble: str = "", env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command of setup.py, after the preamble and without the missing packages."""
+    code = SETUP_COMMAND.format(missing=list(missing), preamble=preamble, command=command)
+    return run_in_root(code, env)
+
+
+def last_line(result: subprocess.CompletedProcess[str]) -> str:
+    """The message of a build that failed: the last line of stderr, which has no traceback."""
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    return result.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", ["build_ext", "dist_info"])
+@pytest.mark.parametrize("missing", ["torch", "pybind11"])
+def test_missing_packages_are_named(command: str, missing: str) -> None:
+    """In one sentence, with the command to type."""
+    last = last_line(run_setup(command, missing))
+    assert last.startswith(f"masked_softmax_ext: found no {missing}")
+    assert "pip install --no-build-isolation ." in last
+
+
+def test_commands_that_build_nothing_need_no_packages() -> None:
+    """A source distribution needs neither torch nor pybind11."""
+    result = run_setup("--name", "torch", "pybind11")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[-1] in ("masked_softmax_ext", "masked-softmax-ext")
+
+
+def test_a_missing_compiler_is_named() -> None:
+    last = last_line(run_setup("build_ext", env={"CXX": "no-such-compiler -m64"}))
+    assert last.startswith("masked_softmax_ext: found no C++ compiler 'no-such-compiler'; install")
+
+
+def test_missing_python_headers_are_named(tmp_path: Path) -> None:
+    """Debian and other distributions package them separately from Python."""
+    preamble = f"import sysconfig; sysconfig.get_path = lambda *_: {str(tmp_path)!r}"
+    last = last_line(run_setup("build_ext", preamble=preamble))
+    assert last.startswith(f"masked_softmax_ext: found no Python.h in {tmp_path}; install")
+
+
+def test_a_torch_that_is_too_old_is_named() -> None:
+    last = last_line(
+        run_setup("build_ext", preamble="import torch; torch.__version__ = '2.9.1+cpu'")
+    )
+    assert last.startswith("masked_softmax_ext: expected torch 2.11 or newer, but found 2.9.1+cpu;")
+    assert "pip install --upgrade torch" in last
+
+
+# A torch that was built with CUDA 13.0.
+CUDA_TORCH = """
+import torch, torch.utils.cpp_extension as extension
+torch.version.cuda = "13.0"
+extension.CUDA_HOME = {home!r}
+"""
+
+
+def test_a_missing_nvcc_is_named(tmp_path: Path) -> None:
+    """With MASKED_SOFTMAX_EXT_CUDA=1, and if torch sees a GPU."""
+    preamble = CUDA_TORCH.format(home=str(tmp_path))
+    advice = "install the CUDA 13.0 toolkit and set CUDA_HOME to its folder"
+    last = last_line(
+        run_setup("build_ext", preamble=preamble, env={"MASKED_SOFTMAX_EXT_CUDA": "1"})
+    )
+    assert "MASKED_SOFTMAX_EXT_CUDA=1 asks for CUDA, but no nvcc was found" in last
+    assert advice in last
+    preamble += "torch.cuda.is_available = lambda: True"
+    last = last_line(run_setup("build_ext", preamble=preamble, env={"MASKED_SOFTMAX_EXT_CUDA": ""}))
+    assert "torch sees a GPU, but no nvcc was found" in last
+    assert advice in last
+
+
+def fake_toolkit(folder: Path, release: str) -> None:
+    (folder / "bin").mkdir()
+    (folder / "include").mkdir()
+    (folder / "include" / "cuda_runtime.h").touch()
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.99'\n")
+    nvcc.chmod(0o755)
+
+
+def test_an_nvcc_of_another_cuda_is_named(tmp_path: Path) -> None:
+    fake_toolkit(tmp_path, "12.8")
+    preamble = CUDA_TORCH.format(home=str(tmp_path))
+    last = last_line(run_setup("build_ext", preamble=preamble, env={"MASKED_SOFTMAX_EXT_CUDA": ""}))
+    assert "found nvcc 12.8, but torch" in last
+    assert "set CUDA_HOME to a toolkit of that major version" in last
+
+
+def test_an_nvcc_without_its_toolkit_is_named(tmp_path: Path) -> None:
+    """If nvcc on the PATH is a link, torch takes the link's folder for the toolkit's."""
+    fake_toolkit(tmp_path, "13.0")
+    (tmp_path / "include" / "cuda_runtime.h").unlink()
+    preamble = CUDA_TORCH.format(home=str(tmp_path))
+    last = last_line(run_setup("build_ext", preamble=preamble, env={"MASKED_SOFTMAX_EXT_CUDA": ""}))
+    assert "but no cuda_runtime.h in" in last
+    assert "set CUDA_HOME" in last
+
+
+# The code can use what setup.py defined: setup["name"].
+AFTER_SETUP = """
+import runpy, sys
+from types import SimpleNamespace
+sys.argv = ["setup.py", "--name"]
+setup = runpy.run_path("setup.py", run_name="__main__")
+torch = setup["torch"]
+print("output:")
+{code}
+"""
+
+
+def run_after_setup(code: str) -> list[str]:
+    """The lines that the code prints."""
+    pytest.importorskip("pybind11")
+    result = run_in_root(AFTER_SETUP.format(code=code))
+    assert result.returncode == 0, result.stderr
+    return result.stdout.partition("output:\n")[2].splitlines()
+
+
+def test_local_version_names_torch_and_the_device() -> None:
+    """The label in a wheel's version: torch's version, then the device that the kernels run on."""
+    labels = {
+        ("2.13.0+cpu", None, False): "torch2.13.0.cpu",
+        ("2.13.0", None, False): "torch2.13.0.cpu",
+        ("2.14.1+cu130", "13.0", True): "torch2.14.1.cu130",
+        ("2.14.1+cu130", "13.0", False): "torch2.14.1.cu130.cpu",
+        ("2.13.0a0+git1a2b3c", "12.8", True): "torch2.13.0a0.git1a2b3c.cu128",
+    }
+    code = f"""
+for version, cuda, with_cuda in {list(labels)}:
+    torch = SimpleNamespace(__version__=version, version=SimpleNamespace(cuda=cuda))
+    print(setup["local_version"](torch, with_cuda))
+"""
+    assert run_after_setup(code) == list(labels.values())
+
+
+def test_each_torch_has_its_own_objects() -> None:
+    """After an upgrade of torch, objects compiled for the old version must not be linked."""
+    code = """
+from setuptools import Distribution
+for torch.__version__ in ("2.13.0+cpu", "2.13.1+cpu"):
+    build = setup["commands"]["build_ext"](Distribution({"ext_modules": [setup["extension"]]}))
+    build.finalize_options()
+    print(build.build_temp if build.force else "linking is not forced")
+"""
+    folders = [Path(folder) for folder in run_after_setup(code)]
+    assert len(set(folders)) == 2
+    assert all(folder.parent == ROOT / "build" for folder in folders)
+
+
+def test_an_invalid_switch_is_named() -> None:
+    name = "MASKED_SOFTMAX_EXT_LOCAL_VERSION"
+    last = last_line(run_setup("build_ext", env={name: "yes"}))
+    assert last == f"masked_softmax_ext: expected {name} to be 0, 1 or unset, but got 'yes'"
+
+
+@pytest.mark.skipif(build_info()["cuda"] is not None, reason="built with CUDA")
+@pytest.mark.parametrize("has_out", [False, True], ids=["functional", "out"])
+def test_a_build_without_cuda_refuses_cuda_tensors(has_out: bool) -> None:
+    """Tested without a CUDA tensor, by dispatching to the operator's CUDA kernel."""
+    operator = torch.ops.masked_softmax_ext.masked_softmax
+    overload, out = (
+        (operator.out, {"out": torch.empty(2, 3)}) if has_out else (operator.default, {})
+    )
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with pytest.raises(
+        NotImplementedError,
+        match=r"expected a tensor on the CPU, because .* was built without CUDA",
+    ):
+        overload.redispatch(cuda, torch.randn(2, 3), torch.tensor([1, 2]), **out)
+
+
+def print_openmp_libraries() -> None:
+    """Prints the paths of the OpenMP libraries that are loaded after a call with two threads."""
+    import torch
+
+    from masked_softmax_ext import masked_softmax
+
+    torch.set_num_threads(2)
+    masked_softmax(torch.randn(2000, 1000), 900)
+    mapped = Path("/proc/self/maps").read_text().split()
+    names = {path for path in mapped if re.search(r"/lib(gomp|omp|iomp)[^/]*\.so", path)}
+    print(f"libraries: {' '.join(sorted(names))}")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc")
+def test_one_openmp_library() -> None:
+    """A second one would have its own threads, which torch.set_num_threads does not control."""
+    printed = child.call("test_build", "print_openmp_libraries")
+    assert len(printed.split("libraries:")[1].splitlines()[0].split()) == 1, printed

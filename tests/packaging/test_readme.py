@@ -1,0 +1,109 @@
+"""Promise: the Python examples of README and docs run as written and give the results they show.
+
+Files that the pages name exist, docs/performance.md lists every missed target, and docs/api.rst
+has every public name.
+"""
+
+from __future__ import annotations
+
+import doctest
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import masked_softmax_ext
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def python_blocks(text: str) -> list[tuple[int, str]]:
+    """Each ```python block, and the line on which it begins."""
+    found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, block.start(1)), block[1]) for block in found]
+
+
+def run_page(page: str, text: str) -> None:
+    """Runs the page's blocks in order, in one namespace.
+
+    Interactive sessions must give the results they show; other blocks need only run.
+    """
+    names: dict[str, Any] = {"__name__": "page"}
+    for line, block in python_blocks(text):
+        if not block.lstrip().startswith(">>>"):
+            exec(compile("\n" * line + block, page, "exec"), names)
+            continue
+        session = doctest.DocTestParser().get_doctest(block, names, page, page, line)
+        report: list[str] = []
+        runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.NORMALIZE_WHITESPACE)
+        result = runner.run(session, out=report.append, clear_globs=False)
+        assert result.attempted > 0
+        assert result.failed == 0, "".join(report)
+        names.update(session.globs)
+
+
+def test_readme_has_examples() -> None:
+    assert python_blocks(PAGES[0].read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_examples(page: Path) -> None:
+    run_page(page.name, page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [">>> 1 + 1\n3\n", ">>> 1 / 0\n", "assert 1 + 1 == 3\n"],
+    ids=["value", "error", "code"],
+)
+def test_a_wrong_example_fails(block: str) -> None:
+    with pytest.raises(AssertionError):
+        run_page("page.md", f"text\n\n```python\n{block}```\n")
+
+
+def test_blocks_share_a_namespace() -> None:
+    run_page(
+        "page.md",
+        "```python\n>>> a = 1\n```\n\n```python\nb = a + 1\n```\n\n```python\n>>> b\n2\n```\n",
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    named = re.findall(
+        r"`((?:bench|csrc|docs|examples|masked_softmax_ext|tests)/[\w./-]*)`",
+        page.read_text(encoding="utf-8"),
+    )
+    missing = [path for path in named if not (ROOT / path).exists() and "NAME" not in path]
+    assert not missing
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.replace("`", "").strip("|\n ").split("|")]
+
+
+def test_every_missed_target_is_listed() -> None:
+    """The targets that bench/results/*.md mark as not met are those of docs/performance.md."""
+    missed = sorted(
+        (case, against, bound, ratio)
+        for results in (ROOT / "bench" / "results").glob("*.md")
+        for line in results.read_text(encoding="utf-8").splitlines()
+        if "**not met**" in line
+        for case, against, _, bound, ratio, *_ in [cells(line)]
+    )
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    listed = sorted(
+        (case, against, bound, ratio)
+        for line in page.splitlines()
+        if re.search(r"at (least|most) [\d.]+ \|", line)
+        for *_, case, against, bound, ratio in [cells(line)]
+    )
+    assert listed == missed
+
+
+def test_every_public_name_is_in_the_api_page() -> None:
+    text = (ROOT / "docs" / "api.rst").read_text(encoding="utf-8")
+    for name in masked_softmax_ext.__all__:
+        assert re.search(rf"^\.\. auto\w+:: masked_softmax_ext\.{name}$", text, re.MULTILINE), name

@@ -1,0 +1,686 @@
+"""Promise: compile_pass replaces the unfused formulation in every usual spelling, and nothing else.
+
+The expected results are eager torch's, except for empty rows: NaN there, padding here.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import INTEGER, assert_same_bits, random_input, short_name
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from masked_softmax_ext import compile_pass, masked_softmax
+
+Program = Callable[..., Any]
+
+INF = float("inf")
+LENGTHS = torch.tensor([3, 1, 5])
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+class CountingBackend:
+    """compile_pass.replace, then aot_eager; counts the replaced softmaxes and keeps the graphs."""
+
+    def __init__(self, **options: Any) -> None:
+        self.count = 0
+        self.graphs: list[GraphModule] = []
+        self.options = options
+        self.inner = torch._dynamo.lookup_backend("aot_eager")
+
+    def __call__(self, graph_module: GraphModule, inputs: list[Any]) -> Any:
+        self.count += compile_pass.replace(graph_module, **self.options)
+        self.graphs.append(graph_module)
+        return self.inner(graph_module, inputs)
+
+    def count_calls(self, name: str) -> int:
+        """The number of nodes whose target contains the name."""
+        return sum(
+            name in str(node.target)
+            for graph in self.graphs
+            for module in graph.modules()
+            if isinstance(module, GraphModule)
+            for node in module.graph.nodes
+        )
+
+
+def assert_replaced(
+    function: Program,
+    *arguments: Any,
+    count: int = 1,
+    dynamic: bool | None = None,
+    **options: Any,
+) -> CountingBackend:
+    """`count` softmaxes are replaced; results and gradients are those of eager torch."""
+    backend = CountingBackend(**options)
+    program = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
+    results = []
+    for run in (program, function):
+        leaves = [
+            a.clone().requires_grad_(a.is_floating_point()) if isinstance(a, Tensor) else a
+            for a in arguments
+        ]
+        result = run(*leaves)
+        finite = result.masked_fill(result == -INF, 0.0)
+        g = random_input(tuple(result.shape), result.dtype, seed=9)
+        inputs = [a for a in leaves if isinstance(a, Tensor) and a.requires_grad]
+        results.append((result, *torch.autograd.grad(finite, inputs, g)))
+    assert backend.count == count
+    for got, expected in zip(*results, strict=True):
+        assert got.dtype == expected.dtype
+        tolerance = 1e-2 if got.dtype.itemsize == 2 else 1e-5
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance / 10)
+        assert float(expected.detach().masked_fill(expected == -INF, 0.0).abs().max()) > 1e-3
+    return backend
+
+
+def columns(x: Tensor, dim: int = -1) -> Tensor:
+    return torch.arange(x.size(dim))
+
+
+def valid(x: Tensor, lengths: Tensor) -> Tensor:
+    return columns(x) < lengths[:, None]
+
+
+# Spellings of the formulation: x has shape (3, 5), the lengths n (3,); m is True in valid columns
+
+MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "lt": valid,
+    "method": lambda x, n: columns(x).lt(n.unsqueeze(1)),
+    "function": lambda x, n: torch.lt(columns(x), n.reshape(-1, 1)),
+    "gt": lambda x, n: n[:, None] > columns(x)[None, :],
+    "not ge": lambda x, n: ~(columns(x)[None] >= n.view(-1, 1)),
+    "not le": lambda x, n: torch.logical_not(n[:, None] <= columns(x)),
+    "eq": lambda x, n: (columns(x) >= n[:, None]) == 0,
+    "eq False": lambda x, n: (columns(x) >= n[:, None]).eq(False),
+    "not not": lambda x, n: ~~valid(x, n),
+    "start": lambda x, n: torch.arange(0, x.shape[1]) < n[:, None],
+    "start, step": lambda x, n: torch.arange(0, x.shape[1], 1) < n[:, None],
+    "keywords": lambda x, n: torch.arange(start=0, end=x.shape[1], step=1) < n[:, None],
+    "device": lambda x, n: torch.arange(x.shape[1], device=x.device) < n[:, None],
+    "dtype": lambda x, n: torch.arange(x.shape[1], dtype=torch.int32) < n[:, None],
+    "to device": lambda x, n: torch.arange(x.shape[1]).to(x.device) < n[:, None].to(x.device),
+    "to dtype": lambda x, n: torch.arange(x.shape[1]).to(n.dtype) < n.int()[:, None],
+    "expand": lambda x, n: columns(x).expand(len(n), x.size(1)) < n.unsqueeze(1),
+    "expand_as": lambda x, n: columns(x).expand_as(x) < n.unsqueeze(1).expand_as(x),
+    "repeat": lambda x, n: columns(x).unsqueeze(0).repeat(len(n), 1) < n[:, None],
+    "broadcast_to": lambda x, n: torch.broadcast_to(columns(x), x.shape) < n[:, None],
+    "views": lambda x, n: valid(x, n)[None].unsqueeze(1).view(1, *x.shape).squeeze(0),
+    "copies": lambda x, n: valid(x, n).clone().contiguous().detach().to(x.device),
+    "as int": lambda x, n: ~(valid(x, n).long() == 0),
+    "as float": lambda x, n: valid(x, n).float().bool(),
+}  # fmt: skip
+
+FILLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "masked_fill": lambda x, m: x.masked_fill(~m, -INF),
+    "keywords": lambda x, m: x.masked_fill(mask=~m, value=float("-inf")),
+    "function": lambda x, m: torch.masked_fill(x, m == 0, -torch.inf),
+    "tensor": lambda x, m: x.masked_fill(~m, torch.tensor(-INF)),
+    "where": lambda x, m: torch.where(m, x, -INF),
+    "where not": lambda x, m: torch.where(~m, -INF, x),
+    "where tensor": lambda x, m: torch.where(m, x, torch.tensor(-INF, dtype=x.dtype)),
+    "where full_like": lambda x, m: torch.where(m, x, torch.full_like(x, -INF)),
+    "where new_tensor": lambda x, m: torch.where(m, x, x.new_tensor(-INF)),
+    "where new_full": lambda x, m: torch.where(m, x, x.new_full((), fill_value=-INF)),
+    "where full": lambda x, m: torch.where(m, x, torch.full((1,), -INF).expand(x.shape)),
+    "method where": lambda x, m: x.where(m, -INF),
+    "zeros": lambda x, m: x + torch.zeros(m.shape).masked_fill(~m, -INF),
+    "zeros_like": lambda x, m: torch.zeros_like(x).masked_fill(~m, -INF) + x,
+    "new_zeros": lambda x, m: torch.add(x, x.new_zeros(m.shape).masked_fill(~m, -INF)),
+    "where bias": lambda x, m: x.add(torch.where(m, 0.0, -INF)[None].squeeze(0)),
+    "full bias": lambda x, m: x + torch.full(x.shape, -INF).masked_fill(m, 0.0).to(x.dtype),
+}  # fmt: skip
+
+SOFTMAXES: dict[str, Callable[[Tensor], Tensor]] = {
+    "F.softmax": lambda y: F.softmax(y, dim=-1),
+    "torch.softmax": lambda y: torch.softmax(y, 1),
+    "method": lambda y: y.softmax(-1),
+    "special": lambda y: torch.special.softmax(y, -1),
+    "module": lambda y: nn.Softmax(dim=1)(y),
+    "dtype": lambda y: torch.softmax(y, -1, dtype=torch.float64),
+    "F.log_softmax": lambda y: F.log_softmax(y, -1, dtype=torch.float32),
+    "torch.log_softmax": lambda y: torch.log_softmax(y, dim=1),
+    "log method": lambda y: y.log_softmax(-1),
+    "log module": lambda y: nn.LogSoftmax(-1)(y),
+}  # fmt: skip
+
+every_dynamic = pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+
+
+def scores() -> Tensor:
+    return random_input((3, 5), torch.float32, seed=1)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=list(MASKS))
+@every_dynamic
+def test_spellings_of_the_mask(mask: Callable[[Tensor, Tensor], Tensor], dynamic: bool) -> None:
+    def function(x: Tensor, lengths: Tensor) -> Tensor:
+        return x.masked_fill(~mask(x, lengths), -INF).softmax(-1)
+
+    assert_replaced(function, scores(), LENGTHS, dynamic=dynamic)
+
+
+def test_a_comparison_as_torch_211_captures_it() -> None:
+    """As a call of the method __eq__, which other releases may not produce."""
+
+    def function(x: Tensor, lengths: Tensor) -> Tensor:
+        return x.masked_fill(valid(x, lengths) == 0, -INF).softmax(-1)
+
+    def as_in_torch_211(graph_module: GraphModule, inputs: list[Any]) -> Any:
+        (node,) = (node for node in graph_module.graph.nodes if node.name.startswith("eq"))
+        node.op, node.target = "call_method", "__eq__"
+        graph_module.recompile()
+        return counting(graph_module, inputs)
+
+    counting = CountingBackend()
+    program = torch.compile(function, fullgraph=True, backend=as_in_torch_211)
+    torch.testing.assert_close(program(scores(), LENGTHS), masked_softmax(scores(), LENGTHS))
+    assert counting.count == 1
+
+
+@pytest.mark.parametrize("fill", FILLS.values(), ids=list(FILLS))
+@every_dynamic
+def test_spellings_of_the_fill(fill: Callable[[Tensor, Tensor], Tensor], dynamic: bool) -> None:
+    def function(x: Tensor, lengths: Tensor) -> Tensor:
+        return fill(x, valid(x, lengths)).softmax(-1)
+
+    assert_replaced(function, scores(), LENGTHS, dynamic=dynamic)
+
+
+@pytest.mark.parametrize("softmax", SOFTMAXES.values(), ids=list(SOFTMAXES))
+def test_spellings_of_softmax(softmax: Callable[[Tensor], Tensor]) -> None:
+    def function(x: Tensor, lengths: Tensor) -> Tensor:
+        return softmax(x.masked_fill(columns(x) >= lengths[:, None], -INF))
+
+    assert_replaced(function, scores(), LENGTHS)
+
+
+def test_keyword_arguments() -> None:
+    def function(x: Tensor, lengths: Tensor) -> Tensor:
+        column = torch.reshape(input=torch.arange(end=x.size(1)), shape=(1, -1))
+        padding = torch.lt(input=column, other=lengths[:, None]).eq(other=0)
+        y = torch.masked_fill(input=x, mask=padding, value=-INF)
+        fill = torch.full(size=(1,), fill_value=-INF)
+        y = torch.softmax(input=y, dim=-1) + torch.where(
+            condition=padding, input=fill, other=x
+        ).softmax(dim=-1)
+        bias = torch.zeros(size=(3, 5)).masked_fill(mask=padding, value=-INF)
+        return y + torch.softmax(input=torch.add(input=x, other=bias), dim=-1)
+
+    assert_replaced(function, scores(), LENGTHS, count=3)
+
+
+# Shapes, dtypes and surrounding code
+
+
+def attention(x: Tensor, lengths: Tensor) -> Tensor:
+    """Scores (B, H, Q, K), lengths (B,)."""
+    mask = torch.arange(x.size(-1), device=x.device)[None, :] < lengths[:, None]
+    return F.softmax(x.masked_fill(~mask[:, None, None, :], -INF), dim=-1)
+
+
+def additive_bias(x: Tensor, lengths: Tensor) -> Tensor:
+    mask = columns(x).expand(lengths.size(0), x.size(-1)) >= lengths.unsqueeze(-1)
+    bias = torch.zeros(mask.shape, dtype=x.dtype).masked_fill(mask, -INF)
+    return (x + bias.view(-1, 1, 1, x.size(-1))).softmax(-1)
+
+
+def length_per_query(x: Tensor, lengths: Tensor) -> Tensor:
+    mask = torch.arange(x.size(-1)) < lengths.view(3, 1, 1, 1).expand(3, 1, x.size(2), 1)
+    return torch.where(mask, x, -INF).log_softmax(3)
+
+
+def transposed_heads(x: Tensor, lengths: Tensor) -> Tensor:
+    mask = (columns(x) < lengths[:, None])[:, None].expand(-1, x.size(2), -1)[:, :, None]
+    return x.transpose(1, 2).masked_fill(~mask, -INF).softmax(-1)
+
+
+def softmax_over_queries(x: Tensor, lengths: Tensor) -> Tensor:
+    mask = torch.arange(x.size(2))[:, None] < lengths[:, None, None, None]
+    return x.masked_fill(~mask, -INF).softmax(2)
+
+
+def softmax_over_batches(x: Tensor, lengths: Tensor) -> Tensor:
+    mask = torch.arange(x.size(0)).view(-1, 1, 1, 1) < lengths.clamp(max=3)[:, None]
+    return x[:, :, :3].masked_fill(~mask, -INF).softmax(dim=0)
+
+
+def one_length_for_all_rows(x: Tensor, lengths: Tensor) -> Tensor:
+    return x.masked_fill(columns(x) >= lengths[0], -INF).softmax(-1)
+
+
+def causal(x: Tensor, lengths: Tensor) -> Tensor:
+    """No row is empty: the first one has one valid column."""
+    ends = torch.arange(x.size(2))[:, None] + 1
+    return x.masked_fill(columns(x) >= ends, -INF).softmax(-1)
+
+
+SHAPES = (
+    attention,
+    additive_bias,
+    length_per_query,
+    transposed_heads,
+    softmax_over_queries,
+    softmax_over_batches,
+    one_length_for_all_rows,
+    causal,
+)
+
+
+@pytest.mark.parametrize("function", SHAPES, ids=lambda function: function.__name__)
+@every_dynamic
+def test_shapes(function: Program, dynamic: bool) -> None:
+    """Two sizes, for which dynamic shapes need only one program."""
+    backend = CountingBackend()
+    program = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
+    for size in ((3, 2, 4, 5), (3, 4, 6, 7)):
+        x = random_input(size, torch.float32, seed=2)
+        torch.testing.assert_close(program(x, LENGTHS), function(x, LENGTHS), rtol=1e-5, atol=1e-6)
+    assert backend.count == (1 if dynamic else 2)
+    torch._dynamo.reset()
+    assert_replaced(function, random_input((3, 2, 4, 5), torch.float32, seed=2), LENGTHS)
+
+
+@pytest.mark.parametrize("dtype", INTEGER, ids=short_name)
+def test_lengths_of_every_integer_type(dtype: torch.dtype) -> None:
+    """Also of types that cannot hold the number of columns."""
+    x = random_input((3, 300), torch.float32, seed=3)
+    lengths = torch.tensor([100, 1, 127], dtype=dtype)
+    assert_replaced(lambda x, n: x.masked_fill(~valid(x, n), -INF).softmax(-1), x, lengths)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=short_name)
+def test_scores_of_other_dtypes(dtype: torch.dtype) -> None:
+    x = scores().to(dtype)
+    assert_replaced(lambda x, n: x.masked_fill(~valid(x, n), -INF).softmax(-1), x, LENGTHS)
+    torch._dynamo.reset()
+    assert_replaced(
+        lambda x, n: (x + torch.where(valid(x, n), 0.0, -INF).to(x.dtype)).softmax(1), x, LENGTHS
+    )
+
+
+def test_out_of_range_lengths_are_clamped() -> None:
+    """The comparison accepts any length, so its replacement must too."""
+    assert_replaced(attention, random_input((3, 2, 4, 5), torch.float32, seed=4), LENGTHS * 1000)
+    result = torch.compile(attention, backend=CountingBackend())(
+        torch.zeros(1, 1, 1, 2), torch.tensor([-7])
+    )
+    assert result.tolist() == [[[[0.0, 0.0]]]]
+
+
+def test_empty_rows_are_padding(log: bool) -> None:
+    """The one difference from eager torch, which gives NaN forward and backward."""
+
+    def function(x: Tensor, lengths: Tensor) -> Tensor:
+        y = x.masked_fill(~valid(x, lengths), -INF)
+        return y.log_softmax(-1) if log else y.softmax(-1)
+
+    lengths = torch.tensor([3, 0, 5])
+    assert bool(function(scores(), lengths)[1].isnan().all())
+    x = scores().requires_grad_()
+    y = torch.compile(function, fullgraph=True, backend=CountingBackend())(x, lengths)
+    assert y[1].tolist() == [-INF if log else 0.0] * 5
+    y[:, 0].masked_fill(y[:, 0] == -INF, 0.0).sum().backward()
+    assert x.grad is not None
+    assert x.grad[1].tolist() == [0.0] * 5
+    assert bool(x.grad.isfinite().all())
+
+
+def test_other_uses_of_mask_and_masked_scores() -> None:
+    """The graph keeps them if other operations use them, and drops them otherwise."""
+
+    def function(x: Tensor, lengths: Tensor) -> Tensor:
+        mask = valid(x, lengths)
+        masked = x.masked_fill(~mask, -INF)
+        return masked.softmax(-1) * masked.amax(-1, keepdim=True) + mask.sum()
+
+    backend = assert_replaced(function, scores(), LENGTHS)
+    assert backend.count_calls("masked_fill") == 1
+    torch._dynamo.reset()
+    backend = assert_replaced(attention, random_input((3, 2, 4, 5), torch.float32, 5), LENGTHS)
+    assert backend.count_calls("arange") == 0
+
+
+def test_one_mask_for_several_layers() -> None:
+    def function(x: Tensor, lengths: Tensor) -> Tensor:
+        padding = ~valid(x, lengths)
+        for _ in range(3):
+            x = x + F.relu(x.masked_fill(padding, -INF).softmax(-1) * 2, inplace=True)
+        return x
+
+    assert_replaced(function, scores(), LENGTHS, count=3)
+
+
+def test_writes_between_masking_and_softmax() -> None:
+    """The operator reads scores and lengths as the masking read them, before the writes."""
+
+    def function(x: Tensor, lengths: Tensor) -> Tensor:
+        lengths, scores = lengths.clone(), x * 2
+        scores /= 3
+        mask = valid(x, lengths)
+        lengths -= 1
+        masked = scores.masked_fill(~mask, -INF)
+        scores.add_(columns(x))
+        return masked.softmax(-1) + scores
+
+    assert_replaced(function, scores(), LENGTHS)
+
+
+def test_checkpointed_function() -> None:
+    """It is captured as a graph inside of the graph."""
+
+    def function(x: Tensor, lengths: Tensor) -> Tensor:
+        checkpoint = torch.utils.checkpoint.checkpoint
+        return checkpoint(attention, x * 2, lengths, use_reentrant=False) * 3
+
+    assert_replaced(function, random_input((3, 2, 4, 5), torch.float32, seed=6), LENGTHS)
+
+
+def test_autocast() -> None:
+    """The result has the dtype that softmax has under autocast."""
+    x = random_input((3, 2, 4, 5), torch.bfloat16, seed=7)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_replaced(attention, x, LENGTHS)
+
+
+# Near misses: the graph stays as it is
+
+
+def assert_not_replaced(function: Program, *arguments: Any, **options: Any) -> None:
+    """The graph stays the same, and so does the result."""
+    counts = []
+
+    def backend(graph_module: GraphModule, inputs: list[Any]) -> Any:
+        before = graph_module.code
+        counts.append(compile_pass.replace(graph_module, **options))
+        assert graph_module.code == before
+        return graph_module
+
+    copies = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+    result = torch.compile(function, fullgraph=True, backend=backend)(*copies)
+    assert counts == [0]
+    expected = function(*arguments)
+    torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def fill_and_softmax(mask: Callable[[Tensor, Tensor], Tensor]) -> Program:
+    return lambda x, n: x.masked_fill(mask(x, n), -INF).softmax(-1)
+
+
+def overwritten_mask(x: Tensor, n: Tensor) -> Tensor:
+    mask = valid(x, n)
+    mask[0] = True
+    return ~mask
+
+
+def mask_overwritten_through_view(x: Tensor, n: Tensor) -> Tensor:
+    mask = ~valid(x, n)
+    view = mask[:, 1:]
+    view.logical_not_()
+    return mask
+
+
+def overwritten_columns(x: Tensor, n: Tensor) -> Tensor:
+    column = columns(x)
+    column += 1
+    return column >= n[:, None]
+
+
+def overwritten_scores(x: Tensor, n: Tensor) -> Tensor:
+    masked = x.masked_fill(~valid(x, n), -INF)
+    masked[:, 0] = 0.0
+    return masked.softmax(-1)
+
+
+def overwritten_bias(x: Tensor, n: Tensor) -> Tensor:
+    bias = torch.zeros(x.shape).masked_fill(~valid(x, n), -INF)
+    F.relu(bias[:2], inplace=True)
+    return (x + bias).softmax(-1)
+
+
+def mask_overwritten_through_data(x: Tensor, n: Tensor) -> Tensor:
+    padding = ~valid(x, n)
+    padding.data.zero_()
+    return x.masked_fill(padding, -INF).softmax(-1)
+
+
+def scores_overwritten_through_data(x: Tensor, n: Tensor) -> Tensor:
+    masked = x.masked_fill(~valid(x, n), -INF)
+    masked.data.zero_()
+    return masked.softmax(-1)
+
+
+def softmax_under_no_grad(x: Tensor, n: Tensor) -> Tensor:
+    """The masking is outside of no_grad."""
+    masked = x.masked_fill(~valid(x, n), -INF)
+    with torch.no_grad():
+        weights = masked.softmax(-1)
+    return weights + x
+
+
+NEAR_MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "le is valid": lambda x, n: ~(columns(x) <= n[:, None]),
+    "gt is padding": lambda x, n: columns(x) > n[:, None],
+    "lt is padding": lambda x, n: columns(x) < n[:, None],
+    "not not": lambda x, n: ~~valid(x, n),
+    "arange from 1": lambda x, n: torch.arange(1, x.size(1) + 1) >= n[:, None],
+    "arange from 1, end by keyword": lambda x, n: torch.arange(1, end=x.size(1) + 1) >= n[:, None],
+    "arange by 2": lambda x, n: torch.arange(0, 2 * x.size(1), 2) >= n[:, None],
+    "arange down": lambda x, n: torch.arange(x.size(1) - 1, -1, -1) >= n[:, None],
+    "shifted": lambda x, n: columns(x) + 1 >= n[:, None],
+    "flipped": lambda x, n: columns(x).flip(0) >= n[:, None],
+    "sliced columns": lambda x, n: torch.arange(x.size(1) + 2)[2:] >= n[:, None],
+    "sliced mask": lambda x, n: (torch.arange(x.size(1) + 2) >= n[:, None])[:, 2:],
+    "indexed columns": lambda x, n: columns(x)[torch.tensor([0, 0, 1, 2, 3])] >= n[:, None],
+    "first column for all": lambda x, n: torch.arange(1) >= n[:, None],
+    "first column, expanded": lambda x, n: torch.arange(1).expand(x.size(1)) >= n[:, None],
+    "repeated columns": lambda x, n: torch.arange(1).repeat(5) >= n[:, None],
+    "float columns": lambda x, n: torch.arange(x.size(1), dtype=torch.float32) >= n[:, None],
+    "float lengths": lambda x, n: columns(x) >= n[:, None] * 0.5,
+    "a length for each column": lambda x, n: columns(x) >= torch.arange(x.size(1)).flip(0),
+    "a length for each row and column": lambda x, n: columns(x) >= n[:, None] - columns(x),
+    "constant length": lambda x, n: columns(x) >= 3,
+    "with starts": lambda x, n: (columns(x) >= n[:, None]) | (columns(x) < 1),
+    "with starts, in place": lambda x, n: operator.ior(columns(x) >= n[:, None], columns(x) < 1),
+    "bitwise not of an int": lambda x, n: (~(valid(x, n).int()) + 2).bool().logical_not(),
+    "not equal": lambda x, n: columns(x) != n[:, None],
+    "eq True": lambda x, n: valid(x, n) == 1,
+    "eq 2": lambda x, n: valid(x, n) == 2,
+    "reinterpreted": lambda x, n: ~valid(x, n).view(torch.uint8).view(torch.bool),
+    "overwritten": overwritten_mask,
+    "overwritten through a view": mask_overwritten_through_view,
+    "overwritten columns": overwritten_columns,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", NEAR_MASKS.values(), ids=list(NEAR_MASKS))
+def test_near_misses_of_the_mask(mask: Callable[[Tensor, Tensor], Tensor]) -> None:
+    assert_not_replaced(fill_and_softmax(mask), scores(), LENGTHS)
+
+
+def test_column_indices_that_overflow() -> None:
+    """int8 holds no index above 127."""
+    x = random_input((3, 300), torch.float32, seed=8)
+    narrow = fill_and_softmax(lambda x, n: columns(x).to(torch.int8).long() >= n[:, None])
+    assert_not_replaced(narrow, x, LENGTHS)
+
+
+NEAR_FILLS: dict[str, Program] = {
+    "0": lambda x, m: x.masked_fill(~m, 0.0).softmax(-1),
+    "-1e9": lambda x, m: x.masked_fill(~m, -1e9).softmax(-1),
+    "finfo.min": lambda x, m: x.masked_fill(~m, torch.finfo(x.dtype).min).softmax(-1),
+    "inf": lambda x, m: x.masked_fill(~m, INF).softmax(-1),
+    "nan": lambda x, m: x.masked_fill(~m, math.nan).softmax(-1),
+    "valid columns": lambda x, m: x.masked_fill(m, -INF).softmax(-1),
+    "where, valid columns": lambda x, m: torch.where(m, -INF, x).softmax(-1),
+    "other scores": lambda x, m: torch.where(m, x, x * 2).softmax(-1),
+    "some -inf": lambda x, m: torch.where(m, x, torch.tensor([0.0] + [-INF] * 4)).softmax(-1),
+    "other dtype": lambda x, m: torch.where(m, x, torch.full(x.shape, -INF).double()).softmax(-1),
+    "multiplied by the mask": lambda x, m: (x * m).softmax(-1),
+    "bias of ones": lambda x, m: (x + torch.ones(x.shape).masked_fill(~m, -INF)).softmax(-1),
+    "alpha": lambda x, m: torch.add(x, torch.where(m, 0.0, -INF), alpha=-1).softmax(-1),
+    "subtracted bias": lambda x, m: (x - torch.where(m, 0.0, -INF)).softmax(-1),
+    "dropout between": lambda x, m: F.dropout(x.masked_fill(~m, -INF), 0.0).softmax(-1),
+    "relu between": lambda x, m: x.masked_fill(~m, -INF).relu().softmax(-1),
+    "scale between": lambda x, m: (x.masked_fill(~m, -INF) / 2).softmax(-1),
+    "other dim": lambda x, m: x.masked_fill(~m, -INF).softmax(0),
+    "other dim of equal size": lambda x, m: (x.T @ x).masked_fill(~m[:1], -INF).softmax(0),
+    "transposed": lambda x, m: (x.T @ x).masked_fill(~m[:1].T, -INF).softmax(-1),
+    "broadcast scores": lambda x, m: x[:1].masked_fill(~m, -INF).softmax(-1),
+    "more dimensions": lambda x, m: x.masked_fill(~m[:, None], -INF).softmax(-1),
+    "no scores": lambda x, m: torch.where(m, 0.0, -INF).softmax(-1),
+    "softmin": lambda x, m: F.softmin(x.masked_fill(~m, -INF), -1),
+    "out": lambda x, m: torch.softmax(x.masked_fill(~m, -INF), -1, out=torch.empty(3, 5)),
+    "filled in place": lambda x, m: (x * 1).masked_fill_(~m, -INF).softmax(-1),
+    "no mask": lambda x, m: x.softmax(-1) + m,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fill", NEAR_FILLS.values(), ids=list(NEAR_FILLS))
+def test_near_misses_of_the_fill(fill: Program) -> None:
+    assert_not_replaced(lambda x, n: fill(x, valid(x, n)), scores(), LENGTHS)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        overwritten_scores,
+        overwritten_bias,
+        mask_overwritten_through_data,
+        scores_overwritten_through_data,
+        softmax_under_no_grad,
+    ],
+)
+def test_near_misses_of_the_program(function: Program) -> None:
+    assert_not_replaced(function, scores().requires_grad_(), LENGTHS)
+
+
+def test_columns_of_another_dimension_of_equal_size() -> None:
+    def function(x: Tensor, lengths: Tensor) -> Tensor:
+        return x.masked_fill(columns(x)[:, None] >= lengths[:, None, None], -INF).softmax(-1)
+
+    assert_not_replaced(function, random_input((3, 5, 5), torch.float32, seed=8), LENGTHS)
+
+
+def test_mask_given_as_an_argument() -> None:
+    assert_not_replaced(lambda x, m: x.masked_fill(m, -INF).softmax(-1), scores(), scores() > 0)
+
+
+def test_under_vmap() -> None:
+    """Inside, tensors hide their batch dimension."""
+
+    def one_row(x: Tensor, length: Tensor) -> Tensor:
+        return x.masked_fill(columns(x) >= length, -INF).softmax(-1)
+
+    assert_not_replaced(lambda x, n: torch.vmap(one_row)(x, n), scores(), LENGTHS)
+
+
+def test_a_graph_without_shapes() -> None:
+    graph_module = torch.fx.symbolic_trace(
+        lambda x, n: x.masked_fill(torch.arange(5) >= n, -INF).softmax(-1)
+    )
+    assert compile_pass.replace(graph_module) == 0
+
+
+# Finite sentinels, with max_fill
+
+
+@pytest.mark.parametrize("fill", [-1e9, -1e4, torch.finfo(torch.float32).min])
+def test_sentinels_with_max_fill(fill: float) -> None:
+    def function(x: Tensor, lengths: Tensor) -> Tensor:
+        return x.masked_fill(~valid(x, lengths), fill).softmax(-1)
+
+    assert_replaced(function, scores(), LENGTHS, max_fill=-1e4)
+    torch._dynamo.reset()
+    assert_not_replaced(function, scores(), LENGTHS, max_fill=-INF)
+    torch._dynamo.reset()
+    assert_not_replaced(function, scores(), LENGTHS, max_fill=torch.finfo(torch.float64).min)
+
+
+def test_an_additive_sentinel_with_max_fill() -> None:
+    def function(x: Tensor, lengths: Tensor) -> Tensor:
+        return (x + torch.zeros(x.shape).masked_fill(~valid(x, lengths), -1e9)).softmax(-1)
+
+    assert_replaced(function, scores(), LENGTHS, max_fill=-1e4)
+
+
+# The backend
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (2, 12)).transpose(1, 2).chunk(3, -1)
+        return attention(query @ key.mT / 2, lengths) @ value
+
+
+@pytest.mark.parametrize("mode", [None, "max-autotune-no-cudagraphs"])
+def test_backend(mode: str | None) -> None:
+    """Inductor's program calls the operator, forward and backward; results are eager torch's."""
+    model, x = Attention(), random_input((3, 5, 8), torch.float32, seed=11)
+    compiled = torch.compile(model, fullgraph=True, backend="masked_softmax_ext", mode=mode)
+    with torch.profiler.profile() as profile:
+        result = compiled(x, LENGTHS)
+        result.pow(2).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert {
+        "masked_softmax_ext::masked_softmax",
+        "masked_softmax_ext::masked_softmax_backward",
+    } <= names
+    got = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    expected = model(x, LENGTHS)
+    expected.pow(2).sum().backward()
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    for gradient, parameter in zip(got, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_options_are_passed_to_inductor() -> None:
+    options = {"no such option": True}
+    program = torch.compile(attention, backend=compile_pass.backend, options=options)
+    with pytest.raises(Exception, match="no such option"):
+        program(random_input((3, 2, 4, 5), torch.float32, seed=12), LENGTHS)
+
+
+def test_inner_backends(caplog: pytest.LogCaptureFixture) -> None:
+    """Named or given as a function; the log has the number of fused softmaxes."""
+    x = scores()
+    expected = masked_softmax(x, LENGTHS)
+    graphs = []
+
+    def inner(graph_module: GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph_module)
+        return graph_module
+
+    caplog.set_level("INFO", "masked_softmax_ext")
+    for backend in (inner, "eager", "aot_eager"):
+        program = torch.compile(
+            fill_and_softmax(lambda x, n: ~valid(x, n)), backend=compile_pass.make_backend(backend)
+        )
+        assert_same_bits(program(x, LENGTHS), expected)
+    assert len(graphs) == 1
+    assert caplog.messages.count("fused 1 masked softmaxes") == 3
+
+
+def test_no_recompilation_for_other_lengths() -> None:
+    program = torch.compile(attention, fullgraph=True, dynamic=True, backend=CountingBackend())
+    program(torch.zeros(3, 2, 4, 5), LENGTHS)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for cols in (6, 17):
+            x = random_input((3, 2, 4, cols), torch.float32, seed=cols)
+            torch.testing.assert_close(program(x, LENGTHS + 1), attention(x, LENGTHS + 1))

@@ -1,0 +1,236 @@
+"""Promise: exported programs give the same results: torch.export, AOTInductor, jit.trace, ONNX."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import assert_same_bits, generator, random_input
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from masked_softmax_ext import (
+    MaskedSoftmax,
+    decomposition_table,
+    masked_log_softmax,
+    masked_softmax,
+    masked_softmax_,
+    packed_softmax,
+)
+
+Inputs = tuple[Tensor, Tensor]
+
+
+class Model(nn.Module):
+    """Calls with every option and with int lengths, between operations that a compiler may fuse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.softmax = MaskedSoftmax(scale=0.5)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        weights = self.softmax(x @ x.transpose(1, 2), lengths)
+        starts = (lengths > 2).to(torch.int64)
+        logs = masked_log_softmax(x * 2, 3, 1, starts=starts[:, None], dtype=torch.float64)
+        return weights @ x, logs.exp()
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # raised inside of torch
+        yield
+
+
+def inputs(rows: int, cols: int) -> Inputs:
+    lengths = torch.randint(1, 4, (rows,), generator=generator(rows))
+    return random_input((rows, cols, 6), torch.float32, seed=cols), lengths
+
+
+def dynamic_shapes() -> tuple[dict[int, Any], dict[int, Any]]:
+    batch = Dim("batch", min=2, max=64)
+    return {0: batch, 1: Dim("tokens", min=5, max=512)}, {0: batch}
+
+
+def exported() -> ExportedProgram:
+    return torch.export.export(Model(), inputs(3, 7), dynamic_shapes=dynamic_shapes())
+
+
+def assert_close_to_eager(got: Any, rows: int, cols: int) -> None:
+    for result, expected in zip(got, Model()(*inputs(rows, cols)), strict=True):
+        torch.testing.assert_close(torch.as_tensor(result), expected, rtol=1e-5, atol=1e-6)
+        assert float(expected.abs().max()) > 1e-2
+
+
+SIZES = ((2, 5), (4, 30))  # rows, cols; other than those of the export
+
+
+# torch.export
+
+
+def test_export() -> None:
+    """The operators are nodes of the graph; saved and loaded, it gives the bits of eager mode."""
+    program = exported()
+    targets = [str(node.target) for node in program.graph.nodes]
+    for name in ("masked_softmax", "masked_log_softmax"):
+        assert targets.count(f"masked_softmax_ext.{name}.default") == 1
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for rows, cols in SIZES:
+        for got, expected in zip(
+            loaded(*inputs(rows, cols)), Model()(*inputs(rows, cols)), strict=True
+        ):
+            assert_same_bits(got, expected)
+
+
+def test_exported_programs_check_lengths() -> None:
+    x, lengths = inputs(3, 7)
+    with pytest.raises(ValueError, match=r"row \(0, 0\) has length 10"):
+        exported().module()(x, lengths + 100)
+
+
+def test_export_of_writes() -> None:
+    """Decompositions turn in-place and out= calls into copies of the result."""
+
+    class InPlaceAndOut(nn.Module):
+        def forward(self, x: Tensor, lengths: Tensor, out: Tensor) -> Tensor:
+            masked_softmax(x, lengths, out=out)
+            return masked_softmax_(x * 2, lengths) + out
+
+    x = random_input((3, 5), torch.float32, seed=1)
+    arguments = (x, torch.tensor([1, 5, 0]), torch.zeros(3, 5))
+    program = torch.export.export(InPlaceAndOut(), arguments).run_decompositions({})
+    out = torch.zeros(3, 5)
+    got = program.module()(*arguments[:2], out)
+    assert_same_bits(out, masked_softmax(*arguments[:2]))
+    assert_same_bits(got, masked_softmax(x * 2, arguments[1]) + out)
+
+
+def test_export_of_packed_rows() -> None:
+    class Packed(nn.Module):
+        def forward(self, values: Tensor, offsets: Tensor) -> Tensor:
+            return packed_softmax(values, offsets, scale=0.5)
+
+    total, batch = Dim("total", min=2, max=10_000), Dim("batch", min=3, max=100)
+    program = torch.export.export(
+        Packed(),
+        (torch.zeros(5, 2), torch.tensor([0, 2, 5])),
+        dynamic_shapes=({0: total}, {0: batch}),
+    )
+    values = random_input((9, 2), torch.float32, seed=2)
+    offsets = torch.tensor([0, 4, 4, 9])
+    assert_same_bits(program.module()(values, offsets), packed_softmax(values, offsets, scale=0.5))
+
+
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11."),
+    reason="torch 2.11's AOTInductor passes dtypes to operators as numbers of the wrong enum",
+)
+def test_aot_inductor(tmp_path: Path) -> None:
+    package = torch._inductor.aoti_compile_and_package(
+        exported(), package_path=str(tmp_path / "model.pt2")
+    )
+    loaded = torch._inductor.aoti_load_package(package)
+    for rows, cols in SIZES:
+        assert_close_to_eager(loaded(*inputs(rows, cols)), rows, cols)
+
+
+# torch.jit.trace
+
+
+def test_trace() -> None:
+    """torch.jit.trace, deprecated but still supported; saved, loaded, run with other sizes."""
+    traced = torch.jit.trace(Model(), inputs(3, 7))
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    assert "masked_softmax_ext::masked_softmax" in str(traced.inlined_graph)
+    for rows, cols in SIZES:
+        assert_close_to_eager(loaded(*inputs(rows, cols)), rows, cols)
+
+
+# Decompositions and ONNX
+
+
+def test_decompositions() -> None:
+    """No operator of the package is left, and the values are the same."""
+    program = exported().run_decompositions(decomposition_table())
+    assert not any("masked_softmax_ext" in str(node.target) for node in program.graph.nodes)
+    for rows, cols in SIZES:
+        assert_close_to_eager(program.module()(*inputs(rows, cols)), rows, cols)
+
+
+def test_decomposition_of_edges(log: bool) -> None:
+    """Empty rows, -inf, starts, integer and 0-dim input; packed rows are not decomposed."""
+    name = "masked_log_softmax" if log else "masked_softmax"
+    operator = getattr(torch.ops.masked_softmax_ext, name).default
+    decomposed = decomposition_table()[operator]
+    x = random_input((3, 4), torch.float16, seed=4)
+    x[1, 2] = float("-inf")
+    for arguments, options in (
+        ((x, torch.tensor([4, 0, 2])), {}),
+        ((x, torch.tensor([3, 3, 0, 1]), 0, torch.tensor([0, 0, 1, 2])), {"scale": -0.5}),
+        ((x.to(torch.int32), torch.tensor(2)), {"dtype": torch.bfloat16}),
+        ((x[0, 0], torch.tensor(1)), {}),
+    ):
+        expected = operator(*arguments, **options)
+        torch.testing.assert_close(decomposed(*arguments, **options), expected)
+    assert decomposed(x[0], torch.tensor([4]), 0, torch.tensor([0]), packed=4) is NotImplemented
+
+
+def load_in_onnx_runtime(path: str) -> Callable[..., list[Any]]:
+    """A function of the model's inputs, in order."""
+    session = pytest.importorskip("onnxruntime").InferenceSession(path)
+    names = [entry.name for entry in session.get_inputs()]
+
+    def run(*tensors: Tensor) -> list[Any]:
+        feed = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
+        result: list[Any] = session.run(None, feed)
+        return result
+
+    return run
+
+
+@pytest.mark.parametrize("source", ["model", "exported program"])
+def test_onnx(source: str, tmp_path: Path) -> None:
+    """Standard ONNX operators only; ONNX Runtime gives the same results, for other sizes too."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    if source == "model":
+        program = torch.onnx.export(
+            Model(), inputs(3, 7), dynamo=True, dynamic_shapes=dynamic_shapes(), verbose=False
+        )
+    else:
+        decomposed = exported().run_decompositions(decomposition_table())
+        program = torch.onnx.export(decomposed, dynamo=True, verbose=False)
+    assert program is not None
+    path = str(tmp_path / "model.onnx")
+    program.save(path)
+    assert {node.domain for node in onnx.load(path).graph.node} == {""}
+    run = load_in_onnx_runtime(path)
+    for rows, cols in SIZES:
+        assert_close_to_eager(run(*inputs(rows, cols)), rows, cols)
+
+
+def test_onnx_of_an_empty_row(tmp_path: Path) -> None:
+    """Zeros, where the unfused formulation gives NaN."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    x, lengths = random_input((3, 5), torch.float32, seed=5), torch.tensor([0, 5, 2])
+    program = torch.onnx.export(MaskedSoftmax(), (x, lengths), dynamo=True, verbose=False)
+    assert program is not None
+    path = str(tmp_path / "model.onnx")
+    program.save(path)
+    (got,) = load_in_onnx_runtime(path)(x, lengths)
+    torch.testing.assert_close(torch.from_numpy(got), masked_softmax(x, lengths))
+    assert bool((torch.from_numpy(got)[0] == 0).all())
