@@ -1,8 +1,8 @@
 """Promise: whatever is asked, every CUDA strategy gives the right answer. Generated cases.
 
-As tests/test_properties.py, of which this has the properties; each case forces a strategy. All
-memory lies in poison, and what a case does not own must be as it was afterwards. One case in eight
-runs with every access looked up.
+As tests/numerics/test_properties.py, of which this has the properties; each case forces a strategy.
+All memory lies in poison, and what a case does not own must be as it was afterwards. One case in
+eight runs with every access looked up.
 
 python -m pytest tests/emulator/test_strategy_properties.py --hypothesis-profile=long runs a hundred
 times as many.
@@ -11,12 +11,10 @@ times as many.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from cases import (
@@ -48,15 +46,14 @@ from generated import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy_reference import is_nan_row
 from tolerances import (
-    Truth,
+    assert_derivative,
     assert_forward,
     assert_gradient,
+    assert_gradient_rows_sum_to_zero,
     assert_padding,
     assert_rows_sum_to_one,
-    assert_within,
-    computing_dtype,
-    to_wide,
 )
 
 FORWARD = ("softmax", "log_softmax")
@@ -336,63 +333,7 @@ def test_other_derivatives_agree_with_float64(
     run: Runner, strategy: str, data: st.DataObject
 ) -> None:
     call = data.draw(calls(strategy, tuple(RARE)))
-    compute = computing_dtype(call.dtype, *(x.dtype for x in call.inputs))
-    valid = as_rows(call.valid, -1).numpy()
-    wide = [np.where(valid, to_wide(as_rows(x, -1), compute), 0.0) for x in call.inputs]
-    value, magnitude = DERIVATIVES[call.operation](*wide)
-    scale = 1.0 if call.scale is None else call.scale
-    bound = 8 * torch.finfo(compute).eps * abs(scale) * magnitude
-    got = run(call)
-    truth = Truth(np.where(valid, scale * value, 0.0), np.zeros_like(value), valid)
-    assert_within(got, truth, bound, compute, -1, call.operation)
-    assert_padding(got, call.lengths, -1, call.starts, 0.0)
-
-
-Wide = np.ndarray[Any, Any]
-
-
-def total(x: Wide) -> Wide:
-    result: Wide = x.sum(axis=1, keepdims=True)
-    return result
-
-
-def log_softmax_jvp(v: Wide, y: Wide) -> tuple[Wide, Wide]:
-    terms = v * np.exp(y)
-    return v - total(terms), abs(v) + total((1 + abs(y)) * abs(terms))
-
-
-def softmax_backward_wrt_y(v: Wide, g: Wide, y: Wide) -> tuple[Wide, Wide]:
-    magnitude = abs(v) * (abs(g) + total(abs(g * y))) + abs(g) * total(abs(v * y))
-    return v * (g - total(g * y)) - g * total(v * y), magnitude
-
-
-def log_softmax_backward_wrt_y(v: Wide, g: Wide, y: Wide) -> tuple[Wide, Wide]:
-    p = np.exp(y)
-    return -v * p * total(g), (1 + abs(y)) * abs(v) * p * total(abs(g))
-
-
-def softmax_backward_jvp_wrt_y(v: Wide, g: Wide, y: Wide) -> tuple[Wide, Wide]:
-    magnitude = abs(v) * (abs(g) + total(abs(g * y))) + y * total(abs(v * g))
-    return v * (g - total(g * y)) - y * total(v * g), magnitude
-
-
-def log_softmax_jvp_jvp_wrt_y(v: Wide, u: Wide, y: Wide) -> tuple[Wide, Wide]:
-    terms = v * u * np.exp(y)
-    value = total(terms) + 0 * v
-    return -value, total((1 + abs(y)) * abs(terms)) + 0 * v
-
-
-# Values, and the terms' magnitudes; as Operation in csrc/common/problem.h defines them.
-DERIVATIVES: dict[str, Callable[..., tuple[Wide, Wide]]] = {
-    f.__name__: f
-    for f in (
-        log_softmax_jvp,
-        softmax_backward_wrt_y,
-        log_softmax_backward_wrt_y,
-        softmax_backward_jvp_wrt_y,
-        log_softmax_jvp_jvp_wrt_y,
-    )
-}
+    assert_derivative(call.operation, run(call), call.inputs, call.lengths, **call.options())
 
 
 @each_strategy
@@ -401,11 +342,9 @@ DERIVATIVES: dict[str, Callable[..., tuple[Wide, Wide]]] = {
 def test_special_values_stay_in_their_row(run: Runner, strategy: str, data: st.DataObject) -> None:
     """NaN rows are those that torch.softmax has, valid columns only; all others are right."""
     call = data.draw(calls(strategy, FORWARD, special=True, scales=PLAIN_SCALES))
-    x, valid = as_rows(call.inputs[0], -1).double(), as_rows(call.valid, -1)
+    valid = as_rows(call.valid, -1)
     got = as_rows(run(call), -1).clone()
-    signed = (-x if call.scale == -1.0 else x).masked_fill(~valid, 0.0)
-    nothing = (signed == -math.inf).sum(-1) == valid.sum(-1)
-    is_nan = (signed.isnan() | (signed == math.inf)).any(-1) | (nothing & valid.any(-1))
+    is_nan = is_nan_row(as_rows(call.inputs[0], -1), valid, call.scale)
     assert bool((got.isnan() == (is_nan[:, None] & valid)).all())
     got[is_nan] = call.padding
     lengths = valid.sum(-1).masked_fill(is_nan, 0)
@@ -567,13 +506,6 @@ def test_a_gradients_rows_sum_to_zero(run: Runner, strategy: str, data: st.DataO
     y = run(replace(call, operation=forward, inputs=call.inputs[1:]))
     inputs = tuple(call.output.place(t, call.valid, math.nan) for t in (g, y))
     gradient = run(replace(call, inputs=inputs))
-    valid = as_rows(call.valid, -1)
-    rows, p = as_rows(gradient, -1).double(), as_rows(y, -1).double()
-    p = p.exp() if call.is_log else p
-    magnitude = as_rows(g, -1).double().abs().masked_fill(~valid, 0.0)
-    weighted = (magnitude if call.is_log else magnitude * p).sum(-1, keepdim=True)
-    allowed = (magnitude + p * weighted if call.is_log else p * (magnitude + weighted)).sum(-1)
-    # That p sums to 1 is known to 8 eps, each element of the gradient to as much.
-    factor = abs(call.scale or 1.0) * torch.finfo(y.dtype).eps
-    bound = factor * (16 * allowed + 8 * weighted.squeeze(-1)) + 1e-300
-    assert bool((rows.sum(-1).abs() <= bound).all())
+    assert_gradient_rows_sum_to_zero(
+        gradient, y, g, call.lengths, log=call.is_log, **call.options()
+    )
