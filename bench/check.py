@@ -48,7 +48,7 @@ def compared_slices(case: Case) -> Tensor:
 
 
 def truth_of(data: Data, uses_lengths: bool) -> Truth:
-    """The reference's result for the first input, or its gradient if the case has a backward pass."""
+    """The reference's result for the first input; with a backward pass, its gradient."""
     case = data.case
     slices = compared_slices(case)
     lengths = data.lengths[slices] if uses_lengths else case.cols
