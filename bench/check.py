@@ -1,4 +1,4 @@
-"""Checks a candidate's result against float64, before it is timed."""
+"""Checks a candidate's result against the shipped reference in float64, before it is timed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.baselines import padding_mask
 from bench.cases import Case, Data
+from masked_softmax_ext import reference
 
 # Of a large tensor, only evenly spaced slices of the first dimension are compared.
 COMPARED_ELEMS = 1 << 20
@@ -48,21 +48,20 @@ def compared_slices(case: Case) -> Tensor:
 
 
 def truth_of(data: Data, uses_lengths: bool) -> Truth:
-    """The result for the first input, or its gradient if the case has a backward pass."""
+    """The reference's result for the first input; with a backward pass, its gradient."""
     case = data.case
     slices = compared_slices(case)
-    lengths = data.lengths[slices]
-    x = data.inputs[0][slices].double()
-    if not uses_lengths:
-        lengths = torch.full_like(lengths, case.cols)
-    padding = padding_mask(x, lengths, case.dim)
-    y = torch.softmax(x.masked_fill(padding, -torch.inf), case.dim).nan_to_num(0.0)
+    lengths = data.lengths[slices] if uses_lengths else case.cols
+    x = data.inputs[0][slices].double().requires_grad_(data.gradient is not None)
+    valid = reference.valid_mask(x, lengths, case.dim)
+    y = reference.masked_softmax(x, lengths, case.dim)
     if data.gradient is None:
-        return Truth(slices, ~padding, y, y)
+        return Truth(slices, valid, y, y)
     g = data.gradient[slices].double()
-    value = y * (g - (y * g).sum(case.dim, keepdim=True))
+    (value,) = torch.autograd.grad(y, x, g)
+    y = y.detach()
     magnitude = y * (g.abs() + (y * g.abs()).sum(case.dim, keepdim=True))
-    return Truth(slices, ~padding, value, magnitude)
+    return Truth(slices, valid, value, magnitude)
 
 
 def check(name: str, got: Tensor, truth: Truth, case: Case, is_baseline: bool) -> None:

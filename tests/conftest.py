@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from cases import CAPABILITIES, FLOATING, short_name
+from cases import ARCHITECTURES, CAPABILITIES, FLOATING, short_name
 from numpy_reference import HAS_LONG_DOUBLE
 
 import masked_softmax_ext
@@ -27,13 +27,6 @@ else:
     )
     settings.register_profile("long", parent=settings.get_profile("default"), max_examples=100_000)
     settings.load_profile("default")
-
-# platform.machine() of the architectures that each instruction set is compiled for.
-ARCHITECTURES = {
-    "avx2": ("x86_64", "AMD64"),
-    "avx512": ("x86_64", "AMD64"),
-    "neon": ("aarch64", "arm64"),
-}
 
 
 def why_unavailable(name: str) -> str | None:

@@ -26,9 +26,10 @@ from torch._subclasses import FakeTensorMode  # no public spelling
 # draw is instrumented too: its branches tell the fuzzer which kind of argument it has drawn.
 with atheris.instrument_imports(include=["masked_softmax_ext", "draw"]):
     from draw import Draw, is_plain, shape_of
+    from operators import FORWARD_OPERATORS, SCORE_TENSORS, takes_input_dtype
 
     import masked_softmax_ext
-    from masked_softmax_ext import _operators, reference
+    from masked_softmax_ext import reference
 
 OPERATORS = torch.ops.masked_softmax_ext
 
@@ -47,7 +48,7 @@ FORWARD = {
 REFERENCES = [function for name, function in FORWARD.items() if name.startswith("reference.")]
 
 # The number of score-shaped tensors that each operator takes.
-SCORES = {"masked_softmax_": 1, **_operators.SCORE_TENSORS}
+SCORES = {"masked_softmax_": 1, **SCORE_TENSORS}
 
 EXPECTED = (TypeError, ValueError, IndexError, RuntimeError)  # NotImplementedError: RuntimeError
 UNEXPECTED = (UnicodeError, RecursionError)  # subclasses of these
@@ -259,7 +260,7 @@ def call_operator(draw: Draw, name: str) -> None:
     options: dict[str, Any] = {}
     if SCORES[name] > 1:
         rows.append(draw.scale())
-        if name in ("masked_softmax_backward", "masked_log_softmax_backward"):
+        if takes_input_dtype(name):
             rows.append(draw.dtype())
         if draw.one_in(4):
             rows.append(draw.one_of((-1, 0, 1, 5, 2**40, None)))
@@ -300,7 +301,7 @@ def call_any_function(draw: Draw) -> None:
     if target == 0:
         return call_operator(draw, draw.one_of(tuple(SCORES)))
     if target == 1:
-        return call_transformed(draw, draw.one_of(("masked_softmax", "masked_log_softmax")))
+        return call_transformed(draw, draw.one_of(FORWARD_OPERATORS))
     if target == 2:
         return call_packed(draw, draw.one_of(("packed_softmax", "packed_log_softmax")))
     name = tuple(FORWARD)[target - 4]

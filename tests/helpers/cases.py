@@ -11,7 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# The instruction sets with kernels, and platform.machine() of the architectures that those other
+# than "scalar" are compiled for.
 CAPABILITIES = ("scalar", "avx2", "avx512", "neon")
+ARCHITECTURES = {
+    "avx2": ("x86_64", "AMD64"),
+    "avx512": ("x86_64", "AMD64"),
+    "neon": ("aarch64", "arm64"),
+}
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGER = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)

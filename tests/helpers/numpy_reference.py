@@ -118,7 +118,7 @@ def is_nan_row(x: Tensor, valid: Tensor, scale: float | None = None) -> Tensor:
     return (signed.isnan() | (signed == torch.inf)).any(-1) | only_lowest
 
 
-# Derivatives, each named after its operation and with its arguments (csrc/common/problem.h).
+# Derivatives, each named after its operator without "masked_" and with its score-shaped arguments.
 # Returned are the value without the factor `scale`, and the sum of the magnitudes of its terms,
 # with which the allowed error grows. An exponential of y is accurate to (1 + |y|) eps. Padding of
 # the arguments holds zeros.
@@ -138,22 +138,22 @@ def log_softmax_jvp(v: Wide, y: Wide) -> tuple[Wide, Wide]:
     return v - total(terms), abs(v) + total((1 + abs(y)) * abs(terms))
 
 
-def softmax_backward_wrt_y(v: Wide, g: Wide, y: Wide) -> tuple[Wide, Wide]:
+def softmax_backward_wrt_output(v: Wide, g: Wide, y: Wide) -> tuple[Wide, Wide]:
     magnitude = abs(v) * (abs(g) + total(abs(g * y))) + abs(g) * total(abs(v * y))
     return v * (g - total(g * y)) - g * total(v * y), magnitude
 
 
-def log_softmax_backward_wrt_y(v: Wide, g: Wide, y: Wide) -> tuple[Wide, Wide]:
+def log_softmax_backward_wrt_output(v: Wide, g: Wide, y: Wide) -> tuple[Wide, Wide]:
     p = np.exp(y)
     return -v * p * total(g), (1 + abs(y)) * abs(v) * p * total(abs(g))
 
 
-def softmax_backward_jvp_wrt_y(v: Wide, g: Wide, y: Wide) -> tuple[Wide, Wide]:
+def softmax_backward_jvp_wrt_output(v: Wide, g: Wide, y: Wide) -> tuple[Wide, Wide]:
     magnitude = abs(v) * (abs(g) + total(abs(g * y))) + y * total(abs(v * g))
     return v * (g - total(g * y)) - y * total(v * g), magnitude
 
 
-def log_softmax_jvp_jvp_wrt_y(v: Wide, u: Wide, y: Wide) -> tuple[Wide, Wide]:
+def log_softmax_jvp_jvp_wrt_output(v: Wide, u: Wide, y: Wide) -> tuple[Wide, Wide]:
     terms = v * u * np.exp(y)
     value, magnitude = -total(terms), total((1 + abs(y)) * abs(terms))
     return np.broadcast_to(value, y.shape), np.broadcast_to(magnitude, y.shape)
@@ -165,10 +165,10 @@ DERIVATIVES: dict[str, Callable[..., tuple[Wide, Wide]]] = {
         softmax_backward,
         log_softmax_backward,
         log_softmax_jvp,
-        softmax_backward_wrt_y,
-        log_softmax_backward_wrt_y,
-        softmax_backward_jvp_wrt_y,
-        log_softmax_jvp_jvp_wrt_y,
+        softmax_backward_wrt_output,
+        log_softmax_backward_wrt_output,
+        softmax_backward_jvp_wrt_output,
+        log_softmax_jvp_jvp_wrt_output,
     )
 }
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from calls import forward, forward_backward
 from cases import FLOATING, assert_same_bits, random_input, row_shape, short_name, valid_like
-from tolerances import assert_gradient
+from operators import DERIVATIVE_OPERATORS, SCORE_TENSORS, find_operator, takes_input_dtype
+from tolerances import assert_derivative, assert_gradient
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -46,6 +47,26 @@ def forward_valid(
     """The result with 0 in the padding: log_softmax's -inf has no finite differences."""
     y = forward(x, lengths, dim, log=log, **arguments)
     return y.masked_fill(~valid_like(y, lengths, dim, arguments.get("starts")), 0.0)
+
+
+# Against the formulas
+
+
+@pytest.mark.parametrize("name", DERIVATIVE_OPERATORS)
+def test_every_derivative_operator_agrees_with_float64(
+    capability: str, compared_dtype: torch.dtype, name: str
+) -> None:
+    cols = 77
+    lengths = torch.arange(0, cols + 1, 3)
+    starts = (cols - lengths) // 2
+    shape = (len(lengths), cols)
+    x, *others = (random_input(shape, compared_dtype, seed) for seed in range(SCORE_TENSORS[name]))
+    y = forward(x, lengths, log="log" in name, starts=starts, scale=0.7)
+    inputs = (*others, y)
+    options = (compared_dtype,) if takes_input_dtype(name) else ()
+    got = find_operator(name)(*inputs, lengths, -1, starts, 0.7, *options)
+    operation = name.removeprefix("masked_")
+    assert_derivative(operation, got, inputs, lengths, starts=starts, scale=0.7)
 
 
 # Against finite differences

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from numpy_reference import (
     softmax,
     total,
 )
+from operators import DERIVATIVE_OPERATORS, SCORE_TENSORS
 from tolerances import (
     assert_forward,
     assert_gradient,
@@ -100,11 +102,19 @@ def test_expected_jvp_equals_torch() -> None:
 
 # An operation, the operation of which it is a derivative, and whether it is a VJP (else a JVP).
 SECOND_ORDER = [
-    ("softmax_backward_wrt_y", "softmax_backward", True),
-    ("log_softmax_backward_wrt_y", "log_softmax_backward", True),
-    ("softmax_backward_jvp_wrt_y", "softmax_backward", False),
-    ("log_softmax_jvp_jvp_wrt_y", "log_softmax_jvp", False),
+    ("softmax_backward_wrt_output", "softmax_backward", True),
+    ("log_softmax_backward_wrt_output", "log_softmax_backward", True),
+    ("softmax_backward_jvp_wrt_output", "softmax_backward", False),
+    ("log_softmax_jvp_jvp_wrt_output", "log_softmax_jvp", False),
 ]
+
+
+def test_each_derivative_operator_has_a_formula() -> None:
+    formulas = {name: len(signature(formula).parameters) for name, formula in DERIVATIVES.items()}
+    operators = {name.removeprefix("masked_"): SCORE_TENSORS[name] for name in DERIVATIVE_OPERATORS}
+    assert formulas == operators
+    second_order = [name for name, scores in operators.items() if scores == 3]
+    assert [operation for operation, _, _ in SECOND_ORDER] == second_order
 
 
 @pytest.mark.parametrize(("operation", "first_order", "is_vjp"), SECOND_ORDER)

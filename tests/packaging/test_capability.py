@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 
 import pytest
-from cases import CAPABILITIES
+from cases import ARCHITECTURES, CAPABILITIES
 from child import run_python
 
 import masked_softmax_ext
@@ -41,6 +41,14 @@ def test_instruction_sets_are_listed_from_scalar_to_best() -> None:
     available = _C.cpu_capabilities()
     assert available == [name for name in CAPABILITIES if name in available]
     assert available[0] == "scalar"
+
+
+def test_every_compiled_instruction_set_is_tested() -> None:
+    """The tests' list is that of the extension and those of other architectures."""
+    here = platform.machine()
+    others = [name for name, machines in ARCHITECTURES.items() if here not in machines]
+    compiled = masked_softmax_ext.build_info()["cpu_capabilities"]
+    assert sorted(CAPABILITIES) == sorted([*compiled, *others])
 
 
 def test_processor_features_are_detected() -> None:

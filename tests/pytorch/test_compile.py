@@ -9,6 +9,13 @@ import pytest
 import torch
 from calls import forward, forward_backward
 from cases import FLOATING, assert_same_bits, generator, random_input, short_name
+from operators import (
+    BACKWARD_OPERATORS,
+    FORWARD_OPERATORS,
+    OTHER_DERIVATIVES,
+    SCORE_TENSORS,
+    find_operator,
+)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -333,11 +340,11 @@ def opcheck_arguments() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     }
 
 
-@pytest.mark.parametrize("name", ["masked_softmax", "masked_log_softmax"])
+@pytest.mark.parametrize("name", FORWARD_OPERATORS)
 @pytest.mark.parametrize("arguments", ["defaults", "with grad", "all arguments"])
 def test_opcheck(name: str, arguments: str) -> None:
     args, kwargs = opcheck_arguments()[arguments]
-    torch.library.opcheck(getattr(OPERATORS, name).default, args, kwargs)
+    torch.library.opcheck(find_operator(name), args, kwargs)
 
 
 def test_opcheck_in_place() -> None:
@@ -346,7 +353,7 @@ def test_opcheck_in_place() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["masked_softmax", "masked_log_softmax"])
+@pytest.mark.parametrize("name", FORWARD_OPERATORS)
 def test_opcheck_out(name: str) -> None:
     torch.library.opcheck(
         getattr(OPERATORS, name).out,
@@ -355,29 +362,18 @@ def test_opcheck_out(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["masked_softmax_backward", "masked_log_softmax_backward"])
+@pytest.mark.parametrize("name", BACKWARD_OPERATORS)
 @pytest.mark.parametrize("with_grad", [False, True], ids=["without grad", "with grad"])
 def test_opcheck_backward(name: str, with_grad: bool) -> None:
     y = masked_softmax(X, LENGTHS).requires_grad_(with_grad)
     g = random_input((3, 5), torch.float32, seed=14).requires_grad_(with_grad)
-    torch.library.opcheck(
-        getattr(OPERATORS, name).default, (g, y, LENGTHS, -1, None, 0.5, torch.float32)
-    )
+    torch.library.opcheck(find_operator(name), (g, y, LENGTHS, -1, None, 0.5, torch.float32))
 
 
-@pytest.mark.parametrize(
-    ("name", "num_inputs"),
-    [
-        ("masked_log_softmax_jvp", 2),
-        ("masked_softmax_backward_wrt_output", 3),
-        ("masked_log_softmax_backward_wrt_output", 3),
-        ("masked_softmax_backward_jvp_wrt_output", 3),
-        ("masked_log_softmax_jvp_jvp_wrt_output", 3),
-    ],
-)
-def test_opcheck_second_order(name: str, num_inputs: int) -> None:
-    tensors = [random_input((3, 5), torch.float32, seed=15 + i) for i in range(num_inputs)]
-    operator = getattr(OPERATORS, name).default
+@pytest.mark.parametrize("name", OTHER_DERIVATIVES)
+def test_opcheck_other_derivatives(name: str) -> None:
+    tensors = [random_input((3, 5), torch.float32, seed=15 + i) for i in range(SCORE_TENSORS[name])]
+    operator = find_operator(name)
     torch.library.opcheck(operator, (*tensors, LENGTHS, -1, STARTS, 0.5))
     torch.library.opcheck(
         operator, (*tensors, torch.tensor([2, 1]), 0, torch.tensor([0, 2]), 2.0, 2)
@@ -396,14 +392,12 @@ def test_every_operator_has_an_opcheck() -> None:
         test_opcheck,
         test_opcheck_out,
         test_opcheck_backward,
-        test_opcheck_second_order,
+        test_opcheck_other_derivatives,
     )
     for test in tests:
         for mark in test.pytestmark:
             if mark.args[0] == "name":
                 checked.update(mark.args[1])
-            elif mark.args[0] == ("name", "num_inputs"):
-                checked.update(name for name, _ in mark.args[1])
     assert checked == registered
 
 

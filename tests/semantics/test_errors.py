@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from calls import forward
-from cases import INTEGER, assert_same_bits, random_input, short_name
+from cases import FLOATING, INTEGER, assert_same_bits, random_input, short_name
+from operators import BACKWARD_OPERATORS, FORWARD_OPERATORS, SCORE_TENSORS
 from torch import Tensor
 
 import masked_softmax_ext
@@ -275,6 +276,14 @@ def test_dtype_that_is_not_a_floating_point_type(call: Call) -> None:
             call(scores(), torch.tensor([1]), dtype=dtype)
 
 
+@every(OUT_OF_PLACE)
+def test_a_wrong_dtype_gets_a_list_of_all_floating_point_types(call: Call) -> None:
+    with pytest.raises(TypeError) as caught:
+        call(scores(), torch.tensor([1]), dtype=torch.int32)
+    listed = re.findall(r"\bb?float\d+\b", str(caught.value))
+    assert sorted(listed) == sorted(map(short_name, FLOATING))
+
+
 def test_dtype_that_is_not_a_dtype() -> None:
     """The same message for int and tensor lengths."""
     for lengths in (1, torch.tensor([1])):
@@ -372,12 +381,11 @@ def test_other_functions_with_tensors_that_are_not_dense() -> None:
 
 def test_every_operator_rejects_tensors_that_are_not_dense() -> None:
     """Each has a kernel for every dispatch key of such tensors."""
-    names = [
-        name
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("masked_softmax_ext::")
-    ]
-    assert len(names) >= 12
+    prefix = "masked_softmax_ext::"
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix)]
+    with_out = [f"{name}.out" for name in FORWARD_OPERATORS]
+    expected = {"masked_softmax_", *SCORE_TENSORS, *with_out}
+    assert {name.removeprefix(prefix) for name in names} == expected
     layouts, devices = ("Sparse", "SparseCsr", "NestedTensor"), ("CPU", "CUDA", "Meta")
     keys = [layout + device for layout in layouts for device in devices]
     for key in (*keys, "MkldnnCPU", "QuantizedCPU", "QuantizedCUDA"):
@@ -403,6 +411,14 @@ def test_lengths_of_a_wrong_dtype(call: Call, argument: str) -> None:
             call(scores(), indices["lengths"], starts=indices["starts"])
         assert argument in str(caught.value)
         assert "integer" in str(caught.value)
+
+
+@every({**CALLS, "packed_softmax": masked_softmax_ext.packed_softmax})
+def test_wrong_lengths_get_a_list_of_all_integer_types(call: Call) -> None:
+    with pytest.raises(TypeError) as caught:
+        call(scores(), torch.ones(4))
+    listed = re.findall(r"\bu?int\d+\b", str(caught.value))
+    assert sorted(listed) == sorted(map(short_name, INTEGER))
 
 
 @every(FUNCTIONS)
@@ -702,7 +718,7 @@ def test_a_storage_smaller_than_its_tensor_in_the_backward_pass() -> None:
 # The operators of the backward pass
 
 
-@pytest.mark.parametrize("name", ["masked_softmax_backward", "masked_log_softmax_backward"])
+@pytest.mark.parametrize("name", BACKWARD_OPERATORS)
 def test_backward_operators_check_their_arguments(name: str) -> None:
     """They can be called directly, so no argument may make them access other memory."""
     backward = getattr(OPERATORS, name)
