@@ -15,8 +15,13 @@ namespace {
 
 using torch::autograd::variable_list;
 
-// How the derivatives depend on each other. Formulas: common/formulas.h. A derivative d(a, y) is linear in its first
-// input a, so it also is its own jvp along a.
+// The derivatives of an operation. Formulas: common/formulas.h.
+//
+// A first derivative d(a, y) takes a gradient or a tangent a and the saved output y. It is linear in a, so its jvp
+// along a is d itself. Its other derivatives:
+//   kTransposed(grad, y)         reverse mode, with respect to a
+//   kBackwardWrtY(grad, a, y)    reverse mode, with respect to y; of a jvp: kBackwardWrtY(a, grad, y)
+//   kJvpWrtY(tangent, a, y)      forward mode, along a tangent of y
 template <Operation kOperation>
 struct DerivativesOf;
 
@@ -36,8 +41,8 @@ template <>
 struct DerivativesOf<Operation::kSoftmaxBackward> {
   static constexpr const char* kNodeName = "MaskedSoftmaxExtBackwardBackward";
   static constexpr auto kTransposed = Operation::kSoftmaxBackward;
-  static constexpr auto kBackwardWrtY = Operation::kSoftmaxBackwardWrtY;  // (gradient of the result, a, y)
-  static constexpr auto kJvpWrtY = Operation::kSoftmaxBackwardJvpWrtY;    // (tangent of y, a, y)
+  static constexpr auto kBackwardWrtY = Operation::kSoftmaxBackwardWrtY;
+  static constexpr auto kJvpWrtY = Operation::kSoftmaxBackwardJvpWrtY;
 };
 template <>
 struct DerivativesOf<Operation::kLogSoftmaxBackward> {
@@ -50,11 +55,11 @@ template <>
 struct DerivativesOf<Operation::kLogSoftmaxJvp> {
   static constexpr const char* kNodeName = "MaskedLogSoftmaxExtJvpBackward";
   static constexpr auto kTransposed = Operation::kLogSoftmaxBackward;
-  static constexpr auto kBackwardWrtY = Operation::kLogSoftmaxBackwardWrtY;  // (a, gradient of the result, y)
+  static constexpr auto kBackwardWrtY = Operation::kLogSoftmaxBackwardWrtY;
   static constexpr auto kJvpWrtY = Operation::kLogSoftmaxJvpJvpWrtY;
 };
 
-// A first derivative d(a, y). A jvp always has y's type.
+// d(a, y), of type dtype; but a jvp always has y's type.
 template <Operation kOperation>
 at::Tensor call_derivative(const at::Tensor& a, const at::Tensor& y, const RowArguments& rows, at::ScalarType dtype,
                            OptionalInt packed) {
@@ -69,7 +74,7 @@ template <Operation kForward>
 constexpr GradientFormula kForwardFormula = {
     DerivativesOf<kForward>::kNodeName, 1,
     // saved: output
-    [](const SavedCall& c, const at::Tensor& grad, const variable_list& saved, const std::vector<bool>&) {
+    [](const CallView& c, const at::Tensor& grad, const variable_list& saved, const std::vector<bool>&) {
       return variable_list{call<DerivativesOf<kForward>::kBackward>(grad, saved[0], c.rows(), c.input_dtype, c.packed)};
     }};
 
@@ -77,7 +82,7 @@ template <Operation kDerivative>
 constexpr GradientFormula kDerivativeFormula = {
     DerivativesOf<kDerivative>::kNodeName, 2,
     // saved: a, output
-    [](const SavedCall& c, const at::Tensor& grad, const variable_list& saved, const std::vector<bool>& is_needed) {
+    [](const CallView& c, const at::Tensor& grad, const variable_list& saved, const std::vector<bool>& is_needed) {
       using D = DerivativesOf<kDerivative>;
       constexpr bool kIsBackward = info_of(kDerivative).signature == Signature::kBackward;
       const at::Tensor& a = saved[0];
@@ -102,7 +107,7 @@ void set_tangent(const at::Tensor& tensor, const at::Tensor& tangent, bool is_in
   tensor._set_fw_grad(tangent, /*level=*/0, is_in_place);
 }
 
-SavedCall saved_call(const RowArguments& rows, OptionalInt packed, at::ScalarType input_dtype) {
+CallView view_of(const RowArguments& rows, OptionalInt packed, at::ScalarType input_dtype) {
   return {{rows.dim, rows.scale, packed, input_dtype}, rows.lengths, rows.starts};
 }
 
@@ -114,9 +119,9 @@ at::Tensor forward(const at::Tensor& input, const RowArguments& rows, OptionalTy
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     output = call<kForward>(input, rows, dtype, validate, packed);
   }
-  const SavedCall saved = saved_call(rows, packed, input.scalar_type());
+  const CallView view = view_of(rows, packed, input.scalar_type());
   OperatorNode::Pointer owner;
-  OperatorNode* const node = OperatorNode::create(kForwardFormula<kForward>, saved, {&input}, owner);
+  OperatorNode* const node = OperatorNode::create(kForwardFormula<kForward>, view, {&input}, owner);
   if (node != nullptr) {
     torch::autograd::set_history(output, owner);
   }
@@ -140,8 +145,8 @@ at::Tensor derivative(const at::Tensor& a, const at::Tensor& y, const RowArgumen
     result = call_derivative<kDerivative>(a, y, rows, dtype, packed);
   }
   OperatorNode::Pointer owner;
-  const SavedCall saved = saved_call(rows, packed, result.scalar_type());
-  if (OperatorNode* node = OperatorNode::create(kDerivativeFormula<kDerivative>, saved, {&a, &y}, owner)) {
+  const CallView view = view_of(rows, packed, result.scalar_type());
+  if (OperatorNode* node = OperatorNode::create(kDerivativeFormula<kDerivative>, view, {&a, &y}, owner)) {
     node->save(a);
     node->save(y);
     torch::autograd::set_history(result, owner);
@@ -176,16 +181,16 @@ void forward_out(const at::Tensor& input, const RowArguments& rows, OptionalType
   TORCH_CHECK_NOT_IMPLEMENTED(!has_tangent(input) && !has_tangent(out), kName,
                               "(): functions with out=... arguments don't support forward-mode differentiation, but "
                               "one of the arguments has a tangent.");
-  const at::AutoDispatchBelowAutograd below_autograd;
+  const at::AutoDispatchBelowAutograd below_autograd;  // in_place.cpp is next
   call_operator<OutOperator<kForward>>(input, rows, dtype, validate, out);
 }
 
 void softmax_in_place(at::Tensor& input, const RowArguments& rows, bool validate) {
   torch::autograd::check_inplace(input, torch::autograd::compute_requires_grad(input));
-  const SavedCall saved = saved_call(rows, std::nullopt, input.scalar_type());
+  const CallView view = view_of(rows, std::nullopt, input.scalar_type());
   OperatorNode::Pointer owner;
   // Whatever can fail comes before the write: saving lengths, and allocating memory for the tangent.
-  OperatorNode* const node = OperatorNode::create(kForwardFormula<Operation::kSoftmax>, saved, {&input}, owner);
+  OperatorNode* const node = OperatorNode::create(kForwardFormula<Operation::kSoftmax>, view, {&input}, owner);
   at::Tensor tangent;
   if (has_tangent(input)) {
     const at::Tensor primal = primal_of(input);
@@ -193,7 +198,7 @@ void softmax_in_place(at::Tensor& input, const RowArguments& rows, bool validate
     tangent = call<Operation::kSoftmaxBackward>(tangent_of(input), y, rows, y.scalar_type(), std::nullopt);
   }
   {
-    const at::AutoDispatchBelowAutograd below_autograd;
+    const at::AutoDispatchBelowAutograd below_autograd;  // in_place.cpp is next
     call_operator<SoftmaxInPlaceOperator>(input, rows, validate);
   }
   if (node != nullptr) {

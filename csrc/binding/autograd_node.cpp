@@ -26,13 +26,13 @@ auto make_node(Arguments&&... arguments) {
 
 }  // namespace
 
-OperatorNode::OperatorNode(const GradientFormula& formula, const SavedCall& call) : formula_(formula), options_(call) {
+OperatorNode::OperatorNode(const GradientFormula& formula, const CallView& call) : formula_(formula), options_(call) {
   saved_.reserve(5);
   saved_.push_back({SavedVariable(call.lengths, false), false});
   saved_.push_back({SavedVariable(call.starts, false), false});
 }
 
-OperatorNode* OperatorNode::create(const GradientFormula& formula, const SavedCall& call,
+OperatorNode* OperatorNode::create(const GradientFormula& formula, const CallView& call,
                                    std::initializer_list<const at::Tensor*> inputs, Pointer& owner) {
   bool requires_grad = false;
   for (const at::Tensor* input : inputs) {

@@ -22,7 +22,8 @@ struct CallOptions {
   at::ScalarType input_dtype;
 };
 
-struct SavedCall : CallOptions {
+// One call's arguments, while they are alive.
+struct CallView : CallOptions {
   const at::Tensor& lengths;
   const OptionalTensor& starts;
 
@@ -35,7 +36,7 @@ struct GradientFormula {
   size_t inputs;  // number of tensors that the operator is differentiated with respect to
   // Returns the gradients of the inputs, where is_needed, from the gradient of the result. `saved` holds the tensors
   // that save() got, in order.
-  torch::autograd::variable_list (*gradients)(const SavedCall& call, const at::Tensor& grad,
+  torch::autograd::variable_list (*gradients)(const CallView& call, const at::Tensor& grad,
                                               const torch::autograd::variable_list& saved,
                                               const std::vector<bool>& is_needed);
 };
@@ -45,10 +46,10 @@ class OperatorNode : public torch::autograd::Node {
   // std::shared_ptr or c10::intrusive_ptr, depending on the version of torch.
   using Pointer = decltype(torch::autograd::Edge::function);
 
-  OperatorNode(const GradientFormula& formula, const SavedCall& call);
+  OperatorNode(const GradientFormula& formula, const CallView& call);
 
   // Returns a node whose edges lead to the inputs' own nodes, or null if no input requires grad.
-  static OperatorNode* create(const GradientFormula& formula, const SavedCall& call,
+  static OperatorNode* create(const GradientFormula& formula, const CallView& call,
                               std::initializer_list<const at::Tensor*> inputs, Pointer& owner);
 
   void save(const at::Tensor& tensor);

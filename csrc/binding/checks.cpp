@@ -226,9 +226,9 @@ void check_like_output(const char* what, const at::Tensor& tensor, const at::Ten
                     output.sym_sizes(), ", but got ", tensor.sym_sizes());
 }
 
-void check_bounds(Problem& problem, const at::Tensor& input, const CallArguments& arguments) {
+void check_bounds(Problem& problem, const at::Tensor& scores, const CallArguments& arguments) {
   if (arguments.packed.has_value()) {
-    return check_packing(problem, input, arguments);
+    return check_packing(problem, scores, arguments);
   }
   const int64_t row = first_invalid_row(problem);
   if (row < 0) {
@@ -238,14 +238,14 @@ void check_bounds(Problem& problem, const at::Tensor& input, const CallArguments
   RowWalker(problem, row, row + 1).next(run);
   const int64_t start = run.raw_start(0);
   const int64_t length = run.raw_length(0);
-  const int64_t dim = at::maybe_wrap_dim(arguments.dim, input.dim());
+  const int64_t dim = at::maybe_wrap_dim(arguments.dim, scores.dim());
   if (!arguments.starts.has_value()) {
     TORCH_CHECK_VALUE(false, arguments.name, "(): expected 0 <= length <= ", problem.cols,
-                      " (input's size in dimension ", dim, "), but ", row_name(input, dim, row), " has length ",
+                      " (input's size in dimension ", dim, "), but ", row_name(scores, dim, row), " has length ",
                       length);
   }
   TORCH_CHECK_VALUE(false, arguments.name, "(): expected 0 <= start, 0 <= length and start + length <= ", problem.cols,
-                    " (input's size in dimension ", dim, "), but ", row_name(input, dim, row), " has start ", start,
+                    " (input's size in dimension ", dim, "), but ", row_name(scores, dim, row), " has start ", start,
                     " and length ", length);
 }
 

@@ -11,8 +11,8 @@ namespace masked_softmax {
 
 struct CallArguments : RowArguments {
   const char* name;    // of the function that messages name
-  OptionalInt packed;  // see operators.h
-  bool validate;       // on a device that does not check bounds before it computes: do so
+  OptionalInt packed;  // for packed rows, an upper bound of their lengths: see operators.h
+  bool validate;       // CUDA: check bounds before the launch, which synchronizes
 };
 
 // Returns the result's type, for an input of type `input` and the caller's dtype=.
@@ -32,8 +32,8 @@ void check_no_internal_overlap(const at::Tensor& output, const char* name);
 void check_like_output(const char* what, const at::Tensor& tensor, const at::Tensor& output,
                        const CallArguments& arguments);
 
-// Raises ValueError for the first row whose bounds are invalid. Reads the bounds, which must be in host memory. For
-// packed rows, sets the problem's upper bound of their lengths.
-void check_bounds(Problem& problem, const at::Tensor& input, const CallArguments& arguments);
+// Raises ValueError for the first row of `scores` whose bounds are invalid. Reads the bounds, which must be in host
+// memory. For packed rows, also sets problem.packing.longest to the longest row.
+void check_bounds(Problem& problem, const at::Tensor& scores, const CallArguments& arguments);
 
 }  // namespace masked_softmax

@@ -1,5 +1,7 @@
-// Every operator, for every device: check, allocate, compute. A Device says how it allocates and computes:
+// Every operator, for every device: check, allocate, compute. Derivatives call the saved result of the forward pass
+// `output`, and the tensor that they return `result`. A Device says how it allocates and computes:
 //
+//   // Contiguous, whatever the strides of `like`.
 //   static at::Tensor empty(const at::Tensor& like, at::ScalarType dtype, const CallArguments&);
 //   static void compute(Operation, const at::Tensor& output, std::initializer_list<const at::Tensor*> inputs,
 //                       const CallArguments&);

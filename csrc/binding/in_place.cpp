@@ -1,5 +1,6 @@
-// Counts writes (the tensors' version counters), one level below autograd: inference mode skips autograd, and what is
-// overwritten in it may have been saved for a backward pass outside.
+// Operators that write to an argument, out= or in place: bumps its version counter. That happens below autograd,
+// because inference mode skips autograd, and a tensor that it overwrites may have been saved for a backward pass
+// outside.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/variable.h>
@@ -9,10 +10,10 @@
 namespace masked_softmax {
 namespace {
 
-struct CountWrites {
+struct BumpVersion {
   template <class Call, class... Arguments>
   static void write(const char* name, at::Tensor& written, const Call& call, Arguments&... arguments) {
-    // torch checks this too, but only as it counts, after the values have been overwritten.
+    // bump_version() checks this too, but then the values are already overwritten.
     TORCH_CHECK(
         !written.is_inference() || c10::InferenceMode::is_enabled(), name,
         "(): Inplace update to inference tensor outside InferenceMode is not allowed. You can make a clone to get "
@@ -27,6 +28,6 @@ struct CountWrites {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(masked_softmax_ext, ADInplaceOrView, m) { register_write_kernels<CountWrites>(m); }
+TORCH_LIBRARY_IMPL(masked_softmax_ext, ADInplaceOrView, m) { register_write_kernels<BumpVersion>(m); }
 
 }  // namespace masked_softmax

@@ -1,10 +1,22 @@
 // The operators' C++ signatures and schemas, and typed calls of them through torch's dispatcher.
 //
-// Every operator takes its score-shaped tensors first, then the row arguments, then its options; the schemas name them.
-// `output` is the saved result of the forward pass. `packed` is None for padded rows. For packed rows, which lie end to
-// end in dimension `dim`, it is an upper bound of their lengths, or negative if the bound is unknown; lengths and
-// starts are then one-dimensional, one element a row. Operators that write to an argument return nothing, because torch
-// functionalizes no others.
+// A map of csrc/binding, in the order in which a call passes through it:
+//
+//   module.cpp                            Python's functions, which call the operators
+//   operators.h, schema.cpp               signatures and schemas of the operators
+//   autocast, autograd, in_place, negative, not_dense   one file for each dispatch key that wraps the operators
+//   autograd_node, compiled_autograd      the node of the autograd graph
+//   device_ops.h                          every operator on a device: check, allocate, compute
+//   cpu_ops, cuda_ops, meta_ops, without_cuda           the devices
+//   checks, overlap                       checks of the arguments
+//   make_problem                          tensors to the Problem that the kernels take
+//   threads                               torch's threads
+//
+// Every operator takes its score-shaped tensors first, then the row arguments, then its options. `output` is the saved
+// result of the forward pass. `packed` is None for padded rows. For packed rows, which lie end to end in dimension
+// `dim`, it is an upper bound of their lengths, or negative if the bound is unknown; lengths and starts are then
+// one-dimensional, one element a row. Operators that write to an argument return nothing, because torch functionalizes
+// no others.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -87,18 +99,23 @@ struct SecondOrder : OperatorSignature<at::Tensor, Scores<InputTensor, InputTens
 #undef MASKED_SOFTMAX_FORWARD_ROWS
 #undef MASKED_SOFTMAX_DERIVATIVE_ROWS
 
-// The operator of an operation: its name and signature, from the table of operations.
 template <Operation kOperation>
-struct FunctionalOperator;
-#define MASKED_SOFTMAX_OPERATION(Name, name, Signature_, Kernels) \
-  template <>                                                     \
-  struct FunctionalOperator<Operation::k##Name> {                 \
-    static constexpr const char* kName = "masked_" #name;         \
-    static constexpr const char* kOverload = "";                  \
-    using Signature = Signature_;                                 \
+struct SignatureOf;
+#define MASKED_SOFTMAX_OPERATION(Name, name, Signature, Kernels) \
+  template <>                                                    \
+  struct SignatureOf<Operation::k##Name> {                       \
+    using Type = Signature;                                      \
   };
 #include "common/operations.inc"
 #undef MASKED_SOFTMAX_OPERATION
+
+// The operator of an operation.
+template <Operation kOperation>
+struct FunctionalOperator {
+  static constexpr const char* kName = info_of(kOperation).name;
+  static constexpr const char* kOverload = "";
+  using Signature = typename SignatureOf<kOperation>::Type;
+};
 
 // Its overload with out=, for a forward operation.
 template <Operation kOperation>
@@ -147,7 +164,7 @@ const typename Operator::Signature::Handle& handle_of() {
   return handle;
 }
 
-// Calls an operator with (scores..., rows, options...).
+// Calls an operator with (scores..., rows, options...), through the dispatcher.
 template <class Operator, class... Arguments>
 auto call_operator(Arguments&&... arguments) {
   return Operator::Signature::call(handle_of<Operator>(), std::forward<Arguments>(arguments)...);

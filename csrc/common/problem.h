@@ -81,13 +81,14 @@ inline int64_t load_index(const RowIndex& index, int64_t offset) {
   return value;
 }
 
-// Whether scale * log2(e) or, in a forward pass, x - max might overflow float32. Such problems accumulate in float64.
+// Whether float32 might not hold scale * log2(e), or a forward pass's x - max where scale is so small that
+// scale * (x - max) does not overflow. Such problems accumulate in float64.
 inline bool is_scale_extreme(const Problem& problem) {
   const double magnitude = std::fabs(problem.scale);
   return magnitude > 0x1p100 || (is_forward(problem.operation) && magnitude < 0x1p-100);
 }
 
-// The accumulation type is the widest of the operands' types, at least float32.
+// The accumulation type is float64 if an operand is, or if scale is extreme; otherwise float32.
 inline bool accumulates_in_double(const Problem& problem) {
   bool is_double = problem.output.type == ElementType::kFloat64 || is_scale_extreme(problem);
   for (int i = 0; i < problem.input_count; ++i) {
@@ -117,9 +118,9 @@ inline bool columns_are_adjacent(const Problem& problem) {
   return adjacent;
 }
 
-// Forward passes multiply x by this factor as they load it, and use scale / factor as the scale. It is -1 where scale
-// is negative, so that the maximum of the loaded values is that of scale * x. It is small where scale is tiny: x - max
-// might overflow although scale * (x - max) does not.
+// Forward passes multiply x by this factor as they load it, and use scale / factor as the scale. It is -1 for a
+// negative scale, so that the maximum of the loaded values is that of scale * x. It is +-2^-64 for a tiny scale, where
+// x - max may overflow although scale * (x - max) does not.
 inline double input_factor(const Problem& problem) {
   if (!is_forward(problem.operation)) {
     return 1.0;

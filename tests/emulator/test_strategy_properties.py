@@ -27,7 +27,7 @@ from cases import (
     valid_columns,
     valid_like,
 )
-from emulator import OPERATIONS, STRATEGIES, TYPE_PAIRS, Emulator, Expected
+from emulator import OPERATIONS, STRATEGIES, TYPE_PAIRS, Emulator
 from torch import Tensor
 
 pytest.importorskip("hypothesis", reason="generated cases need hypothesis")
@@ -153,16 +153,6 @@ class Runner:
         others[call.output.positions()[written]] = False
         assert torch.equal(raw(memory)[others], raw(before[-1])[others]), "written outside the rows"
         return output.clone() if call.packed is None else output.where(written, call.padding)
-
-    def expected(self, call: Call) -> Expected:
-        output = torch.empty(call.inputs[0].shape, dtype=call.dtype)
-        return self._emulators[False].expected(
-            call.operation,
-            list(call.inputs),
-            output,
-            *self._bounds(call),
-            scale=1.0 if call.scale is None else call.scale,
-        )
 
     @staticmethod
     def _bounds(call: Call) -> list[int | Tensor]:
