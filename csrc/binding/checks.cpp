@@ -3,9 +3,9 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/WrapDimUtils.h>
 #include <c10/core/SymInt.h>
+#include <c10/util/StringUtil.h>
 
 #include <algorithm>
-#include <sstream>
 #include <string>
 #include <vector>
 
@@ -129,17 +129,10 @@ std::string row_name(const at::Tensor& input, int64_t dim, int64_t row) {
       row /= input.size(d);
     }
   }
-  std::ostringstream text;
   if (position.size() <= 1) {
-    text << "row " << (position.empty() ? 0 : position[0]);
-  } else {
-    text << "row (";
-    for (size_t i = 0; i < position.size(); ++i) {
-      text << (i == 0 ? "" : ", ") << position[i];
-    }
-    text << ")";
+    return c10::str("row ", position.empty() ? 0 : position[0]);
   }
-  return text.str();
+  return c10::str("row (", c10::Join(", ", position), ")");
 }
 
 // Checks that packed rows follow one another from the first column to the last.

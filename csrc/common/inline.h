@@ -8,3 +8,5 @@
 #define MASKED_SOFTMAX_INLINE inline __attribute__((always_inline))
 #define MASKED_SOFTMAX_HOST_DEVICE inline
 #endif
+
+#define MASKED_SOFTMAX_NOINLINE __attribute__((noinline))

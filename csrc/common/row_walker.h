@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "common/inline.h"
 #include "common/problem.h"
 
 namespace masked_softmax {
@@ -29,7 +30,7 @@ class RowRun {
 
   // bounds() of `count` rows from `first` on. The common case has a loop without branches: a row of 64 columns takes
   // 22 ns in all, and reading its bounds separately would take 4.
-  void read_bounds(int64_t first, int64_t count, RowBounds* to) const {
+  MASKED_SOFTMAX_NOINLINE void read_bounds(int64_t first, int64_t count, RowBounds* to) const {
     if (lengths_index_->data == nullptr || starts_index_->data != nullptr) {
       for (int64_t i = 0; i < count; ++i) {
         to[i] = bounds(first + i);
@@ -41,7 +42,7 @@ class RowRun {
   }
 
   // The same for rows that start at column 0 and have less than 2^31 columns.
-  void read_lengths(int64_t first, int64_t count, int32_t* to) const {
+  MASKED_SOFTMAX_NOINLINE void read_lengths(int64_t first, int64_t count, int32_t* to) const {
     if (lengths_index_->data == nullptr) {
       std::fill(to, to + count, static_cast<int32_t>(clamp(0, lengths_index_->value).end));
       return;

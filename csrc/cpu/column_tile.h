@@ -23,7 +23,8 @@ struct TileBounds {
 
   // longest: the columns that a buffer holds. Rows exceed it only if another thread changes bounds after they were
   // checked: bounds are read once, and clamped.
-  TileBounds(const RowRun& run, int64_t first_row, int64_t count, int64_t longest) : rows(count) {
+  MASKED_SOFTMAX_NOINLINE TileBounds(const RowRun& run, int64_t first_row, int64_t count, int64_t longest)
+      : rows(count) {
     run.read_bounds(first_row, count, bounds);
     for (int64_t r = 0; r < count; ++r) {
       first = bounds[r].start < first ? bounds[r].start : first;

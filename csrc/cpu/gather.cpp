@@ -3,10 +3,9 @@
 #include <cstring>
 
 namespace masked_softmax {
-namespace {
 
 template <class acc_t>
-void gather_any(const void* row, ElementType type, int64_t stride, int64_t count, acc_t* to) {
+void gather(const void* row, ElementType type, int64_t stride, int64_t count, acc_t* to) {
   visit_element_type(type, [&](auto element) {
     const auto* from = static_cast<const decltype(element)*>(row);
     if (stride == 1) {  // a loop of its own, which the compiler vectorizes
@@ -22,7 +21,7 @@ void gather_any(const void* row, ElementType type, int64_t stride, int64_t count
 }
 
 template <class acc_t>
-void scatter_any(const acc_t* from, int64_t count, void* row, ElementType type, int64_t stride) {
+void scatter(const acc_t* from, int64_t count, void* row, ElementType type, int64_t stride) {
   visit_element_type_of<ElementKind::kFloating>(type, [&](auto element) {
     using T = decltype(element);
     T* to = static_cast<T*>(row);
@@ -32,23 +31,10 @@ void scatter_any(const acc_t* from, int64_t count, void* row, ElementType type, 
   });
 }
 
-}  // namespace
-
-void gather(const void* row, ElementType type, int64_t stride, int64_t count, float* to) {
-  gather_any(row, type, stride, count, to);
-}
-
-void gather(const void* row, ElementType type, int64_t stride, int64_t count, double* to) {
-  gather_any(row, type, stride, count, to);
-}
-
-void scatter(const float* from, int64_t count, void* row, ElementType type, int64_t stride) {
-  scatter_any(from, count, row, type, stride);
-}
-
-void scatter(const double* from, int64_t count, void* row, ElementType type, int64_t stride) {
-  scatter_any(from, count, row, type, stride);
-}
+template void gather(const void*, ElementType, int64_t, int64_t, float*);
+template void gather(const void*, ElementType, int64_t, int64_t, double*);
+template void scatter(const float*, int64_t, void*, ElementType, int64_t);
+template void scatter(const double*, int64_t, void*, ElementType, int64_t);
 
 void fill_strided(double value, int64_t count, void* row, ElementType type, int64_t stride) {
   visit_element_type_of<ElementKind::kFloating>(type, [&](auto element) {

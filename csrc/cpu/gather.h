@@ -1,5 +1,5 @@
 // Rows of any element type and stride, element by element: the conversions that no vector type has. A conversion to the
-// accumulation type is exact, one from it rounds once.
+// accumulation type (acc_t: float or double) is exact, one from it rounds once.
 #pragma once
 
 #include <cstdint>
@@ -9,12 +9,12 @@
 namespace masked_softmax {
 
 // to[i] = row[i * stride]
-void gather(const void* row, ElementType type, int64_t stride, int64_t count, float* to);
-void gather(const void* row, ElementType type, int64_t stride, int64_t count, double* to);
+template <class acc_t>
+void gather(const void* row, ElementType type, int64_t stride, int64_t count, acc_t* to);
 
 // row[i * stride] = from[i]. Precondition: a floating point type.
-void scatter(const float* from, int64_t count, void* row, ElementType type, int64_t stride);
-void scatter(const double* from, int64_t count, void* row, ElementType type, int64_t stride);
+template <class acc_t>
+void scatter(const acc_t* from, int64_t count, void* row, ElementType type, int64_t stride);
 
 // row[i * stride] = value. Precondition: a floating point type.
 void fill_strided(double value, int64_t count, void* row, ElementType type, int64_t stride);

@@ -79,7 +79,9 @@ class PackedRows {
     RowWalker walker(problem_, begin, end);
     for (RowRun run; walker.next(run);) {
       for (int64_t i = 0; i < run.rows; ++i) {
-        const Row row = row_at(run, i);
+        RowBounds bounds;
+        run.read_bounds(i, 1, &bounds);
+        const Row row = row_at(run, i, bounds);
         if (row.length > kMaxPackedElems) {
           run_long_row<V, kOperation, acc_t>(problem_, row.inputs, row.output, row.length, scale, factor_);
         }
@@ -93,8 +95,7 @@ class PackedRows {
     run_added_rows();
   }
 
-  Row row_at(const RowRun& run, int64_t i) const {
-    const RowBounds bounds = run.bounds(i);
+  Row row_at(const RowRun& run, int64_t i, RowBounds bounds) const {
     const bool is_packed = problem_.packing.is_packed;
     const Operand& output = problem_.output;
     Row row;

@@ -59,6 +59,5 @@ inline T optimization_barrier(T value) {
 
 }  // namespace masked_softmax
 
-#define MASKED_SOFTMAX_NOINLINE __attribute__((noinline))
 #define MASKED_SOFTMAX_LAMBDA_INLINE __attribute__((always_inline))
 #define MASKED_SOFTMAX_UNROLL _Pragma("GCC unroll 16")

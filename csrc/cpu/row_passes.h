@@ -69,7 +69,7 @@ MASKED_SOFTMAX_INLINE int64_t write_row(U* y, int64_t count, int64_t room, Store
   };
   int64_t i = 0;
   if constexpr (V::kHasNonTemporalStores) {
-    // Full cache lines only; lines begin with an element only where elements are aligned to their size.
+    // Full cache lines only. They begin with an element only if elements are aligned to their size.
     const auto address = reinterpret_cast<uintptr_t>(y);
     if (hint == StoreHint::kNonTemporal && address % sizeof(U) == 0) {
       constexpr uintptr_t kLineBytes = 64;

@@ -1,4 +1,4 @@
-// The interface of the vector types, and the defaults of what most of them share.
+// The interface of the vector types, and the defaults that most of them share.
 //
 // Every instruction set's vec_*.h defines two types, Float and Double. Kernels are templates over such a type V:
 //
@@ -40,7 +40,7 @@ struct VectorDefaults {
   static constexpr bool kLoads16Bit = true;    // false: gather.h converts as fast
   static constexpr int kMaxNarrowVectors = 0;  // widest rows of narrow_rows.h
 
-  // What groups have more than one of.
+  // A vector is a group of one.
   static constexpr int kVectors = 1;
   V vector(int /*i*/) const { return static_cast<const V&>(*this); }
 

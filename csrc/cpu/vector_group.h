@@ -100,7 +100,7 @@ struct VectorGroup {
 #undef MASKED_SOFTMAX_TERNARY
 };
 
-// What loops over vectors and over groups share: W is either, and `mask` either Full or W's Mask.
+// For loops over vectors and groups alike: W is a vector or a group, `mask` is Full or W's Mask.
 template <class W, class T>
 MASKED_SOFTMAX_INLINE W load(const T* p, Full) {
   return W::load(p);

@@ -29,8 +29,7 @@
 #define MASKED_SOFTMAX_HAS_CLUSTERS 0
 #endif
 
-namespace masked_softmax {
-namespace cuda {
+namespace masked_softmax::cuda {
 
 MASKED_SOFTMAX_DEVICE unsigned thread_index() { return threadIdx.x; }
 MASKED_SOFTMAX_DEVICE unsigned block_threads() { return blockDim.x; }
@@ -182,5 +181,4 @@ Status launch(void (*kernel)(Argument), const LaunchPlan& plan, Stream stream, c
   return cudaLaunchKernelEx(&config, kernel, argument);
 }
 
-}  // namespace cuda
-}  // namespace masked_softmax
+}  // namespace masked_softmax::cuda

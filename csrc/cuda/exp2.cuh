@@ -8,8 +8,7 @@
 #include "cuda/device.cuh"
 #include "cuda/kernel_problem.h"
 
-namespace masked_softmax {
-namespace cuda {
+namespace masked_softmax::cuda {
 
 template <class acc_t, int kPower = 0>
 MASKED_SOFTMAX_DEVICE acc_t exp2_polynomial(acc_t f) {
@@ -46,16 +45,7 @@ struct Scaling {
   MASKED_SOFTMAX_DEVICE explicit Scaling(const KernelProblem& problem)
       : factor(static_cast<acc_t>(problem.factor)),
         scale(static_cast<acc_t>(problem.scale)),
-        log2e(log2e_of(problem)) {}
-
- private:
-  MASKED_SOFTMAX_DEVICE static ScaledLog2e<acc_t> log2e_of(const KernelProblem& problem) {
-    if constexpr (std::is_same_v<acc_t, float>) {
-      return problem.log2e_float;
-    } else {
-      return problem.log2e_double;
-    }
-  }
+        log2e(std::get<ScaledLog2e<acc_t>>(problem.log2e)) {}
 };
 
 // x - row_max and its rounding error (TwoDiff: Knuth, as Sum in groups.cuh).
@@ -111,5 +101,4 @@ MASKED_SOFTMAX_DEVICE acc_t log_of_sum(acc_t tail, acc_t maxima) {
   return log_one_plus(fused_multiply_add(tail, kUnbias, maxima - 1));
 }
 
-}  // namespace cuda
-}  // namespace masked_softmax
+}  // namespace masked_softmax::cuda

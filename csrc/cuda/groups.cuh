@@ -13,8 +13,7 @@
 
 #include "cuda/device.cuh"
 
-namespace masked_softmax {
-namespace cuda {
+namespace masked_softmax::cuda {
 
 // The three results. words[] is what threads exchange; kFirstWord is the place among the kResultWords of all three.
 
@@ -230,19 +229,15 @@ class BlockGroup {
 // cluster barrier every thread loads all blocks' results, in the chunks' order. Precondition: one reduction of each
 // kind, and sync() before a block returns, so that its shared memory outlives the others' loads.
 template <class acc_t>
-class ClusterGroup {
+class ClusterGroup : public BlockGroup<acc_t> {
  public:
-  static constexpr unsigned kShuffleLanes = kWarpThreads;
-
-  MASKED_SOFTMAX_DEVICE unsigned thread() const { return thread_index(); }
-  MASKED_SOFTMAX_DEVICE unsigned threads() const { return block_threads(); }
   MASKED_SOFTMAX_DEVICE unsigned chunk() const { return cluster_rank(); }
   MASKED_SOFTMAX_DEVICE unsigned chunks() const { return cluster_size(); }
   MASKED_SOFTMAX_DEVICE void sync() const { sync_cluster(); }
 
   template <class Result>
   MASKED_SOFTMAX_DEVICE Result reduce(Result result) const {
-    result = block_.reduce(result);
+    result = BlockGroup<acc_t>::reduce(result);
     if (thread_index() == 0) {
       block_results_.store(0, result);
     }
@@ -260,7 +255,6 @@ class ClusterGroup {
   }
 
  private:
-  BlockGroup<acc_t> block_;
   ResultSlots<acc_t> block_results_ = shared_slots<acc_t, 1>();
 };
 #endif
@@ -293,5 +287,4 @@ class ColumnGroup {
   ResultSlots<acc_t> results_ = shared_slots<acc_t, kWarps * kWarpThreads>();
 };
 
-}  // namespace cuda
-}  // namespace masked_softmax
+}  // namespace masked_softmax::cuda

@@ -1,12 +1,13 @@
 // A kernel's argument: the problem, and what the host computes once for all rows. Passed by value.
 #pragma once
 
+#include <tuple>
+
 #include "common/exponential.h"
 #include "common/problem.h"
 #include "cuda/launch_plan.h"
 
-namespace masked_softmax {
-namespace cuda {
+namespace masked_softmax::cuda {
 
 // Division by a divisor known before the launch, as a multiplication: n / divisor = (n * multiplier) >> (64 + shift)
 // for 0 <= n < 2^63 (Granlund and Montgomery, "Division by invariant integers using multiplication", PLDI 1994, with
@@ -25,6 +26,7 @@ struct RowTypes {
   using acc_t = std::conditional_t<sizeof(input_t) == 8 || sizeof(output_t) == 8, double, float>;
   static constexpr int kElems =  // of a vector: 16 bytes of the narrowest operand
       16 / static_cast<int>(sizeof(input_t) < sizeof(output_t) ? sizeof(input_t) : sizeof(output_t));
+  static constexpr int kBlockVectors = block_vectors(kElems);
   // See exp2.cuh.
   static constexpr bool kApproximate = sizeof(output_t) == 2 && std::is_same_v<acc_t, float>;
 };
@@ -35,11 +37,10 @@ struct KernelProblem {
   bool output_rows_are_aligned = false;  // every row's valid columns begin at a multiple of 16 bytes
   bool output_is_16_bit = false;
 
-  // The scale in both accumulation types; see Scaling in exp2.cuh.
+  // The scale, and log2e in both accumulation types; see Scaling in exp2.cuh.
   double factor = 1.0;
   double scale = 1.0;
-  ScaledLog2e<float> log2e_float{1.0};
-  ScaledLog2e<double> log2e_double{1.0};
+  std::tuple<ScaledLog2e<float>, ScaledLog2e<double>> log2e{1.0, 1.0};
 
   SumOrder order;
   int64_t chunks = 1;         // of a split row
@@ -50,5 +51,4 @@ static_assert(sizeof(KernelProblem) <= 4096 - 64, "kernels take at most 4 KiB of
 
 KernelProblem make_kernel_problem(const Problem& problem, const LaunchPlan& plan, void* workspace);
 
-}  // namespace cuda
-}  // namespace masked_softmax
+}  // namespace masked_softmax::cuda

@@ -3,8 +3,7 @@
 #include "cuda/kernel_problem.h"
 #include "cuda/strided_rows.cuh"
 
-namespace masked_softmax {
-namespace cuda {
+namespace masked_softmax::cuda {
 
 template <class input_t, class output_t>
 Status launch_registers(const KernelProblem& problem, const LaunchPlan& plan, Stream stream);
@@ -101,5 +100,4 @@ Status launch_problem(const Problem& problem, const LaunchPlan& plan, void* work
                                         : launch_any_rows<float>(kernel_problem, plan, stream);
 }
 
-}  // namespace cuda
-}  // namespace masked_softmax
+}  // namespace masked_softmax::cuda

@@ -16,8 +16,7 @@
 #include "cuda/launch_plan.h"
 #include "cuda/runtime.h"
 
-namespace masked_softmax {
-namespace cuda {
+namespace masked_softmax::cuda {
 
 // Returns the plan for launch_problem(). Its strategy is kAutomatic if the forced one cannot compute the problem.
 LaunchPlan plan_problem(const Problem& problem, const DeviceProperties& device, Strategy forced);
@@ -26,5 +25,4 @@ LaunchPlan plan_problem(const Problem& problem, const DeviceProperties& device, 
 // memory of plan.workspace_bytes, aligned to 16 bytes.
 Status launch_problem(const Problem& problem, const LaunchPlan& plan, void* workspace, Stream stream);
 
-}  // namespace cuda
-}  // namespace masked_softmax
+}  // namespace masked_softmax::cuda

@@ -7,8 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace masked_softmax {
-namespace cuda {
+namespace masked_softmax::cuda {
 
 enum class Strategy : uint8_t {
   kAutomatic,  // no strategy is forced
@@ -165,35 +164,31 @@ constexpr LaunchPlan plan_strategy(Strategy strategy, const SumOrder& order, con
   LaunchPlan plan;
   plan.strategy = strategy;
   plan.order = order;
+  plan.threads = static_cast<unsigned>(order.threads);
   switch (strategy) {
     case Strategy::kAutomatic: break;
     case Strategy::kLanes:
-      plan.blocks = limited_blocks(ceil_divide(shape.rows, kLanesThreads / order.threads));
       plan.threads = kLanesThreads;
+      plan.blocks = limited_blocks(ceil_divide(shape.rows, kLanesThreads / order.threads));
       break;
-    case Strategy::kBlock:
-      plan.blocks = limited_blocks(shape.rows);
-      plan.threads = static_cast<unsigned>(order.threads);
-      break;
+    case Strategy::kBlock: plan.blocks = limited_blocks(shape.rows); break;
     case Strategy::kCluster:
       plan.cluster_size = cluster_size_for(shape);
       plan.blocks = static_cast<unsigned>(shape.rows) * plan.cluster_size;
-      plan.threads = static_cast<unsigned>(order.threads);
       break;
     case Strategy::kSplit:
       plan.chunks = ceil_divide(shape.cols, order.chunk_elems());
       plan.blocks = limited_blocks(shape.rows * plan.chunks);
       plan.workspace_bytes = shape.rows * plan.chunks * kResultWords * shape.acc_bytes;
-      plan.threads = static_cast<unsigned>(order.threads);
       break;
     case Strategy::kColumn:
-      plan.blocks = limited_blocks(ceil_divide(shape.rows, kWarpThreads));
       plan.threads = kStridedThreads;
+      plan.blocks = limited_blocks(ceil_divide(shape.rows, kWarpThreads));
       break;
     case Strategy::kStrided: {
       const int rows_per_block = order.threads <= kWarpThreads ? kStridedThreads / order.threads : 1;
-      plan.blocks = limited_blocks(ceil_divide(shape.rows, rows_per_block));
       plan.threads = kStridedThreads;
+      plan.blocks = limited_blocks(ceil_divide(shape.rows, rows_per_block));
       break;
     }
   }
@@ -224,5 +219,4 @@ constexpr LaunchPlan plan_launch(const RowShape& shape, const DeviceProperties& 
   return {};
 }
 
-}  // namespace cuda
-}  // namespace masked_softmax
+}  // namespace masked_softmax::cuda

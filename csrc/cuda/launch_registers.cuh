@@ -5,8 +5,7 @@
 #include "cuda/register_rows.cuh"
 #include "cuda/split_rows.cuh"
 
-namespace masked_softmax {
-namespace cuda {
+namespace masked_softmax::cuda {
 
 template <bool kForward, class input_t, class output_t>
 Status launch_held_rows(const KernelProblem& problem, const LaunchPlan& plan, Stream stream) {
@@ -28,13 +27,10 @@ Status launch_registers(const KernelProblem& problem, const LaunchPlan& plan, St
                                                : launch_held_rows<false, input_t, output_t>(problem, plan, stream);
 }
 
-}  // namespace cuda
-}  // namespace masked_softmax
+}  // namespace masked_softmax::cuda
 
 // The contents of a pair's source file.
 #define MASKED_SOFTMAX_INSTANTIATE(input_t, output_t)                                                   \
-  namespace masked_softmax {                                                                            \
-  namespace cuda {                                                                                      \
+  namespace masked_softmax::cuda {                                                                      \
   template Status launch_registers<input_t, output_t>(const KernelProblem&, const LaunchPlan&, Stream); \
-  }                                                                                                     \
   }

@@ -26,15 +26,7 @@
 #include "cuda/row.cuh"
 #include "cuda/vector_access.cuh"
 
-namespace masked_softmax {
-namespace cuda {
-
-// The number of a vector's elements within the first `length`.
-template <int kElems>
-MASKED_SOFTMAX_DEVICE int elems_present(int length, int vector) {
-  const int rest = length - vector * kElems;
-  return rest < kElems ? (rest < 0 ? 0 : rest) : kElems;
-}
+namespace masked_softmax::cuda {
 
 // Loads vector `index` of the `count` elements from `first` on; elements from `count` on are zeros.
 template <class acc_t, int kElems, class T>
@@ -108,7 +100,11 @@ class RegisterRow {
   MASKED_SOFTMAX_DEVICE int vector(int k) const {
     return k * static_cast<int>(group_.threads()) + static_cast<int>(group_.thread());
   }
-  MASKED_SOFTMAX_DEVICE int present(int k) const { return elems_present<kElems>(chunk_length_, vector(k)); }
+  // The number of its elements that are valid columns.
+  MASKED_SOFTMAX_DEVICE int present(int k) const {
+    const int rest = chunk_length_ - vector(k) * kElems;
+    return rest < kElems ? (rest < 0 ? 0 : rest) : kElems;
+  }
 
   // Calls visit(k, i) for all of this thread's values.
   template <class Visitor>
@@ -236,6 +232,30 @@ class ForwardRow : public RegisterRow<input_t, output_t, kVectors, Group> {
   typename Base::Values values_;
 };
 
+constexpr int kOperationCount = sizeof(kOperations) / sizeof(kOperations[0]);
+
+// The index of the first tuned derivative in kOperations[first...], or kOperationCount.
+constexpr int find_tuned_derivative(int first) {
+  while (first < kOperationCount && (is_forward(kOperations[first]) || !is_tuned(kOperations[first]))) {
+    ++first;
+  }
+  return first;
+}
+
+// visit_operation() for tuned derivatives. For the two that there are, a comparison takes fewer registers than a
+// switch.
+template <int kFirst = 0, class Visitor>
+MASKED_SOFTMAX_DEVICE void visit_tuned_derivative(Operation operation, const Visitor& visit) {
+  constexpr int kFound = find_tuned_derivative(kFirst);
+  constexpr Operation kOperation = kOperations[kFound];
+  constexpr bool kIsLast = find_tuned_derivative(kFound + 1) == kOperationCount;
+  if (kIsLast || operation == kOperation) {
+    visit(OperationConstant<kOperation>());
+  } else if constexpr (!kIsLast) {
+    visit_tuned_derivative<kFound + 1>(operation, visit);
+  }
+}
+
 // A tuned derivative of two inputs, the incoming gradient g and the saved result y. Absent elements are zeros.
 template <class input_t, class output_t, int kVectors, class Group>
 class BackwardRow : public RegisterRow<input_t, output_t, kVectors, Group> {
@@ -246,7 +266,8 @@ class BackwardRow : public RegisterRow<input_t, output_t, kVectors, Group> {
   using typename Base::acc_t;
 
   MASKED_SOFTMAX_DEVICE BackwardRow(const Group& group, const KernelProblem& kernel_problem, int64_t index)
-      : Base(group, kernel_problem, index, std::integral_constant<int, 2>()) {
+      : Base(group, kernel_problem, index, std::integral_constant<int, 2>()),
+        operation_(kernel_problem.problem.operation) {
     Base::load(0, g_);
     Base::load(1, y_);
   }
@@ -279,16 +300,15 @@ class BackwardRow : public RegisterRow<input_t, output_t, kVectors, Group> {
     const acc_t in[2] = {g_[k][i], y_[k][i]};
     const auto exp = [&](acc_t y)
                          MASKED_SOFTMAX_DEVICE_LAMBDA { return exp_of_log<Base::Types::kApproximate>(y, scaling_); };
-    visit_operation(Base::kernel_problem_.problem.operation, [&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
+    visit_tuned_derivative(operation_, [&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
       constexpr Operation kOperation = decltype(operation)::value;
-      if constexpr (is_tuned(kOperation) && !is_forward(kOperation)) {
-        using F = Formula<kOperation>;
-        static_assert(input_count(kOperation) == 2 && F::kSums == 1, "held rows have two inputs and one sum");
-        visit(F(), in, exp);
-      }
+      using F = Formula<kOperation>;
+      static_assert(input_count(kOperation) == 2 && F::kSums == 1, "held rows have two inputs and one sum");
+      visit(F(), in, exp);
     });
   }
 
+  const Operation operation_;
   typename Base::Values g_;
   typename Base::Values y_;
 };
@@ -382,8 +402,6 @@ cluster_per_row(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
 #endif
 }
 
-// The launches, in the order of strategies.inc.
-
 template <bool kForward, class input_t, class output_t, size_t kStep = 0>
 Status launch_lanes(const KernelProblem& problem, const LaunchPlan& plan, Stream stream) {
   using Types = RowTypes<input_t, output_t>;
@@ -404,15 +422,14 @@ Status launch_lanes(const KernelProblem& problem, const LaunchPlan& plan, Stream
 
 template <bool kForward, class input_t, class output_t>
 Status launch_block(const KernelProblem& problem, const LaunchPlan& plan, Stream stream) {
-  constexpr int kVectors = block_vectors(RowTypes<input_t, output_t>::kElems);
-  return launch(block_per_row<kForward, input_t, output_t, kVectors>, plan, stream, problem);
+  return launch(block_per_row<kForward, input_t, output_t, RowTypes<input_t, output_t>::kBlockVectors>, plan, stream,
+                problem);
 }
 
 template <bool kForward, class input_t, class output_t>
 Status launch_cluster(const KernelProblem& problem, const LaunchPlan& plan, Stream stream) {
-  constexpr int kVectors = block_vectors(RowTypes<input_t, output_t>::kElems);
-  return launch(cluster_per_row<kForward, input_t, output_t, kVectors>, plan, stream, problem);
+  return launch(cluster_per_row<kForward, input_t, output_t, RowTypes<input_t, output_t>::kBlockVectors>, plan, stream,
+                problem);
 }
 
-}  // namespace cuda
-}  // namespace masked_softmax
+}  // namespace masked_softmax::cuda

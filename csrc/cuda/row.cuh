@@ -4,8 +4,7 @@
 #include "cuda/device.cuh"
 #include "cuda/kernel_problem.h"
 
-namespace masked_softmax {
-namespace cuda {
+namespace masked_softmax::cuda {
 
 struct Row {
   int64_t output_offset;  // of column 0, in elements
@@ -65,5 +64,4 @@ MASKED_SOFTMAX_DEVICE acc_t padding_of(const Problem& problem, const Row& row) {
   return row.is_valid ? static_cast<acc_t>(padding_value(problem.operation)) : std::numeric_limits<acc_t>::quiet_NaN();
 }
 
-}  // namespace cuda
-}  // namespace masked_softmax
+}  // namespace masked_softmax::cuda

@@ -3,13 +3,11 @@
 
 #include <cuda_runtime_api.h>
 
-namespace masked_softmax {
-namespace cuda {
+namespace masked_softmax::cuda {
 
 using Stream = cudaStream_t;
 using Status = cudaError_t;
 constexpr Status kSuccess = cudaSuccess;
 constexpr Status kInvalidLaunch = cudaErrorInvalidConfiguration;
 
-}  // namespace cuda
-}  // namespace masked_softmax
+}  // namespace masked_softmax::cuda

@@ -16,33 +16,27 @@
 
 #include "cuda/register_rows.cuh"
 
-namespace masked_softmax {
-namespace cuda {
+namespace masked_softmax::cuda {
 
 // A block with its chunk of a row. reduce() is over the results that all chunks have left.
 template <class acc_t>
-class SplitGroup {
+class SplitGroup : public BlockGroup<acc_t> {
  public:
-  static constexpr unsigned kShuffleLanes = kWarpThreads;
-
   // `index` counts the chunks of all rows.
-  MASKED_SOFTMAX_DEVICE SplitGroup(const BlockGroup<acc_t>& block, const KernelProblem& problem, int64_t index)
-      : block_(block),
-        row_(index / problem.chunks),
+  MASKED_SOFTMAX_DEVICE SplitGroup(const KernelProblem& problem, int64_t index)
+      : row_(index / problem.chunks),
         chunk_(index % problem.chunks),
         results_{in_device_memory(static_cast<acc_t*>(problem.workspace)) + row_ * kResultWords * problem.chunks,
                  problem.chunks} {}
 
   MASKED_SOFTMAX_DEVICE int64_t row() const { return row_; }
-  MASKED_SOFTMAX_DEVICE unsigned thread() const { return block_.thread(); }
-  MASKED_SOFTMAX_DEVICE unsigned threads() const { return block_.threads(); }
   MASKED_SOFTMAX_DEVICE int64_t chunk() const { return chunk_; }
   MASKED_SOFTMAX_DEVICE int64_t chunks() const { return results_.slots; }
 
   // Leaves the chunk's result, given this thread's part of it.
   template <class Result>
   MASKED_SOFTMAX_DEVICE void leave(const Result& part) const {
-    const Result of_chunk = block_.reduce(part);
+    const Result of_chunk = BlockGroup<acc_t>::reduce(part);
     if (thread_index() == 0) {
       results_.store(chunk_, of_chunk);
     }
@@ -53,7 +47,7 @@ class SplitGroup {
     for (int64_t chunk = thread_index(); chunk < chunks(); chunk += block_threads()) {
       max.combine(results_.template load<Max<acc_t>>(chunk));
     }
-    return block_.reduce(max);
+    return BlockGroup<acc_t>::reduce(max);
   }
   // Every thread combines all chunks, in their order.
   template <class Result>
@@ -66,7 +60,6 @@ class SplitGroup {
   }
 
  private:
-  const BlockGroup<acc_t>& block_;
   const int64_t row_;
   const int64_t chunk_;
   const ResultSlots<acc_t> results_;
@@ -74,13 +67,11 @@ class SplitGroup {
 
 template <Pass kPass, bool kForward, class input_t, class output_t, int kVectors>
 MASKED_SOFTMAX_DEVICE void split_pass(const KernelProblem& kernel_problem) {
-  using acc_t = typename RowTypes<input_t, output_t>::acc_t;
-  const BlockGroup<acc_t> block;
   const int64_t count = kernel_problem.problem.rows * kernel_problem.chunks;
   for (int64_t index = block_index(); index < count; index += grid_blocks()) {
-    const SplitGroup<acc_t> group(block, kernel_problem, index);
+    const SplitGroup<typename RowTypes<input_t, output_t>::acc_t> group(kernel_problem, index);
     compute_row<kPass, kForward, input_t, output_t, kVectors>(group, kernel_problem, group.row());
-    block.sync();
+    group.sync();
   }
 }
 
@@ -104,7 +95,7 @@ split_results(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
 
 template <bool kForward, class input_t, class output_t>
 Status launch_split(const KernelProblem& problem, const LaunchPlan& plan, Stream stream) {
-  constexpr int kVectors = block_vectors(RowTypes<input_t, output_t>::kElems);
+  constexpr int kVectors = RowTypes<input_t, output_t>::kBlockVectors;
   Status status = kSuccess;
   if constexpr (kForward) {
     status = launch(split_maxima<input_t, output_t, kVectors>, plan, stream, problem);
@@ -116,5 +107,4 @@ Status launch_split(const KernelProblem& problem, const LaunchPlan& plan, Stream
                             : status;
 }
 
-}  // namespace cuda
-}  // namespace masked_softmax
+}  // namespace masked_softmax::cuda

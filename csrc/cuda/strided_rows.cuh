@@ -22,8 +22,7 @@
 #include "cuda/groups.cuh"
 #include "cuda/row.cuh"
 
-namespace masked_softmax {
-namespace cuda {
+namespace masked_softmax::cuda {
 
 constexpr int kMaxVectorElems = 8;
 
@@ -171,32 +170,36 @@ class StridedRow {
     });
   }
 
+  // Calls visit(operation, i, x) for the vector's elements, with factor applied.
+  template <class Visitor>
+  MASKED_SOFTMAX_DEVICE void for_each_score(int64_t first, int count, const Visitor& visit) const {
+    Values x;
+    load(0, first, count, x);
+    visit_own_operation<true>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
+      MASKED_SOFTMAX_UNROLL
+      for (int i = 0; i < kMaxVectorElems; ++i) {
+        visit(operation, i, x[i] * scaling_.factor);
+      }
+    });
+  }
+
   // The formulas and the sum's terms are ForwardRow's in register_rows.cuh.
   MASKED_SOFTMAX_DEVICE void forward() const {
     Max<acc_t> max;
     for_each_vector([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
-      Values x;
-      load(0, first, count, x);
-      MASKED_SOFTMAX_UNROLL
-      for (int i = 0; i < kMaxVectorElems; ++i) {
+      for_each_score(first, count, [&](auto /*operation*/, int i, acc_t x) MASKED_SOFTMAX_DEVICE_LAMBDA {
         if (i < count) {
-          max.add(x[i] * scaling_.factor);
+          max.add(x);
         }
-      }
+      });
     });
     const acc_t row_max = group_.reduce(max).value();
 
     Count<acc_t> maxima;
     const acc_t total = sum([&](int64_t first, int count, Values& terms) MASKED_SOFTMAX_DEVICE_LAMBDA {
-      Values x;
-      load(0, first, count, x);
-      visit_own_operation<true>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
-        MASKED_SOFTMAX_UNROLL
-        for (int i = 0; i < kMaxVectorElems; ++i) {
-          if (i < count) {
-            const Distance<acc_t> distance(x[i] * scaling_.factor, row_max);
-            terms[i] = forward_term<decltype(operation)::value>(distance, maxima);
-          }
+      for_each_score(first, count, [&](auto operation, int i, acc_t x) MASKED_SOFTMAX_DEVICE_LAMBDA {
+        if (i < count) {
+          terms[i] = forward_term<decltype(operation)::value>(Distance<acc_t>(x, row_max), maxima);
         }
       });
     });
@@ -209,16 +212,11 @@ class StridedRow {
       }
     });
     for_each_vector([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
-      Values x;
-      load(0, first, count, x);
-      visit_own_operation<true>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
-        MASKED_SOFTMAX_UNROLL
-        for (int i = 0; i < kMaxVectorElems; ++i) {
-          const Distance<acc_t> distance(x[i] * scaling_.factor, row_max);
-          x[i] = forward_result<decltype(operation)::value>(distance, normalizer);
-        }
+      Values y;
+      for_each_score(first, count, [&](auto operation, int i, acc_t x) MASKED_SOFTMAX_DEVICE_LAMBDA {
+        y[i] = forward_result<decltype(operation)::value>(Distance<acc_t>(x, row_max), normalizer);
       });
-      store(first, count, x);
+      store(first, count, y);
     });
   }
 
@@ -350,8 +348,6 @@ column_rows(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   }
 }
 
-// The launches, in the order of strategies.inc.
-
 template <class acc_t>
 Status launch_column(const KernelProblem& problem, const LaunchPlan& plan, Stream stream) {
   return launch(column_rows<acc_t>, plan, stream, problem);
@@ -367,5 +363,4 @@ Status launch_strided(const KernelProblem& problem, const LaunchPlan& plan, Stre
   }
 }
 
-}  // namespace cuda
-}  // namespace masked_softmax
+}  // namespace masked_softmax::cuda

@@ -15,8 +15,7 @@
 
 #include "cuda/device.cuh"
 
-namespace masked_softmax {
-namespace cuda {
+namespace masked_softmax::cuda {
 
 template <class T>
 struct Packet {
@@ -170,5 +169,4 @@ MASKED_SOFTMAX_DEVICE void fill_columns(T* row, int64_t begin, int64_t end, T va
   }
 }
 
-}  // namespace cuda
-}  // namespace masked_softmax
+}  // namespace masked_softmax::cuda

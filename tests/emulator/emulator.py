@@ -1,54 +1,72 @@
-"""The CUDA kernels, run on the CPU: builds them for the emulator, and calls them with tensors."""
+"""Builds the CUDA kernels for the emulator, and calls them with tensors."""
 
 from __future__ import annotations
 
 import ctypes
 import itertools
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "emulator" / "python"
-STRATEGIES = ("automatic", "lanes", "block", "cluster", "split", "column", "strided")
-OPERATIONS = (
-    "softmax",
-    "log_softmax",
-    "softmax_backward",
-    "log_softmax_backward",
-    "log_softmax_jvp",
-    "softmax_backward_wrt_y",
-    "log_softmax_backward_wrt_y",
-    "softmax_backward_jvp_wrt_y",
-    "log_softmax_jvp_jvp_wrt_y",
-)
-ELEMENT_TYPES = (
-    torch.float32,
-    torch.float64,
-    torch.bfloat16,
-    torch.float16,
-    torch.int8,
-    torch.uint8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.bool,
-)
 DIMS = 8
+MAX_INPUTS = 3
+INPUT_COUNTS = {"Forward": 1, "Backward": 2, "Jvp": 2, "SecondOrder": 3}  # by signature
+C_TYPES = {
+    "float": torch.float32,
+    "double": torch.float64,
+    "bfloat16_t": torch.bfloat16,
+    "float16_t": torch.float16,
+}
+
+
+def read_table(path: str) -> list[list[str]]:
+    """The rows of a table csrc/*/*.inc."""
+    text = (ROOT / "csrc" / path).read_text()
+    rows = re.findall(r"^MASKED_SOFTMAX_\w+\((.*?)\)", text, re.MULTILINE)
+    return [row.split(", ") for row in rows]
+
+
+@dataclass(frozen=True)
+class Operation:
+    name: str
+    inputs: int
+    is_tuned: bool
+
+
+OPERATIONS = {
+    name: Operation(name, INPUT_COUNTS[signature], kernels == "kTuned")
+    for _, name, signature, kernels in read_table("common/operations.inc")
+}
+# Whether a strategy holds rows in registers, by name.
+STRATEGIES = {name: rows == "kHeld" for _, name, rows in read_table("cuda/strategies.inc")}
+ELEMENT_TYPES = [getattr(torch, name) for _, name, *_ in read_table("common/element_types.inc")]
+TYPE_PAIRS = [
+    (C_TYPES[input_t], C_TYPES[output_t])
+    for input_t, output_t in read_table("common/type_pairs.inc")
+]
+
 
 FLAGS = ["-std=c++17", "-Wno-unknown-pragmas", "-ffp-contract=off", "-fPIC", "-g1", "-O1"]
-# Every load and store is announced, and looked up; without this, kernels run as they are.
+# Every load and store is checked. Without these flags, kernels run unchecked.
 CHECKED = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
+
+
+Wide = np.ndarray[Any, Any]
 
 
 class CallOperand(ctypes.Structure):
     _fields_ = (
         ("data", ctypes.c_void_p),
-        ("type", ctypes.c_int32),
+        ("type", ctypes.c_char_p),
         ("col_stride", ctypes.c_int64),
         ("row_strides", ctypes.c_int64 * DIMS),
     )
@@ -57,7 +75,7 @@ class CallOperand(ctypes.Structure):
 class CallIndex(ctypes.Structure):
     _fields_ = (
         ("data", ctypes.c_void_p),
-        ("type", ctypes.c_int32),
+        ("type", ctypes.c_char_p),
         ("value", ctypes.c_int64),
         ("row_strides", ctypes.c_int64 * DIMS),
     )
@@ -65,17 +83,16 @@ class CallIndex(ctypes.Structure):
 
 class Call(ctypes.Structure):
     _fields_ = (
-        ("operation", ctypes.c_int32),
-        ("strategy", ctypes.c_int32),
+        ("operation", ctypes.c_char_p),
+        ("strategy", ctypes.c_char_p),
         ("has_clusters", ctypes.c_int32),
         ("seed", ctypes.c_uint32),
         ("scale", ctypes.c_double),
         ("cols", ctypes.c_int64),
         ("row_ndim", ctypes.c_int32),
         ("row_sizes", ctypes.c_int64 * DIMS),
-        ("input_count", ctypes.c_int32),
         ("output", CallOperand),
-        ("inputs", CallOperand * 3),
+        ("inputs", CallOperand * MAX_INPUTS),
         ("lengths", CallIndex),
         ("starts", CallIndex),
         ("packed_longest", ctypes.c_int64),
@@ -88,9 +105,24 @@ class Emulation:
     error: str
 
 
+@dataclass
+class Expected:
+    """By row and column, for valid columns; zeros elsewhere.
+
+    A result may be off by its tolerance, and by the rounding to the output's type.
+    """
+
+    values: Wide
+    tolerances: Wide
+    roundings: Wide
+
+
 class Emulator:
     def __init__(self, library: Path) -> None:
-        self._emulate = ctypes.CDLL(str(library)).masked_softmax_emulate
+        loaded = ctypes.CDLL(str(library))
+        self._emulate = loaded.masked_softmax_emulate
+        self._emulate.restype = ctypes.c_char_p
+        self._expected = loaded.masked_softmax_expected
 
     def __call__(
         self,
@@ -106,36 +138,68 @@ class Emulator:
         has_clusters: bool = True,
         seed: int = 0,
     ) -> Emulation:
-        """Fills `output`. Columns are the last dimension; lengths and starts are of rows' shape.
+        """Fills `output`. Columns are the last dimension; lengths and starts have the rows' shape.
 
-        `packed`: rows lie end to end, so that all begin at the same address, and none is longer.
+        `packed`: no row is longer, and rows lie end to end, so that all have the same address.
         """
-        rows = output.shape[:-1]
-        call = Call(
-            operation=OPERATIONS.index(operation),
-            strategy=STRATEGIES.index(strategy),
-            has_clusters=has_clusters,
-            seed=seed,
-            scale=scale,
-            cols=output.shape[-1],
-            row_ndim=len(rows),
-            row_sizes=(ctypes.c_int64 * DIMS)(*rows),
-            input_count=len(inputs),
-            output=_operand(output),
-            inputs=(CallOperand * 3)(*map(_operand, inputs)),
-            lengths=_index(lengths),
-            starts=_index(starts),
-            packed_longest=-1 if packed is None else packed,
-        )
+        call = _call(operation, inputs, output, lengths, starts, scale)
+        call.strategy = strategy.encode()
+        call.has_clusters = has_clusters
+        call.seed = seed
+        call.packed_longest = -1 if packed is None else packed
         message = ctypes.create_string_buffer(4096)
         ran = self._emulate(ctypes.byref(call), message, ctypes.c_size_t(len(message)))
-        return Emulation(STRATEGIES[ran], message.value.decode())
+        return Emulation(ran.decode(), message.value.decode())
+
+    def expected(
+        self,
+        operation: str,
+        inputs: list[Tensor],
+        output: Tensor,
+        lengths: int | Tensor,
+        starts: int | Tensor = 0,
+        *,
+        scale: float = 1.0,
+    ) -> Expected:
+        """What tests/kernel/reference.h expects in `output`, of which only the type is used."""
+        call = _call(operation, inputs, output, lengths, starts, scale)
+        shape = (output.shape[:-1].numel(), output.shape[-1])
+        results = [np.zeros(shape, np.longdouble) for _ in range(3)]
+        self._expected(ctypes.byref(call), *(ctypes.c_void_p(r.ctypes.data) for r in results))
+        return Expected(*results)
+
+
+def _call(
+    operation: str,
+    inputs: list[Tensor],
+    output: Tensor,
+    lengths: int | Tensor,
+    starts: int | Tensor,
+    scale: float,
+) -> Call:
+    rows = output.shape[:-1]
+    return Call(
+        operation=operation.encode(),
+        scale=scale,
+        cols=output.shape[-1],
+        row_ndim=len(rows),
+        row_sizes=(ctypes.c_int64 * DIMS)(*rows),
+        output=_operand(output),
+        inputs=(CallOperand * MAX_INPUTS)(*map(_operand, inputs)),
+        lengths=_index(lengths),
+        starts=_index(starts),
+        packed_longest=-1,
+    )
+
+
+def _type_name(tensor: Tensor) -> bytes:
+    return str(tensor.dtype).removeprefix("torch.").encode()
 
 
 def _operand(tensor: Tensor) -> CallOperand:
     return CallOperand(
         data=tensor.data_ptr(),
-        type=ELEMENT_TYPES.index(tensor.dtype),
+        type=_type_name(tensor),
         col_stride=tensor.stride(-1),
         row_strides=(ctypes.c_int64 * DIMS)(*tensor.stride()[:-1]),
     )
@@ -143,10 +207,10 @@ def _operand(tensor: Tensor) -> CallOperand:
 
 def _index(index: int | Tensor) -> CallIndex:
     if isinstance(index, int):
-        return CallIndex(value=index)
+        return CallIndex(type=b"int64", value=index)
     return CallIndex(
         data=index.data_ptr(),
-        type=ELEMENT_TYPES.index(index.dtype),
+        type=_type_name(index),
         row_strides=(ctypes.c_int64 * DIMS)(*index.stride()),
     )
 
@@ -159,7 +223,7 @@ def build(
     *,
     is_checked: bool = True,
 ) -> Path:
-    """Compiles `kernel_files` of a folder like csrc/, links them with the emulator's objects."""
+    """Compiles `kernel_files` of a copy of csrc/, and links them with the emulator's objects."""
     folder.mkdir(parents=True, exist_ok=True)
     sources = [kernels / "cuda" / name for name in kernel_files]
     checks = CHECKED if is_checked else []
@@ -172,14 +236,18 @@ def build(
 
 
 def build_machine(folder: Path, *, is_checked: bool = True) -> list[Path]:
-    """The objects of the emulator itself, which know no kernel."""
+    """The objects of the emulator itself, which do not depend on the kernels."""
     folder.mkdir(parents=True, exist_ok=True)
     names = ("fibers", "collectives", "checker", "tsan_hooks", "emulate", "abi")
     sources = [ROOT / "tests" / "emulator" / f"{name}.cpp" for name in names]
     return _compile(
         folder,
         sources,
-        [f"-I{ROOT / 'csrc'}", f"-DMASKED_SOFTMAX_EMULATOR_IS_CHECKED={int(is_checked)}"],
+        [
+            f"-I{ROOT / 'csrc'}",
+            f"-I{ROOT / 'tests' / 'kernel'}",
+            f"-DMASKED_SOFTMAX_EMULATOR_IS_CHECKED={int(is_checked)}",
+        ],
     )
 
 
@@ -192,8 +260,20 @@ def kernel_files(kernels: Path) -> list[str]:
 def _compile(folder: Path, sources: list[Path], flags: list[str]) -> list[Path]:
     def compile_one(source: Path) -> Path:
         to = folder / f"{source.name}.o"
-        own = f"-I{ROOT / 'tests' / 'emulator'}"
-        _run(["g++", *FLAGS, own, *flags, "-c", str(source), "-o", str(to)])
+        own = ROOT / "tests" / "emulator"
+        _run(
+            [
+                "g++",
+                *FLAGS,
+                f"-I{own / 'include'}",
+                f"-I{own}",
+                *flags,
+                "-c",
+                str(source),
+                "-o",
+                str(to),
+            ]
+        )
         return to
 
     with ThreadPoolExecutor(2) as pool:

@@ -1,10 +1,11 @@
-"""Promise: a mistake in a kernel is found. Each test plants one, and the battery must fail.
+"""Promise: a mistake in a kernel is found. Each test plants a fault, and the battery must fail.
 
-A fault that nothing finds any more is a hole in the emulator or in the battery.
+A fault that is no longer found is a gap in the emulator or in the battery.
 """
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,13 @@ from pathlib import Path
 
 import emulator
 import pytest
+import torch
+from battery import find_mistake
 from emulator import BUILD
 
 BATTERY = Path(__file__).with_name("battery.py")
 # Enough to reach every strategy, and quick to compile.
-TYPES = "MASKED_SOFTMAX_REGISTER_TYPES(float, float)\n"
+TYPE_PAIRS = "MASKED_SOFTMAX_TYPE_PAIR(float, float)\n"
 FILES = ["registers_float32_float32.cu", "launch.cu", "kernel_problem.cpp"]
 
 
@@ -25,68 +28,67 @@ FILES = ["registers_float32_float32.cu", "launch.cu", "kernel_problem.cpp"]
 class Fault:
     name: str
     file: str
-    old: str  # its first occurrence behind `after`
+    old: str  # its first occurrence after `after`
     new: str
-    found_by: str | tuple[str, ...]  # a part of what the battery says
+    found_by: str | tuple[str, ...]  # a part of the battery's message
     after: str = ""
 
 
-# Which comes first depends on who runs first.
-RACE = ("race with another thread's", "not initialised", "out of bounds")
+# Which error comes first depends on which thread runs first.
+RACE = ("race with another thread's", "not initialized", "out of bounds")
+# The kind of result of a reduction in groups.cuh.
+IS_MAX, IS_SUM, IS_COUNT = (f"Result::kFirstWord == {word}" for word in (0, 1, 3))
 FAULTS = [
-    # Threads that do not wait.
-    Fault("block max without its barrier", "groups.cuh", "sync_block();", "", RACE,
-          after="results_.maxima[warp()] = value;"),
-    Fault("block sum without its barrier", "groups.cuh", "sync_block();", "", RACE,
-          after="results_.sum_lows[warp()] = warp_sum.low;"),
-    Fault("block count without its barrier", "groups.cuh", "sync_block();", "", RACE,
-          after="results_.counts[warp()] = value;"),
+    # Missing synchronization.
+    Fault("block max without its barrier", "groups.cuh", "sync_block();",
+          f"if (!({IS_MAX})) {{ sync_block(); }}", RACE, after="warp_results_.store("),
+    Fault("block sum without its barrier", "groups.cuh", "sync_block();",
+          f"if (!({IS_SUM})) {{ sync_block(); }}", RACE, after="warp_results_.store("),
+    Fault("block count without its barrier", "groups.cuh", "sync_block();",
+          f"if (!({IS_COUNT})) {{ sync_block(); }}", RACE, after="warp_results_.store("),
     Fault("block barrier weakened to the warp's", "groups.cuh", "sync_block();",
-          "shuffle_xor(value, 1, 32);", RACE, after="results_.maxima[warp()] = value;"),
-    Fault("cluster max without its barrier", "groups.cuh", "sync_cluster();", "", RACE,
-          after="*results_.maxima = value;"),
-    Fault("cluster sum without its barrier", "groups.cuh", "sync_cluster();", "", RACE,
-          after="*results_.sum_lows = of_block.low;"),
+          "shuffle_xor(result.words[0], 1, 32);", RACE, after="warp_results_.store("),
+    Fault("cluster max without its barrier", "groups.cuh", "sync_cluster();",
+          f"if (!({IS_MAX})) {{ sync_cluster(); }}", RACE, after="block_results_.store("),
+    Fault("cluster sum without its barrier", "groups.cuh", "sync_cluster();",
+          f"if (!({IS_SUM})) {{ sync_cluster(); }}", RACE, after="block_results_.store("),
     Fault("cluster barrier weakened to the block's", "groups.cuh", "sync_cluster();",
-          "sync_block();", RACE, after="*results_.counts = value;"),
-    Fault("block leaves the cluster while others read", "register_rows.cuh", "group.leave();", "",
-          "may have returned"),
-    Fault("column max without its barrier", "groups.cuh", "sync_block();", "", RACE,
-          after="results_.maxima[thread_index()] = value;"),
-    Fault("column sum without its barrier", "groups.cuh", "sync_block();", "", RACE,
-          after="results_.sum_lows[thread_index()] = value.low;"),
-    Fault("results' memory used again too early", "strided_rows.cuh", "group_.meet();", "", RACE),
-    Fault("every thread leaves the piece's sum", "split_rows.cuh", "thread_index() == 0",
-          "thread_index() < 40", RACE, after="void leave_sum("),
-    # Threads that wait for somebody who does not come.
+          f"{IS_COUNT} ? sync_block() : sync_cluster();", RACE, after="block_results_.store("),
+    Fault("block leaves the cluster while others read", "register_rows.cuh", "group.sync();", "",
+          "may have returned", after="block_index() / cluster_size();"),
+    Fault("column max without its barrier", "groups.cuh", "sync_block();",
+          f"if (!({IS_MAX})) {{ sync_block(); }}", RACE, after="results_.store(thread_index()"),
+    Fault("column sum without its barrier", "groups.cuh", "sync_block();",
+          f"if (!({IS_SUM})) {{ sync_block(); }}", RACE, after="results_.store(thread_index()"),
+    Fault("results' memory used again too early", "strided_rows.cuh", "group_.sync();", "", RACE),
+    Fault("every thread leaves the chunk's result", "split_rows.cuh", "thread_index() == 0",
+          "thread_index() < 40", RACE, after="void leave("),
+    # Threads that wait for others that do not arrive.
     Fault("barrier in a branch", "groups.cuh", "sync_block();",
-          "if (warp() == 0) { sync_block(); }", "",
-          after="results_.maxima[warp()] = value;"),
-    Fault("lanes without a row stay away", "register_rows.cuh",
-          "register_row<kForward, input_t, output_t, kVectors>(group, kernel_problem, first +",
-          "if (first + thread_index() / kThreads < kernel_problem.problem.rows) "
-          "register_row<kForward, input_t, output_t, kVectors>(group, kernel_problem, first +",
-          "shuffle"),
-    # Who exchanges what with whom.
-    Fault("max over half of the lanes", "groups.cuh", "kWidth / 2", "kWidth / 4", "column",
-          after="acc_t lanes_max("),
-    Fault("sum over half of the lanes", "groups.cuh", "distance < kWidth", "distance < kWidth / 2",
-          "column", after="Sum<acc_t> lanes_sum("),
-    Fault("neighbour's chunk from two lanes off", "vector_access.cuh", "v.words[i], 1, width",
-          "v.words[i], 2, width", "column"),
-    Fault("every block reads the first one's sum", "groups.cuh",
-          "load_from_block(results_.sum_highs, rank)", "load_from_block(results_.sum_highs, 0)",
-          "column"),
-    Fault("a warp's result is not read", "groups.cuh", "lane() < warps() ? results_.maxima",
-          "lane() + 1 < warps() ? results_.maxima", ""),
-    Fault("one warp's result more than there are", "groups.cuh",
-          "lane() < warps() ? results_.maxima", "lane() <= warps() ? results_.maxima",
-          "not initialised"),
-    Fault("shared memory for half of the warps", "groups.cuh", "kMostWarps = 32", "kMostWarps = 16",
-          "out of bounds"),
-    Fault("another row's place among the columns", "groups.cuh", "warp * kWarpThreads +",
+          "if (thread_index() < kWarpThreads) { sync_block(); }", "",
+          after="warp_results_.store("),
+    Fault("lanes without a row do not take part", "register_rows.cuh",
+          "compute_row<", "if (row < kernel_problem.problem.rows) compute_row<", "shuffle",
+          after="lanes_per_row("),
+    # Values exchanged with the wrong thread.
+    Fault("max over half of the lanes", "groups.cuh", "distance < kWidth",
+          f"distance < ({IS_MAX} ? kWidth / 2 : kWidth)", "column", after="Result reduce_lanes("),
+    Fault("sum over half of the lanes", "groups.cuh", "distance < kWidth",
+          f"distance < ({IS_SUM} ? kWidth / 2 : kWidth)", "column", after="Result reduce_lanes("),
+    Fault("previous packet from two lanes off", "vector_access.cuh", "words[i], 1, width",
+          "words[i], 2, width", "column"),
+    Fault("every block reads the first one's sum", "groups.cuh", "word), rank)",
+          f"word), {IS_SUM} ? 0 : rank)", "column"),
+    Fault("a warp's result is not read", "groups.cuh", "lane < block_threads()",
+          f"lane + ({IS_MAX} ? 1 : 0) < block_threads()", ""),
+    Fault("one warp's result too many", "groups.cuh", "block_threads() / kWarpThreads;",
+          f"block_threads() / kWarpThreads + ({IS_MAX} ? 1 : 0);", "not initialized",
+          after="is_warp ="),
+    Fault("shared memory for half of the warps", "groups.cuh", "kMaxBlockThreads / kWarpThreads;",
+          "kMaxBlockThreads / kWarpThreads / 2;", RACE, after="kMaxWarps ="),
+    Fault("another row's slot among the columns", "groups.cuh", "warp * kWarpThreads +",
           "warp * kWarpThreads + 1 -", ""),
-    # Memory that is not theirs.
+    # Accesses to other memory.
     Fault("vector load past the valid end", "vector_access.cuh", "* kElems <= count",
           "* kElems <= count + 1", "out of bounds"),
     Fault("vector load before the valid start", "vector_access.cuh", "begin >= skipped &&",
@@ -100,12 +102,12 @@ FAULTS = [
     Fault("vector store over the padding", "vector_access.cuh", "if (rest >= kElems)",
           "if (rest > 0)", ""),
     Fault("one element too many is stored", "vector_access.cuh", "i < to)", "i <= to)", ""),
-    Fault("invalid lengths are believed", "row.cuh", "if (!row.is_valid) {", "if (false) {", ""),
+    Fault("invalid lengths are used", "row.cuh", "if (!row.is_valid) {", "if (false) {", ""),
     Fault("an element past the strided row's end", "strided_rows.cuh",
           "i < count ?", "i <= count ?", "out of bounds", after="void load_elements("),
     Fault("the strided row's column stride forgotten", "strided_rows.cuh",
           "first[i * operand.col_stride]", "first[i]", "", after="void load_elements("),
-    # Memory that holds nothing, or stays as it was.
+    # Memory that is uninitialized, or not written.
     Fault("the row's tail is not written", "vector_access.cuh", "if (is_last_lane) {",
           "if (false) {", "were not written"),
     Fault("the padding's tail is not written", "vector_access.cuh", "at < end; at +=",
@@ -115,39 +117,79 @@ FAULTS = [
           "row_.start + row_.length + 1, problem", "were not written"),
     Fault("every block leaves a row out", "register_rows.cuh", "block_threads() / kThreads;",
           "block_threads() / kThreads + 1;", "were not written"),
-    Fault("the pieces' maxima are never found", "launch_registers.cuh",
-          "status = launch(split_maxima<input_t, output_t, kBlockVectors>);", "",
-          "not initialised"),
-    Fault("a piece too many is read", "split_rows.cuh", "piece < pieces_; piece += block_threads()",
-          "piece <= pieces_; piece += block_threads()", ""),
+    Fault("the chunks' maxima are never computed", "split_rows.cuh",
+          "status = launch(split_maxima<input_t, output_t, kVectors>, plan, stream, problem);", "",
+          "not initialized"),
+    Fault("a chunk too many is read", "split_rows.cuh", "chunk < chunks(); chunk +=",
+          "chunk <= chunks(); chunk +=", ""),
     # Arithmetic.
-    Fault("the maximum begins at 0", "register_rows.cuh", "acc_t largest = kNone;",
-          "acc_t largest = 0;", ""),
+    Fault("the maximum begins at 0", "groups.cuh", "{-std::numeric_limits<acc_t>::infinity()}",
+          "{0}", ""),
     Fault("absent elements are zeros to the maximum", "register_rows.cuh",
-          "scaling_.factor : kNone;", "scaling_.factor : acc_t{0};", ""),
-    Fault("scale forgotten in the gradient", "register_rows.cuh",
-          "scaling_.scale * y_[k][i] *", "y_[k][i] *", "column"),
+          "scaling_.factor : kAbsent;", "scaling_.factor : acc_t{0};", ""),
+    Fault("scale forgotten in the gradient", "../common/formulas.h", "return scale * in[1] *",
+          "return in[1] *", "column"),
     Fault("starts read with the lengths' offset", "row.cuh",
           "load_row_index(problem.starts, start_offset)", "load_row_index(problem.starts, 0)", ""),
-    Fault("bytes of a misaligned chunk in the wrong order", "vector_access.cuh", "skipped & 8",
+    Fault("bytes of a misaligned packet in the wrong order", "vector_access.cuh", "skipped & 8",
           "skipped & 4", "column"),
-    Fault("an invalid length gives zeros", "row.cuh", "if (!row.is_valid) {\n    return",
-          "if (false) {\n    return", "is not NaN"),
+    Fault("an invalid length gives zeros", "row.cuh", "row.is_valid ? static_cast",
+          "true ? static_cast", "not nan"),
 ]  # fmt: skip
 
 
+def of_each_row_of_the_tables() -> list[tuple[str, str, str, str, str]]:
+    """A fault for each row: name, file, after, old, and new, in which `is_on` plants the fault."""
+    faults = []
+    for name, _, signature, _ in emulator.read_table("common/operations.inc"):
+        if signature == "Forward":
+            new = f"* (is_on && kOperation == Operation::k{name} ? 2 : 1);"
+            faults.append((name, "cuda/register_rows.cuh", "row_sum =", ";", new))
+            continue
+        after, file = f"Formula<Operation::k{name}>", "common/formulas.h"
+        old = "terms[0] = "
+        faults.append((f"{name}: terms", file, after, old, f"{old}N(is_on ? 2 : 1) * "))
+        old = "return "
+        faults.append((f"{name}: result", file, after, old, f"{old}N(is_on ? 1 : 0) + "))
+    for name, _, _, _, kind in emulator.read_table("common/element_types.inc"):
+        is_type = f"is_on && ElementTraits<decltype(element)>::kType == ElementType::k{name}"
+        after, old = "void load_elements(", "widen(first[i * operand.col_stride])"
+        new = f"{old} * ({is_type} ? 2 : 1)"
+        faults.append((f"{name}: elements", "cuda/strided_rows.cuh", after, old, new))
+        if kind == "kInteger":
+            after, old = "int64_t load_row_index(", "offset];"
+            new = f"{is_type} ? 0 : {old}"
+            faults.append((f"{name}: lengths", "cuda/row.cuh", after, old, new))
+    for input_t, output_t in emulator.read_table("common/type_pairs.inc"):
+        is_pair = f"std::is_same_v<input_t, {input_t}> && std::is_same_v<output_t, {output_t}>"
+        after, old = "Status launch_registers(", "return is_forward"
+        new = f"if (is_on && {is_pair}) {{ return kSuccess; }} {old}"
+        name = f"{input_t} to {output_t}"
+        faults.append((name, "cuda/launch_registers.cuh", after, old, new))
+    for name, _, _ in emulator.read_table("cuda/strategies.inc"):
+        after, old = "Status launch_problem(", "const KernelProblem"
+        new = f"if (is_on && plan.strategy == Strategy::k{name}) {{ return kSuccess; }} {old}"
+        faults.append((name, "cuda/launch.cu", after, old, new))
+    return faults
+
+
+TABLE_FAULTS = of_each_row_of_the_tables()
+
+
 def plant(fault: Fault, folder: Path) -> Path:
-    """A copy of csrc/ with the fault in it."""
+    """A copy of csrc/ with the fault."""
     kernels = folder / "csrc"
     shutil.rmtree(kernels, ignore_errors=True)
     shutil.copytree(emulator.ROOT / "csrc", kernels)
-    (kernels / "cuda" / "register_types.inc").write_text(TYPES)
-    path = kernels / "cuda" / fault.file
-    text = path.read_text()
-    behind = text.index(fault.after)
-    at = text.index(fault.old, behind)
-    path.write_text(text[:at] + fault.new + text[at + len(fault.old) :])
+    (kernels / "common" / "type_pairs.inc").write_text(TYPE_PAIRS)
+    replace(kernels / "cuda" / fault.file, fault.after, fault.old, fault.new)
     return kernels
+
+
+def replace(path: Path, after: str, old: str, new: str) -> None:
+    text = path.read_text()
+    at = text.index(old, text.index(after))
+    path.write_text(text[:at] + new + text[at + len(old) :])
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
@@ -155,7 +197,7 @@ def test_fault_is_found(fault: Fault, machine: list[Path]) -> None:
     folder = BUILD / "fault"
     library = emulator.build(folder, plant(fault, folder), FILES, machine)
     done = subprocess.run(
-        [sys.executable, str(BATTERY), str(library), "float32"],
+        [sys.executable, str(BATTERY), str(library), "float32:float32"],
         capture_output=True,
         text=True,
         timeout=300,
@@ -171,6 +213,37 @@ def test_without_a_fault_nothing_is_found(machine: list[Path]) -> None:
     none = Fault("none", "row.cuh", "", "", "")
     library = emulator.build(folder, plant(none, folder), FILES, machine)
     done = subprocess.run(
-        [sys.executable, str(BATTERY), str(library), "float32"], capture_output=True, text=True
+        [sys.executable, str(BATTERY), str(library), "float32:float32"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def library_with_table_faults(plain_machine: list[Path]) -> Path:
+    """All kernels, with a fault for each row of the tables; a variable switches one of them on."""
+    folder = BUILD / "table_faults"
+    kernels = folder / "csrc"
+    shutil.rmtree(kernels, ignore_errors=True)
+    shutil.copytree(emulator.ROOT / "csrc", kernels)
+    for number, (_, file, after, old, new) in reversed(list(enumerate(TABLE_FAULTS, 1))):
+        replace(kernels / file, after, old, new.replace("is_on", f"planted_fault == {number}"))
+    replace(
+        kernels / "common" / "inline.h", "#pragma", "once", "once\ninline int planted_fault = 0;"
+    )
+    files = emulator.kernel_files(kernels)
+    return emulator.build(folder, kernels, files, plain_machine, is_checked=False)
+
+
+def test_a_fault_in_each_row_of_the_tables_is_found(library_with_table_faults: Path) -> None:
+    emulate = emulator.Emulator(library_with_table_faults)
+    planted = ctypes.c_int.in_dll(ctypes.CDLL(str(library_with_table_faults)), "planted_fault")
+    missed = []
+    for number, (name, *_) in enumerate(TABLE_FAULTS, 1):
+        planted.value = number
+        if not any(find_mistake(emulate, *pair) for pair in emulator.TYPE_PAIRS):
+            missed.append(name)
+    assert not missed
+    planted.value = 0
+    assert find_mistake(emulate, torch.float32, torch.float32) == ""

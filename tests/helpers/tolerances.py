@@ -19,10 +19,6 @@ from numpy_reference import (
 )
 from torch import Tensor
 
-# The names that tests/emulator uses.
-Truth = Expected
-computing_dtype = accumulation_dtype
-
 # Beyond this distance every probability is subnormal, in float64 too. log_softmax returns the
 # distance itself, to within a few eps however large it is: a bound that kept growing with the
 # distance would accept zeros in the end.

@@ -22,8 +22,7 @@
 #define MASKED_SOFTMAX_UNROLL
 #define MASKED_SOFTMAX_HAS_CLUSTERS 1
 
-namespace masked_softmax {
-namespace cuda {
+namespace masked_softmax::cuda {
 
 inline unsigned thread_index() { return simt::this_thread().thread; }
 inline unsigned block_threads() { return simt::this_thread().block_threads; }
@@ -106,5 +105,4 @@ Status launch(void (*kernel)(Argument), const LaunchPlan& plan, Stream /*stream*
   return simt::launch({plan.blocks, plan.threads, plan.cluster_size}, [&] { kernel(argument); });
 }
 
-}  // namespace cuda
-}  // namespace masked_softmax
+}  // namespace masked_softmax::cuda
