@@ -34,7 +34,7 @@ def padding_mask(x: Tensor, lengths: Tensor, dim: int = -1) -> Tensor:
 
 
 def unfused_softmax(x: Tensor, lengths: Tensor, dim: int = -1) -> Tensor:
-    """The usual formulation: a mask from the lengths, masked_fill, softmax."""
+    """The unfused formulation: a mask from the lengths, masked_fill, softmax."""
     return torch.softmax(x.masked_fill(padding_mask(x, lengths, dim), float("-inf")), dim)
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# The instruction sets with kernels, and platform.machine() of the architectures that those other
-# than "scalar" are compiled for.
+# The instruction sets that have kernels.
 CAPABILITIES = ("scalar", "avx2", "avx512", "neon")
+
+# platform.machine() of the architectures of each; "scalar" is compiled for all.
 ARCHITECTURES = {
     "avx2": ("x86_64", "AMD64"),
     "avx512": ("x86_64", "AMD64"),

@@ -184,7 +184,7 @@ def test_special_values_stay_in_their_row(call: Call) -> None:
 
 @given(calls(), st.sampled_from([math.nan, math.inf, -math.inf]), st.integers(0, 2**16))
 def test_nan_and_infinite_scales(call: Call, scale: float, seed: int) -> None:
-    """Padding is exact; a NaN scale makes every value NaN that is multiplied by it."""
+    """Padding is exact; a NaN scale makes every value that it multiplies NaN."""
     call = replace(call, scale=scale)
     valid = call.valid()
     y = call.forward()

@@ -194,7 +194,7 @@ def test_padding_and_empty_rows_are_constant(
 @FUNCTIONS
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
 def test_padding_has_no_gradient(function: Callable[..., Tensor], poison: float) -> None:
-    """Whatever the padding of input and incoming gradient holds, and without intermediate NaNs."""
+    """For any padding of input and incoming gradient, and without intermediate NaNs."""
     x, lengths, padding = nan_in_padding()
     x = x.masked_fill(padding, poison).requires_grad_()
     g = torch.randn(4, 5, dtype=torch.float64, generator=generator(6))

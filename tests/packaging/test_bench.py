@@ -66,7 +66,7 @@ def figure(seconds: float) -> Figure:
 
 
 @pytest.mark.parametrize("kind", [*LENGTHS, "5%", "25%", "90%"])
-def test_lengths_fit_the_columns_and_repeat(kind: str) -> None:
+def test_lengths_fit_the_columns_and_are_deterministic(kind: str) -> None:
     lengths = make_lengths(kind, COUNT, COLS)
     assert lengths.shape == (COUNT,)
     assert lengths.dtype == torch.int64
@@ -115,7 +115,7 @@ def test_unknown_lengths_are_refused() -> None:
 # Cases
 
 
-def test_data_is_of_the_case_and_repeats() -> None:
+def test_data_fits_its_case_and_is_deterministic() -> None:
     case = Case((8, 16), dtype="bfloat16", direction="backward")
     data, again = make_data(case, 1 << 20), make_data(case, 1 << 20)
     assert data.gradient is not None
@@ -128,7 +128,7 @@ def test_data_is_of_the_case_and_repeats() -> None:
     assert data.bytes_moved == (2 * valid + 128) * 2
 
 
-def test_one_length_for_many_rows_counts_for_each() -> None:
+def test_a_shared_length_counts_for_each_of_its_rows() -> None:
     data = make_data(Case((3, 4, 5, 6)), 1 << 20)
     assert data.valid_elems == 4 * 5 * int(data.lengths.sum())
     data = make_data(Case((3, 20, 7), dim=1), 1 << 20)
@@ -143,7 +143,7 @@ def test_buffers_larger_than_the_cache_rotate() -> None:
     assert len({x.data_ptr() for x in data.inputs}) == len(data.inputs) > 1
 
 
-def test_lists_have_no_label_twice() -> None:
+def test_labels_of_a_list_are_unique() -> None:
     for cases in (quick_cases(), default_cases(), all_cases()):
         merged = without_repeats(cases)
         assert len({case.label for case in merged}) == len(merged)
@@ -317,7 +317,7 @@ def test_each_target_has_a_baseline_that_its_case_measures() -> None:
             assert BASELINES[target.baseline].skip_reason(target.case) is None, target.title
 
 
-# The whole
+# A complete run
 
 
 class Absent(Baseline):
@@ -408,7 +408,7 @@ def test_json_has_one_line_for_each_record() -> None:
     assert {'"name": "a"', '"missing": {}', '{"x": 1}', "{}"} <= set(lines)
 
 
-def test_an_interrupted_run_keeps_what_it_has(
+def test_an_interrupted_run_keeps_its_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cases = [Case((8, 4)), Case((8, 8))]
@@ -447,7 +447,7 @@ def start_run(*arguments: str) -> subprocess.Popen[str]:
         signal.signal(signal.SIGINT, before)
 
 
-def test_ctrl_c_keeps_what_is_measured(tmp_path: Path) -> None:
+def test_ctrl_c_keeps_the_measurements(tmp_path: Path) -> None:
     """The signal itself, when one case is done: its figures are written, and no traceback."""
     label = "4096x64"
     with start_run("--quick", "--filter", label, "--results", str(tmp_path)) as running:
@@ -475,7 +475,7 @@ def test_filter_chooses_by_label(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "4096x64 full bfloat16 forward out= 1 thread\n"
 
 
-def test_processors_have_names_fit_for_files() -> None:
+def test_processor_names_are_valid_file_names() -> None:
     fields = {
         "model name": "AMD EPYC",
         "vendor_id": "AuthenticAMD",

@@ -161,7 +161,7 @@ def test_operator_schemas() -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_module_computes_what_the_function_does(module: Any) -> None:
+def test_module_gives_the_results_of_the_function(module: Any) -> None:
     function = masked_softmax if module is MaskedSoftmax else masked_log_softmax
     x = random_input((3, 4, 5), torch.float32, seed=1)
     lengths, starts = torch.tensor([1, 0, 3]), torch.tensor([0, 1, 1])

@@ -93,7 +93,8 @@ def valid(x: Tensor, lengths: Tensor) -> Tensor:
     return columns(x) < lengths[:, None]
 
 
-# Spellings of the formulation: x has shape (3, 5), the lengths n (3,); m is True in valid columns
+# Spellings of the unfused formulation: x has shape (3, 5), the lengths n (3,); m is True in valid
+# columns
 
 MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "lt": valid,

@@ -114,18 +114,18 @@ plant() {
 }
 
 plant_for_address() {
-  plant csrc/cpu/staging.cpp '/^void scatter_any/,/^}/ s/i < count/i <= count/' \
-    'm.masked_softmax(torch.ones(3, 5), 5, dtype=torch.float64)' heap-buffer-overflow staging.cpp
+  plant csrc/cpu/gather.cpp '/^void scatter_any/,/^}/ s/i < count/i <= count/' \
+    'm.masked_softmax(torch.ones(3, 5).double(), 5, dtype=torch.float32)' heap-buffer-overflow gather.cpp
   plant csrc/cpu/partition.cpp 's/return problem.rows \* kRowCost/return INT64_MAX - 1 + problem.rows * kRowCost/' \
     'm.masked_softmax(torch.ones(3, 5), 5)' 'runtime error: signed integer overflow' partition.cpp
 }
 
 plant_for_thread() {
-  plant csrc/cpu/writing.cpp \
-    's/static const int64_t last_cache_bytes = \(.*\);/static int64_t last_cache_bytes = 0; last_cache_bytes = \1;/' \
+  plant csrc/cpu/store_hint.cpp \
+    's/static const int64_t llc_bytes = \(.*\);/static int64_t llc_bytes = 0; if (llc_bytes >= 0) llc_bytes = \1;/' \
     'x = torch.ones(3, 5)
 calls = [threading.Thread(target=lambda: [m.masked_softmax(x, 5) for _ in range(1000)]) for _ in range(4)]
-[call.start() for call in calls]; [call.join() for call in calls]' 'data race' writing.cpp
+[call.start() for call in calls]; [call.join() for call in calls]' 'data race' store_hint.cpp
   plant csrc/cpu/partition.cpp 's/  boundaries.resize(/  std::swap(boundaries[1], boundaries[2]);\n&/' \
     'torch.set_num_threads(3)
 [m.masked_softmax(torch.ones(3000, 64), 64) for _ in range(100)]' 'data race' run_rows

@@ -146,7 +146,7 @@ def test_number_of_threads_changes_no_bit(set_threads: Callable[[int], None], lo
 
 
 def test_non_temporal_stores(log: bool) -> None:
-    """Values beyond the size from which results are written with non-temporal stores."""
+    """Results that are large enough to be written with non-temporal stores."""
     lengths = [300] * 40_000
     values = random_input((sum(lengths),), torch.float32, seed=10)
     got = packed(values, offsets_of(lengths), log=log).view(40_000, 300)
