@@ -187,11 +187,14 @@ class StridedRow {
   MASKED_SOFTMAX_DEVICE void forward() const {
     Max<acc_t> max;
     for_each_vector([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
-      for_each_score(first, count, [&](auto /*operation*/, int i, acc_t x) MASKED_SOFTMAX_DEVICE_LAMBDA {
+      Values x;
+      load(0, first, count, x);
+      MASKED_SOFTMAX_UNROLL
+      for (int i = 0; i < kMaxVectorElems; ++i) {
         if (i < count) {
-          max.add(x);
+          max.add(x[i] * scaling_.factor);
         }
-      });
+      }
     });
     const acc_t row_max = group_.reduce(max).value();
 
