@@ -45,7 +45,16 @@ struct Scaling {
   MASKED_SOFTMAX_DEVICE explicit Scaling(const KernelProblem& problem)
       : factor(static_cast<acc_t>(problem.factor)),
         scale(static_cast<acc_t>(problem.scale)),
-        log2e(std::get<ScaledLog2e<acc_t>>(problem.log2e)) {}
+        log2e(log2e_of(problem)) {}
+
+ private:
+  MASKED_SOFTMAX_DEVICE static ScaledLog2e<acc_t> log2e_of(const KernelProblem& problem) {
+    if constexpr (std::is_same_v<acc_t, float>) {
+      return problem.log2e_float;
+    } else {
+      return problem.log2e_double;
+    }
+  }
 };
 
 // x - row_max and its rounding error (TwoDiff: Knuth, as Sum in groups.cuh).

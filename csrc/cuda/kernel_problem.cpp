@@ -58,7 +58,8 @@ KernelProblem make_kernel_problem(const Problem& problem, const LaunchPlan& plan
   result.factor = input_factor(problem);
   result.scale = problem.scale / result.factor;
   const double exponent_scale = is_forward(problem.operation) ? result.scale : 1.0;
-  result.log2e = {ScaledLog2e<float>(exponent_scale), ScaledLog2e<double>(exponent_scale)};
+  result.log2e_float = ScaledLog2e<float>(exponent_scale);
+  result.log2e_double = ScaledLog2e<double>(exponent_scale);
   return result;
 }
 

@@ -1,8 +1,6 @@
 // A kernel's argument: the problem, and what the host computes once for all rows. Passed by value.
 #pragma once
 
-#include <tuple>
-
 #include "common/exponential.h"
 #include "common/problem.h"
 #include "cuda/launch_plan.h"
@@ -37,10 +35,11 @@ struct KernelProblem {
   bool output_rows_are_aligned = false;  // every row's valid columns begin at a multiple of 16 bytes
   bool output_is_16_bit = false;
 
-  // The scale, and log2e in both accumulation types; see Scaling in exp2.cuh.
+  // The scale in both accumulation types; see Scaling in exp2.cuh.
   double factor = 1.0;
   double scale = 1.0;
-  std::tuple<ScaledLog2e<float>, ScaledLog2e<double>> log2e{1.0, 1.0};
+  ScaledLog2e<float> log2e_float{1.0};
+  ScaledLog2e<double> log2e_double{1.0};
 
   SumOrder order;
   int64_t chunks = 1;         // of a split row

@@ -170,36 +170,32 @@ class StridedRow {
     });
   }
 
-  // Calls visit(operation, i, x) for the vector's elements, with factor applied.
-  template <class Visitor>
-  MASKED_SOFTMAX_DEVICE void for_each_score(int64_t first, int count, const Visitor& visit) const {
-    Values x;
-    load(0, first, count, x);
-    visit_own_operation<true>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
-      MASKED_SOFTMAX_UNROLL
-      for (int i = 0; i < kMaxVectorElems; ++i) {
-        visit(operation, i, x[i] * scaling_.factor);
-      }
-    });
-  }
-
   // The formulas and the sum's terms are ForwardRow's in register_rows.cuh.
   MASKED_SOFTMAX_DEVICE void forward() const {
     Max<acc_t> max;
     for_each_vector([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
-      for_each_score(first, count, [&](auto /*operation*/, int i, acc_t x) MASKED_SOFTMAX_DEVICE_LAMBDA {
+      Values x;
+      load(0, first, count, x);
+      MASKED_SOFTMAX_UNROLL
+      for (int i = 0; i < kMaxVectorElems; ++i) {
         if (i < count) {
-          max.add(x);
+          max.add(x[i] * scaling_.factor);
         }
-      });
+      }
     });
     const acc_t row_max = group_.reduce(max).value();
 
     Count<acc_t> maxima;
     const acc_t total = sum([&](int64_t first, int count, Values& terms) MASKED_SOFTMAX_DEVICE_LAMBDA {
-      for_each_score(first, count, [&](auto operation, int i, acc_t x) MASKED_SOFTMAX_DEVICE_LAMBDA {
-        if (i < count) {
-          terms[i] = forward_term<decltype(operation)::value>(Distance<acc_t>(x, row_max), maxima);
+      Values x;
+      load(0, first, count, x);
+      visit_own_operation<true>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
+        MASKED_SOFTMAX_UNROLL
+        for (int i = 0; i < kMaxVectorElems; ++i) {
+          if (i < count) {
+            const Distance<acc_t> distance(x[i] * scaling_.factor, row_max);
+            terms[i] = forward_term<decltype(operation)::value>(distance, maxima);
+          }
         }
       });
     });
@@ -212,11 +208,16 @@ class StridedRow {
       }
     });
     for_each_vector([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
-      Values y;
-      for_each_score(first, count, [&](auto operation, int i, acc_t x) MASKED_SOFTMAX_DEVICE_LAMBDA {
-        y[i] = forward_result<decltype(operation)::value>(Distance<acc_t>(x, row_max), normalizer);
+      Values x;
+      load(0, first, count, x);
+      visit_own_operation<true>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
+        MASKED_SOFTMAX_UNROLL
+        for (int i = 0; i < kMaxVectorElems; ++i) {
+          const Distance<acc_t> distance(x[i] * scaling_.factor, row_max);
+          x[i] = forward_result<decltype(operation)::value>(distance, normalizer);
+        }
       });
-      store(first, count, y);
+      store(first, count, x);
     });
   }
 
