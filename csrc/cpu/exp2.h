@@ -5,7 +5,7 @@
 // smaller f needs degree 3 (K = 8) or 2 (K = 32), which saves multiply-adds, the bottleneck of the loop. (Zen 4,
 // November 2026, a row of 512 in cache: 25 percent less time with K = 8, 20 percent less with K = 32.)
 //
-// The multiplication by 2^n is a choice of its own. Without scalef, integer instructions build 2^n in the exponent
+// There are two ways to multiply by 2^n. Without scalef, integer instructions build 2^n in the exponent
 // field, which holds normal numbers only: z is clamped from above, and results below the smallest normal number are
 // flushed to 0. (They are less than one part in 2^126 of the row's sum, and arithmetic on subnormals costs over a
 // hundred cycles on some processors.) With scalef (AVX-512, float), the instruction itself overflows to infinity and
@@ -70,7 +70,7 @@ MASKED_SOFTMAX_INLINE V times_exp2(const V& value, const V& f) {
   return V::fma(value * f, q, value);
 }
 
-// 2^(r + f), where r is the multiple of 1/K in encoded = magic_constant() + r.
+// 2^(m + f), where m is a multiple of 1/K and encoded = magic_constant() + m.
 template <class V>
 MASKED_SOFTMAX_INLINE V exp2_of_encoded(const V& encoded, const V& f) {
   if constexpr (V::kExp2TableSize > 1) {
@@ -96,17 +96,18 @@ MASKED_SOFTMAX_INLINE V exp2_of_encoded(const V& encoded, const V& f) {
 // their sum off by half an eps for each unit of their distance from the maximum.
 //
 // Because the factor cancels, the reference need not be the maximum. It is the larger of the row's ends
-// (row_reference), and most rows are read once, not twice. A reference can be
-//   too far below the maximum: the sum overflows, or nearly so;
-//   too large for the rounding step, or not finite: params_from_reference() turns the row's parameters into NaN, and so
-//   the sum.
-// Either way is_sum_out_of_range(), and the row is computed again from its maximum, with kHasOffset: where max * c is
-// too large for the step, max becomes the offset, and x - max is exact for all x that matter (Sterbenz).
+// (row_reference), and most rows are read once, not twice. It fails in two cases:
+//   - The reference is so far below the maximum that the sum overflows, or nearly does.
+//   - The reference is too large for the rounding step (with scale 1 and float, above 45426), or not finite. Then
+//     params_from_reference() makes magic_minus_r NaN, so all terms and their sum are NaN.
+// In both cases the sum is out of range (is_sum_out_of_range), and the row is computed again from its maximum. Where
+// max * c is too large for the step, max becomes the offset, and x - max is exact for all x that matter (Sterbenz).
 template <class acc_t>
 struct ExponentialParams {
   acc_t offset;
   acc_t magic_minus_r;  // adding it rounds to the step and subtracts r
-  // Below it a term is 0. It is compared with the rounded (x - offset) * c; with scalef, with x - offset.
+  // A term below it is 0. Without scalef, the rounded (x - offset) * c is compared with it; with scalef, x - offset is
+  // raised to it.
   acc_t zero_below;
   acc_t high;  // c
   acc_t low;
@@ -148,7 +149,7 @@ MASKED_SOFTMAX_INLINE typename V::acc_t round_to_step(typename V::acc_t product)
   return (product + magic_constant<V>()) - magic_constant<V>();
 }
 
-// Without a branch.
+// Without a branch, for the loop of narrow_rows.h. A failed reference gives NaN, as told above.
 template <class V>
 MASKED_SOFTMAX_INLINE ExponentialParams<typename V::acc_t> params_from_reference(
     typename V::acc_t reference, const ScaledLog2e<typename V::acc_t>& c) {
@@ -174,13 +175,14 @@ MASKED_SOFTMAX_INLINE ExponentialParams<typename V::acc_t> params_from_maximum(
   return params;
 }
 
-// Of a row of one element: the exponential is exactly 1, or NaN where the element is not finite.
+// Of a row of one element: the exponential is exactly 1, or NaN where the element is not finite. Relative to a rounded
+// reference it would be some e, and e * (1 / e) is not always 1.
 template <class V>
 MASKED_SOFTMAX_INLINE ExponentialParams<typename V::acc_t> params_of_single() {
   return {0, magic_constant<V>(), -std::numeric_limits<typename V::acc_t>::infinity(), 0, 0};
 }
 
-// The two ways to multiply by 2^n. `a` is x - offset.
+// One function for each way to multiply by 2^n. `a` is x - offset.
 template <class V>
 MASKED_SOFTMAX_INLINE V exponential_with_scalef(V a, const ExponentialParams<typename V::acc_t>& params) {
   const V high = V::broadcast(params.high);
@@ -199,8 +201,8 @@ MASKED_SOFTMAX_INLINE V exponential_without_scalef(const V& a, const Exponential
   const V zero_below = V::broadcast(params.zero_below);
   const V high = V::broadcast(params.high);
   const V magic_minus_r = V::broadcast(params.magic_minus_r);
-  // n is at most that of the largest finite power of two, 2^127 for float. If it is clamped, f > 0 makes the term at
-  // least that power, so that the row's sum is out of range and the row is computed again.
+  // Clamped to the largest finite power of two, 2^127 for float. For a larger term f then is positive, which keeps the
+  // term at least that large, so the row's sum is out of range and the row is computed again.
   constexpr acc_t kMaxEncoded = magic_constant<V>() - Exp2<acc_t>::kMinExponent + 1;
   const V encoded = V::min(V::broadcast(kMaxEncoded), V::fma(a, high, magic_minus_r));
   const V rounded = encoded - magic_minus_r;  // a * c, rounded to the step

@@ -1,10 +1,10 @@
 // Softmax and its backward pass for rows of a few vectors, padding included, sixteen rows at a time.
 //
-// What short_rows.h spends on a row beside its arithmetic (lists of bounds and addresses, loops whose ends are branch
-// mispredictions, padding filled in a call of its own) exceeds the arithmetic of four vectors. So these kernels compute
-// all columns of a row, with masks: masked loads read no padding, and the stores of the results fill it. Each step runs
-// over sixteen rows before the next begins, so that no row waits for its sum; between the steps the exponentials are
-// kept in a scratch buffer of 4 KiB.
+// For a row of four vectors, the bookkeeping of short_rows.h takes longer than the arithmetic: lists of bounds and
+// addresses, loops whose ends are mispredicted, a call that fills the padding. So these kernels compute all columns of
+// a row, with masks: masked loads read no padding, and the stores of the results fill it. Each step runs over sixteen
+// rows before the next begins, so that no row waits for its sum; between the steps the exponentials are kept in a
+// scratch buffer of 4 KiB.
 //
 // Formulas, types and memory traffic: row_kernel.h, derivative_kernel.h. The order of additions is that of
 // row_passes.h, so the bits are too.

@@ -16,8 +16,8 @@
 // This file holds the expressions of the passes; narrow_rows.h, short_rows.h and long_row.h run them over rows.
 //
 // Types: x is converted to the accumulation type as it is loaded; exponentials, sums and y are of that type, and y is
-// rounded once as it is stored. Memory: each valid element is read once. In later
-// passes log_softmax finds it in the cache, and softmax finds its exponential there. Each element, padding included, is
+// rounded once as it is stored. Memory: each valid element is read once. In later passes log_softmax finds it in the
+// cache, and softmax finds its exponential there, unless the row is too long. Each element, padding included, is
 // written once. float32: 4 bytes read for a valid element, 4 written for every element.
 //
 // Preconditions: length >= 1; scale >= 0 and not extreme (input_factor() in common/problem.h). y may be x.

@@ -263,7 +263,7 @@ MASKED_SOFTMAX_INLINE void reduce_max_rows(const typename V::acc_t* vectors, int
       [&](const V& one, int r) MASKED_SOFTMAX_LAMBDA_INLINE { maxima[r] = one.reduce_max(); });
 }
 
-// Fills `count` elements. A call of its own, so that the loops over rows stay short.
+// Fills `count` elements. Not inlined, so that the loops over rows stay short.
 template <class V, class U>
 MASKED_SOFTMAX_NOINLINE void fill(U* to, int64_t count, typename V::acc_t value, StoreHint hint) {
   constexpr int64_t kMinMemsetBytes = 512;  // below, memset's startup costs more than our stores

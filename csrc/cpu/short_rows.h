@@ -186,6 +186,7 @@ MASKED_SOFTMAX_NOINLINE void compute_exponentials(Batch<V, T, U>& batch, const B
   batch.template reduce_sums<1>();
   e = scratch;
   for (int r = 0; r < batch.rows; ++r) {
+    // Of a row of one element, NaN is the result.
     if (is_sum_out_of_range(batch.sums[0][r]) && batch.lengths[r] > 1) {
       batch.sums[0][r] = exponentials_from_maximum<V>(batch.inputs[0][r], batch.lengths[r], scale.log2e, e);
     }

@@ -1,6 +1,6 @@
-// Runs rows of any types and strides as staged rows: packs them, a block at a time, into contiguous rows of the
-// accumulation type on the stack, runs the block in place as a problem of its own (contiguous_rows.h), and unpacks the
-// results. So every row has the bits of a contiguous one.
+// Staged rows: rows of any types and strides are packed, a block at a time, into contiguous rows of the accumulation
+// type on the stack. The block is run in place as a problem (contiguous_rows.h), and the results are unpacked. So every
+// row has the bits of a contiguous one. (Packed rows, common/problem.h, are something else: a layout of the operands.)
 //
 // Rows with unit row stride (dim != -1) are packed as column tiles, and their block stays in L2. All other rows are
 // packed one by one, from the first valid column on, and their block stays in L1.
@@ -230,7 +230,7 @@ class StagedRows {
   alignas(64) acc_t buffers_[kInputs][kBlockElems];
 };
 
-// A call of its own, so that only staged rows pay for its stack.
+// Not inlined, so that only staged rows pay for its stack.
 template <class V, Operation kOperation>
 MASKED_SOFTMAX_NOINLINE void run_staged_rows(const Problem& problem, int64_t begin, int64_t end) {
   StagedRows<V, kOperation>(problem).run(begin, end);

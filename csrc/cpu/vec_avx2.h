@@ -123,7 +123,7 @@ struct Float : X86Defaults<Float, float, 8> {
     }
   }
 
-  // In double.
+  // Added in double.
   float reduce_add() const { return sum_of_row(add_halves()); }
   static void reduce_add_four(const Float* vectors, float* sums) {
     const __m256d rows[] = {vectors[0].add_halves(), vectors[1].add_halves(), vectors[2].add_halves(),

@@ -71,7 +71,7 @@ struct Float : VectorDefaults<Float, float, 4> {
     return vreinterpretq_f32_u32(vandq_u32(vceqzq_f32(t.v), vreinterpretq_u32_f32(vdupq_n_f32(1.0f))));
   }
 
-  // In double.
+  // Added in double.
   float reduce_add() const {
     const float64x2_t two = vaddq_f64(vcvt_f64_f32(vget_low_f32(v)), vcvt_high_f64_f32(v));
     return static_cast<float>(vgetq_lane_f64(two, 0) + vgetq_lane_f64(two, 1));

@@ -13,9 +13,9 @@
 //   load(p, mask), store(p, mask)   touch the elements p[0..n) only; other lanes load as zeros
 //   masked(mask, fill = 0)          replaces the lanes outside of the mask
 //   a + b, a - b, a * b, fma, fms   fma(a, b, c) = a * b + c and fms(a, b, c) = a * b - c round once
-//   max(a, b), min(a, b)            b where either is NaN; min only without scalef
-//   exp2_of(encoded)                the power of two that exp2.h encodes, to a multiple of 1 / kExp2TableSize
-//   table_lookup(encoded)           2^(k/K) of the same number; only with scalef
+//   max(a, b), min(a, b)            b where either is NaN; min only where not kHasScalef
+//   exp2_of(encoded)                2^n, or with a table 2^n * 2^(k/K); exp2.h says how n and k are encoded
+//   table_lookup(encoded)           2^(k/K); only where kHasScalef
 //   scalef(x, n)                    x * 2^floor(n); only where kHasScalef
 //   zero_where_less(n, least, x)    x, or 0 in the lanes where n < least; a NaN is not less
 //   zero_where_zero(t, x), one_where_zero(t)
@@ -49,7 +49,7 @@ struct VectorDefaults {
   // Whether 16-bit types get contiguous kernels (rows.h). false: load() goes element by element, and staging is as
   // fast.
   static constexpr bool kLoads16Bit = true;
-  static constexpr int kMaxNarrowVectors = 0;  // widest rows of narrow_rows.h
+  static constexpr int kMaxNarrowVectors = 0;  // vectors of the widest row that narrow_rows.h takes; 0: none
 
   // A vector is a group of one.
   static constexpr int kVectors = 1;
