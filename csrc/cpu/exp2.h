@@ -182,41 +182,29 @@ MASKED_SOFTMAX_INLINE ExponentialParams<typename V::acc_t> params_of_single() {
   return {0, magic_constant<V>(), -std::numeric_limits<typename V::acc_t>::infinity(), 0, 0};
 }
 
-// One function for each way to multiply by 2^n. `a` is x - offset.
-template <class V>
-MASKED_SOFTMAX_INLINE V exponential_with_scalef(V a, const ExponentialParams<typename V::acc_t>& params) {
-  const V high = V::broadcast(params.high);
-  const V magic_minus_r = V::broadcast(params.magic_minus_r);
-  a = V::max(V::broadcast(params.zero_below), a);  // -inf would make f NaN
-  const V encoded = V::fma(a, high, magic_minus_r);
-  const V rounded = encoded - magic_minus_r;  // a * c, rounded to the step
-  const V f = V::fma(a, V::broadcast(params.low), V::fms(a, high, rounded));
-  // The second argument is n + k / K, of which scalef takes the floor, n.
-  return V::scalef(times_exp2(V::table_lookup(encoded), f), encoded - V::broadcast(magic_constant<V>()));
-}
-
-template <class V>
-MASKED_SOFTMAX_INLINE V exponential_without_scalef(const V& a, const ExponentialParams<typename V::acc_t>& params) {
+template <bool kHasOffset, class V>
+MASKED_SOFTMAX_INLINE V exponential_of(const V& x, const ExponentialParams<typename V::acc_t>& params) {
   using acc_t = typename V::acc_t;
+  V a = kHasOffset ? x - V::broadcast(params.offset) : x;
   const V zero_below = V::broadcast(params.zero_below);
   const V high = V::broadcast(params.high);
   const V magic_minus_r = V::broadcast(params.magic_minus_r);
-  // Clamped to the largest finite power of two, 2^127 for float. For a larger term f then is positive, which keeps the
-  // term at least that large, so the row's sum is out of range and the row is computed again.
-  constexpr acc_t kMaxEncoded = magic_constant<V>() - Exp2<acc_t>::kMinExponent + 1;
-  const V encoded = V::min(V::broadcast(kMaxEncoded), V::fma(a, high, magic_minus_r));
-  const V rounded = encoded - magic_minus_r;  // a * c, rounded to the step
-  const V f = V::fma(a, V::broadcast(params.low), V::fms(a, high, rounded));
-  return V::zero_where_less(rounded, zero_below, exp2_of_encoded(encoded, f));
-}
-
-template <bool kHasOffset, class V>
-MASKED_SOFTMAX_INLINE V exponential_of(const V& x, const ExponentialParams<typename V::acc_t>& params) {
-  const V a = kHasOffset ? x - V::broadcast(params.offset) : x;
+  constexpr acc_t kMagic = magic_constant<V>();
   if constexpr (V::kHasScalef) {
-    return exponential_with_scalef(a, params);
+    a = V::max(zero_below, a);  // -inf would make f NaN
+    const V encoded = V::fma(a, high, magic_minus_r);
+    const V rounded = encoded - magic_minus_r;  // a * c, rounded to the step
+    const V f = V::fma(a, V::broadcast(params.low), V::fms(a, high, rounded));
+    // The second argument is n + k/K, of which scalef takes the floor, n.
+    return V::scalef(times_exp2(V::table_lookup(encoded), f), encoded - V::broadcast(kMagic));
   } else {
-    return exponential_without_scalef(a, params);
+    V encoded = V::fma(a, high, magic_minus_r);
+    // Clamped to the largest finite power of two, 2^127 for float. For a larger term f then is positive, which keeps
+    // the term at least that large, so the row's sum is out of range and the row is computed again.
+    encoded = V::min(V::broadcast(kMagic - Exp2<acc_t>::kMinExponent + 1), encoded);
+    const V rounded = encoded - magic_minus_r;  // a * c, rounded to the step
+    const V f = V::fma(a, V::broadcast(params.low), V::fms(a, high, rounded));
+    return V::zero_where_less(rounded, zero_below, exp2_of_encoded(encoded, f));
   }
 }
 
