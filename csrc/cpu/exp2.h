@@ -127,9 +127,10 @@ MASKED_SOFTMAX_INLINE bool is_sum_out_of_range(acc_t sum) {
   return !(sum >= 0 && sum <= kMax);
 }
 
-// The rounding step resolves products with c below kMaxProduct. (A float's magic constant keeps the step while what is
-// added to it is below 2^22 / K, 2^17 for K = 32. That range takes x * c - r, of two products. For double it is 2^51.)
-// kToInfinity times a product that is not below it is infinite: 2^16 * 2^112 is 2^128, 2^40 * 2^984 is 2^1024.
+// The rounding step resolves products with c whose magnitude is below kMaxProduct. A sum with the magic constant is a
+// multiple of the step while the addend's magnitude is below 2^22 / K for float, 2^17 with K = 32, and below 2^51 for
+// double; the addend is x * c - r, a difference of two products. kToInfinity times a product that is not below
+// kMaxProduct is infinite: 2^16 * 2^112 is 2^128, and 2^40 * 2^984 is 2^1024.
 template <class acc_t>
 constexpr acc_t kMaxProduct = sizeof(acc_t) == 4 ? static_cast<acc_t>(0x1p16) : static_cast<acc_t>(0x1p40);
 template <class acc_t>
@@ -149,7 +150,7 @@ MASKED_SOFTMAX_INLINE typename V::acc_t round_to_step(typename V::acc_t product)
   return (product + magic_constant<V>()) - magic_constant<V>();
 }
 
-// Without a branch, for the loop of narrow_rows.h. A failed reference gives NaN, as told above.
+// Without a branch, for the loop of narrow_rows.h. A failed reference gives NaN, as explained above.
 template <class V>
 MASKED_SOFTMAX_INLINE ExponentialParams<typename V::acc_t> params_from_reference(
     typename V::acc_t reference, const ScaledLog2e<typename V::acc_t>& c) {
