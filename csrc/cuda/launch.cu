@@ -86,7 +86,7 @@ LaunchPlan plan_problem(const Problem& problem, const DeviceProperties& device, 
   shape.elems_per_vector = elems_per_vector(problem);
   shape.acc_bytes = accumulates_in_double(problem) ? 8 : 4;
   shape.inputs = problem.input_count;
-  shape.fits_registers = find_type_pair(problem) != nullptr && columns_are_adjacent(problem);
+  shape.fits_registers = find_type_pair(problem) != nullptr && has_contiguous_columns(problem);
   shape.has_unit_row_stride = has_unit_row_stride(problem);
   return plan_launch(shape, device, forced);
 }
