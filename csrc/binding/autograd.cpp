@@ -22,8 +22,12 @@ using torch::autograd::variable_list;
 //   kTransposed(grad, y)         reverse mode, with respect to a
 //   kBackwardWrtY(grad, a, y)    reverse mode, with respect to y; of a jvp: kBackwardWrtY(a, grad, y)
 //   kJvpWrtY(tangent, a, y)      forward mode, along a tangent of y
+//
+// An operation that is not here has none: its derivative raises.
 template <Operation kOperation>
-struct DerivativesOf;
+struct DerivativesOf {
+  static constexpr const char* kNodeName = nullptr;
+};
 
 template <>
 struct DerivativesOf<Operation::kSoftmax> {
@@ -166,9 +170,9 @@ at::Tensor derivative(const at::Tensor& a, const at::Tensor& y, const RowArgumen
   return result;
 }
 
-at::Tensor log_softmax_jvp(const at::Tensor& tangent, const at::Tensor& output, const RowArguments& rows,
-                           OptionalInt packed) {
-  return derivative<Operation::kLogSoftmaxJvp>(tangent, output, rows, output.scalar_type(), packed);
+template <Operation kJvp>
+at::Tensor jvp(const at::Tensor& tangent, const at::Tensor& output, const RowArguments& rows, OptionalInt packed) {
+  return derivative<kJvp>(tangent, output, rows, output.scalar_type(), packed);
 }
 
 template <Operation kForward>
@@ -219,16 +223,18 @@ TORCH_LIBRARY_IMPL(masked_softmax_ext, Autograd, m) {
   for_each_operation([&](auto operation) {
     constexpr Operation kOperation = operation.value;
     constexpr OperationInfo kInfo = info_of(kOperation);
-    if constexpr (kInfo.signature == Signature::kForward) {
+    if constexpr (DerivativesOf<kOperation>::kNodeName == nullptr) {
+      m.impl(kInfo.name, torch::autograd::autogradNotImplementedFallback());
+    } else if constexpr (kInfo.signature == Signature::kForward) {
       m.impl(kInfo.name, Forward::kernel<forward<kOperation>>);
       m.impl(full_name(OutOperator<kOperation>()).c_str(), ForwardOut::kernel<forward_out<kOperation>>);
     } else if constexpr (kInfo.signature == Signature::kBackward) {
       m.impl(kInfo.name, Backward::kernel<derivative<kOperation>>);
-    } else if constexpr (kInfo.signature == Signature::kSecondOrder) {
-      m.impl(kInfo.name, torch::autograd::autogradNotImplementedFallback());
+    } else {
+      static_assert(kInfo.signature == Signature::kJvp, "second derivatives have no derivatives of their own");
+      m.impl(kInfo.name, Jvp::kernel<jvp<kOperation>>);
     }
   });
-  m.impl(info_of(Operation::kLogSoftmaxJvp).name, Jvp::kernel<log_softmax_jvp>);
   m.impl(SoftmaxInPlaceOperator::kName, InPlace::kernel<softmax_in_place>);
 }
 

@@ -113,6 +113,7 @@ inline acc_t to_acc(T value) {
   } else if constexpr (std::is_same_v<T, bool8_t>) {
     return value.byte != 0 ? acc_t{1} : acc_t{0};
   } else {
+    static_assert(std::is_arithmetic_v<T>, "an element type without a conversion");
     return static_cast<acc_t>(value);
   }
 }
@@ -150,6 +151,7 @@ inline T from_acc(acc_t value) {
   } else if constexpr (std::is_same_v<T, bool8_t>) {
     return {static_cast<uint8_t>(value != 0)};
   } else {
+    static_assert(std::is_arithmetic_v<T>, "an element type without a conversion");
     return static_cast<T>(value);
   }
 }
