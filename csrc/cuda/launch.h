@@ -9,7 +9,9 @@
 //   split_rows.cuh              held rows, a chunk of a row in each of several blocks: split
 //   strided_rows.cuh            rows of any types and layout: column, strided
 //   groups.cuh, row.cuh         threads that share a row; where a row lies
-//   vector_access.cuh, exp2.cuh, device.cuh    16-byte accesses, exponentials, the GPU's own instructions
+//   forward.cuh, exp2.cuh       softmax and log_softmax; exponentials. Derivatives: common/formulas.h
+//   vector_access.cuh           16-byte accesses
+//   device.cuh                  the GPU's own instructions
 #pragma once
 
 #include "common/problem.h"

@@ -6,7 +6,7 @@
 //   strided_lanes    everything else, short rows: a part of a warp takes a row
 //   strided_rows     everything else, long rows: a block takes a row
 //
-// Formulas: softmax and log_softmax as in held_rows.cuh, derivatives in common/formulas.h. A row's sums are taken
+// Formulas: softmax and log_softmax in forward.cuh, derivatives in common/formulas.h. A row's sums are taken
 // in the order of the strategy that holds rows of its size in registers (SumOrder in launch_plan.h), so a row has the
 // same bits in any layout.
 //
@@ -19,6 +19,7 @@
 
 #include "common/formulas.h"
 #include "cuda/exp2.cuh"
+#include "cuda/forward.cuh"
 #include "cuda/groups.cuh"
 #include "cuda/row.cuh"
 
@@ -184,7 +185,6 @@ class StridedRow {
     });
   }
 
-  // The formulas and the sum's terms are ForwardRow's in held_rows.cuh.
   MASKED_SOFTMAX_DEVICE void forward() const {
     Max<acc_t> max;
     for_each_vector([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
@@ -196,48 +196,30 @@ class StridedRow {
     });
     const acc_t row_max = group_.reduce(max).value();
 
+    const auto exp = [&](const Distance<acc_t>& distance) MASKED_SOFTMAX_DEVICE_LAMBDA { return exp_of(distance); };
     Count<acc_t> max_count;
     const acc_t total = sum([&](int64_t first, int count, Values& terms) MASKED_SOFTMAX_DEVICE_LAMBDA {
       for_each_score(first, count, [&](auto operation, int i, acc_t x) MASKED_SOFTMAX_DEVICE_LAMBDA {
         if (i < count) {
-          terms[i] = forward_term<decltype(operation)::value>(Distance<acc_t>(x, row_max), max_count);
+          using F = ForwardFormula<decltype(operation)::value>;
+          const Distance<acc_t> distance(x, row_max);
+          terms[i] = F::term(distance, F::value(distance, true, exp), true, scaling_, max_count);
         }
       });
     });
-    acc_t normalizer = 0;  // log_softmax: log(sum), from the biased tail in `total`; softmax: 1 / sum
+    acc_t normalizer = 0;
     visit_own_operation<true>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
-      if constexpr (decltype(operation)::value == Operation::kLogSoftmax) {
-        normalizer = log_of_sum(total, group_.reduce(max_count).value());
-      } else {
-        normalizer = 1 / total;
-      }
+      using F = ForwardFormula<decltype(operation)::value>;
+      normalizer = F::normalizer(total, F::kCounts ? group_.reduce(max_count).value() : acc_t{0});
     });
     for_each_vector([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
       Values y;
       for_each_score(first, count, [&](auto operation, int i, acc_t x) MASKED_SOFTMAX_DEVICE_LAMBDA {
-        y[i] = forward_result<decltype(operation)::value>(Distance<acc_t>(x, row_max), normalizer);
+        using F = ForwardFormula<decltype(operation)::value>;
+        y[i] = F::result(F::value(Distance<acc_t>(x, row_max), true, exp), normalizer, scaling_);
       });
       store(first, count, y);
     });
-  }
-
-  template <Operation kOperation>
-  MASKED_SOFTMAX_DEVICE acc_t forward_term(const Distance<acc_t>& distance, Count<acc_t>& max_count) const {
-    if constexpr (kOperation == Operation::kLogSoftmax) {
-      max_count.add(distance.t == 0 ? acc_t{1} : acc_t{0});
-      return distance.t != 0 ? tail_term(distance, scaling_) : acc_t{0};
-    } else {
-      static_assert(kOperation == Operation::kSoftmax, "no other forward operation is known");
-      return exp_of(distance);
-    }
-  }
-  template <Operation kOperation>
-  MASKED_SOFTMAX_DEVICE acc_t forward_result(const Distance<acc_t>& distance, acc_t normalizer) const {
-    if constexpr (kOperation == Operation::kLogSoftmax) {
-      return distance.t * scaling_.scale - normalizer;
-    } else {
-      return exp_of(distance) * normalizer;
-    }
   }
 
   // Calls visit(formula, i, in) for the vector's elements, with the inputs of each in the order of operations.inc.
