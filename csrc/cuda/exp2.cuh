@@ -47,7 +47,16 @@ struct Scaling {
   MASKED_SOFTMAX_DEVICE explicit Scaling(const KernelProblem& kernel_problem)
       : factor(static_cast<acc_t>(kernel_problem.input_factor)),
         scale(static_cast<acc_t>(kernel_problem.kernel_scale)),
-        log2e(std::get<ScaledLog2e<acc_t>>(kernel_problem.log2e)) {}
+        log2e(log2e_of(kernel_problem)) {}
+
+ private:
+  MASKED_SOFTMAX_DEVICE static ScaledLog2e<acc_t> log2e_of(const KernelProblem& kernel_problem) {
+    if constexpr (std::is_same_v<acc_t, float>) {
+      return kernel_problem.log2e_float;
+    } else {
+      return kernel_problem.log2e_double;
+    }
+  }
 };
 
 // x - row_max and its rounding error (TwoDiff: Knuth, as Sum in groups.cuh). Where the error is not used, as for 16-bit

@@ -58,7 +58,8 @@ KernelProblem make_kernel_problem(const Problem& problem, const LaunchPlan& plan
   result.input_factor = input_factor(problem);
   result.kernel_scale = problem.scale / result.input_factor;
   const double exponent_scale = is_forward(problem.operation) ? result.kernel_scale : 1.0;
-  result.log2e = {ScaledLog2e<float>(exponent_scale), ScaledLog2e<double>(exponent_scale)};
+  result.log2e_float = ScaledLog2e<float>(exponent_scale);
+  result.log2e_double = ScaledLog2e<double>(exponent_scale);
   return result;
 }
 

@@ -1,8 +1,6 @@
 // A kernel's argument: the problem, and what the host computes once for all rows. Passed by value.
 #pragma once
 
-#include <tuple>
-
 #include "common/exponential.h"
 #include "common/problem.h"
 #include "cuda/launch_plan.h"
@@ -43,7 +41,8 @@ struct KernelProblem {
   double input_factor = 1.0;
   double kernel_scale = 1.0;
   // log2(e), times kernel_scale in a forward pass, in both accumulation types.
-  std::tuple<ScaledLog2e<float>, ScaledLog2e<double>> log2e{1.0, 1.0};
+  ScaledLog2e<float> log2e_float{1.0};
+  ScaledLog2e<double> log2e_double{1.0};
 
   SumOrder order;
   int64_t split_chunks = 1;   // the plan's

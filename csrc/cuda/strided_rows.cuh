@@ -172,38 +172,33 @@ class StridedRow {
     });
   }
 
-  // Calls visit(operation, i, x) for the vector's elements, with factor applied.
-  template <class Visitor>
-  MASKED_SOFTMAX_DEVICE void for_each_score(int64_t first, int count, const Visitor& visit) const {
-    Values x;
-    load(0, first, count, x);
-    visit_own_operation<true>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
-      MASKED_SOFTMAX_UNROLL
-      for (int i = 0; i < kMaxVectorElems; ++i) {
-        visit(operation, i, x[i] * scaling_.factor);
-      }
-    });
-  }
-
   MASKED_SOFTMAX_DEVICE void forward() const {
     Max<acc_t> max;
     for_each_vector([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
-      for_each_score(first, count, [&](auto /*operation*/, int i, acc_t x) MASKED_SOFTMAX_DEVICE_LAMBDA {
+      Values x;
+      load(0, first, count, x);
+      MASKED_SOFTMAX_UNROLL
+      for (int i = 0; i < kMaxVectorElems; ++i) {
         if (i < count) {
-          max.add(x);
+          max.add(x[i] * scaling_.factor);
         }
-      });
+      }
     });
     const acc_t row_max = group_.reduce(max).value();
 
     const auto exp = [&](const Distance<acc_t>& distance) MASKED_SOFTMAX_DEVICE_LAMBDA { return exp_of(distance); };
     Count<acc_t> max_count;
     const acc_t total = sum([&](int64_t first, int count, Values& terms) MASKED_SOFTMAX_DEVICE_LAMBDA {
-      for_each_score(first, count, [&](auto operation, int i, acc_t x) MASKED_SOFTMAX_DEVICE_LAMBDA {
-        if (i < count) {
-          using F = ForwardFormula<decltype(operation)::value>;
-          const Distance<acc_t> distance(x, row_max);
-          terms[i] = F::term(distance, F::value(distance, true, exp), true, scaling_, max_count);
+      Values x;
+      load(0, first, count, x);
+      visit_own_operation<true>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
+        using F = ForwardFormula<decltype(operation)::value>;
+        MASKED_SOFTMAX_UNROLL
+        for (int i = 0; i < kMaxVectorElems; ++i) {
+          if (i < count) {
+            const Distance<acc_t> distance(x[i] * scaling_.factor, row_max);
+            terms[i] = F::term(distance, F::value(distance, true, exp), true, scaling_, max_count);
+          }
         }
       });
     });
@@ -213,12 +208,17 @@ class StridedRow {
       normalizer = F::normalizer(total, F::kCounts ? group_.reduce(max_count).value() : acc_t{0});
     });
     for_each_vector([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
-      Values y;
-      for_each_score(first, count, [&](auto operation, int i, acc_t x) MASKED_SOFTMAX_DEVICE_LAMBDA {
+      Values x;
+      load(0, first, count, x);
+      visit_own_operation<true>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
         using F = ForwardFormula<decltype(operation)::value>;
-        y[i] = F::result(F::value(Distance<acc_t>(x, row_max), true, exp), normalizer, scaling_);
+        MASKED_SOFTMAX_UNROLL
+        for (int i = 0; i < kMaxVectorElems; ++i) {
+          const Distance<acc_t> distance(x[i] * scaling_.factor, row_max);
+          x[i] = F::result(F::value(distance, true, exp), normalizer, scaling_);
+        }
       });
-      store(first, count, y);
+      store(first, count, x);
     });
   }
 

@@ -1,4 +1,5 @@
 // Fibers, and the launch of a grid: one cluster after another.
+#include <sanitizer/asan_interface.h>
 #include <sys/mman.h>
 
 #include <map>
@@ -142,6 +143,8 @@ void prepare_fiber(const Grid& grid, unsigned first_block, unsigned number) {
   fiber.warp = fiber.block * ((grid.threads + kWarpLanes - 1) / kWarpLanes) + thread / kWarpLanes;
   fiber.lane = thread % kWarpLanes;
   fiber.index = {thread, grid.threads, first_block + fiber.block, grid.blocks, fiber.block, grid.cluster_size};
+  // A fiber never returns, so it leaves AddressSanitizer's marks of its last frames behind.
+  ASAN_UNPOISON_MEMORY_REGION(m.stacks + size_t{number} * kStackBytes, kStackBytes);
   // simt_switch_stacks() pops six registers and returns to fiber_main. Stacks begin at different offsets of a page, or
   // they would compete for the same cache sets.
   char* top = m.stacks + (size_t{number} + 1) * kStackBytes - 256 - number % 32 * 128;
