@@ -2,9 +2,9 @@
 //
 // A row is summed in one order (SumOrder): that of the first strategy that can hold a row of its size. It depends on
 // the longest length, the types and the number of inputs; for rows that no block holds, also on whether the device has
-// clusters, and on whether a grid has a cluster for each row (up to 2^28 rows). It does not depend on the layout:
-// kColumn and kStrided follow it, so a row has the same bits in any layout, and with either of the two forced. Only a
-// forced strategy that holds rows takes its own order.
+// clusters, and on whether a grid can have a cluster for each row (it can for up to 2^28 rows). It does not depend on
+// the layout: kColumn and kStrided follow it, so a row has the same bits in any layout, and with either of the two
+// forced. Only a forced strategy that holds rows takes its own order.
 #pragma once
 
 #include <cstddef>
@@ -72,7 +72,7 @@ struct DeviceProperties {
 // All that a plan depends on.
 struct RowShape {
   int64_t rows = 0;
-  int64_t cols = 0;
+  int64_t cols = 0;                  // upper bound of the lengths
   int elems_per_vector = 4;          // elements of the narrowest operand in 16 bytes
   int acc_bytes = 4;                 // of the accumulation type
   int inputs = 1;                    // operands that a thread holds
@@ -101,7 +101,7 @@ struct LaunchPlan {
   unsigned blocks = 0;
   unsigned threads_per_block = 0;
   unsigned cluster_size = 1;
-  int64_t split_chunks = 1;     // per row; kSplit only
+  int64_t split_chunks = 1;     // per row; kSplit only: a cluster's chunks are its blocks
   int64_t workspace_bytes = 0;  // kSplit only
 
   constexpr bool is_valid() const { return strategy != Strategy::kAutomatic; }
