@@ -1,8 +1,8 @@
 // The exponential of one element: see common/exponential.h.
 //
-// float32 results use the polynomial, in fused multiply-adds. A result may be off by (4 + |d|) * eps, d = scale *
-// (x - max). The GPU's approximate instruction alone may be off by 2 eps, half of the 4, the polynomial by 0.02 eps;
-// and the polynomial has the same bits on every GPU. 16-bit results, rounded to 8 or 11 bits, use the instruction.
+// float32 results use the polynomial, in fused multiply-adds. For d = scale * (x - max), a result may be off by
+// (4 + |d|) * eps. The GPU's approximate instruction alone may be off by 2 eps, half of the 4; the polynomial is off by
+// 0.02 eps, and has the same bits on every GPU. 16-bit results, rounded to 8 or 11 bits, use the instruction.
 #pragma once
 
 #include "cuda/device.cuh"

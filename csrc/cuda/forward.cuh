@@ -10,9 +10,11 @@
 namespace masked_softmax::cuda {
 
 // value()       the element's value; exp(distance) computes exp(scale * (x - row_max))
-// term()        its term of the row's sum; counts it in max_count if it equals the maximum
+// term()        its term of the row's sum; kLogSoftmax counts it in max_count if it equals the maximum
 // normalizer()  from the totals of the sum and of max_count over the row
 // result()      the element's result
+//
+// Elements that are not present, because a held row has fewer than its threads can hold, have a term of 0.
 template <Operation kOperation>
 struct ForwardFormula;
 

@@ -11,9 +11,8 @@
 //   publish(partial), reduce_published<Partial>()    the same in two launches: SplitGroup in split_rows.cuh
 //   sync()               the barrier between the last use of a partial in shared memory and the next row
 //   kShuffleLanes        lanes of a warp with consecutive threads; held rows only
-//   kTreeLevels          strided and column rows only, where SumOrder may have more threads than the group: the levels
-//   of
-//                        the Tree in which a thread combines its partials, 1 + log2 of their number
+//   kTreeLevels          strided and column rows only: the levels of the Tree in which a thread combines its partials,
+//                        if SumOrder has more threads than the group; 1 + log2 of their number
 #pragma once
 
 #include "cuda/device.cuh"

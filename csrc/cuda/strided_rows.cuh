@@ -7,7 +7,7 @@
 //   strided_rows     everything else, long rows: a block takes a row
 //
 // Formulas: softmax and log_softmax in forward.cuh, derivatives in common/formulas.h. A row's sums are taken
-// in the order of the strategy that holds rows of its size in registers (SumOrder in launch_plan.h), so a row has the
+// in the order of the strategy that can hold rows of its size (SumOrder in launch_plan.h), so a row has the
 // same bits in any layout.
 //
 // Bytes moved. A forward pass reads each valid element three times, a derivative once for each sum and once for the
