@@ -25,7 +25,6 @@
 
 #include "common/formulas.h"
 #include "cuda/exp2.cuh"
-#include "cuda/forward.cuh"
 #include "cuda/groups.cuh"
 #include "cuda/row.cuh"
 #include "cuda/vector_access.cuh"
@@ -196,29 +195,38 @@ class ForwardRow : public HeldRow<input_t, output_t, kVectors, 1, Group> {
     return max;
   }
 
-  // Replaces the elements by their values (ForwardFormula), and returns the sum of their terms.
+  // softmax: holds the exponentials and returns their sum. log_softmax: holds the distances to the maximum and returns
+  // the biased tail (common/exponential.h) as its sum; max_count counts the elements equal to the maximum, which are
+  // not in the tail.
   template <Operation kOperation>
   MASKED_SOFTMAX_DEVICE Sum<acc_t> exponentiate(acc_t row_max, Count<acc_t>& max_count) {
-    using F = ForwardFormula<kOperation>;
-    const auto exp = [&](const Distance<acc_t>& distance) MASKED_SOFTMAX_DEVICE_LAMBDA {
-      return exp_of_distance<Base::Types::kApproximate>(distance, scaling_);
-    };
     return sum_of([&](int k, int i) MASKED_SOFTMAX_DEVICE_LAMBDA {
       const Distance<acc_t> distance(values_[k][i], row_max);
       const bool is_present = i < present(k);
-      values_[k][i] = F::value(distance, is_present, exp);
-      return F::term(distance, values_[k][i], is_present, scaling_, max_count);
+      if constexpr (kOperation == Operation::kLogSoftmax) {
+        values_[k][i] = distance.t;
+        max_count.add(is_present && distance.t == 0 ? acc_t{1} : acc_t{0});
+        return is_present && distance.t != 0 ? tail_term(distance, scaling_) : acc_t{0};
+      } else {
+        static_assert(kOperation == Operation::kSoftmax, "no other forward operation is known");
+        const acc_t e = exp_of_distance<Base::Types::kApproximate>(distance, scaling_);
+        values_[k][i] = is_present ? e : acc_t{0};
+        return values_[k][i];
+      }
     });
   }
 
   // Stores the results, given the totals of exponentiate()'s sum and max_count over the row.
   template <Operation kOperation>
   MASKED_SOFTMAX_DEVICE void normalize_and_store(acc_t sum, acc_t max_count) {
-    using F = ForwardFormula<kOperation>;
-    const acc_t normalizer = F::normalizer(sum, max_count);
-    for_each_value([&](int k, int i) MASKED_SOFTMAX_DEVICE_LAMBDA {
-      values_[k][i] = F::result(values_[k][i], normalizer, scaling_);
-    });
+    if constexpr (kOperation == Operation::kLogSoftmax) {
+      const acc_t log_sum = log_of_sum(sum, max_count);
+      for_each_value([&](int k, int i)
+                         MASKED_SOFTMAX_DEVICE_LAMBDA { values_[k][i] = values_[k][i] * scaling_.scale - log_sum; });
+    } else {
+      const acc_t reciprocal = 1 / sum;
+      for_each_value([&](int k, int i) MASKED_SOFTMAX_DEVICE_LAMBDA { values_[k][i] *= reciprocal; });
+    }
     Base::store(values_);
   }
 
@@ -335,7 +343,7 @@ MASKED_SOFTMAX_DEVICE void forward_row(const Group& group, const KernelProblem& 
       if constexpr (is_tuned(kOperation) && is_forward(kOperation)) {
         Count<acc_t> max_count;
         const Sum<acc_t> sum = row.template exponentiate<kOperation>(row_max, max_count);
-        constexpr bool kCounts = ForwardFormula<kOperation>::kCounts;
+        constexpr bool kCounts = kOperation == Operation::kLogSoftmax;
         if constexpr (kPass == Pass::kSums) {
           group.publish(sum);
           if constexpr (kCounts) {

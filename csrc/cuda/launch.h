@@ -9,7 +9,7 @@
 //   split_rows.cuh              held rows, a chunk of a row in each of several blocks: split
 //   strided_rows.cuh            rows of any types and layout: column, strided
 //   groups.cuh, row.cuh         threads that share a row; where a row lies
-//   forward.cuh, exp2.cuh       softmax and log_softmax; exponentials. Derivatives: common/formulas.h
+//   exp2.cuh                    exponentials
 //   vector_access.cuh           16-byte accesses
 //   device.cuh                  the GPU's own instructions
 #pragma once

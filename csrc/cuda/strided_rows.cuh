@@ -6,9 +6,9 @@
 //   strided_lanes    everything else, short rows: a part of a warp takes a row
 //   strided_rows     everything else, long rows: a block takes a row
 //
-// Formulas: softmax and log_softmax in forward.cuh, derivatives in common/formulas.h. A row's sums are taken
-// in the order of the strategy that can hold rows of its size (SumOrder in launch_plan.h), so a row has the
-// same bits in any layout.
+// Formulas: softmax and log_softmax as in held_rows.cuh, derivatives in common/formulas.h. A row's sums are taken in
+// the order of the strategy that can hold rows of its size (SumOrder in launch_plan.h), so a row has the same bits in
+// any layout.
 //
 // Bytes moved. A forward pass reads each valid element three times, a derivative once for each sum and once for the
 // result. Later reads come from L2 where the rows under way fit it. Where adjacent elements are not in one cache line,
@@ -19,7 +19,6 @@
 
 #include "common/formulas.h"
 #include "cuda/exp2.cuh"
-#include "cuda/forward.cuh"
 #include "cuda/groups.cuh"
 #include "cuda/row.cuh"
 
@@ -186,40 +185,61 @@ class StridedRow {
     });
     const acc_t row_max = group_.reduce(max).value();
 
-    const auto exp = [&](const Distance<acc_t>& distance) MASKED_SOFTMAX_DEVICE_LAMBDA { return exp_of(distance); };
     Count<acc_t> max_count;
     const acc_t total = sum([&](int64_t first, int count, Values& terms) MASKED_SOFTMAX_DEVICE_LAMBDA {
       Values x;
       load(0, first, count, x);
       visit_own_operation<true>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
-        using F = ForwardFormula<decltype(operation)::value>;
         MASKED_SOFTMAX_UNROLL
         for (int i = 0; i < kMaxVectorElems; ++i) {
           if (i < count) {
             const Distance<acc_t> distance(x[i] * scaling_.factor, row_max);
-            terms[i] = F::term(distance, F::value(distance, true, exp), true, scaling_, max_count);
+            terms[i] = forward_term<decltype(operation)::value>(distance, max_count);
           }
         }
       });
     });
-    acc_t normalizer = 0;
+    acc_t normalizer = 0;  // log_softmax: log(sum), from the biased tail in `total`; softmax: 1 / sum
     visit_own_operation<true>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
-      using F = ForwardFormula<decltype(operation)::value>;
-      normalizer = F::normalizer(total, F::kCounts ? group_.reduce(max_count).value() : acc_t{0});
+      if constexpr (decltype(operation)::value == Operation::kLogSoftmax) {
+        normalizer = log_of_sum(total, group_.reduce(max_count).value());
+      } else {
+        normalizer = 1 / total;
+      }
     });
     for_each_vector([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
       Values x;
       load(0, first, count, x);
       visit_own_operation<true>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
-        using F = ForwardFormula<decltype(operation)::value>;
         MASKED_SOFTMAX_UNROLL
         for (int i = 0; i < kMaxVectorElems; ++i) {
           const Distance<acc_t> distance(x[i] * scaling_.factor, row_max);
-          x[i] = F::result(F::value(distance, true, exp), normalizer, scaling_);
+          x[i] = forward_result<decltype(operation)::value>(distance, normalizer);
         }
       });
       store(first, count, x);
     });
+  }
+
+  // Not shared with ForwardRow (held_rows.cuh), which has the same expressions: with shared functions, these kernels
+  // take other registers.
+  template <Operation kOperation>
+  MASKED_SOFTMAX_DEVICE acc_t forward_term(const Distance<acc_t>& distance, Count<acc_t>& max_count) const {
+    if constexpr (kOperation == Operation::kLogSoftmax) {
+      max_count.add(distance.t == 0 ? acc_t{1} : acc_t{0});
+      return distance.t != 0 ? tail_term(distance, scaling_) : acc_t{0};
+    } else {
+      static_assert(kOperation == Operation::kSoftmax, "no other forward operation is known");
+      return exp_of(distance);
+    }
+  }
+  template <Operation kOperation>
+  MASKED_SOFTMAX_DEVICE acc_t forward_result(const Distance<acc_t>& distance, acc_t normalizer) const {
+    if constexpr (kOperation == Operation::kLogSoftmax) {
+      return distance.t * scaling_.scale - normalizer;
+    } else {
+      return exp_of(distance) * normalizer;
+    }
   }
 
   // Calls visit(formula, i, in) for the vector's elements, with the inputs of each in the order of operations.inc.
