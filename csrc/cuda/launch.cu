@@ -31,6 +31,7 @@ constexpr TypePair kTypePairs[] = {
 #undef MASKED_SOFTMAX_TYPE_PAIR
 };
 
+// What follows from a problem's types and scale.
 struct ProblemTypes {
   const TypePair* pair = nullptr;  // null: no kernels of held rows
   bool accumulates_in_double = false;

@@ -118,8 +118,8 @@ FAULTS = [
     Fault("every block leaves a row out", "held_rows.cuh", "block_threads() / kThreads;",
           "block_threads() / kThreads + 1;", "were not written"),
     Fault("the chunks' maxima are never computed", "split_rows.cuh",
-          "status = launch(split_maxima<input_t, output_t, kVectors>, plan, stream, kernel_problem);",
-          "", "not initialized"),
+          "status = launch(split_maxima<input_t, output_t, kVectors>, plan, stream, "
+          "kernel_problem);", "", "not initialized"),
     Fault("a chunk too many is read", "split_rows.cuh", "chunk < chunks(); chunk +=",
           "chunk <= chunks(); chunk +=", ""),
     # Arithmetic.
