@@ -20,7 +20,8 @@ constexpr int64_t kParallelCost = 1 << 18;
 
 void run_on_threads(const Problem& problem) {
   const RunRows run_rows = cpu_capability().run_rows;
-  const int64_t parts = std::min<int64_t>({at::get_num_threads(), largest_cost(problem) / kParallelCost, problem.rows});
+  const int64_t parts =
+      std::min<int64_t>({at::get_num_threads(), max_total_cost(problem) / kParallelCost, problem.rows});
   if (parts <= 1 || at::in_parallel_region()) {
     run_rows(problem, 0, problem.rows);
     return;

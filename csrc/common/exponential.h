@@ -71,18 +71,9 @@ struct ScaledLog2e {
   }
 };
 
-// The scale as the forward kernels use it.
-template <class acc_t>
-struct RowScale {
-  acc_t scale;
-  ScaledLog2e<acc_t> log2e;
-
-  explicit RowScale(double value) : scale(static_cast<acc_t>(value)), log2e(value) {}
-};
-
-// log_softmax computes log(sum) as log1p(sum - 1): the row's maxima are counted, and the exponentials of all other
-// elements, the tail, are summed times 2^kTailBias. Without the bias, exponentials below the smallest normal number
-// would be lost, and their sum is the whole result of a row's only maximum.
+// log_softmax computes log(sum) as log1p(sum - 1): the elements equal to the maximum are counted, and the exponentials
+// of the rest are summed times 2^kTailBias. Without the bias, exponentials below the smallest normal number would be
+// lost, and where one element alone is the maximum, its result is their sum.
 constexpr int kTailBias = 64;
 
 }  // namespace masked_softmax

@@ -106,16 +106,16 @@ inline bool input_types_agree(const Problem& problem) {
   return true;
 }
 
-// Whether every operand's row is contiguous.
-inline bool columns_are_adjacent(const Problem& problem) {
+// Whether the columns of every operand are adjacent, so that each row is contiguous.
+inline bool has_contiguous_columns(const Problem& problem) {
   if (problem.cols == 1) {
     return true;
   }
-  bool adjacent = problem.output.col_stride == 1;
+  bool contiguous = problem.output.col_stride == 1;
   for (int i = 0; i < problem.input_count; ++i) {
-    adjacent = adjacent && problem.inputs[i].col_stride == 1;
+    contiguous = contiguous && problem.inputs[i].col_stride == 1;
   }
-  return adjacent;
+  return contiguous;
 }
 
 // Forward passes multiply x by this factor as they load it, and use scale / factor as the scale. It is -1 for a

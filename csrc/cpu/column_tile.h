@@ -1,11 +1,11 @@
-// Column tiles: rows with unit row stride, whose columns are contiguous. Vectors of columns are transposed into a
-// buffer where the rows are contiguous, and back, so that memory sees whole cache lines.
+// Column tiles: rows with unit row stride, so that the elements of one column are adjacent. Vectors of columns are
+// transposed into a buffer where the rows are contiguous, and back, so that memory sees whole cache lines.
 //
 // Padding is never read. Where all rows of a tile have the same bounds that costs nothing; where bounds differ, columns
 // that are not valid in all rows are read element by element, which takes twice the time.
 #pragma once
 
-#include "cpu/packing.h"
+#include "cpu/staging.h"
 
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 

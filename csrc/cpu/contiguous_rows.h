@@ -8,15 +8,16 @@
 
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
-// valid: the row's first valid element. `before` columns of padding precede it, `after` follow the `written` ones.
+// valid: the row's first valid element. The columns [-before, 0) and [written, row_end), counted from it, are padding
+// that is not written yet.
 template <class V, class U>
-MASKED_SOFTMAX_INLINE void fill_padding(U* valid, int64_t before, int64_t written, int64_t after,
+MASKED_SOFTMAX_INLINE void fill_padding(U* valid, int64_t before, int64_t written, int64_t row_end,
                                         typename V::acc_t value, StoreHint hint) {
   if (before > 0) {
     fill<V>(valid - before, before, value, hint);
   }
-  if (after > 0) {
-    fill<V>(valid + written, after, value, hint);
+  if (row_end > written) {
+    fill<V>(valid + written, row_end - written, value, hint);
   }
 }
 
@@ -31,19 +32,19 @@ MASKED_SOFTMAX_NOINLINE void run_short_and_long_rows(const Problem& problem, int
   constexpr int64_t kScratchElems = kOperation == Operation::kSoftmax ? kMaxShortElems : 1;
   alignas(64) acc_t scratch[kScratchElems];
 
-  // A batch is computed when the next one is full, whose rows it prefetches.
+  // Rows are added to `next`. Once it is full, `current` is computed, which prefetches the rows of `next`; then `next`
+  // becomes `current`. At first `current` is empty.
   Batch<V, input_t, output_t> batches[2];
-  auto* filling = &batches[0];
-  auto* full = &batches[1];
-  const auto run_full_batch = [&]() MASKED_SOFTMAX_NOINLINE {
-    run_batch<kOperation>(*full, *filling, scale, scratch, hint);
-    for (int r = 0; r < (full->has_padding ? full->rows : 0); ++r) {
-      const int64_t written = full->written[r];
-      const int64_t after = full->lengths[r] + full->after[r] - written;
-      fill_padding<V>(full->outputs[r], full->before[r], written, after, kPadding, hint);
+  auto* next = &batches[0];
+  auto* current = &batches[1];
+  const auto run_current_batch = [&]() MASKED_SOFTMAX_NOINLINE {
+    run_batch<kOperation>(*current, *next, scale, scratch, hint);
+    for (int r = 0; r < (current->has_padding ? current->rows : 0); ++r) {
+      const int64_t row_end = current->lengths[r] + current->after[r];
+      fill_padding<V>(current->outputs[r], current->before[r], current->written[r], row_end, kPadding, hint);
     }
-    full->clear();
-    std::swap(filling, full);
+    current->clear();
+    std::swap(next, current);
   };
 
   const auto add_row = [&](const RowRun& run, int64_t i, RowBounds bounds) MASKED_SOFTMAX_LAMBDA_INLINE {
@@ -64,13 +65,13 @@ MASKED_SOFTMAX_NOINLINE void run_short_and_long_rows(const Problem& problem, int
         inputs[k] = input(k);
       }
       run_long_row<V, kOperation, acc_t>(problem, inputs, output, length, scale, acc_t{1});
-      fill_padding<V>(output, before, length, after, kPadding, hint);
+      fill_padding<V>(output, before, length, length + after, kPadding, hint);
       return;
     }
-    if (!filling->has_room(length)) {
-      run_full_batch();
+    if (!next->has_room(length)) {
+      run_current_batch();
     }
-    auto& batch = *filling;
+    auto& batch = *next;
     const int row = batch.rows++;
     batch.elems += batch.scratch_elems(length);
     for (int k = 0; k < kInputs; ++k) {
@@ -94,8 +95,8 @@ MASKED_SOFTMAX_NOINLINE void run_short_and_long_rows(const Problem& problem, int
       }
     }
   }
-  run_full_batch();
-  run_full_batch();
+  run_current_batch();
+  run_current_batch();  // the last rows, which were in `next`
   if (hint == StoreHint::kNonTemporal) {
     V::store_fence();
   }

@@ -13,6 +13,7 @@
 
 #include "common/formulas.h"
 #include "cpu/exp2.h"
+#include "cpu/row_kernel.h"
 #include "cpu/row_passes.h"
 
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
@@ -28,7 +29,7 @@ struct SavedExp {
   }
 };
 
-// What all rows of a derivative share.
+// The scale of a derivative, and the exponential of its saved log_softmax.
 template <class acc_t>
 struct DerivativeScale {
   acc_t scale;
@@ -36,6 +37,9 @@ struct DerivativeScale {
 
   explicit DerivativeScale(double value) : scale(static_cast<acc_t>(value)) {}
 };
+
+template <Operation kOperation, class acc_t>
+using KernelScale = std::conditional_t<is_forward(kOperation), ForwardScale<acc_t>, DerivativeScale<acc_t>>;
 
 // One row of every input, contiguous.
 template <class T, int kInputs>
@@ -57,20 +61,20 @@ struct InputVectors {
 };
 
 template <class W, Operation kOperation>
-MASKED_SOFTMAX_INLINE auto derivative_terms(const W* in, const DerivativeScale<typename W::acc_t>& shared) {
+MASKED_SOFTMAX_INLINE auto derivative_terms(const W* in, const DerivativeScale<typename W::acc_t>& scale) {
   Terms<W, Formula<kOperation>::kSums> result;
-  Formula<kOperation>::terms(in, shared.exp, result.terms);
+  Formula<kOperation>::terms(in, scale.exp, result.terms);
   return result;
 }
 
 template <class W, Operation kOperation>
 MASKED_SOFTMAX_INLINE W derivative_of(const W* in, const typename W::acc_t* row_sums,
-                                      const DerivativeScale<typename W::acc_t>& shared) {
+                                      const DerivativeScale<typename W::acc_t>& scale) {
   W sums[Formula<kOperation>::kSums];
   for (int s = 0; s < Formula<kOperation>::kSums; ++s) {
     sums[s] = W::broadcast(row_sums[s]);
   }
-  return Formula<kOperation>::result(in, sums, W::broadcast(shared.scale), shared.exp);
+  return Formula<kOperation>::result(in, sums, W::broadcast(scale.scale), scale.exp);
 }
 
 // The row's derivative, as a value for write_row(). It holds copies, because the output might alias references.
@@ -78,13 +82,13 @@ template <Operation kOperation, class acc_t, class T>
 struct DerivativeValue {
   static constexpr int kInputs = input_count(kOperation);
   InputRows<T, kInputs> inputs;
-  DerivativeScale<acc_t> shared;
+  DerivativeScale<acc_t> scale;
   acc_t row_sums[Formula<kOperation>::kSums];
 
   template <class Tag, class Mask>
   MASKED_SOFTMAX_INLINE auto operator()(Tag, int64_t i, Mask mask) const {
     using W = typename Tag::type;
-    return derivative_of<W, kOperation>(InputVectors<W, kInputs>(inputs, i, mask).in, row_sums, shared);
+    return derivative_of<W, kOperation>(InputVectors<W, kInputs>(inputs, i, mask).in, row_sums, scale);
   }
 };
 

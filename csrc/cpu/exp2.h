@@ -5,20 +5,23 @@
 // smaller f needs degree 3 (K = 8) or 2 (K = 32), which saves multiply-adds, the bottleneck of the loop. (Zen 4,
 // November 2026, a row of 512 in cache: 25 percent less time with K = 8, 20 percent less with K = 32.)
 //
+// There are two ways to multiply by 2^n. Without scalef, integer instructions build 2^n in the exponent
+// field, which holds normal numbers only: z is clamped from above, and results below the smallest normal number are
+// flushed to 0. (They are less than one part in 2^126 of the row's sum, and arithmetic on subnormals costs over a
+// hundred cycles on some processors.) With scalef (AVX-512, float), the instruction itself overflows to infinity and
+// rounds to subnormals or 0. In both cases NaN gives NaN, and -inf gives 0.
+//
 // Error budget: the polynomial 0.02 eps (0.22 with K = 8, 0.45 with K = 32), the table's entry half an eps, the last
 // operation half an eps.
-//
-// Without scalef, results below the smallest normal number are flushed to 0: they are less than one part in 2^126 of
-// the row's sum, and arithmetic on subnormals costs over a hundred cycles on some processors. NaN gives NaN, -inf gives
-// 0.
 #pragma once
 
 #include "cpu/vector_group.h"
 
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
-// z is rounded to multiples of the rounding step 1/K by adding this magic constant: the last bit of the sum counts
-// steps. Without a table the constant includes the exponent bias, so that the low bits of the sum are the exponent
+// z is rounded to multiples of the rounding step 1/K by adding this magic constant: the last bit of the result counts
+// steps. The result is called `encoded`: its low bits hold n, or with a table n * K + k, from which exp2_of() makes
+// 2^n, or 2^n * 2^(k/K). Without a table the constant includes the exponent bias, so that the low bits are the exponent
 // field of 2^n.
 template <class V>
 constexpr typename V::acc_t magic_constant() {
@@ -56,46 +59,57 @@ struct TableExp2<32> {  // error 5.3748e-8, 0.45 eps
   static constexpr float kCoefficients[kCount] = {0x1.62e586p-1f, 0x1.ebfea8p-3f};
 };
 
-// factor * 2^f for |f| <= 1 / (2 * K).
+// value * 2^f for |f| <= 1 / (2 * K).
 template <class V>
-MASKED_SOFTMAX_INLINE V times_exp2(const V& factor, const V& f) {
+MASKED_SOFTMAX_INLINE V times_exp2(const V& value, const V& f) {
   using E = TableExp2<V::kExp2TableSize>;
   V q = V::broadcast(E::kCoefficients[E::kCount - 1]);
   for (int i = E::kCount - 2; i >= 0; --i) {
     q = V::fma(q, f, V::broadcast(E::kCoefficients[i]));
   }
-  return V::fma(factor * f, q, factor);
+  return V::fma(value * f, q, value);
 }
 
-// 2^(r + f), where r is the multiple of 1/K that sum = magic_constant() + r encodes.
+// 2^(m + f), where m is a multiple of 1/K and encoded = magic_constant() + m.
 template <class V>
-MASKED_SOFTMAX_INLINE V exp2_of_sum(const V& sum, const V& f) {
+MASKED_SOFTMAX_INLINE V exp2_of_encoded(const V& encoded, const V& f) {
   if constexpr (V::kExp2TableSize > 1) {
-    return times_exp2(V::exp2_of(sum), f);
+    return times_exp2(V::exp2_of(encoded), f);
   } else {
-    return exp2_polynomial(f) * V::exp2_of(sum);
+    return exp2_polynomial(f) * V::exp2_of(encoded);
   }
 }
 
 // The exponentials of a row, exp(scale * (x - reference)), are computed as 2^((x - offset) * c - r), with
-// c = scale * log2(e) in two parts and r = reference * c rounded to the rounding step.
+// c = scale * log2(e) in two parts and r = reference * c rounded to the rounding step. For example, with scale 1,
+// K = 1 and offset 0:
+//
+//   reference = 3.0   reference * c = 4.328   r = 4
+//   x = 3.0           x * c = 4.328   rounded = 4   n = rounded - r =  0   f =  0.328   2^n * 2^f = 1.2554
+//   x = 2.0           x * c = 2.885   rounded = 3   n = rounded - r = -1   f = -0.115   2^n * 2^f = 0.4618
+//
+// Both are 2^0.328 times exp(x - reference), and the division by their sum cancels that factor: 0.4618 / 1.7172 is
+// 1 / (1 + e).
 //
 // No difference is rounded: r is a multiple of the step, so n comes from one addition to x * c, and f from one fused
-// multiply-add that is exact but for its own last bit. All terms of a row have the same error factor,
-// 2^(r - reference * c), which the division by their sum cancels. If x - max were rounded instead, many equal terms
-// would put their sum off by half an eps for each unit of their distance from the maximum.
+// multiply-add that is exact but for its own last bit. If x - max were rounded instead, many equal terms would put
+// their sum off by half an eps for each unit of their distance from the maximum.
 //
-// Because the factor cancels, the reference need not be the maximum: any element does that is so near to it that the
-// sum does not overflow, and then the row is read once, not twice. The larger of the row's ends is tried first
-// (row_reference). A row whose sum is out of range (is_sum_out_of_range) is computed again from its maximum, with
-// kHasOffset: where max * c is too large for the step, x - max is exact for all x that matter (Sterbenz), and becomes
-// the offset.
+// Because the factor cancels, the reference need not be the maximum. It is the larger of the row's ends
+// (row_reference), and most rows are read once, not twice. It fails in two cases:
+//   - The reference is so far below the maximum that the sum overflows, or nearly does.
+//   - The reference is too large for the rounding step (with scale 1 and float, above 45426), or not finite. Then
+//     params_from_reference() makes magic_minus_r NaN, so all terms and their sum are NaN.
+// In both cases the sum is out of range (is_sum_out_of_range), and the row is computed again from its maximum. Where
+// max * c is too large for the step, max becomes the offset, and x - max is exact for all x that matter (Sterbenz).
 template <class acc_t>
-struct RowExponent {
+struct ExponentialParams {
   acc_t offset;
-  acc_t magic;     // magic constant - r: adding it rounds to the step and subtracts r
-  acc_t min_term;  // lower bound of the rounded (x - offset) * c; with scalef, of x - offset
-  acc_t high;      // c
+  acc_t magic_minus_r;  // adding it rounds to the step and subtracts r
+  // A term below it is 0. Without scalef, the rounded (x - offset) * c is compared with it; with scalef, x - offset is
+  // raised to it.
+  acc_t zero_below;
+  acc_t high;  // c
   acc_t low;
 };
 
@@ -105,27 +119,30 @@ MASKED_SOFTMAX_INLINE acc_t row_reference(acc_t first, acc_t last) {
   return first > last ? first : last;
 }
 
-// Whether the reference was too small for the sum, too large for the rounding step, or not finite. A good reference
-// makes the sum at least 2^(-1/2); a NaN is out of range.
+// Whether the row must be computed again from its maximum. A good reference makes the sum at least 2^(-1/2); a NaN is
+// out of range.
 template <class acc_t>
 MASKED_SOFTMAX_INLINE bool is_sum_out_of_range(acc_t sum) {
   constexpr acc_t kMax = sizeof(acc_t) == 4 ? static_cast<acc_t>(0x1p126) : static_cast<acc_t>(0x1p1022);
   return !(sum >= 0 && sum <= kMax);
 }
 
-// The rounding step resolves products with c below kMaxProduct. kToInfinity times a larger product is infinite.
+// The rounding step resolves products with c whose magnitude is below kMaxProduct. A sum with the magic constant is a
+// multiple of the step while the addend's magnitude is below 2^22 / K for float, 2^17 with K = 32, and below 2^51 for
+// double; the addend is x * c - r, a difference of two products. kToInfinity times a product that is not below
+// kMaxProduct is infinite: 2^16 * 2^112 is 2^128, and 2^40 * 2^984 is 2^1024.
 template <class acc_t>
 constexpr acc_t kMaxProduct = sizeof(acc_t) == 4 ? static_cast<acc_t>(0x1p16) : static_cast<acc_t>(0x1p40);
 template <class acc_t>
 constexpr acc_t kToInfinity = sizeof(acc_t) == 4 ? static_cast<acc_t>(0x1p112) : static_cast<acc_t>(0x1p984);
 
 template <class V>
-MASKED_SOFTMAX_INLINE RowExponent<typename V::acc_t> exponent_of_rounded(typename V::acc_t r,
-                                                                         const ScaledLog2e<typename V::acc_t>& c) {
+MASKED_SOFTMAX_INLINE ExponentialParams<typename V::acc_t> params_of_rounded(typename V::acc_t r,
+                                                                             const ScaledLog2e<typename V::acc_t>& c) {
   using acc_t = typename V::acc_t;
-  constexpr acc_t kUnderflows = -200;  // 2^-200 times any value of the row is 0
-  const acc_t min_term = V::kHasScalef ? (r + kUnderflows) * (1 / c.high) : r + Exp2<acc_t>::kMinExponent;
-  return {0, magic_constant<V>() - r, min_term, c.high, c.low};
+  constexpr acc_t kUnderflows = -200;  // scalef by 2^-200 gives 0: the smallest subnormal float is 2^-149
+  const acc_t zero_below = V::kHasScalef ? (r + kUnderflows) * (1 / c.high) : r + Exp2<acc_t>::kMinExponent;
+  return {0, magic_constant<V>() - r, zero_below, c.high, c.low};
 }
 
 template <class V>
@@ -133,59 +150,62 @@ MASKED_SOFTMAX_INLINE typename V::acc_t round_to_step(typename V::acc_t product)
   return (product + magic_constant<V>()) - magic_constant<V>();
 }
 
-// Without a branch: a reference that is too large for the step, or not finite, makes the row's exponentials NaN.
+// Without a branch, for the loop of narrow_rows.h. A failed reference gives NaN, as explained above.
 template <class V>
-MASKED_SOFTMAX_INLINE RowExponent<typename V::acc_t> exponent_from_reference(typename V::acc_t reference,
-                                                                             const ScaledLog2e<typename V::acc_t>& c) {
+MASKED_SOFTMAX_INLINE ExponentialParams<typename V::acc_t> params_from_reference(
+    typename V::acc_t reference, const ScaledLog2e<typename V::acc_t>& c) {
   using acc_t = typename V::acc_t;
   const acc_t product = reference * c.high;
-  const acc_t probe = product * kToInfinity<acc_t>;  // infinite minus infinite is NaN
-  auto exponent = exponent_of_rounded<V>(round_to_step<V>(product), c);
-  exponent.magic += probe - probe;
-  return exponent;
+  const acc_t large = product * kToInfinity<acc_t>;
+  const acc_t zero_or_nan = large - large;  // NaN where `large` is infinite or NaN
+  auto params = params_of_rounded<V>(round_to_step<V>(product), c);
+  params.magic_minus_r += zero_or_nan;
+  return params;
 }
 
 template <class V>
-MASKED_SOFTMAX_INLINE RowExponent<typename V::acc_t> exponent_from_maximum(typename V::acc_t row_max,
-                                                                           const ScaledLog2e<typename V::acc_t>& c) {
+MASKED_SOFTMAX_INLINE ExponentialParams<typename V::acc_t> params_from_maximum(
+    typename V::acc_t row_max, const ScaledLog2e<typename V::acc_t>& c) {
   using acc_t = typename V::acc_t;
   const acc_t product = row_max * c.high;
   if (product > -kMaxProduct<acc_t> && product < kMaxProduct<acc_t>) {
-    return exponent_of_rounded<V>(round_to_step<V>(product), c);
+    return params_of_rounded<V>(round_to_step<V>(product), c);
   }
-  auto exponent = exponent_of_rounded<V>(0, c);
-  exponent.offset = row_max;
-  return exponent;
+  auto params = params_of_rounded<V>(0, c);
+  params.offset = row_max;
+  return params;
 }
 
-// Of a row of one element: exactly 1, or NaN.
+// Of a row of one element: the exponential is exactly 1, or NaN where the element is not finite. Relative to a rounded
+// reference it would be some e, and e * (1 / e) is not always 1.
 template <class V>
-MASKED_SOFTMAX_INLINE RowExponent<typename V::acc_t> exponent_of_single() {
+MASKED_SOFTMAX_INLINE ExponentialParams<typename V::acc_t> params_of_single() {
   return {0, magic_constant<V>(), -std::numeric_limits<typename V::acc_t>::infinity(), 0, 0};
 }
 
 template <bool kHasOffset, class V>
-MASKED_SOFTMAX_INLINE V exponential_of(const V& x, const RowExponent<typename V::acc_t>& exponent) {
+MASKED_SOFTMAX_INLINE V exponential_of(const V& x, const ExponentialParams<typename V::acc_t>& params) {
   using acc_t = typename V::acc_t;
-  V a = kHasOffset ? x - V::broadcast(exponent.offset) : x;
-  const V min_term = V::broadcast(exponent.min_term);
-  const V high = V::broadcast(exponent.high);
-  const V magic = V::broadcast(exponent.magic);
+  V a = kHasOffset ? x - V::broadcast(params.offset) : x;
+  const V zero_below = V::broadcast(params.zero_below);
+  const V high = V::broadcast(params.high);
+  const V magic_minus_r = V::broadcast(params.magic_minus_r);
   constexpr acc_t kMagic = magic_constant<V>();
   if constexpr (V::kHasScalef) {
-    a = V::max(min_term, a);  // -inf would make f NaN
-  }
-  V sum = V::fma(a, high, magic);
-  if constexpr (!V::kHasScalef) {
-    // The largest finite power. A term beyond it is at least this large, because f > 0, and its row's sum out of range.
-    sum = V::min(V::broadcast(kMagic - Exp2<acc_t>::kMinExponent + 1), sum);
-  }
-  const V rounded = sum - magic;  // a * c, rounded to the step
-  const V f = V::fma(a, V::broadcast(exponent.low), V::fms(a, high, rounded));
-  if constexpr (V::kHasScalef) {
-    return V::scalef(times_exp2(V::table_lookup(sum), f), sum - V::broadcast(kMagic));
+    a = V::max(zero_below, a);  // -inf would make f NaN
+    const V encoded = V::fma(a, high, magic_minus_r);
+    const V rounded = encoded - magic_minus_r;  // a * c, rounded to the step
+    const V f = V::fma(a, V::broadcast(params.low), V::fms(a, high, rounded));
+    // The second argument is n + k/K, of which scalef takes the floor, n.
+    return V::scalef(times_exp2(V::table_lookup(encoded), f), encoded - V::broadcast(kMagic));
   } else {
-    return V::zero_where_less(rounded, min_term, exp2_of_sum(sum, f));
+    V encoded = V::fma(a, high, magic_minus_r);
+    // Clamped to the largest finite power of two, 2^127 for float. For a larger term f then is positive, which keeps
+    // the term at least that large, so the row's sum is out of range and the row is computed again.
+    encoded = V::min(V::broadcast(kMagic - Exp2<acc_t>::kMinExponent + 1), encoded);
+    const V rounded = encoded - magic_minus_r;  // a * c, rounded to the step
+    const V f = V::fma(a, V::broadcast(params.low), V::fms(a, high, rounded));
+    return V::zero_where_less(rounded, zero_below, exp2_of_encoded(encoded, f));
   }
 }
 
@@ -194,10 +214,10 @@ template <class V, int kBias = 0>
 MASKED_SOFTMAX_INLINE V exp2_product(const V& t, const V& c, const V& correction) {
   using E = Exp2<typename V::acc_t>;
   const V magic = V::broadcast(magic_constant<V>() + kBias);
-  const V sum = V::fma(t, c, magic);
-  const V n = sum - magic;
+  const V encoded = V::fma(t, c, magic);
+  const V n = encoded - magic;
   const V f = V::fms(t, c, n) + correction;
-  return V::zero_where_less(n, V::broadcast(E::kMinExponent - kBias), exp2_of_sum(sum, f));
+  return V::zero_where_less(n, V::broadcast(E::kMinExponent - kBias), exp2_of_encoded(encoded, f));
 }
 
 }  // namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE

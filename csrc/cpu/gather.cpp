@@ -8,7 +8,7 @@ template <class acc_t>
 void gather(const void* row, ElementType type, int64_t stride, int64_t count, acc_t* to) {
   visit_element_type(type, [&](auto element) {
     const auto* from = static_cast<const decltype(element)*>(row);
-    if (stride == 1) {  // a loop of its own, which the compiler vectorizes
+    if (stride == 1) {  // a separate loop, which the compiler vectorizes
       for (int64_t i = 0; i < count; ++i) {
         to[i] = to_acc<acc_t>(read_element(from + i));
       }

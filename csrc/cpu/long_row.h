@@ -3,13 +3,14 @@
 // Tiles are read and written in place where the row is contiguous and of the accumulation type. Otherwise they are
 // packed into a buffer on the stack, where they take no more of the time than the row's three passes over memory.
 //
-// Softmax's exponentials wait for their sum in the output where it is written in place and is not the input, which a
-// second attempt needs (exp2.h). Elsewhere they are computed twice: the same values, and no memory beyond the output.
+// Softmax's exponentials wait for their sum in the output where it is written in place and is not the input, which
+// params_from_maximum() may still need (exp2.h). Elsewhere they are computed twice: the same values, and no memory
+// beyond the output.
 #pragma once
 
 #include "cpu/derivative_kernel.h"
-#include "cpu/packing.h"
 #include "cpu/row_kernel.h"
+#include "cpu/staging.h"
 
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
@@ -19,12 +20,12 @@ class TileReader {
  public:
   using acc_t = typename V::acc_t;
 
-  void open(const void* row, const Operand& operand, acc_t factor) {
+  void open(const void* row, const Operand& operand, acc_t input_factor) {
     row_ = row;
     type_ = operand.type;
     stride_ = operand.col_stride;
-    factor_ = factor;
-    is_in_place_ = type_ == ElementTraits<acc_t>::kType && stride_ == 1 && factor == 1;
+    input_factor_ = input_factor;
+    is_in_place_ = type_ == ElementTraits<acc_t>::kType && stride_ == 1 && input_factor == 1;
   }
 
   // Valid until the next call.
@@ -33,7 +34,7 @@ class TileReader {
     if (is_in_place_) {
       return static_cast<const acc_t*>(from);
     }
-    pack_row<V>(from, type_, stride_, count, factor_, buffer_);
+    pack_row<V>(from, type_, stride_, count, input_factor_, buffer_);
     return buffer_;
   }
 
@@ -41,7 +42,7 @@ class TileReader {
   const void* row_;
   ElementType type_;
   int64_t stride_;
-  acc_t factor_;
+  acc_t input_factor_;
   bool is_in_place_;
   alignas(64) acc_t buffer_[kTileElems<V>];
 };
@@ -82,18 +83,27 @@ MASKED_SOFTMAX_NOINLINE acc_t tile_max(const acc_t* x, int64_t count) {
 }
 
 template <class V, bool kHasOffset, class acc_t>
-MASKED_SOFTMAX_NOINLINE void tile_exponentials(const acc_t* x, int64_t count, const RowExponent<acc_t>& exponent,
+MASKED_SOFTMAX_NOINLINE void tile_exponentials(const acc_t* x, int64_t count, const ExponentialParams<acc_t>& params,
                                                acc_t* e, RowSums<V>& sum) {
   sum.add(count, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
-    return exponential<typename decltype(tag)::type, kHasOffset, false>(x + i, exponent, e + i, mask);
+    return exponential<typename decltype(tag)::type, kHasOffset, false>(x + i, params, e + i, mask);
+  });
+}
+
+// The same exponentials without their sum. The offset is 0 if the row needs none, and subtracting 0 changes nothing.
+template <class V, class acc_t>
+MASKED_SOFTMAX_NOINLINE void recompute_tile_exponentials(const acc_t* x, int64_t count,
+                                                         const ExponentialParams<acc_t>& params, acc_t* e) {
+  for_each_vector<V, V::kGroupVectors>(count, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
+    exponential<typename decltype(tag)::type, true, false>(x + i, params, e + i, mask);
   });
 }
 
 template <class V, class acc_t>
-MASKED_SOFTMAX_NOINLINE void tile_tail_and_maxima(const acc_t* x, int64_t count, acc_t row_max,
-                                                  const ScaledLog2e<acc_t>& log2e, RowSums<V, 2>& sums) {
+MASKED_SOFTMAX_NOINLINE void tile_rest_and_max_count(const acc_t* x, int64_t count, acc_t row_max,
+                                                     const ScaledLog2e<acc_t>& log2e, RowSums<V, 2>& sums) {
   sums.add(count, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
-    return tail_and_maxima<typename decltype(tag)::type>(x + i, row_max, log2e, mask);
+    return rest_and_max_count<typename decltype(tag)::type>(x + i, row_max, log2e, mask);
   });
 }
 
@@ -108,11 +118,11 @@ acc_t max_of_long_row(TileReader<V>& x, int64_t length) {
 }
 
 template <class V, class acc_t>
-void log_softmax_of_long_row(TileReader<V>& x, TileWriter<V>& y, int64_t length, const RowScale<acc_t>& scale) {
+void log_softmax_of_long_row(TileReader<V>& x, TileWriter<V>& y, int64_t length, const ForwardScale<acc_t>& scale) {
   const acc_t row_max = max_of_long_row<V, acc_t>(x, length);
   RowSums<V, 2> sums;
   for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-    tile_tail_and_maxima<V>(x.tile(first, count), count, row_max, scale.log2e, sums);
+    tile_rest_and_max_count<V>(x.tile(first, count), count, row_max, scale.log2e, sums);
   });
   const acc_t log_sum = log_of_sum(sums.total(0), sums.total(1));
   for_each_tile<V>(length, [&](int64_t first, int64_t count) {
@@ -124,49 +134,49 @@ void log_softmax_of_long_row(TileReader<V>& x, TileWriter<V>& y, int64_t length,
 
 template <class V, class acc_t>
 void softmax_of_long_row(TileReader<V>& x, TileWriter<V>& y, bool is_output_input, int64_t length,
-                         const RowScale<acc_t>& scale) {
+                         const ForwardScale<acc_t>& scale) {
   alignas(64) acc_t scratch[kTileElems<V>];
   const bool are_exponentials_kept = y.is_in_place() && !is_output_input;
   const auto exponentials_at = [&](int64_t first) { return are_exponentials_kept ? y.tile(first) : scratch; };
-  const auto sum_exponentials = [&](auto has_offset, const RowExponent<acc_t>& exponent) {
+  const auto sum_exponentials = [&](auto has_offset, const ExponentialParams<acc_t>& params) {
     RowSums<V> sum;
     for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-      tile_exponentials<V, has_offset.value>(x.tile(first, count), count, exponent, exponentials_at(first), sum);
+      tile_exponentials<V, has_offset.value>(x.tile(first, count), count, params, exponentials_at(first), sum);
     });
     return sum.total(0);
   };
   const acc_t first = read_element(x.tile(0, 1));
   const acc_t last = read_element(x.tile(length - 1, 1));
-  RowExponent<acc_t> exponent = exponent_from_reference<V>(row_reference(first, last), scale.log2e);
-  acc_t row_sum = sum_exponentials(std::false_type(), exponent);
+  ExponentialParams<acc_t> params = params_from_reference<V>(row_reference(first, last), scale.log2e);
+  acc_t row_sum = sum_exponentials(std::false_type(), params);
   if (is_sum_out_of_range(row_sum)) {
-    exponent = exponent_from_maximum<V>(max_of_long_row<V, acc_t>(x, length), scale.log2e);
-    row_sum = sum_exponentials(std::true_type(), exponent);
+    params = params_from_maximum<V>(max_of_long_row<V, acc_t>(x, length), scale.log2e);
+    row_sum = sum_exponentials(std::true_type(), params);
   }
-  const acc_t factor = 1 / row_sum;
-  RowSums<V> unused;
+  const acc_t reciprocal = 1 / row_sum;
   for_each_tile<V>(length, [&](int64_t first, int64_t count) {
     if (!are_exponentials_kept) {
-      tile_exponentials<V, true>(x.tile(first, count), count, exponent, scratch, unused);
+      recompute_tile_exponentials<V>(x.tile(first, count), count, params, scratch);
     }
-    write_row<V>(y.tile(first), count, count, StoreHint::kCached, Probability<acc_t>{exponentials_at(first), factor});
+    write_row<V>(y.tile(first), count, count, StoreHint::kCached,
+                 Probability<acc_t>{exponentials_at(first), reciprocal});
     y.finish(first, count);
   });
 }
 
 template <class V, Operation kOperation, class acc_t, int kInputs>
 MASKED_SOFTMAX_NOINLINE void tile_derivative_terms(const InputRows<acc_t, kInputs>& inputs, int64_t count,
-                                                   const DerivativeScale<acc_t>& shared,
+                                                   const DerivativeScale<acc_t>& scale,
                                                    RowSums<V, Formula<kOperation>::kSums>& sums) {
   sums.add(count, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
     using W = typename decltype(tag)::type;
-    return derivative_terms<W, kOperation>(InputVectors<W, kInputs>(inputs, i, mask).in, shared);
+    return derivative_terms<W, kOperation>(InputVectors<W, kInputs>(inputs, i, mask).in, scale);
   });
 }
 
 template <class V, Operation kOperation, class acc_t>
 void derivative_of_long_row(TileReader<V>* inputs, TileWriter<V>& output, int64_t length,
-                            const DerivativeScale<acc_t>& shared) {
+                            const DerivativeScale<acc_t>& scale) {
   using Value = DerivativeValue<kOperation, acc_t, acc_t>;
   const auto tiles = [&](int64_t first, int64_t count) {
     InputRows<acc_t, Value::kInputs> result;
@@ -177,9 +187,9 @@ void derivative_of_long_row(TileReader<V>* inputs, TileWriter<V>& output, int64_
   };
   RowSums<V, Formula<kOperation>::kSums> sums;
   for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-    tile_derivative_terms<V, kOperation>(tiles(first, count), count, shared, sums);
+    tile_derivative_terms<V, kOperation>(tiles(first, count), count, scale, sums);
   });
-  Value value{{}, shared, {}};
+  Value value{{}, scale, {}};
   for (int s = 0; s < Formula<kOperation>::kSums; ++s) {
     value.row_sums[s] = sums.total(s);
   }
@@ -190,17 +200,15 @@ void derivative_of_long_row(TileReader<V>* inputs, TileWriter<V>& output, int64_
   });
 }
 
-template <Operation kOperation, class acc_t>
-using KernelScale = std::conditional_t<is_forward(kOperation), RowScale<acc_t>, DerivativeScale<acc_t>>;
-
 // inputs, output: the row's first valid element, of the problem's types and column strides. Inputs are multiplied by
-// `factor`.
+// `input_factor`.
 template <class V, Operation kOperation, class acc_t>
 MASKED_SOFTMAX_NOINLINE void run_long_row(const Problem& problem, const void* const* inputs, void* output,
-                                          int64_t length, const KernelScale<kOperation, acc_t>& scale, acc_t factor) {
+                                          int64_t length, const KernelScale<kOperation, acc_t>& scale,
+                                          acc_t input_factor) {
   TileReader<V> readers[input_count(kOperation)];
   for (int k = 0; k < input_count(kOperation); ++k) {
-    readers[k].open(inputs[k], problem.inputs[k], factor);
+    readers[k].open(inputs[k], problem.inputs[k], input_factor);
   }
   TileWriter<V> writer(output, problem.output);
   if constexpr (kOperation == Operation::kSoftmax) {

@@ -1,10 +1,10 @@
 // Softmax and its backward pass for rows of a few vectors, padding included, sixteen rows at a time.
 //
-// What short_rows.h spends on a row beside its arithmetic (lists of bounds and addresses, loops whose ends are branch
-// mispredictions, padding filled in a call of its own) exceeds the arithmetic of four vectors. So these kernels compute
-// all columns of a row, with masks: masked loads read no padding, and the stores of the results fill it. Each step runs
-// over sixteen rows before the next begins, so that no row waits for its sum; between the steps the exponentials are
-// kept in a scratch buffer of 4 KiB.
+// For a row of four vectors, the bookkeeping of short_rows.h takes longer than the arithmetic: lists of bounds and
+// addresses, loops whose ends are mispredicted, a call that fills the padding. So these kernels compute all columns of
+// a row, with masks: masked loads read no padding, and the stores of the results fill it. Each step runs over sixteen
+// rows before the next begins, so that no row waits for its sum; between the steps the exponentials are kept in a
+// scratch buffer of 4 KiB.
 //
 // Formulas, types and memory traffic: row_kernel.h, derivative_kernel.h. The order of additions is that of
 // row_passes.h, so the bits are too.
@@ -69,25 +69,25 @@ class NarrowSoftmax {
   // Returns a bit for each row whose sum is out of range. Such rows are not written.
   template <class T, class U>
   MASKED_SOFTMAX_INLINE unsigned run(const NarrowRows<T, U, kInputs>& rows) {
-    find_exponents(rows);
-    alignas(64) acc_t lanes[kNarrowRows * V::kLanes];
+    find_params(rows);
+    alignas(64) acc_t unreduced[kNarrowRows * V::kLanes];
     for (int r = 0; r < rows.rows; ++r) {
       const T* const x = rows.inputs(r).rows[0];
       const int length = rows.lengths[r];
       const bool is_full = kVectors % kStep == 0 && length == kVectors * V::kLanes;
       const V sum = is_full ? exponentials<true>(x, length, r) : exponentials<false>(x, length, r);
-      sum.store(lanes + r * V::kLanes);
+      sum.store(unreduced + r * V::kLanes);
     }
     acc_t sums[kNarrowRows] = {};
-    reduce_add_rows<V>(lanes, rows.rows, sums);
-    const unsigned out_of_range = find_factors(rows.lengths, sums);
+    reduce_add_rows<V>(unreduced, rows.rows, sums);
+    const unsigned out_of_range = find_reciprocals(rows.lengths, sums);
     for (int r = 0; r < rows.rows; ++r) {
       if (__builtin_expect((out_of_range >> r & 1) != 0, 0)) {
         continue;
       }
-      const V factor = V::broadcast(factors_[r]);
+      const V reciprocal = V::broadcast(reciprocals_[r]);
       const auto probability = [&](int k)
-                                   MASKED_SOFTMAX_LAMBDA_INLINE { return V::load(e_[r] + k * V::kLanes) * factor; };
+                                   MASKED_SOFTMAX_LAMBDA_INLINE { return V::load(e_[r] + k * V::kLanes) * reciprocal; };
       if constexpr (std::is_same_v<U, bfloat16_t>) {
         write_narrow_row<V, kVectors>(reinterpret_cast<bfloat16_no_nan_t*>(rows.output(r)), cols_, probability);
       } else {
@@ -104,7 +104,7 @@ class NarrowSoftmax {
   static constexpr int kSteps = (kVectors + kStep - 1) / kStep;
 
   template <class T, class U>
-  MASKED_SOFTMAX_INLINE void find_exponents(const NarrowRows<T, U, kInputs>& rows) {
+  MASKED_SOFTMAX_INLINE void find_params(const NarrowRows<T, U, kInputs>& rows) {
     static constexpr T kNoElement{};
     acc_t references[kNarrowRows] = {};
     for (int r = 0; r < rows.rows; ++r) {
@@ -113,16 +113,16 @@ class NarrowSoftmax {
       references[r] = row_reference(V::element(x), V::element(x + (length > 0 ? length - 1 : 0)));
     }
     for (int r = 0; r < kNarrowRows; ++r) {  // the compiler vectorizes this loop
-      const RowExponent<acc_t> exponent = exponent_from_reference<V>(references[r], scale_.log2e);
-      magics_[r] = exponent.magic;
-      min_terms_[r] = exponent.min_term;
+      const ExponentialParams<acc_t> params = params_from_reference<V>(references[r], scale_.log2e);
+      magic_minus_r_[r] = params.magic_minus_r;
+      zero_below_[r] = params.zero_below;
     }
   }
 
   // Stores them in the scratch buffer, and returns their sum, spread over the lanes. kIsFull: the row has no padding.
   template <bool kIsFull, class T>
   MASKED_SOFTMAX_INLINE V exponentials(const T* x, int length, int r) {
-    const RowExponent<acc_t> exponent{0, magics_[r], min_terms_[r], scale_.log2e.high, scale_.log2e.low};
+    const ExponentialParams<acc_t> params{0, magic_minus_r_[r], zero_below_[r], scale_.log2e.high, scale_.log2e.low};
     const auto mask = V::first_n(length);
     V accumulators[kAccumulators] = {};
     using W = VectorGroup<V, kStep>;
@@ -134,7 +134,7 @@ class NarrowSoftmax {
         continue;
       }
       const T* const from = x + first * V::kLanes;
-      W values = exponential_of<false>(kIsFull ? W::load(from) : W::load(from, mask.part(first)), exponent);
+      W values = exponential_of<false>(kIsFull ? W::load(from) : W::load(from, mask.part(first)), params);
       if (!kIsFull) {
         values = values.masked(mask.part(first));
       }
@@ -147,12 +147,12 @@ class NarrowSoftmax {
     return sum_of_accumulators(accumulators);
   }
 
-  MASKED_SOFTMAX_INLINE unsigned find_factors(const int32_t* lengths, const acc_t* sums) {
+  MASKED_SOFTMAX_INLINE unsigned find_reciprocals(const int32_t* lengths, const acc_t* sums) {
     constexpr acc_t kMinSum = std::numeric_limits<acc_t>::min();  // the sum of an empty row is 0
     acc_t all = 0;
     bool has_single = false;
     for (int r = 0; r < kNarrowRows; ++r) {
-      factors_[r] = 1 / (sums[r] > kMinSum ? sums[r] : kMinSum);
+      reciprocals_[r] = 1 / (sums[r] > kMinSum ? sums[r] : kMinSum);
     }
     for (int r = 0; r < kNarrowRows; ++r) {
       all += sums[r];
@@ -160,9 +160,9 @@ class NarrowSoftmax {
     }
     if (has_single) {
       for (int r = 0; r < kNarrowRows; ++r) {
-        if (lengths[r] == 1) {  // exactly 1
+        if (lengths[r] == 1) {  // exactly 1, without params_of_single(): find_params() has a loop without branches
           e_[r][0] = 1;
-          factors_[r] = 1;
+          reciprocals_[r] = 1;
         }
       }
     }
@@ -174,10 +174,10 @@ class NarrowSoftmax {
   }
 
   const int cols_;
-  const RowScale<acc_t> scale_;
-  acc_t magics_[kNarrowRows];
-  acc_t min_terms_[kNarrowRows];
-  acc_t factors_[kNarrowRows];
+  const ForwardScale<acc_t> scale_;
+  acc_t magic_minus_r_[kNarrowRows];
+  acc_t zero_below_[kNarrowRows];
+  acc_t reciprocals_[kNarrowRows];
   alignas(64) acc_t e_[kNarrowRows][kSteps * kStep * V::kLanes];
 };
 
@@ -187,13 +187,13 @@ class NarrowDerivative {
   static constexpr int kInputs = input_count(kOperation);
   using acc_t = typename V::acc_t;
 
-  explicit NarrowDerivative(const Problem& problem) : cols_(static_cast<int>(problem.cols)), shared_(problem.scale) {}
+  explicit NarrowDerivative(const Problem& problem) : cols_(static_cast<int>(problem.cols)), scale_(problem.scale) {}
 
   template <class T, class U>
   MASKED_SOFTMAX_INLINE unsigned run(const NarrowRows<T, U, kInputs>& rows) {
     static_assert(Formula<kOperation>::kSums == 1);
     using Vectors = InputVectors<V, kInputs>;
-    alignas(64) acc_t lanes[kNarrowRows * V::kLanes];
+    alignas(64) acc_t unreduced[kNarrowRows * V::kLanes];
     for (int r = 0; r < rows.rows; ++r) {
       const auto inputs = rows.inputs(r);
       const auto mask = V::first_n(rows.lengths[r]);
@@ -201,21 +201,21 @@ class NarrowDerivative {
       MASKED_SOFTMAX_UNROLL
       for (int k = 0; k < kVectors; ++k) {
         const Vectors vectors(inputs, k * V::kLanes, mask.part(k));
-        const V term = derivative_terms<V, kOperation>(vectors.in, shared_).terms[0];
+        const V term = derivative_terms<V, kOperation>(vectors.in, scale_).terms[0];
         V& accumulator = accumulators[k % kAccumulators];
         accumulator = k < kAccumulators ? term : accumulator + term;
       }
-      sum_of_accumulators(accumulators).store(lanes + r * V::kLanes);
+      sum_of_accumulators(accumulators).store(unreduced + r * V::kLanes);
     }
     acc_t sums[kNarrowRows];
-    reduce_add_rows<V>(lanes, rows.rows, sums);
+    reduce_add_rows<V>(unreduced, rows.rows, sums);
     for (int r = 0; r < rows.rows; ++r) {
-      const acc_t sum = sums[r] + acc_t{0};  // never -0, as in row_passes.h
+      const acc_t sum = sums[r] + acc_t{0};  // a sum of -0 becomes 0, as where accumulators begin at 0 (row_passes.h)
       const auto inputs = rows.inputs(r);
       const auto mask = V::first_n(rows.lengths[r]);
       write_narrow_row<V, kVectors>(rows.output(r), cols_, [&](int k) MASKED_SOFTMAX_LAMBDA_INLINE {
         const Vectors vectors(inputs, k * V::kLanes, mask.part(k));
-        return derivative_of<V, kOperation>(vectors.in, &sum, shared_).masked(mask.part(k));
+        return derivative_of<V, kOperation>(vectors.in, &sum, scale_).masked(mask.part(k));
       });
     }
     return 0;
@@ -223,7 +223,7 @@ class NarrowDerivative {
 
  private:
   const int cols_;
-  const DerivativeScale<acc_t> shared_;
+  const DerivativeScale<acc_t> scale_;
 };
 
 template <class V, int kVectors, Operation kOperation>

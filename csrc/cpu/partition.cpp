@@ -20,7 +20,7 @@ void for_each_cost(const Problem& problem, const Visitor& visit) {
 
 }  // namespace
 
-int64_t largest_cost(const Problem& problem) {
+int64_t max_total_cost(const Problem& problem) {
   return problem.rows * kRowCost + problem.output_elems() * (1 + kValidCost);
 }
 

@@ -13,8 +13,8 @@ namespace masked_softmax {
 constexpr int64_t kValidCost = 4;
 constexpr int64_t kRowCost = 128;
 
-// Upper bound of the cost of all rows. Reads no lengths.
-int64_t largest_cost(const Problem& problem);
+// Upper bound of the cost of all rows together. Reads no lengths.
+int64_t max_total_cost(const Problem& problem);
 
 // Returns parts + 1 ascending row numbers from 0 to problem.rows. Part i is rows [result[i], result[i + 1]), and all
 // parts cost about the same.

@@ -1,6 +1,6 @@
 // What every isa_*.cpp includes before it enables its instruction set.
 //
-// isa_avx2.cpp and isa_avx512.cpp compile the kernels under a target pragma, in a namespace of their own. Everything
+// isa_avx2.cpp and isa_avx512.cpp compile the kernels under a target pragma, each in its namespace. Everything
 // else must be included here, before the pragma: the linker keeps one copy of an inline function of the standard
 // library, of common/ or of this file, and that copy has to run on every processor. The exception is common/formulas.h,
 // whose templates take the vector types and belong behind the pragma.

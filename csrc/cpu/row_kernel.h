@@ -16,8 +16,9 @@
 // This file holds the expressions of the passes; narrow_rows.h, short_rows.h and long_row.h run them over rows.
 //
 // Types: x is converted to the accumulation type as it is loaded; exponentials, sums and y are of that type, and y is
-// rounded once as it is stored. Memory: each valid element is read once, later passes find it in the cache; each
-// element, padding included, is written once. float32: 4 bytes read for a valid element, 4 written for every element.
+// rounded once as it is stored. Memory: each valid element is read once. In later passes log_softmax finds it in the
+// cache, and softmax finds its exponential there, unless the row is too long. Each element, padding included, is
+// written once. float32: 4 bytes read for a valid element, 4 written for every element.
 //
 // Preconditions: length >= 1; scale >= 0 and not extreme (input_factor() in common/problem.h). y may be x.
 #pragma once
@@ -27,12 +28,21 @@
 
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
+// The scale of softmax and log_softmax.
+template <class acc_t>
+struct ForwardScale {
+  acc_t scale;
+  ScaledLog2e<acc_t> log2e;
+
+  explicit ForwardScale(double value) : scale(static_cast<acc_t>(value)), log2e(value) {}
+};
+
 // The maximum, spread over the lanes. It ignores NaN, which the sum finds.
 template <class V, class T>
 MASKED_SOFTMAX_INLINE V max_of_elements(const T* x, int64_t count) {
   constexpr auto kNone = -std::numeric_limits<typename V::acc_t>::infinity();
   auto maxima = VectorGroup<V, kAccumulators>::broadcast(kNone);
-  accumulate<V, V::kUnroll>(
+  accumulate<V, V::kGroupVectors>(
       count,
       [&](auto tag, int64_t i, auto mask)
           MASKED_SOFTMAX_LAMBDA_INLINE { return masked(load<typename decltype(tag)::type>(x + i, mask), mask, kNone); },
@@ -45,11 +55,11 @@ MASKED_SOFTMAX_INLINE V max_of_elements(const T* x, int64_t count) {
   return V::max(V::max(maxima.v[0], maxima.v[1]), V::max(maxima.v[2], maxima.v[3]));
 }
 
-// e = exp(scale * (x - max)), but for a factor that the whole row shares. kHasRoom: e has room for full vectors.
+// e = exp(scale * (x - max)) times a factor common to the row (exp2.h). kHasRoom: e has room for full vectors.
 template <class W, bool kHasOffset, bool kHasRoom, class T, class Mask>
-MASKED_SOFTMAX_INLINE Terms<W> exponential(const T* x, const RowExponent<typename W::acc_t>& exponent,
+MASKED_SOFTMAX_INLINE Terms<W> exponential(const T* x, const ExponentialParams<typename W::acc_t>& params,
                                            typename W::acc_t* e, Mask mask) {
-  const W value = masked(exponential_of<kHasOffset>(load<W>(x, mask), exponent), mask);
+  const W value = masked(exponential_of<kHasOffset>(load<W>(x, mask), params), mask);
   if constexpr (kHasRoom) {
     value.store(e);
   } else {
@@ -58,14 +68,15 @@ MASKED_SOFTMAX_INLINE Terms<W> exponential(const T* x, const RowExponent<typenam
   return {{value}};
 }
 
-// The terms of log_softmax's sum: the exponentials of all elements but the maxima (the tail), and the number of maxima.
+// The terms of log_softmax's two sums: the exponentials of the rest, which are all elements less than the maximum, and
+// max_count, the number of elements equal to it.
 //
-// A maximum contributes exactly 1. With the maxima counted apart, log(sum) = log1p(sum - 1), and a row that one element
-// dominates keeps its relative accuracy. For the same reason the tail carries the rounding errors of x - max (TwoSum)
-// and of the exponent.
+// An element equal to the maximum contributes exactly 1. With these counted apart, log(sum) = log1p(sum - 1), and a row
+// that one element dominates keeps its relative accuracy. For the same reason the rest carries the rounding errors of
+// x - max (TwoSum) and of the exponent.
 template <class W, class T, class Mask>
-MASKED_SOFTMAX_INLINE Terms<W, 2> tail_and_maxima(const T* x, typename W::acc_t row_max,
-                                                  const ScaledLog2e<typename W::acc_t>& c, Mask mask) {
+MASKED_SOFTMAX_INLINE Terms<W, 2> rest_and_max_count(const T* x, typename W::acc_t row_max,
+                                                     const ScaledLog2e<typename W::acc_t>& c, Mask mask) {
   const W m = W::broadcast(row_max);
   const W high = W::broadcast(c.high);
   const W a = load<W>(x, mask);
@@ -77,23 +88,24 @@ MASKED_SOFTMAX_INLINE Terms<W, 2> tail_and_maxima(const T* x, typename W::acc_t 
 }
 
 template <class acc_t>
-MASKED_SOFTMAX_INLINE acc_t log_of_sum(acc_t tail, acc_t maxima) {
-  const double others = (static_cast<double>(maxima) - 1.0) + std::ldexp(static_cast<double>(tail), -kTailBias);
-  return static_cast<acc_t>(std::log1p(others));
+MASKED_SOFTMAX_INLINE acc_t log_of_sum(acc_t rest, acc_t max_count) {
+  const double sum_minus_one =
+      (static_cast<double>(max_count) - 1.0) + std::ldexp(static_cast<double>(rest), -kTailBias);
+  return static_cast<acc_t>(std::log1p(sum_minus_one));
 }
 
 // The results, as values for write_row().
 
-// y[i] = e[i] * factor
+// y[i] = e[i] * reciprocal, where reciprocal = 1 / sum(e)
 template <class acc_t>
 struct Probability {
   const acc_t* e;
-  acc_t factor;
+  acc_t reciprocal;
 
   template <class Tag, class Mask>
   MASKED_SOFTMAX_INLINE auto operator()(Tag, int64_t i, Mask mask) const {
     using W = typename Tag::type;
-    return load<W>(e + i, mask) * W::broadcast(factor);
+    return load<W>(e + i, mask) * W::broadcast(reciprocal);
   }
 };
 

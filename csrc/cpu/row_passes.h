@@ -24,7 +24,8 @@ constexpr int64_t kIterationElems = int64_t{V::kLanes} * kAccumulators;
 template <class V>
 constexpr int64_t kFlushElems = kIterationElems<V> * kIterationsPerFlush;
 
-// Long rows are computed tile by tile (long_row.h).
+// Long rows are computed tile by tile (long_row.h). A tile is a multiple of kFlushElems, as RowSums::add() requires. It
+// has 2 to 8 KiB, so that the tiles of three inputs and of the output fit an L1 of 32 KiB.
 template <class V>
 constexpr int64_t kTileElems = 8 * kFlushElems<V>;
 
@@ -34,12 +35,12 @@ struct VectorTag {
   using type = W;
 };
 
-// Calls body(tag, i, mask) for all vectors of `count` elements, in groups of kUnroll while they last.
-template <class V, int kUnroll, class Body>
+// Calls body(tag, i, mask) for all vectors of `count` elements, in groups of kGroupVectors while they last.
+template <class V, int kGroupVectors, class Body>
 MASKED_SOFTMAX_INLINE void for_each_vector(int64_t count, const Body& body) {
   int64_t i = 0;
-  if constexpr (kUnroll > 1) {
-    using W = VectorGroup<V, kUnroll>;
+  if constexpr (kGroupVectors > 1) {
+    using W = VectorGroup<V, kGroupVectors>;
     for (; i + W::kLanes <= count; i += W::kLanes) {
       body(VectorTag<W>{}, i, Full{});
     }
@@ -57,7 +58,7 @@ MASKED_SOFTMAX_INLINE void for_each_vector(int64_t count, const Body& body) {
 // elements were written.
 template <class V, class U, class Value>
 MASKED_SOFTMAX_INLINE int64_t write_row(U* y, int64_t count, int64_t room, StoreHint hint, const Value value) {
-  using W = VectorGroup<V, V::kUnroll>;
+  using W = VectorGroup<V, V::kGroupVectors>;
   const auto write_vectors = [&](int64_t first, int64_t end) MASKED_SOFTMAX_LAMBDA_INLINE {
     for_each_vector<V, 1>(end - first, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
       store(y + first + i, value(tag, first + i, mask), mask);
@@ -69,7 +70,8 @@ MASKED_SOFTMAX_INLINE int64_t write_row(U* y, int64_t count, int64_t room, Store
   };
   int64_t i = 0;
   if constexpr (V::kHasNonTemporalStores) {
-    // Full cache lines only. They begin with an element only if elements are aligned to their size.
+    // Non-temporal stores begin at a cache line, so that groups fill whole lines (half lines where AVX2 stores 16-bit
+    // types). A line begins with an element only if elements are aligned to their size.
     const auto address = reinterpret_cast<uintptr_t>(y);
     if (hint == StoreHint::kNonTemporal && address % sizeof(U) == 0) {
       constexpr uintptr_t kLineBytes = 64;
@@ -100,25 +102,26 @@ template <int kIndex>
 using AccumulatorIndex = std::integral_constant<int, kIndex>;
 
 // Calls add(index, term(tag, i, mask)) for all vectors of `count` elements, one for each accumulator in an unrolled
-// iteration. Vectors come in groups of kUnroll where there are as many; `index` is the accumulator of a group's first.
-template <class V, int kUnroll, class Term, class Add>
+// iteration. Vectors come in groups of kGroupVectors where there are as many; `index` is the accumulator of a group's
+// first.
+template <class V, int kGroupVectors, class Term, class Add>
 MASKED_SOFTMAX_INLINE void accumulate(int64_t count, const Term& term, const Add& add) {
   constexpr int64_t kLanes = V::kLanes;
-  using W = std::conditional_t<kUnroll == 1, V, VectorGroup<V, kUnroll>>;
-  static_assert(kUnroll == 1 || kUnroll == 2 || kUnroll == kAccumulators);
+  using W = std::conditional_t<kGroupVectors == 1, V, VectorGroup<V, kGroupVectors>>;
+  static_assert(kGroupVectors == 1 || kGroupVectors == 2 || kGroupVectors == kAccumulators);
   const auto iterate = [&](int64_t first, const auto& mask_at) MASKED_SOFTMAX_LAMBDA_INLINE {
     const auto step = [&](auto index) MASKED_SOFTMAX_LAMBDA_INLINE {
       const int64_t i = first + index * kLanes;
       add(index, term(VectorTag<W>{}, i, mask_at(i)));
     };
     step(AccumulatorIndex<0>{});
-    if constexpr (kUnroll == 1) {
+    if constexpr (kGroupVectors == 1) {
       step(AccumulatorIndex<1>{});
     }
-    if constexpr (kUnroll <= 2) {
+    if constexpr (kGroupVectors <= 2) {
       step(AccumulatorIndex<2>{});
     }
-    if constexpr (kUnroll == 1) {
+    if constexpr (kGroupVectors == 1) {
       step(AccumulatorIndex<3>{});
     }
   };
@@ -188,19 +191,19 @@ class RowSums {
   }
 
   // The sum, spread over the lanes.
-  MASKED_SOFTMAX_INLINE V lanes(int sum) const {
+  MASKED_SOFTMAX_INLINE V lane_sums(int sum) const {
     return count_ <= kFlushElems<V> ? high_[sum] : high_[sum] + low_[sum];
   }
 
-  MASKED_SOFTMAX_INLINE acc_t total(int sum) const { return lanes(sum).reduce_add(); }
+  MASKED_SOFTMAX_INLINE acc_t total(int sum) const { return lane_sums(sum).reduce_add(); }
 
  private:
   template <class Term>
   MASKED_SOFTMAX_INLINE void add_and_flush(int64_t first, int64_t count, const Term& term) {
     V accumulators[kSums][kAccumulators] = {};
     // Two sums take twice the registers.
-    constexpr int kUnroll = V::kUnroll > kSums ? V::kUnroll / kSums : 1;
-    accumulate<V, kUnroll>(
+    constexpr int kGroupVectors = V::kGroupVectors > kSums ? V::kGroupVectors / kSums : 1;
+    accumulate<V, kGroupVectors>(
         count, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE { return term(tag, first + i, mask); },
         [&](auto index, const auto& added) MASKED_SOFTMAX_LAMBDA_INLINE {
           for (int s = 0; s < kSums; ++s) {
@@ -229,38 +232,38 @@ class RowSums {
   V low_[kSums] = {};
 };
 
-// Reduces the lanes of several rows' vectors, which are adjacent in memory.
+// Reduces several rows, each of which has one vector in memory; the vectors are adjacent.
 template <class V, class ReduceFour, class Reduce>
-MASKED_SOFTMAX_INLINE void reduce_rows(const typename V::acc_t* lanes, int rows, const ReduceFour& reduce_four,
+MASKED_SOFTMAX_INLINE void reduce_rows(const typename V::acc_t* vectors, int rows, const ReduceFour& reduce_four,
                                        const Reduce& reduce) {
   int r = 0;
   for (; r + 4 <= rows; r += 4) {
     V four[4];
     for (int i = 0; i < 4; ++i) {
-      four[i] = V::load(lanes + (r + i) * V::kLanes);
+      four[i] = V::load(vectors + (r + i) * V::kLanes);
     }
     reduce_four(four, r);
   }
   for (; r < rows; ++r) {
-    reduce(V::load(lanes + r * V::kLanes), r);
+    reduce(V::load(vectors + r * V::kLanes), r);
   }
 }
 
 template <class V>
-MASKED_SOFTMAX_INLINE void reduce_add_rows(const typename V::acc_t* lanes, int rows, typename V::acc_t* sums) {
+MASKED_SOFTMAX_INLINE void reduce_add_rows(const typename V::acc_t* vectors, int rows, typename V::acc_t* sums) {
   reduce_rows<V>(
-      lanes, rows, [&](const V* four, int r) MASKED_SOFTMAX_LAMBDA_INLINE { V::reduce_add_four(four, sums + r); },
+      vectors, rows, [&](const V* four, int r) MASKED_SOFTMAX_LAMBDA_INLINE { V::reduce_add_four(four, sums + r); },
       [&](const V& one, int r) MASKED_SOFTMAX_LAMBDA_INLINE { sums[r] = one.reduce_add(); });
 }
 
 template <class V>
-MASKED_SOFTMAX_INLINE void reduce_max_rows(const typename V::acc_t* lanes, int rows, typename V::acc_t* maxima) {
+MASKED_SOFTMAX_INLINE void reduce_max_rows(const typename V::acc_t* vectors, int rows, typename V::acc_t* maxima) {
   reduce_rows<V>(
-      lanes, rows, [&](const V* four, int r) MASKED_SOFTMAX_LAMBDA_INLINE { V::reduce_max_four(four, maxima + r); },
+      vectors, rows, [&](const V* four, int r) MASKED_SOFTMAX_LAMBDA_INLINE { V::reduce_max_four(four, maxima + r); },
       [&](const V& one, int r) MASKED_SOFTMAX_LAMBDA_INLINE { maxima[r] = one.reduce_max(); });
 }
 
-// Fills `count` elements. A call of its own, so that the loops over rows stay short.
+// Fills `count` elements. Not inlined, so that the loops over rows stay short.
 template <class V, class U>
 MASKED_SOFTMAX_NOINLINE void fill(U* to, int64_t count, typename V::acc_t value, StoreHint hint) {
   constexpr int64_t kMinMemsetBytes = 512;  // below, memset's startup costs more than our stores

@@ -3,9 +3,9 @@
 // A map of csrc/cpu, from the call to the arithmetic:
 //
 //   dispatch, isa_table.inc, isa_*.cpp   the instruction set; each compiles all that follows once, in its own namespace
-//   rows.h                               the operation and its types: contiguous or packed rows
+//   rows.h                               the operation and its types: contiguous or staged rows
 //   contiguous_rows.h                    narrow, short or long rows; padding
-//   packed_rows.h, packing.h, gather     any other types and strides, by way of contiguous blocks on the stack
+//   staged_rows.h, staging.h, gather     any other types and strides, staged as contiguous blocks on the stack
 //   narrow_rows.h, short_rows.h, long_row.h    the passes over a few rows at a time
 //   row_kernel.h, derivative_kernel.h    the expressions of those passes; row_kernel.h begins with the algorithm
 //   row_passes.h, exp2.h                 loops over a row, sums, the exponential
@@ -13,7 +13,7 @@
 //   partition, store_hint, huge_pages    rows to threads; how results are written
 #pragma once
 
-#include "cpu/packed_rows.h"
+#include "cpu/staged_rows.h"
 
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
@@ -32,7 +32,7 @@ constexpr bool has_contiguous_kernel() {
 
 template <Operation kOperation>
 void run_operation(const Problem& problem, int64_t begin, int64_t end) {
-  if (columns_are_adjacent(problem) && input_types_agree(problem) && !is_scale_extreme(problem) &&
+  if (has_contiguous_columns(problem) && input_types_agree(problem) && !is_scale_extreme(problem) &&
       input_factor(problem) == 1) {
 #define MASKED_SOFTMAX_TYPE_PAIR(input_t, output_t)                                      \
   if constexpr (has_contiguous_kernel<kOperation, input_t, output_t>()) {                \
@@ -46,9 +46,9 @@ void run_operation(const Problem& problem, int64_t begin, int64_t end) {
 #undef MASKED_SOFTMAX_TYPE_PAIR
   }
   if (accumulates_in_double(problem)) {
-    run_packed_rows<Double, kOperation>(problem, begin, end);
+    run_staged_rows<Double, kOperation>(problem, begin, end);
   } else {
-    run_packed_rows<Float, kOperation>(problem, begin, end);
+    run_staged_rows<Float, kOperation>(problem, begin, end);
   }
 }
 

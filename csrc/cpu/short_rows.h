@@ -7,8 +7,9 @@
 //
 // The pass that computes most prefetches the lines that this batch will write and the next batch will read, because
 // hardware prefetchers stop at the end of a page and know nothing of lengths. It prefetches into L2: L1 has fewer
-// misses in flight at a time, and so less bandwidth. (Zen 4, 4096 x 512 floats, uniform lengths. Cold caches: 300 ns a
-// row; prefetched into L1 560; without the padding's lines 520. In L3: 130 ns; 240; 350.)
+// misses in flight at a time, and so less bandwidth. (Zen 4, 4096 x 512 floats, uniform lengths, ns a row. Data in
+// memory: 300; prefetched into L1 instead: 560; without prefetching the padding's lines: 520. Data in L3: 130, 240 and
+// 350.)
 //
 // Preconditions: rows are contiguous; lengths >= 1. The output may be the first input.
 #pragma once
@@ -18,8 +19,9 @@
 
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
-// The rows of a batch have at most kBatchBytes of one input together: with the exponentials and the output that fits an
-// L1 of 32 KiB. A single row may have kMaxShortElems.
+// The rows of a batch have at most kBatchBytes of one input together. With softmax's exponentials and the output that
+// is 24 KiB for float32, 32 for a 16-bit type, and 40 for a 16-bit input with a float32 output, which exceeds an L1 of
+// 32 KiB and stays in L2. A single row may have kMaxShortElems.
 constexpr int kBatchRows = 16;
 constexpr int64_t kBatchBytes = 8192;
 constexpr int64_t kMaxShortElems = 8192;
@@ -38,12 +40,12 @@ struct Batch {
   const input_t* inputs[kMaxInputs][kBatchRows];  // the first valid elements
   output_t* outputs[kBatchRows];
   int64_t lengths[kBatchRows];
-  int64_t before[kBatchRows];  // columns of padding
-  int64_t after[kBatchRows];
-  int64_t written[kBatchRows];  // columns from the first valid one on
+  int64_t before[kBatchRows];   // columns of padding before the valid ones
+  int64_t after[kBatchRows];    // columns of padding after the valid ones
+  int64_t written[kBatchRows];  // what write_row() returned: the length, or more where it also wrote zeros to padding
   acc_t maxima[kBatchRows];
   acc_t sums[kMaxSums][kBatchRows];
-  alignas(64) acc_t lanes[kMaxSums][kBatchRows * V::kLanes];
+  alignas(64) acc_t unreduced[kMaxSums][kBatchRows * V::kLanes];  // a vector for each row's sum or maximum
 
   void clear() {
     rows = 0;
@@ -68,21 +70,23 @@ struct Batch {
   }
 
   template <int kSums>
-  MASKED_SOFTMAX_INLINE void store_lanes(int row, const RowSums<V, kSums>& row_sums) {
+  MASKED_SOFTMAX_INLINE void store_lane_sums(int row, const RowSums<V, kSums>& row_sums) {
+    static_assert(kSums <= kMaxSums, "a Batch has room for the sums of every operation");
     for (int s = 0; s < kSums; ++s) {
-      row_sums.lanes(s).store(lanes[s] + row * V::kLanes);
+      row_sums.lane_sums(s).store(unreduced[s] + row * V::kLanes);
     }
   }
   template <int kSums>
   MASKED_SOFTMAX_INLINE void reduce_sums() {
     for (int s = 0; s < kSums; ++s) {
-      reduce_add_rows<V>(lanes[s], rows, sums[s]);
+      reduce_add_rows<V>(unreduced[s], rows, sums[s]);
     }
   }
 };
 
 // While row `row` of a batch is computed, prefetches as many valid columns of the next batch's same row, and, unless
-// stores are non-temporal, this row's output.
+// stores are non-temporal, this row's output. It is prefetched for reading, although it will be written: x86's prefetch
+// for writing always goes to L1.
 template <class Batch, int kInputs>
 class Prefetcher {
   using input_t = typename Batch::input_t;
@@ -91,6 +95,7 @@ class Prefetcher {
  public:
   MASKED_SOFTMAX_INLINE Prefetcher(const Batch& batch, const Batch& next, StoreHint hint, int row)
       : output_(batch.outputs[row]), is_output_cached_(hint == StoreHint::kCached) {
+    // Without a next row this row's first elements stand in for it, which is harmless and saves a branch for each line.
     const bool has_next = row < next.rows;
     for (int k = 0; k < kInputs; ++k) {
       next_[k] = (has_next ? next : batch).inputs[k][row];
@@ -140,19 +145,20 @@ class Prefetcher {
 template <class V, class T, class U>
 MASKED_SOFTMAX_NOINLINE void find_maxima(Batch<V, T, U>& batch) {
   for (int r = 0; r < batch.rows; ++r) {
-    max_of_elements<V>(batch.inputs[0][r], batch.lengths[r]).store(batch.lanes[0] + r * V::kLanes);
+    max_of_elements<V>(batch.inputs[0][r], batch.lengths[r]).store(batch.unreduced[0] + r * V::kLanes);
   }
-  reduce_max_rows<V>(batch.lanes[0], batch.rows, batch.maxima);
+  reduce_max_rows<V>(batch.unreduced[0], batch.rows, batch.maxima);
 }
 
-// The exponentials relative to the row's maximum, and their sum: for rows whose sum was out of range without it.
+// The exponentials relative to the row's maximum, and their sum: for rows whose sum was out of range relative to their
+// reference.
 template <class V, class T, class acc_t>
 MASKED_SOFTMAX_NOINLINE acc_t exponentials_from_maximum(const T* x, int64_t length, const ScaledLog2e<acc_t>& log2e,
                                                         acc_t* scratch) {
-  const auto exponent = exponent_from_maximum<V>(max_of_elements<V>(x, length).reduce_max(), log2e);
+  const auto params = params_from_maximum<V>(max_of_elements<V>(x, length).reduce_max(), log2e);
   RowSums<V> sum;
   sum.add(length, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
-    return exponential<typename decltype(tag)::type, true, true>(x + i, exponent, scratch + i, mask);
+    return exponential<typename decltype(tag)::type, true, true>(x + i, params, scratch + i, mask);
   });
   return sum.total(0);
 }
@@ -160,26 +166,27 @@ MASKED_SOFTMAX_NOINLINE acc_t exponentials_from_maximum(const T* x, int64_t leng
 // The pass that computes most: the exponentials and their sums.
 template <class V, class T, class U, class acc_t>
 MASKED_SOFTMAX_NOINLINE void compute_exponentials(Batch<V, T, U>& batch, const Batch<V, T, U>& next,
-                                                  const RowScale<acc_t>& scale, acc_t* scratch, StoreHint hint) {
+                                                  const ForwardScale<acc_t>& scale, acc_t* scratch, StoreHint hint) {
   acc_t* e = scratch;
   for (int r = 0; r < batch.rows; ++r) {
     const T* const x = batch.inputs[0][r];
     const int64_t length = batch.lengths[r];
     const Prefetcher<Batch<V, T, U>, 1> prefetcher(batch, next, hint, r);
     const acc_t reference = row_reference(V::element(x), V::element(x + length - 1));
-    const auto exponent = length == 1 ? exponent_of_single<V>() : exponent_from_reference<V>(reference, scale.log2e);
+    const auto params = length == 1 ? params_of_single<V>() : params_from_reference<V>(reference, scale.log2e);
     RowSums<V> sum;
     sum.add(length, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
       using W = typename decltype(tag)::type;
       prefetcher.prefetch(i, W::kLanes);
-      return exponential<W, false, true>(x + i, exponent, e + i, mask);
+      return exponential<W, false, true>(x + i, params, e + i, mask);
     });
-    batch.store_lanes(r, sum);
+    batch.store_lane_sums(r, sum);
     e += batch.scratch_elems(length);
   }
   batch.template reduce_sums<1>();
   e = scratch;
   for (int r = 0; r < batch.rows; ++r) {
+    // Of a row of one element, NaN is the result.
     if (is_sum_out_of_range(batch.sums[0][r]) && batch.lengths[r] > 1) {
       batch.sums[0][r] = exponentials_from_maximum<V>(batch.inputs[0][r], batch.lengths[r], scale.log2e, e);
     }
@@ -209,8 +216,8 @@ MASKED_SOFTMAX_NOINLINE void write_probabilities(Batch<V, T, U>& batch, const ac
 }
 
 template <class V, class T, class U, class acc_t>
-MASKED_SOFTMAX_NOINLINE void sum_tails_and_maxima(Batch<V, T, U>& batch, const Batch<V, T, U>& next,
-                                                  const RowScale<acc_t>& scale, StoreHint hint) {
+MASKED_SOFTMAX_NOINLINE void sum_rest_and_max_count(Batch<V, T, U>& batch, const Batch<V, T, U>& next,
+                                                    const ForwardScale<acc_t>& scale, StoreHint hint) {
   for (int r = 0; r < batch.rows; ++r) {
     const T* const x = batch.inputs[0][r];
     const acc_t row_max = batch.maxima[r];
@@ -219,27 +226,28 @@ MASKED_SOFTMAX_NOINLINE void sum_tails_and_maxima(Batch<V, T, U>& batch, const B
     sums.add(batch.lengths[r], [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
       using W = typename decltype(tag)::type;
       prefetcher.prefetch(i, W::kLanes);
-      return tail_and_maxima<W>(x + i, row_max, scale.log2e, mask);
+      return rest_and_max_count<W>(x + i, row_max, scale.log2e, mask);
     });
-    batch.store_lanes(r, sums);
+    batch.store_lane_sums(r, sums);
   }
   batch.template reduce_sums<2>();
 }
 
 template <class V, class T, class U, class acc_t>
-MASKED_SOFTMAX_NOINLINE void write_log_probabilities(Batch<V, T, U>& batch, const RowScale<acc_t>& scale,
+MASKED_SOFTMAX_NOINLINE void write_log_probabilities(Batch<V, T, U>& batch, const ForwardScale<acc_t>& scale,
                                                      StoreHint hint) {
   for (int r = 0; r < batch.rows; ++r) {
     const int64_t length = batch.lengths[r];
     const LogProbability<acc_t, T> value{batch.inputs[0][r], batch.maxima[r], scale.scale,
                                          log_of_sum(batch.sums[0][r], batch.sums[1][r])};
-    batch.written[r] = write_row<V>(batch.outputs[r], length, length, hint, value);  // padding is not 0
+    // Without room behind the row: write_row() would write zeros there, and padding is -inf.
+    batch.written[r] = write_row<V>(batch.outputs[r], length, length, hint, value);
   }
 }
 
 template <Operation kOperation, class V, class T, class U, class acc_t>
 MASKED_SOFTMAX_NOINLINE void sum_derivative_terms(Batch<V, T, U>& batch, const Batch<V, T, U>& next,
-                                                  const DerivativeScale<acc_t>& shared, StoreHint hint) {
+                                                  const DerivativeScale<acc_t>& scale, StoreHint hint) {
   constexpr int kInputs = input_count(kOperation);
   constexpr int kSums = Formula<kOperation>::kSums;
   for (int r = 0; r < batch.rows; ++r) {
@@ -249,19 +257,19 @@ MASKED_SOFTMAX_NOINLINE void sum_derivative_terms(Batch<V, T, U>& batch, const B
     sums.add(batch.lengths[r], [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
       using W = typename decltype(tag)::type;
       prefetcher.prefetch(i, W::kLanes);
-      return derivative_terms<W, kOperation>(InputVectors<W, kInputs>(inputs, i, mask).in, shared);
+      return derivative_terms<W, kOperation>(InputVectors<W, kInputs>(inputs, i, mask).in, scale);
     });
-    batch.store_lanes(r, sums);
+    batch.store_lane_sums(r, sums);
   }
   batch.template reduce_sums<kSums>();
 }
 
 template <Operation kOperation, class V, class T, class U, class acc_t>
-MASKED_SOFTMAX_NOINLINE void write_derivatives(Batch<V, T, U>& batch, const DerivativeScale<acc_t>& shared,
+MASKED_SOFTMAX_NOINLINE void write_derivatives(Batch<V, T, U>& batch, const DerivativeScale<acc_t>& scale,
                                                StoreHint hint) {
   using Value = DerivativeValue<kOperation, acc_t, T>;
   for (int r = 0; r < batch.rows; ++r) {
-    Value value{batch.template input_rows<Value::kInputs>(r), shared, {}};
+    Value value{batch.template input_rows<Value::kInputs>(r), scale, {}};
     for (int s = 0; s < Formula<kOperation>::kSums; ++s) {
       value.row_sums[s] = batch.sums[s][r];
     }
@@ -280,7 +288,7 @@ MASKED_SOFTMAX_INLINE void run_batch(Batch<V, T, U>& batch, const Batch<V, T, U>
     write_probabilities(batch, scratch, hint);
   } else if constexpr (kOperation == Operation::kLogSoftmax) {
     find_maxima(batch);
-    sum_tails_and_maxima(batch, next, scale, hint);
+    sum_rest_and_max_count(batch, next, scale, hint);
     write_log_probabilities(batch, scale, hint);
   } else {
     sum_derivative_terms<kOperation>(batch, next, scale, hint);

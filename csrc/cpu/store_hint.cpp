@@ -7,7 +7,7 @@ namespace masked_softmax {
 namespace {
 
 // From sysfs, because sysconf may report the sum of all cores' caches. Called from compute threads while others write
-// results, so it must not throw: plain C stdio, no allocation of its own.
+// results, so it must not throw: plain C stdio, no allocation.
 int64_t find_llc_bytes() {
   constexpr int64_t kDefault = 32 << 20;
   std::FILE* const file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r");

@@ -7,7 +7,7 @@
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
 struct Float : X86Defaults<Float, float, 8> {
-  static constexpr int kUnroll = 2;
+  static constexpr int kGroupVectors = 2;
   static constexpr int kExp2TableSize = 8;
   static constexpr int kMaxNarrowVectors = 8;
   __m256 v;
@@ -24,16 +24,16 @@ struct Float : X86Defaults<Float, float, 8> {
     Mask part(int i) const { return {count, first + i * kLanes}; }
     int size() const { return count - first; }  // may be negative, or more than kLanes
 
-    __m256i lanes() const {
+    __m256i lane_mask() const {
       return _mm256_cmpgt_epi32(
           _mm256_set1_epi32(count),
           _mm256_setr_epi32(first, first + 1, first + 2, first + 3, first + 4, first + 5, first + 6, first + 7));
     }
     // For 16-bit elements: the pairs that the mask has as a whole, and the lane of its last element.
-    __m128i pairs() const {
+    __m128i pair_mask() const {
       return _mm_cmpgt_epi32(_mm_set1_epi32(count), _mm_setr_epi32(first + 1, first + 3, first + 5, first + 7));
     }
-    __m128i last_lane() const {
+    __m128i last_lane_mask() const {
       const auto lane = [&](int i) { return static_cast<int16_t>(first + i); };
       return _mm_cmpeq_epi16(_mm_set1_epi16(static_cast<int16_t>(count - 1)),
                              _mm_setr_epi16(lane(0), lane(1), lane(2), lane(3), lane(4), lane(5), lane(6), lane(7)));
@@ -47,7 +47,7 @@ struct Float : X86Defaults<Float, float, 8> {
   static Float load(const bfloat16_t* p) { return from_bfloat16(_mm_loadu_si128(as_vector(p))); }
   static Float load(const float16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(as_vector(p))); }
 
-  static Float load(const float* p, Mask mask) { return _mm256_maskload_ps(p, mask.lanes()); }
+  static Float load(const float* p, Mask mask) { return _mm256_maskload_ps(p, mask.lane_mask()); }
   static Float load(const bfloat16_t* p, Mask mask) { return from_bfloat16(load_16bit(p, mask)); }
   static Float load(const float16_t* p, Mask mask) { return _mm256_cvtph_ps(load_16bit(p, mask)); }
 
@@ -79,17 +79,17 @@ struct Float : X86Defaults<Float, float, 8> {
   static Float max(Float a, Float b) { return _mm256_max_ps(a.v, b.v); }
   static Float min(Float a, Float b) { return _mm256_min_ps(a.v, b.v); }
 
-  Float masked(Mask mask) const { return _mm256_and_ps(v, _mm256_castsi256_ps(mask.lanes())); }
+  Float masked(Mask mask) const { return _mm256_and_ps(v, _mm256_castsi256_ps(mask.lane_mask())); }
   Float masked(Mask mask, float fill) const {
-    return _mm256_blendv_ps(_mm256_set1_ps(fill), v, _mm256_castsi256_ps(mask.lanes()));
+    return _mm256_blendv_ps(_mm256_set1_ps(fill), v, _mm256_castsi256_ps(mask.lane_mask()));
   }
 
-  // The low three bits of `sum` are an index k of the table, the bits above them are added to the exponent. Shifting
-  // moves k into the fraction, so the table's entries are 2^(k/8) less that.
-  static Float exp2_of(Float sum) {
+  // The low three bits of `encoded` are an index k of the table, the bits above them are added to the exponent.
+  // Shifting moves k into the fraction, so the table's entries are 2^(k/8) less that.
+  static Float exp2_of(Float encoded) {
     const __m256i table = _mm256_setr_epi32(0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a,
                                             0x3f7744fd, 0x3f7ac0c7);
-    const __m256i bits = _mm256_castps_si256(sum.v);
+    const __m256i bits = _mm256_castps_si256(encoded.v);
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(bits, 20), _mm256_permutevar8x32_epi32(table, bits)));
   }
   static Float zero_where_less(Float n, Float least, Float value) {
@@ -123,7 +123,7 @@ struct Float : X86Defaults<Float, float, 8> {
     }
   }
 
-  // In double.
+  // Added in double.
   float reduce_add() const { return sum_of_row(add_halves()); }
   static void reduce_add_four(const Float* vectors, float* sums) {
     const __m256d rows[] = {vectors[0].add_halves(), vectors[1].add_halves(), vectors[2].add_halves(),
@@ -154,8 +154,8 @@ struct Float : X86Defaults<Float, float, 8> {
   static __m128i load_16bit(const T* p, Mask mask) {
     static constexpr T kNone{};
     const T* const last = mask.count > 0 ? p - mask.first + (mask.count - 1) : &kNone;
-    const __m128i pairs = _mm_maskload_epi32(reinterpret_cast<const int*>(p), mask.pairs());
-    return _mm_blendv_epi8(pairs, _mm_set1_epi16(static_cast<int16_t>(read_element(last).bits)), mask.last_lane());
+    const __m128i pairs = _mm_maskload_epi32(reinterpret_cast<const int*>(p), mask.pair_mask());
+    return _mm_blendv_epi8(pairs, _mm_set1_epi16(static_cast<int16_t>(read_element(last).bits)), mask.last_lane_mask());
   }
 
   // 0 <= n < kLanes.
@@ -217,7 +217,7 @@ struct Float : X86Defaults<Float, float, 8> {
 };
 
 struct Double : X86Defaults<Double, double, 4> {
-  static constexpr int kUnroll = 2;
+  static constexpr int kGroupVectors = 2;
   __m256d v;
 
   Double() = default;
@@ -226,7 +226,7 @@ struct Double : X86Defaults<Double, double, 4> {
   static Double broadcast(double value) { return _mm256_set1_pd(value); }
 
   static Double load(const double* p) { return _mm256_loadu_pd(p); }
-  static Double load(const double* p, Mask mask) { return _mm256_maskload_pd(p, lanes(mask)); }
+  static Double load(const double* p, Mask mask) { return _mm256_maskload_pd(p, lane_mask(mask)); }
   void store(double* p) const { _mm256_storeu_pd(p, v); }
   void store_non_temporal(double* p) const { _mm256_stream_pd(p, v); }
   void store(double* p, Mask mask) const {
@@ -252,12 +252,14 @@ struct Double : X86Defaults<Double, double, 4> {
   static Double max(Double a, Double b) { return _mm256_max_pd(a.v, b.v); }
   static Double min(Double a, Double b) { return _mm256_min_pd(a.v, b.v); }
 
-  Double masked(Mask mask) const { return _mm256_and_pd(v, _mm256_castsi256_pd(lanes(mask))); }
+  Double masked(Mask mask) const { return _mm256_and_pd(v, _mm256_castsi256_pd(lane_mask(mask))); }
   Double masked(Mask mask, double fill) const {
-    return _mm256_blendv_pd(_mm256_set1_pd(fill), v, _mm256_castsi256_pd(lanes(mask)));
+    return _mm256_blendv_pd(_mm256_set1_pd(fill), v, _mm256_castsi256_pd(lane_mask(mask)));
   }
 
-  static Double exp2_of(Double sum) { return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(sum.v), 52)); }
+  static Double exp2_of(Double encoded) {
+    return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(encoded.v), 52));
+  }
   static Double zero_where_less(Double n, Double least, Double value) {
     return _mm256_and_pd(_mm256_cmp_pd(n.v, least.v, _CMP_NLT_UQ), value.v);
   }
@@ -286,7 +288,7 @@ struct Double : X86Defaults<Double, double, 4> {
   }
 
  private:
-  static __m256i lanes(Mask mask) {
+  static __m256i lane_mask(Mask mask) {
     return _mm256_cmpgt_epi64(_mm256_set1_epi64x(mask.count), _mm256_setr_epi64x(0, 1, 2, 3));
   }
 };

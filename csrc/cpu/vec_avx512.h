@@ -5,14 +5,15 @@
 
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
-// The mask of a group: bit i is lane i, and the lowest bits are the first vector's. Its groups have at most 64 lanes.
+// The mask of a group: bit i is lane i, and the lowest bits are the first vector's. A group has at most 64 lanes:
+// four vectors of 16 floats.
 template <class lanes_t, int kLanes>
 struct BitMask {
   uint64_t bits;
 
   static BitMask first_n(int64_t n) { return {n >= 64 ? ~uint64_t{0} : n <= 0 ? 0 : (uint64_t{1} << n) - 1}; }
   BitMask part(int i) const { return {bits >> (i * kLanes)}; }
-  lanes_t lanes() const { return static_cast<lanes_t>(bits); }
+  lanes_t lane_mask() const { return static_cast<lanes_t>(bits); }
 };
 
 struct Float : X86Defaults<Float, float, 16> {
@@ -33,10 +34,12 @@ struct Float : X86Defaults<Float, float, 16> {
   static Float load(const bfloat16_t* p) { return from_bfloat16(_mm256_loadu_si256(as_vector(p))); }
   static Float load(const float16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(as_vector(p))); }
 
-  static Float load(const float* p, Mask mask) { return _mm512_maskz_loadu_ps(mask.lanes(), p); }
-  static Float load(const bfloat16_t* p, Mask mask) { return from_bfloat16(_mm256_maskz_loadu_epi16(mask.lanes(), p)); }
+  static Float load(const float* p, Mask mask) { return _mm512_maskz_loadu_ps(mask.lane_mask(), p); }
+  static Float load(const bfloat16_t* p, Mask mask) {
+    return from_bfloat16(_mm256_maskz_loadu_epi16(mask.lane_mask(), p));
+  }
   static Float load(const float16_t* p, Mask mask) {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask.lanes(), p));
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask.lane_mask(), p));
   }
 
   void store(float* p) const { _mm512_storeu_ps(p, v); }
@@ -49,10 +52,12 @@ struct Float : X86Defaults<Float, float, 16> {
   void store_non_temporal(bfloat16_no_nan_t* p) const { _mm256_stream_si256(as_vector(p), to_bfloat16<false>()); }
   void store_non_temporal(float16_t* p) const { _mm256_stream_si256(as_vector(p), to_float16()); }
 
-  void store(float* p, Mask mask) const { _mm512_mask_storeu_ps(p, mask.lanes(), v); }
-  void store(bfloat16_t* p, Mask mask) const { _mm256_mask_storeu_epi16(p, mask.lanes(), to_bfloat16<true>()); }
-  void store(bfloat16_no_nan_t* p, Mask mask) const { _mm256_mask_storeu_epi16(p, mask.lanes(), to_bfloat16<false>()); }
-  void store(float16_t* p, Mask mask) const { _mm256_mask_storeu_epi16(p, mask.lanes(), to_float16()); }
+  void store(float* p, Mask mask) const { _mm512_mask_storeu_ps(p, mask.lane_mask(), v); }
+  void store(bfloat16_t* p, Mask mask) const { _mm256_mask_storeu_epi16(p, mask.lane_mask(), to_bfloat16<true>()); }
+  void store(bfloat16_no_nan_t* p, Mask mask) const {
+    _mm256_mask_storeu_epi16(p, mask.lane_mask(), to_bfloat16<false>());
+  }
+  void store(float16_t* p, Mask mask) const { _mm256_mask_storeu_epi16(p, mask.lane_mask(), to_float16()); }
 
   Float operator+(Float b) const { return _mm512_add_ps(v, b.v); }
   Float operator-(Float b) const { return _mm512_sub_ps(v, b.v); }
@@ -61,11 +66,11 @@ struct Float : X86Defaults<Float, float, 16> {
   static Float fms(Float a, Float b, Float c) { return _mm512_fmsub_ps(a.v, b.v, c.v); }
   static Float max(Float a, Float b) { return _mm512_max_ps(a.v, b.v); }
 
-  Float masked(Mask mask) const { return _mm512_maskz_mov_ps(mask.lanes(), v); }
-  Float masked(Mask mask, float fill) const { return _mm512_mask_mov_ps(_mm512_set1_ps(fill), mask.lanes(), v); }
+  Float masked(Mask mask) const { return _mm512_maskz_mov_ps(mask.lane_mask(), v); }
+  Float masked(Mask mask, float fill) const { return _mm512_mask_mov_ps(_mm512_set1_ps(fill), mask.lane_mask(), v); }
 
-  // 2^(k/32), where k is the low five bits of `sum`.
-  static Float table_lookup(Float sum) {
+  // 2^(k/32), where k is the low five bits of `encoded`.
+  static Float table_lookup(Float encoded) {
     const __m512 low = _mm512_setr_ps(0x1p0f, 0x1.059b0ep0f, 0x1.0b5586p0f, 0x1.11301ep0f, 0x1.172b84p0f, 0x1.1d4874p0f,
                                       0x1.2387a6p0f, 0x1.29e9ep0f, 0x1.306fep0f, 0x1.371a74p0f, 0x1.3dea64p0f,
                                       0x1.44e086p0f, 0x1.4bfdaep0f, 0x1.5342b6p0f, 0x1.5ab07ep0f, 0x1.6247ecp0f);
@@ -73,14 +78,14 @@ struct Float : X86Defaults<Float, float, 16> {
         _mm512_setr_ps(0x1.6a09e6p0f, 0x1.71f75ep0f, 0x1.7a1148p0f, 0x1.82589ap0f, 0x1.8ace54p0f, 0x1.93737cp0f,
                        0x1.9c4918p0f, 0x1.a5503cp0f, 0x1.ae89fap0f, 0x1.b7f77p0f, 0x1.c199bep0f, 0x1.cb720ep0f,
                        0x1.d5818ep0f, 0x1.dfc974p0f, 0x1.ea4afap0f, 0x1.f50766p0f);
-    return _mm512_permutex2var_ps(low, _mm512_castps_si512(sum.v), high);
+    return _mm512_permutex2var_ps(low, _mm512_castps_si512(encoded.v), high);
   }
   static Float scalef(Float value, Float n) { return _mm512_scalef_ps(value.v, n.v); }
-  // The low five bits of `sum` are an index of the table, the bits above them are added to the exponent.
-  static Float exp2_of(Float sum) {
-    const __m512i bits = _mm512_castps_si512(sum.v);
+  // The low five bits of `encoded` are an index of the table, the bits above them are added to the exponent.
+  static Float exp2_of(Float encoded) {
+    const __m512i bits = _mm512_castps_si512(encoded.v);
     const __m512i whole = _mm512_slli_epi32(_mm512_srli_epi32(bits, 5), 23);
-    return _mm512_castsi512_ps(_mm512_add_epi32(whole, _mm512_castps_si512(table_lookup(sum).v)));
+    return _mm512_castsi512_ps(_mm512_add_epi32(whole, _mm512_castps_si512(table_lookup(encoded).v)));
   }
   static Float zero_where_less(Float n, Float least, Float value) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(n.v, least.v, _CMP_NLT_UQ), value.v);
@@ -128,7 +133,7 @@ struct Float : X86Defaults<Float, float, 16> {
     }
   }
 
-  // In double.
+  // The halves are added in float, the rest in double: a sum is rounded twice, but converting costs half as much.
   float reduce_add() const { return sum_of_row(add_quarters()); }
   static void reduce_add_four(const Float* vectors, float* sums) {
     const __m256d rows[] = {vectors[0].add_quarters(), vectors[1].add_quarters(), vectors[2].add_quarters(),
@@ -143,7 +148,6 @@ struct Float : X86Defaults<Float, float, 16> {
   }
 
  private:
-  // The halves are added in float, the rest in double: half an eps more, and half as much to convert.
   __m256d add_quarters() const {
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
     return add_as_doubles(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
@@ -189,10 +193,10 @@ struct Double : X86Defaults<Double, double, 8> {
   static Double broadcast(double value) { return _mm512_set1_pd(value); }
 
   static Double load(const double* p) { return _mm512_loadu_pd(p); }
-  static Double load(const double* p, Mask mask) { return _mm512_maskz_loadu_pd(mask.lanes(), p); }
+  static Double load(const double* p, Mask mask) { return _mm512_maskz_loadu_pd(mask.lane_mask(), p); }
   void store(double* p) const { _mm512_storeu_pd(p, v); }
   void store_non_temporal(double* p) const { _mm512_stream_pd(p, v); }
-  void store(double* p, Mask mask) const { _mm512_mask_storeu_pd(p, mask.lanes(), v); }
+  void store(double* p, Mask mask) const { _mm512_mask_storeu_pd(p, mask.lane_mask(), v); }
 
   Double operator+(Double b) const { return _mm512_add_pd(v, b.v); }
   Double operator-(Double b) const { return _mm512_sub_pd(v, b.v); }
@@ -202,10 +206,12 @@ struct Double : X86Defaults<Double, double, 8> {
   static Double max(Double a, Double b) { return _mm512_max_pd(a.v, b.v); }
   static Double min(Double a, Double b) { return _mm512_min_pd(a.v, b.v); }
 
-  Double masked(Mask mask) const { return _mm512_maskz_mov_pd(mask.lanes(), v); }
-  Double masked(Mask mask, double fill) const { return _mm512_mask_mov_pd(_mm512_set1_pd(fill), mask.lanes(), v); }
+  Double masked(Mask mask) const { return _mm512_maskz_mov_pd(mask.lane_mask(), v); }
+  Double masked(Mask mask, double fill) const { return _mm512_mask_mov_pd(_mm512_set1_pd(fill), mask.lane_mask(), v); }
 
-  static Double exp2_of(Double sum) { return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(sum.v), 52)); }
+  static Double exp2_of(Double encoded) {
+    return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(encoded.v), 52));
+  }
   static Double zero_where_less(Double n, Double least, Double value) {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(n.v, least.v, _CMP_NLT_UQ), value.v);
   }

@@ -54,7 +54,9 @@ struct Float : VectorDefaults<Float, float, 4> {
   static Float max(Float a, Float b) { return vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v); }
   static Float min(Float a, Float b) { return vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v); }
 
-  static Float exp2_of(Float sum) { return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(sum.v), 23)); }
+  static Float exp2_of(Float encoded) {
+    return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(encoded.v), 23));
+  }
   static Float zero_where_less(Float n, Float least, Float value) {
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(value.v), vcltq_f32(n.v, least.v)));
   }
@@ -69,7 +71,7 @@ struct Float : VectorDefaults<Float, float, 4> {
     return vreinterpretq_f32_u32(vandq_u32(vceqzq_f32(t.v), vreinterpretq_u32_f32(vdupq_n_f32(1.0f))));
   }
 
-  // In double.
+  // Added in double.
   float reduce_add() const {
     const float64x2_t two = vaddq_f64(vcvt_f64_f32(vget_low_f32(v)), vcvt_high_f64_f32(v));
     return static_cast<float>(vgetq_lane_f64(two, 0) + vgetq_lane_f64(two, 1));
@@ -116,7 +118,9 @@ struct Double : VectorDefaults<Double, double, 2> {
   static Double max(Double a, Double b) { return vbslq_f64(vcgtq_f64(a.v, b.v), a.v, b.v); }
   static Double min(Double a, Double b) { return vbslq_f64(vcltq_f64(a.v, b.v), a.v, b.v); }
 
-  static Double exp2_of(Double sum) { return vreinterpretq_f64_u64(vshlq_n_u64(vreinterpretq_u64_f64(sum.v), 52)); }
+  static Double exp2_of(Double encoded) {
+    return vreinterpretq_f64_u64(vshlq_n_u64(vreinterpretq_u64_f64(encoded.v), 52));
+  }
   static Double zero_where_less(Double n, Double least, Double value) {
     return vreinterpretq_f64_u64(vbicq_u64(vreinterpretq_u64_f64(value.v), vcltq_f64(n.v, least.v)));
   }

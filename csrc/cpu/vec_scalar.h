@@ -15,10 +15,15 @@ template <class T, int kCount>
 struct Array : VectorDefaults<Array<T, kCount>, T, kCount> {
   using bits_t = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
   using Mask = typename VectorDefaults<Array, T, kCount>::Mask;
-  static constexpr int kUnroll = 1;
+  static constexpr int kGroupVectors = 1;
   static constexpr bool kLoads16Bit = false;
   static constexpr int kMantissaBits = sizeof(T) == 4 ? 23 : 52;
   T v[kCount];
+
+  template <class E>
+  static constexpr bool is_loadable =
+      std::is_same_v<E, T> ||
+      (std::is_same_v<T, float> && (std::is_same_v<E, bfloat16_t> || std::is_same_v<E, float16_t>));
 
   template <class F>
   static Array each(const F& lane) {
@@ -33,7 +38,7 @@ struct Array : VectorDefaults<Array<T, kCount>, T, kCount> {
     return each([&](int) { return value; });
   }
 
-  template <class E>
+  template <class E, class = std::enable_if_t<is_loadable<E>>>
   static Array load(const E* p) {
     return each([&](int i) { return Array::element(p + i); });
   }
@@ -77,8 +82,9 @@ struct Array : VectorDefaults<Array<T, kCount>, T, kCount> {
     return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
   }
 
-  static Array exp2_of(const Array& sum) {
-    return each([&](int i) { return bit_cast<T>(static_cast<bits_t>(bit_cast<bits_t>(sum.v[i]) << kMantissaBits)); });
+  static Array exp2_of(const Array& encoded) {
+    return each(
+        [&](int i) { return bit_cast<T>(static_cast<bits_t>(bit_cast<bits_t>(encoded.v[i]) << kMantissaBits)); });
   }
   static Array zero_where_less(const Array& n, const Array& least, const Array& value) {
     return each([&](int i) { return n.v[i] < least.v[i] ? T{0} : value.v[i]; });

@@ -1,19 +1,28 @@
 // The interface of the vector types, and the defaults that most of them share.
 //
-// Every instruction set's vec_*.h defines two types, Float and Double. Kernels are templates over such a type V:
+// Every instruction set's vec_*.h defines two types, Float and Double. Kernels are templates over such a type. Their
+// parameters: V a vector, W a vector or a group of vectors (vector_group.h), T the type of an input's element, U of the
+// output's, acc_t the accumulation type.
 //
 //   V{}, broadcast(x)               zeros; every lane x
 //   element(p)                      one element, converted
 //   load(p), store(p)               kLanes elements at any address, converted from and to 16-bit types
-//   Mask first_n(n)                 the first n lanes: none where n <= 0, all where n >= kLanes; n < 2^15
+//   store_non_temporal(p)           as store(p); p is aligned to the vector in memory; x86 only
+//   Mask first_n(n)                 the first n lanes: none where n <= 0, all where n >= kLanes; n < 2^15, because AVX2
+//                                   compares 16-bit numbers
 //   load(p, mask), store(p, mask)   touch the elements p[0..n) only; other lanes load as zeros
 //   masked(mask, fill = 0)          replaces the lanes outside of the mask
 //   a + b, a - b, a * b, fma, fms   fma(a, b, c) = a * b + c and fms(a, b, c) = a * b - c round once
-//   max(a, b), min(a, b)            b where either is NaN
-//   exp2_of(sum)                    2^k, with k as exp2.h encodes it in `sum`
+//   max(a, b), min(a, b)            b where either is NaN; min only where not kHasScalef
+//   exp2_of(encoded)                2^n, or with a table 2^n * 2^(k/K); exp2.h says how n and k are encoded
+//   table_lookup(encoded)           2^(k/K); only where kHasScalef
+//   scalef(x, n)                    x * 2^floor(n); only where kHasScalef
 //   zero_where_less(n, least, x)    x, or 0 in the lanes where n < least; a NaN is not less
 //   zero_where_zero(t, x), one_where_zero(t)
-//   reduce_add(), reduce_max()      over the lanes; the sum is rounded once
+//   reduce_add(), reduce_max()      over the lanes; the sum is rounded once (AVX-512 float: twice)
+//   reduce_add_four, reduce_max_four    the same for four vectors at once
+//   transpose(vectors)              kLanes vectors as a matrix
+//   vector(i), kVectors             vector i of a group; of a vector, itself
 #pragma once
 
 #include "cpu/prelude.h"
@@ -32,13 +41,15 @@ template <class V, class T, int kCount>
 struct VectorDefaults {
   using acc_t = T;
   static constexpr int kLanes = kCount;
-  static constexpr int kUnroll = 4;              // vectors of a group (vector_group.h) in the main loops
+  static constexpr int kGroupVectors = 4;        // vectors of a group (vector_group.h) in the main loops
   static constexpr int kExp2TableSize = 1;       // entries of the exponential's table (exp2.h); 1: no table
-  static constexpr bool kHasScalef = false;      // scalef(x, n) = x * 2^floor(n)
-  static constexpr bool kHasCheapMasks = false;  // masked operations cost about as much as full ones
+  static constexpr bool kHasScalef = false;      // has scalef() and table_lookup()
+  static constexpr bool kHasCheapMasks = false;  // masked loads cost about as much as full ones
   static constexpr bool kHasNonTemporalStores = false;
-  static constexpr bool kLoads16Bit = true;    // false: gather.h converts as fast
-  static constexpr int kMaxNarrowVectors = 0;  // widest rows of narrow_rows.h
+  // Whether 16-bit types get contiguous kernels (rows.h). false: load() goes element by element, and staging is as
+  // fast.
+  static constexpr bool kLoads16Bit = true;
+  static constexpr int kMaxNarrowVectors = 0;  // vectors of the widest row that narrow_rows.h takes; 0: none
 
   // A vector is a group of one.
   static constexpr int kVectors = 1;

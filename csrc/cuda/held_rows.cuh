@@ -195,9 +195,9 @@ class ForwardRow : public HeldRow<input_t, output_t, kVectors, 1, Group> {
     return max;
   }
 
-  // softmax: holds the exponentials and returns their sum. log_softmax: holds the distances to the maximum and returns
-  // the biased tail (common/exponential.h) as its sum; max_count counts the elements equal to the maximum, which are
-  // not in the tail.
+  // softmax: holds the exponentials and returns their sum. log_softmax: holds the distances to the maximum; max_count
+  // counts the elements equal to it, and the sum is the biased tail: the exponentials of all other elements, times
+  // 2^kTailBias (common/exponential.h).
   template <Operation kOperation>
   MASKED_SOFTMAX_DEVICE Sum<acc_t> exponentiate(acc_t row_max, Count<acc_t>& max_count) {
     return sum_of([&](int k, int i) MASKED_SOFTMAX_DEVICE_LAMBDA {

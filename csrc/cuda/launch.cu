@@ -86,7 +86,7 @@ LaunchPlan plan_problem(const Problem& problem, const DeviceProperties& device, 
   shape.elems_per_vector = types.elems_per_vector();
   shape.acc_bytes = types.accumulates_in_double ? 8 : 4;
   shape.inputs = problem.input_count;
-  shape.can_be_held = types.pair != nullptr && columns_are_adjacent(problem);
+  shape.can_be_held = types.pair != nullptr && has_contiguous_columns(problem);
   shape.has_unit_row_stride = has_unit_row_stride(problem);
   return plan_launch(shape, device, forced);
 }

@@ -38,16 +38,16 @@ TYPE_PAIR_KERNEL = """
 MUTATIONS = (
     # The table of operations, common/operations.inc: each row's formula, which the table's name leads to
     Mutation(
-        "softmax: a factor that is the sum",
+        "softmax: the sum instead of its reciprocal",
         "cpu/short_rows.h",
         "Probability<acc_t>{scratch, 1 / sum}",
         "Probability<acc_t>{scratch, sum}",
     ),
     Mutation(
-        "softmax of narrow rows: a factor that is the sum",
+        "softmax of narrow rows: the sum instead of its reciprocal",
         "cpu/narrow_rows.h",
-        "factors_[r] = 1 / (sums[r] > kMinSum ? sums[r] : kMinSum);",
-        "factors_[r] = sums[r] > kMinSum ? sums[r] : kMinSum;",
+        "reciprocals_[r] = 1 / (sums[r] > kMinSum ? sums[r] : kMinSum);",
+        "reciprocals_[r] = sums[r] > kMinSum ? sums[r] : kMinSum;",
     ),
     Mutation(
         "log_softmax: the logarithm of the sum added",
@@ -186,8 +186,8 @@ MUTATIONS = (
     Mutation(
         "lanes behind the end included in the sum",
         "cpu/row_kernel.h",
-        "const W value = masked(exponential_of<kHasOffset>(load<W>(x, mask), exponent), mask);",
-        "const W value = exponential_of<kHasOffset>(load<W>(x, mask), exponent);",
+        "const W value = masked(exponential_of<kHasOffset>(load<W>(x, mask), params), mask);",
+        "const W value = exponential_of<kHasOffset>(load<W>(x, mask), params);",
     ),
     Mutation(
         "a group completed beyond the room there is",
@@ -217,14 +217,14 @@ MUTATIONS = (
     Mutation(
         "a reference too large for the rounding step that is not noticed",
         "cpu/exp2.h",
-        "exponent.magic += probe - probe;",
+        "params.magic_minus_r += zero_or_nan;",
         "",
     ),
     Mutation(
         "a maximum of log_softmax counted twice",
         "cpu/row_kernel.h",
-        "(static_cast<double>(maxima) - 1.0)",
-        "static_cast<double>(maxima)",
+        "(static_cast<double>(max_count) - 1.0)",
+        "static_cast<double>(max_count)",
     ),
     Mutation(
         "the rounding error of a distance dropped",
@@ -261,8 +261,8 @@ MUTATIONS = (
     Mutation(
         "one padding column short",
         "cpu/contiguous_rows.h",
-        "fill<V>(valid + written, after, value, hint);",
-        "fill<V>(valid + written, after - 1, value, hint);",
+        "fill<V>(valid + written, row_end - written, value, hint);",
+        "fill<V>(valid + written, row_end - written - 1, value, hint);",
     ),
     Mutation(
         "zeros in log_softmax's padding",
@@ -291,20 +291,20 @@ MUTATIONS = (
     # Strides, column tiles, types
     Mutation(
         "the output's stride taken for the input's",
-        "cpu/packed_rows.h",
+        "cpu/staged_rows.h",
         "run.input_offset(k, i) + bounds.start * input.col_stride);",
         "run.input_offset(k, i) + bounds.start * output.col_stride);",
     ),
     Mutation(
-        "a packed row that is not multiplied by the input factor",
-        "cpu/packing.h",
+        "a staged row that is not multiplied by the input factor",
+        "cpu/staging.h",
         "  if (factor != 1) {\n    multiply<V>(to, count, factor);\n  }\n",
         "  (void)factor;\n",
     ),
     Mutation(
         "a column tile that is not multiplied by the input factor",
-        "cpu/packed_rows.h",
-        "      if (factor_ != 1) {\n        multiply<V>(buffers_[0] + r * row_elems, cols, factor_);\n      }\n",
+        "cpu/staged_rows.h",
+        "      if (input_factor_ != 1) {\n        multiply<V>(buffers_[0] + r * row_elems, cols, input_factor_);\n      }\n",
         "",
     ),
     Mutation(

@@ -119,7 +119,7 @@ void check_partition(const std::vector<int64_t>& lengths, const char* what) {
   problem.output.row_strides[0] = problem.inputs[0].row_strides[0] = problem.starts.row_strides[0] = 0;
   problem.lengths = index_over(lengths);
   const int64_t total = cost_of(problem, lengths, 0, problem.rows);
-  CHECK(largest_cost(problem) >= total, what << ": " << largest_cost(problem) << " < " << total);
+  CHECK(max_total_cost(problem) >= total, what << ": " << max_total_cost(problem) << " < " << total);
   for (int parts : {1, 2, 3, 7, 16, 64}) {
     const std::vector<int64_t> boundaries = partition_rows(problem, parts);
     CHECK(boundaries.size() == static_cast<size_t>(parts) + 1, what << ": " << boundaries.size() << " boundaries");

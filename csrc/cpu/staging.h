@@ -1,35 +1,38 @@
-// Packs one row of any type and stride into contiguous memory of the accumulation type, and unpacks it.
+// Staging: packs one row of any type and stride into contiguous memory of the accumulation type, and unpacks it.
 #pragma once
 
 #include "cpu/row_passes.h"
 
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
+// Whether V has load(const T*).
+template <class V, class T, class = void>
+constexpr bool is_loadable = false;
+template <class V, class T>
+constexpr bool is_loadable<V, T, std::void_t<decltype(V::load(static_cast<const T*>(nullptr)))>> = true;
+
 // Calls visit(T{}) where V itself loads and stores elements of this type, T. Returns whether it does.
 template <class V, class Visitor>
 inline bool visit_loadable_type(ElementType type, const Visitor& visit) {
   return visit_element_type(type, [&](auto element) {
     using T = decltype(element);
-    constexpr bool kIs16Bit = ElementTraits<T>::kKind == ElementKind::kFloating && sizeof(T) == 2;
-    constexpr bool kIsLoadable =
-        std::is_same_v<T, typename V::acc_t> || (kIs16Bit && std::is_same_v<float, typename V::acc_t>);
-    if constexpr (kIsLoadable) {
+    if constexpr (is_loadable<V, T>) {
       visit(element);
     }
-    return kIsLoadable;
+    return is_loadable<V, T>;
   });
 }
 
 template <class V, class T, class U>
 MASKED_SOFTMAX_NOINLINE void convert(const T* from, int64_t count, U* to) {
-  for_each_vector<V, V::kUnroll>(count, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
+  for_each_vector<V, V::kGroupVectors>(count, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
     store(to + i, load<typename decltype(tag)::type>(from + i, mask), mask);
   });
 }
 
 template <class V>
 MASKED_SOFTMAX_NOINLINE void multiply(typename V::acc_t* elements, int64_t count, typename V::acc_t factor) {
-  for_each_vector<V, V::kUnroll>(count, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
+  for_each_vector<V, V::kGroupVectors>(count, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
     using W = typename decltype(tag)::type;
     store(elements + i, load<W>(elements + i, mask) * W::broadcast(factor), mask);
   });

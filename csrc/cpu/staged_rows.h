@@ -1,6 +1,6 @@
-// Runs rows of any types and strides: packs them, a block at a time, into contiguous rows of the accumulation type on
-// the stack, runs the block in place as a problem of its own (contiguous_rows.h), and unpacks the results. So every row
-// has the bits of a contiguous one.
+// Staged rows: rows of any types and strides are packed, a block at a time, into contiguous rows of the accumulation
+// type on the stack. The block is run in place as a problem (contiguous_rows.h), and the results are unpacked. So every
+// row has the bits of a contiguous one. (Packed rows, common/problem.h, are something else: a layout of the operands.)
 //
 // Rows with unit row stride (dim != -1) are packed as column tiles, and their block stays in L2. All other rows are
 // packed one by one, from the first valid column on, and their block stays in L1.
@@ -12,11 +12,12 @@
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
 template <class V, Operation kOperation>
-class PackedRows {
+class StagedRows {
  public:
   using acc_t = typename V::acc_t;
 
-  explicit PackedRows(const Problem& problem) : problem_(problem), factor_(static_cast<acc_t>(input_factor(problem))) {
+  explicit StagedRows(const Problem& problem)
+      : problem_(problem), input_factor_(static_cast<acc_t>(input_factor(problem))) {
     block_.operation = kOperation;
     block_.scale = problem.scale / input_factor(problem);
     block_.row_ndim = 1;
@@ -49,8 +50,8 @@ class PackedRows {
   static constexpr int64_t kMinTileRows = 4;
 
   // Row by row, several rows have at most so many elements of an input together, and a longer row goes tile by tile.
-  static constexpr int64_t kMaxPackedElems = 2048;
-  static constexpr int64_t kMaxPackedRows = kMaxTileRows;
+  static constexpr int64_t kMaxStagedElems = 2048;
+  static constexpr int64_t kMaxStagedRows = kMaxTileRows;
 
   struct Row {
     const void* inputs[kInputs];  // the first valid elements
@@ -82,10 +83,10 @@ class PackedRows {
         RowBounds bounds;
         run.read_bounds(i, 1, &bounds);
         const Row row = row_at(run, i, bounds);
-        if (row.length > kMaxPackedElems) {
-          run_long_row<V, kOperation, acc_t>(problem_, row.inputs, row.output, row.length, scale, factor_);
+        if (row.length > kMaxStagedElems) {
+          run_long_row<V, kOperation, acc_t>(problem_, row.inputs, row.output, row.length, scale, input_factor_);
         }
-        if (row.length > kMaxPackedElems || row.length == 0) {
+        if (row.length > kMaxStagedElems || row.length == 0) {
           fill_padding(row);
         } else {
           add_row(row);
@@ -112,7 +113,7 @@ class PackedRows {
 
   void add_row(const Row& row) {
     const int64_t longest = row.length > longest_ ? row.length : longest_;
-    if (rows_ == kMaxPackedRows || (rows_ + 1) * row_elems_of(longest) > kMaxPackedElems) {
+    if (rows_ == kMaxStagedRows || (rows_ + 1) * row_elems_of(longest) > kMaxStagedElems) {
       run_added_rows();
     }
     longest_ = row.length > longest_ ? row.length : longest_;
@@ -129,7 +130,7 @@ class PackedRows {
       for (int k = 0; k < kInputs; ++k) {
         const Operand& input = problem_.inputs[k];
         acc_t* const to = buffers_[k] + r * row_elems;
-        pack_row<V>(added_[r].inputs[k], input.type, input.col_stride, lengths_[r], factor_, to);
+        pack_row<V>(added_[r].inputs[k], input.type, input.col_stride, lengths_[r], input_factor_, to);
       }
     }
     run_block(rows_, longest_, row_elems);
@@ -156,7 +157,7 @@ class PackedRows {
   // least a vector of them.
   bool has_column_tiles() const {
     const int inner = problem_.row_ndim - 1;
-    if (columns_are_adjacent(problem_) || inner < 0 || problem_.row_sizes[inner] < kMinTileRows ||
+    if (has_contiguous_columns(problem_) || inner < 0 || problem_.row_sizes[inner] < kMinTileRows ||
         row_elems_of(problem_.longest()) * V::kLanes > kBlockElems) {
       return false;
     }
@@ -199,8 +200,8 @@ class PackedRows {
     for (int64_t r = 0; r < tile.rows; ++r) {
       starts_[r] = tile.bounds[r].start - tile.first;
       lengths_[r] = tile.bounds[r].length();
-      if (factor_ != 1) {
-        multiply<V>(buffers_[0] + r * row_elems, cols, factor_);
+      if (input_factor_ != 1) {
+        multiply<V>(buffers_[0] + r * row_elems, cols, input_factor_);
       }
     }
     if (cols > 0) {
@@ -219,20 +220,20 @@ class PackedRows {
   }
 
   const Problem& problem_;
-  const acc_t factor_;  // 1 in derivatives
+  const acc_t input_factor_;  // 1 in derivatives
   Problem block_;
   int64_t rows_ = 0;  // added, but not run yet
   int64_t longest_ = 0;
-  Row added_[kMaxPackedRows];
+  Row added_[kMaxStagedRows];
   int64_t lengths_[kMaxTileRows];
   int64_t starts_[kMaxTileRows];  // from the tile's first column
   alignas(64) acc_t buffers_[kInputs][kBlockElems];
 };
 
-// A call of its own, so that only packed rows pay for its stack.
+// Not inlined, so that only staged rows pay for its stack.
 template <class V, Operation kOperation>
-MASKED_SOFTMAX_NOINLINE void run_packed_rows(const Problem& problem, int64_t begin, int64_t end) {
-  PackedRows<V, kOperation>(problem).run(begin, end);
+MASKED_SOFTMAX_NOINLINE void run_staged_rows(const Problem& problem, int64_t begin, int64_t end) {
+  StagedRows<V, kOperation>(problem).run(begin, end);
 }
 
 }  // namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE
