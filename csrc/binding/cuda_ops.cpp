@@ -22,8 +22,8 @@
 namespace masked_softmax {
 namespace {
 
-std::atomic<cuda::Strategy> forced_strategy{cuda::Strategy::kAutomatic};
-std::atomic<cuda::Strategy> last_strategy{cuda::Strategy::kAutomatic};
+std::atomic<cuda::Strategy> forced_strategy{cuda::Strategy::kAutomatic};  // kAutomatic: none is forced
+std::atomic<cuda::Strategy> last_strategy{cuda::Strategy::kAutomatic};    // kAutomatic: no call yet
 
 int device_attribute(cudaDeviceAttr attribute, c10::DeviceIndex device) {
   int value = 0;
@@ -98,8 +98,8 @@ struct Cuda {
     }
     const cuda::Strategy forced = forced_strategy.load(std::memory_order_relaxed);
     const cuda::LaunchPlan plan = cuda::plan_problem(problem, device_properties(output.device().index()), forced);
-    TORCH_CHECK_VALUE(plan.strategy != cuda::Strategy::kAutomatic, arguments.name, "(): the strategy '",
-                      cuda::strategy_name(forced), "' is forced, but it cannot compute rows like these");
+    TORCH_CHECK_VALUE(plan.is_valid(), arguments.name, "(): the strategy '", cuda::strategy_name(forced),
+                      "' is forced, but it cannot compute rows like these");
     last_strategy.store(plan.strategy, std::memory_order_relaxed);
     at::Tensor workspace;  // stream-ordered: the allocator reuses it only after the kernels
     if (plan.workspace_bytes > 0) {

@@ -1,8 +1,9 @@
 // The GPU's own names, for kernels: index, barrier, shuffle, intrinsic, launch. Nothing else in csrc/cuda uses <<<>>>,
 // inline PTX or __shared__.
 //
-// Floating-point contraction is off (-fmad=false): a multiply and an addition are fused only where fused_multiply_add()
-// is called.
+// nvcc's options (setup.py): -fmad=false turns floating-point contraction off, so a multiplication and an addition are
+// fused only where fused_multiply_add() is called. --expt-relaxed-constexpr lets kernels call constexpr functions that
+// are not marked __device__, such as those of common/.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -174,7 +175,7 @@ Status launch(void (*kernel)(Argument), const LaunchPlan& plan, Stream stream, c
   cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(plan.blocks);
-  config.blockDim = dim3(plan.threads);
+  config.blockDim = dim3(plan.threads_per_block);
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = plan.cluster_size > 1 ? 1 : 0;

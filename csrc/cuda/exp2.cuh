@@ -1,8 +1,8 @@
 // The exponential of one element: see common/exponential.h.
 //
-// float32 results use the polynomial, in fused multiply-adds: the GPU's approximate instruction leaves 2 eps of the 4
-// that a result may be off by, and the polynomial has the same bits on every GPU. 16-bit results, rounded to 8 or 11
-// bits, use the instruction.
+// float32 results use the polynomial, in fused multiply-adds. For d = scale * (x - max), a result may be off by
+// (4 + |d|) * eps. The GPU's approximate instruction alone may be off by 2 eps, half of the 4; the polynomial is off by
+// 0.02 eps, and has the same bits on every GPU. 16-bit results, rounded to 8 or 11 bits, use the instruction.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -31,33 +31,36 @@ MASKED_SOFTMAX_DEVICE acc_t exp2_product(acc_t t, acc_t c, acc_t correction = 0)
   const acc_t rounded = fused_multiply_add(t, c, kMagic);
   const acc_t n = rounded - kMagic;
   const acc_t f = fused_multiply_add(t, c, -n) + correction;
-  const acc_t power = bits_float(float_bits(rounded) << kFractionBits);  // 2^(n + kBias)
+  // 2^(n + kBias). kMagic contains the exponent bias, so the low bits of `rounded` are those of the power's exponent
+  // field, and the shift moves them there.
+  const acc_t power = bits_float(float_bits(rounded) << kFractionBits);
   return n < E::kMinExponent - kBias ? acc_t{0} : exp2_polynomial(f) * power;
 }
 
-// The problem's scale in the accumulation type.
+// KernelProblem's scale in the accumulation type.
 template <class acc_t>
 struct Scaling {
-  acc_t factor;  // multiplied into elements as they are loaded: input_factor() in common/problem.h
-  acc_t scale;
-  ScaledLog2e<acc_t> log2e;  // times scale in a forward pass
+  acc_t factor;  // input_factor
+  acc_t scale;   // kernel_scale
+  ScaledLog2e<acc_t> log2e;
 
-  MASKED_SOFTMAX_DEVICE explicit Scaling(const KernelProblem& problem)
-      : factor(static_cast<acc_t>(problem.factor)),
-        scale(static_cast<acc_t>(problem.scale)),
-        log2e(log2e_of(problem)) {}
+  MASKED_SOFTMAX_DEVICE explicit Scaling(const KernelProblem& kernel_problem)
+      : factor(static_cast<acc_t>(kernel_problem.input_factor)),
+        scale(static_cast<acc_t>(kernel_problem.kernel_scale)),
+        log2e(log2e_of(kernel_problem)) {}
 
  private:
-  MASKED_SOFTMAX_DEVICE static ScaledLog2e<acc_t> log2e_of(const KernelProblem& problem) {
+  MASKED_SOFTMAX_DEVICE static ScaledLog2e<acc_t> log2e_of(const KernelProblem& kernel_problem) {
     if constexpr (std::is_same_v<acc_t, float>) {
-      return problem.log2e_float;
+      return kernel_problem.log2e_float;
     } else {
-      return problem.log2e_double;
+      return kernel_problem.log2e_double;
     }
   }
 };
 
-// x - row_max and its rounding error (TwoDiff: Knuth, as Sum in groups.cuh).
+// x - row_max and its rounding error (TwoDiff: Knuth, as Sum in groups.cuh). Where the error is not used, as for 16-bit
+// results, the compiler removes its computation.
 template <class acc_t>
 struct Distance {
   acc_t t;
@@ -102,12 +105,12 @@ MASKED_SOFTMAX_DEVICE acc_t exp_of_log(acc_t y, const Scaling<acc_t>& scaling) {
   }
 }
 
-// log(sum) from the biased tail and the number of maxima.
+// log(sum) from the biased tail and the number of elements equal to the maximum.
 template <class acc_t>
-MASKED_SOFTMAX_DEVICE acc_t log_of_sum(acc_t tail, acc_t maxima) {
+MASKED_SOFTMAX_DEVICE acc_t log_of_sum(acc_t tail, acc_t max_count) {
   constexpr acc_t kUnbias = 0x1p-64;
   static_assert(kTailBias == 64, "kUnbias is 2^-kTailBias");
-  return log_one_plus(fused_multiply_add(tail, kUnbias, maxima - 1));
+  return log_one_plus(fused_multiply_add(tail, kUnbias, max_count - 1));
 }
 
 }  // namespace masked_softmax::cuda

@@ -1,21 +1,26 @@
 // Groups of threads that share a row, and their reductions.
 //
-// reduce() gives every thread of a group the same result, bit for bit, however the threads are scheduled and whichever
-// group they form: results are combined in the order that SumOrder (launch_plan.h) defines. Absent results are neutral.
+// A thread's, a block's or a chunk's part of a reduction is a partial: a Max, a Sum or a Count. reduce() gives every
+// thread of a group the same total, bit for bit, however the threads are scheduled and whichever group they form:
+// partials are combined in the order that SumOrder (launch_plan.h) defines. A partial of no elements is neutral.
 //
 // A group has
-//   thread(), threads()  the thread's number among those that share a chunk of the row (SumOrder)
-//   chunk(), chunks()    the chunk that they share; only for rows held in registers
-//   reduce(result)       a Max, Sum or Count over all of the group's threads
-//   sync()               the barrier between the last use of a result and the next row
-//   kShuffleLanes        lanes of a warp with consecutive threads
+//   thread(), threads()  the thread's number among those that share a chunk of the row
+//   chunk(), chunks()    the number of the chunk that they share; held rows only
+//   reduce(partial)      the total over all of the group's threads
+//   publish(partial), reduce_published<Partial>()    the same in two launches: SplitGroup in split_rows.cuh
+//   sync()               the barrier between the last use of a partial in shared memory and the next row
+//   kShuffleLanes        lanes of a warp with consecutive threads; held rows only
+//   kTreeLevels          strided and column rows only: the levels of the Tree in which a thread combines its partials,
+//                        if SumOrder has more threads than the group; 1 + log2 of their number
 #pragma once
 
 #include "cuda/device.cuh"
 
 namespace masked_softmax::cuda {
 
-// The three results. words[] is what threads exchange; kFirstWord is the place among the kResultWords of all three.
+// The three kinds of partial. words[] is what threads exchange. A slot in memory (PartialSlots) has kPartialWords words
+// for one partial of each kind, of which a kind's begin at kFirstWord.
 
 template <class acc_t>
 struct Max {
@@ -48,7 +53,8 @@ struct Sum {
   MASKED_SOFTMAX_DEVICE void add(const acc_t (&values)[kCount]) {
     add(pairwise<0, kCount>(values));
   }
-  // Commutative, bit for bit.
+  // a.combine(b) and b.combine(a) give the same bits, as add() finds the exact error of high + value in either order.
+  // The two lanes of a shuffle each combine the other's partial with their own, and need the same result.
   MASKED_SOFTMAX_DEVICE void combine(const Sum& other) {
     const acc_t lows = words[1] + other.words[1];
     words[1] = 0;
@@ -81,95 +87,96 @@ struct Count {
   MASKED_SOFTMAX_DEVICE acc_t value() const { return words[0]; }
 };
 
-static_assert(Count<float>::kFirstWord + Count<float>::kWords == kResultWords, "the last word of the last result");
+static_assert(Count<float>::kFirstWord + Count<float>::kWords == kPartialWords, "the last word of the last kind");
 
-// Results in memory that threads share, one of each kind in each slot. Every word of a kind has an array to itself.
+// Partials in memory that threads share, one of each kind in each slot. Each word has an array of its own, over slots.
 template <class acc_t>
-struct ResultSlots {
+struct PartialSlots {
   acc_t* words;
   int64_t slots;
 
-  template <class Result>
+  template <class Partial>
   MASKED_SOFTMAX_DEVICE acc_t* address(int64_t slot, int word) const {
-    return words + (Result::kFirstWord + word) * slots + slot;
+    return words + (Partial::kFirstWord + word) * slots + slot;
   }
-  template <class Result>
-  MASKED_SOFTMAX_DEVICE void store(int64_t slot, const Result& result) const {
+  template <class Partial>
+  MASKED_SOFTMAX_DEVICE void store(int64_t slot, const Partial& partial) const {
     MASKED_SOFTMAX_UNROLL
-    for (int word = 0; word < Result::kWords; ++word) {
-      *address<Result>(slot, word) = result.words[word];
+    for (int word = 0; word < Partial::kWords; ++word) {
+      *address<Partial>(slot, word) = partial.words[word];
     }
   }
-  template <class Result>
-  MASKED_SOFTMAX_DEVICE Result load(int64_t slot) const {
-    Result result;
+  template <class Partial>
+  MASKED_SOFTMAX_DEVICE Partial load(int64_t slot) const {
+    Partial partial;
     MASKED_SOFTMAX_UNROLL
-    for (int word = 0; word < Result::kWords; ++word) {
-      result.words[word] = *address<Result>(slot, word);
+    for (int word = 0; word < Partial::kWords; ++word) {
+      partial.words[word] = *address<Partial>(slot, word);
     }
-    return result;
+    return partial;
   }
 };
 
-// Slots in the block's shared memory: the same ones for each call with the same kSlots.
+// Slots in the block's shared memory. Calls with the same kSlots return the same memory: a kernel has one group, and
+// its copies in all threads of the block must share the slots.
 template <class acc_t, int kSlots>
-MASKED_SOFTMAX_DEVICE ResultSlots<acc_t> shared_slots() {
-  MASKED_SOFTMAX_SHARED(acc_t, words, kResultWords * kSlots);
+MASKED_SOFTMAX_DEVICE PartialSlots<acc_t> shared_slots() {
+  MASKED_SOFTMAX_SHARED(acc_t, words, kPartialWords * kSlots);
   return {words, kSlots};
 }
 
-// Over kWidth lanes, a power of two.
-template <unsigned kWidth, class Result>
-MASKED_SOFTMAX_DEVICE Result reduce_lanes(Result result) {
+// The total over kWidth lanes, a power of two.
+template <unsigned kWidth, class Partial>
+MASKED_SOFTMAX_DEVICE Partial reduce_lanes(Partial partial) {
   MASKED_SOFTMAX_UNROLL
   for (unsigned distance = 1; distance < kWidth; distance *= 2) {
-    Result other;
+    Partial other;
     MASKED_SOFTMAX_UNROLL
-    for (int word = 0; word < Result::kWords; ++word) {
-      other.words[word] = shuffle_xor(result.words[word], distance, kWidth);
+    for (int word = 0; word < Partial::kWords; ++word) {
+      other.words[word] = shuffle_xor(partial.words[word], distance, kWidth);
     }
-    result.combine(other);
+    partial.combine(other);
   }
-  return result;
+  return partial;
 }
 
-// Combines results that come one after another in a binary tree: 0 and 1, 2 and 3; then these pairs; and so on. Holds
-// one result for each level, in registers: the loops are unrolled.
-template <class Result, int kLevels>
+// Combines partials that are added one after another in a binary tree: 0 and 1, 2 and 3; then these pairs; and so on.
+// Holds one partial for each level, in registers: the loops are unrolled.
+template <class Partial, int kLevels>
 class Tree {
  public:
   // Precondition: called at most 2^(kLevels - 1) times.
-  MASKED_SOFTMAX_DEVICE void add(Result result) {
+  MASKED_SOFTMAX_DEVICE void add(Partial partial) {
     bool is_placed = false;
     MASKED_SOFTMAX_UNROLL
     for (int level = 0; level < kLevels; ++level) {
       if (!is_placed) {
         if ((count_ >> level & 1) == 0) {
-          levels_[level] = result;
+          levels_[level] = partial;
           is_placed = true;
         } else {
-          const Result right = result;
-          result = levels_[level];
-          result.combine(right);
+          const Partial right = partial;
+          partial = levels_[level];
+          partial.combine(right);
         }
       }
     }
     ++count_;
   }
 
-  MASKED_SOFTMAX_DEVICE Result total() const {
-    Result result;
+  MASKED_SOFTMAX_DEVICE Partial total() const {
+    Partial partial;
     MASKED_SOFTMAX_UNROLL
     for (int level = 0; level < kLevels; ++level) {
       if ((count_ >> level & 1) != 0) {
-        result.combine(levels_[level]);
+        partial.combine(levels_[level]);
       }
     }
-    return result;
+    return partial;
   }
 
  private:
-  Result levels_[kLevels];
+  Partial levels_[kLevels];
   unsigned count_ = 0;
 };
 
@@ -177,7 +184,7 @@ class Tree {
 template <unsigned kWidth>
 class LaneGroup {
  public:
-  static constexpr int kTreeLevels = 1;  // of a thread that sums for several threads of an order
+  static constexpr int kTreeLevels = 1;  // the order has kWidth threads too
   static constexpr unsigned kShuffleLanes = kWidth;
 
   MASKED_SOFTMAX_DEVICE unsigned thread() const { return thread_index() % kWidth; }
@@ -186,19 +193,20 @@ class LaneGroup {
   MASKED_SOFTMAX_DEVICE unsigned chunks() const { return 1; }
   MASKED_SOFTMAX_DEVICE void sync() const {}  // no barrier needed: the shuffles already synchronize the lanes
 
-  template <class Result>
-  MASKED_SOFTMAX_DEVICE Result reduce(const Result& result) const {
-    return reduce_lanes<kWidth>(result);
+  template <class Partial>
+  MASKED_SOFTMAX_DEVICE Partial reduce(const Partial& partial) const {
+    return reduce_lanes<kWidth>(partial);
   }
 };
 
 // A block, of a multiple of 32 threads. Two reductions of one kind need a barrier between them, so that no thread
-// stores a result while a slower one still loads the last: that of another reduction, or sync() at a row's end.
+// stores a partial while a slower one still loads the last: sync(), or the barrier of a reduction of another kind,
+// which has words of its own in shared memory.
 template <class acc_t>
 class BlockGroup {
  public:
   static constexpr int kTreeLevels = 3;
-  static_assert(kStridedThreads << (kTreeLevels - 1) >= kMaxBlockThreads, "a thread sums for at most four");
+  static_assert(kStridedThreads << (kTreeLevels - 1) >= kMaxBlockThreads, "strided: at most 4 partials per thread");
   static constexpr unsigned kShuffleLanes = kWarpThreads;
 
   MASKED_SOFTMAX_DEVICE unsigned thread() const { return thread_index(); }
@@ -207,27 +215,27 @@ class BlockGroup {
   MASKED_SOFTMAX_DEVICE unsigned chunks() const { return 1; }
   MASKED_SOFTMAX_DEVICE void sync() const { sync_block(); }
 
-  template <class Result>
-  MASKED_SOFTMAX_DEVICE Result reduce(Result result) const {
+  template <class Partial>
+  MASKED_SOFTMAX_DEVICE Partial reduce(Partial partial) const {
     const unsigned lane = thread_index() % kWarpThreads;
-    result = reduce_lanes<kWarpThreads>(result);
+    partial = reduce_lanes<kWarpThreads>(partial);
     if (lane == 0) {
-      warp_results_.store(thread_index() / kWarpThreads, result);
+      warp_partials_.store(thread_index() / kWarpThreads, partial);
     }
     sync_block();
-    const bool is_warp = lane < block_threads() / kWarpThreads;
-    return reduce_lanes<kWarpThreads>(is_warp ? warp_results_.template load<Result>(lane) : Result());
+    const bool has_warp = lane < block_threads() / kWarpThreads;
+    return reduce_lanes<kWarpThreads>(has_warp ? warp_partials_.template load<Partial>(lane) : Partial());
   }
 
  private:
   static constexpr int kMaxWarps = kMaxBlockThreads / kWarpThreads;
-  ResultSlots<acc_t> warp_results_ = shared_slots<acc_t, kMaxWarps>();
+  PartialSlots<acc_t> warp_partials_ = shared_slots<acc_t, kMaxWarps>();
 };
 
 #if MASKED_SOFTMAX_HAS_CLUSTERS
-// A cluster of blocks, each with a chunk of the row. A block stores its result in its own shared memory; after a
-// cluster barrier every thread loads all blocks' results, in the chunks' order. Precondition: one reduction of each
-// kind, and sync() before a block returns, so that its shared memory outlives the others' loads.
+// A cluster of blocks, each with a chunk of the row. A block stores its partial in its own shared memory; after a
+// cluster barrier every thread loads all blocks' partials, in the chunks' order. Preconditions: one reduction of each
+// kind; sync() before a block returns, so that its shared memory outlives the others' loads.
 template <class acc_t>
 class ClusterGroup : public BlockGroup<acc_t> {
  public:
@@ -235,19 +243,19 @@ class ClusterGroup : public BlockGroup<acc_t> {
   MASKED_SOFTMAX_DEVICE unsigned chunks() const { return cluster_size(); }
   MASKED_SOFTMAX_DEVICE void sync() const { sync_cluster(); }
 
-  template <class Result>
-  MASKED_SOFTMAX_DEVICE Result reduce(Result result) const {
-    result = BlockGroup<acc_t>::reduce(result);
+  template <class Partial>
+  MASKED_SOFTMAX_DEVICE Partial reduce(Partial partial) const {
+    partial = BlockGroup<acc_t>::reduce(partial);
     if (thread_index() == 0) {
-      block_results_.store(0, result);
+      block_partials_.store(0, partial);
     }
     sync_cluster();
-    Result total;
+    Partial total;
     for (unsigned rank = 0; rank < cluster_size(); ++rank) {
-      Result other;
+      Partial other;
       MASKED_SOFTMAX_UNROLL
-      for (int word = 0; word < Result::kWords; ++word) {
-        other.words[word] = load_from_block(block_results_.template address<Result>(0, word), rank);
+      for (int word = 0; word < Partial::kWords; ++word) {
+        other.words[word] = load_from_block(block_partials_.template address<Partial>(0, word), rank);
       }
       total.combine(other);
     }
@@ -255,7 +263,7 @@ class ClusterGroup : public BlockGroup<acc_t> {
   }
 
  private:
-  ResultSlots<acc_t> block_results_ = shared_slots<acc_t, 1>();
+  PartialSlots<acc_t> block_partials_ = shared_slots<acc_t, 1>();
 };
 #endif
 
@@ -264,27 +272,27 @@ template <unsigned kWarps, class acc_t>
 class ColumnGroup {
  public:
   static constexpr int kTreeLevels = 8;
-  static_assert(kWarps << (kTreeLevels - 1) >= kMaxBlockThreads, "a thread sums for at most 128");
+  static_assert(kWarps << (kTreeLevels - 1) >= kMaxBlockThreads, "at most 128 partials per thread");
 
   MASKED_SOFTMAX_DEVICE unsigned thread() const { return thread_index() / kWarpThreads; }
   MASKED_SOFTMAX_DEVICE unsigned threads() const { return kWarps; }
   MASKED_SOFTMAX_DEVICE void sync() const { sync_block(); }
 
-  template <class Result>
-  MASKED_SOFTMAX_DEVICE Result reduce(const Result& result) const {
-    results_.store(thread_index(), result);
+  template <class Partial>
+  MASKED_SOFTMAX_DEVICE Partial reduce(const Partial& partial) const {
+    partials_.store(thread_index(), partial);
     sync_block();
-    Tree<Result, 4> tree;
+    Tree<Partial, 4> tree;
     static_assert(kWarps <= 8, "a tree of four levels");
     MASKED_SOFTMAX_UNROLL
     for (unsigned warp = 0; warp < kWarps; ++warp) {
-      tree.add(results_.template load<Result>(warp * kWarpThreads + thread_index() % kWarpThreads));
+      tree.add(partials_.template load<Partial>(warp * kWarpThreads + thread_index() % kWarpThreads));
     }
     return tree.total();
   }
 
  private:
-  ResultSlots<acc_t> results_ = shared_slots<acc_t, kWarps * kWarpThreads>();
+  PartialSlots<acc_t> partials_ = shared_slots<acc_t, kWarps * kWarpThreads>();
 };
 
 }  // namespace masked_softmax::cuda

@@ -48,16 +48,16 @@ KernelProblem make_kernel_problem(const Problem& problem, const LaunchPlan& plan
     }
   }
   result.order = plan.order;
-  result.chunks = plan.chunks;
+  result.split_chunks = plan.split_chunks;
   result.workspace = workspace;
   for (int dim = 0; dim < problem.row_ndim; ++dim) {
     result.row_sizes[dim] = make_divisor(problem.row_sizes[dim]);
   }
   result.output_rows_are_aligned = output_rows_are_aligned(problem);
   result.output_is_16_bit = size_bytes(problem.output.type) == 2;
-  result.factor = input_factor(problem);
-  result.scale = problem.scale / result.factor;
-  const double exponent_scale = is_forward(problem.operation) ? result.scale : 1.0;
+  result.input_factor = input_factor(problem);
+  result.kernel_scale = problem.scale / result.input_factor;
+  const double exponent_scale = is_forward(problem.operation) ? result.kernel_scale : 1.0;
   result.log2e_float = ScaledLog2e<float>(exponent_scale);
   result.log2e_double = ScaledLog2e<double>(exponent_scale);
   return result;

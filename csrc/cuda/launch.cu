@@ -6,11 +6,11 @@
 namespace masked_softmax::cuda {
 
 template <class input_t, class output_t>
-Status launch_registers(const KernelProblem& problem, const LaunchPlan& plan, Stream stream);
+Status launch_held_rows(const KernelProblem& kernel_problem, const LaunchPlan& plan, Stream stream);
 
 namespace {
 
-// The kernels that hold rows of one pair of types in registers.
+// The kernels of held rows, for one pair of types.
 struct TypePair {
   ElementType input;
   ElementType output;
@@ -20,8 +20,9 @@ struct TypePair {
 
 template <class input_t, class output_t>
 constexpr TypePair type_pair() {
+  static_assert(RowTypes<input_t, output_t>::kElems <= kMaxVectorElems, "strided rows follow the order of held ones");
   return {ElementTraits<input_t>::kType, ElementTraits<output_t>::kType, RowTypes<input_t, output_t>::kElems,
-          launch_registers<input_t, output_t>};
+          launch_held_rows<input_t, output_t>};
 }
 
 constexpr TypePair kTypePairs[] = {
@@ -30,20 +31,28 @@ constexpr TypePair kTypePairs[] = {
 #undef MASKED_SOFTMAX_TYPE_PAIR
 };
 
-// Returns the pair that computes the problem if its columns are contiguous, or null.
-const TypePair* find_type_pair(const Problem& problem) {
-  if (!is_tuned(problem.operation) || !input_types_agree(problem) || is_scale_extreme(problem)) {
-    return nullptr;
-  }
-  for (const TypePair& pair : kTypePairs) {
-    if (pair.input == problem.inputs[0].type && pair.output == problem.output.type) {
-      return &pair;
+// What follows from a problem's types and scale.
+struct ProblemTypes {
+  const TypePair* pair = nullptr;  // null: no kernels of held rows
+  bool accumulates_in_double = false;
+
+  explicit ProblemTypes(const Problem& problem)
+      : accumulates_in_double(masked_softmax::accumulates_in_double(problem)) {
+    if (!is_tuned(problem.operation) || !input_types_agree(problem) || is_scale_extreme(problem)) {
+      return;
+    }
+    for (const TypePair& candidate : kTypePairs) {
+      if (candidate.input == problem.inputs[0].type && candidate.output == problem.output.type) {
+        pair = &candidate;
+      }
     }
   }
-  return nullptr;
-}
 
-// Whether a warp's width of rows, along the innermost row dimension, are adjacent in memory.
+  // The elements of the narrowest operand in 16 bytes. Without a type pair, those of the accumulation type.
+  int elems_per_vector() const { return pair != nullptr ? pair->elems_per_vector : accumulates_in_double ? 2 : 4; }
+};
+
+// Whether the innermost row dimension has a stride of 1 in every operand, and a row for each lane of a warp.
 bool has_unit_row_stride(const Problem& problem) {
   const int inner = problem.row_ndim - 1;
   if (inner < 0 || problem.row_sizes[inner] < kWarpThreads || problem.output.row_strides[inner] != 1) {
@@ -57,47 +66,39 @@ bool has_unit_row_stride(const Problem& problem) {
   return true;
 }
 
-// The elements of the narrowest operand in 16 bytes. Without a type pair, those of the accumulation type.
-int elems_per_vector(const Problem& problem) {
-  const TypePair* pair = find_type_pair(problem);
-  return pair != nullptr ? pair->elems_per_vector : accumulates_in_double(problem) ? 2 : 4;
-}
-
 template <class acc_t>
-Status launch_any_rows(const KernelProblem& problem, const LaunchPlan& plan, Stream stream) {
-#define MASKED_SOFTMAX_LAUNCH_kHeld(name) return kInvalidLaunch
-#define MASKED_SOFTMAX_LAUNCH_kAny(name) return launch_##name<acc_t>(problem, plan, stream)
-  switch (plan.strategy) {
-    case Strategy::kAutomatic: return kInvalidLaunch;
-#define MASKED_SOFTMAX_STRATEGY(Name, name, Rows) \
-  case Strategy::k##Name: MASKED_SOFTMAX_LAUNCH_##Rows(name);
-#include "cuda/strategies.inc"
-#undef MASKED_SOFTMAX_STRATEGY
-  }
-  return kInvalidLaunch;
+Status launch_any_rows(const KernelProblem& kernel_problem, const LaunchPlan& plan, Stream stream) {
+  return visit_strategy(plan.strategy, [&](auto strategy) -> Status {
+    if constexpr (info_of(strategy).rows == StrategyRows::kAny && strategy != Strategy::kAutomatic) {
+      return launch_strategy<acc_t>(strategy, kernel_problem, plan, stream);
+    }
+    return kInvalidLaunch;
+  });
 }
 
 }  // namespace
 
 LaunchPlan plan_problem(const Problem& problem, const DeviceProperties& device, Strategy forced) {
+  const ProblemTypes types(problem);
   RowShape shape;
   shape.rows = problem.rows;
   shape.cols = problem.longest();
-  shape.elems_per_vector = elems_per_vector(problem);
-  shape.acc_bytes = accumulates_in_double(problem) ? 8 : 4;
+  shape.elems_per_vector = types.elems_per_vector();
+  shape.acc_bytes = types.accumulates_in_double ? 8 : 4;
   shape.inputs = problem.input_count;
-  shape.fits_registers = find_type_pair(problem) != nullptr && has_contiguous_columns(problem);
+  shape.can_be_held = types.pair != nullptr && has_contiguous_columns(problem);
   shape.has_unit_row_stride = has_unit_row_stride(problem);
   return plan_launch(shape, device, forced);
 }
 
 Status launch_problem(const Problem& problem, const LaunchPlan& plan, void* workspace, Stream stream) {
   const KernelProblem kernel_problem = make_kernel_problem(problem, plan, workspace);
+  const ProblemTypes types(problem);
   if (holds_rows(plan.strategy)) {
-    return find_type_pair(problem)->launch(kernel_problem, plan, stream);
+    return types.pair->launch(kernel_problem, plan, stream);
   }
-  return accumulates_in_double(problem) ? launch_any_rows<double>(kernel_problem, plan, stream)
-                                        : launch_any_rows<float>(kernel_problem, plan, stream);
+  return types.accumulates_in_double ? launch_any_rows<double>(kernel_problem, plan, stream)
+                                     : launch_any_rows<float>(kernel_problem, plan, stream);
 }
 
 }  // namespace masked_softmax::cuda

@@ -4,12 +4,14 @@
 //   strategies.inc              the table of strategies
 //   launch_plan.h               strategy, grid and block from a row's size, and the order of its sums
 //   kernel_problem.h            a kernel's argument
-//   registers_*.cu              the kernels of one type pair, by launch_registers.cuh
-//   register_rows.cuh           rows held in registers: lanes, block, cluster
-//   split_rows.cuh              rows held in registers by several blocks: split
+//   held_*.cu                   the kernels of held rows for one type pair, by launch_held_rows.cuh
+//   held_rows.cuh               held rows, which threads hold in registers: lanes, block, cluster
+//   split_rows.cuh              held rows, a chunk of a row in each of several blocks: split
 //   strided_rows.cuh            rows of any types and layout: column, strided
 //   groups.cuh, row.cuh         threads that share a row; where a row lies
-//   vector_access.cuh, exp2.cuh, device.cuh    16-byte accesses, exponentials, the GPU's own instructions
+//   exp2.cuh                    exponentials
+//   vector_access.cuh           16-byte accesses
+//   device.cuh                  the GPU's own instructions
 #pragma once
 
 #include "common/problem.h"
@@ -18,11 +20,11 @@
 
 namespace masked_softmax::cuda {
 
-// Returns the plan for launch_problem(). Its strategy is kAutomatic if the forced one cannot compute the problem.
+// Returns the plan for launch_problem(). It is not valid if the forced strategy cannot compute the problem.
 LaunchPlan plan_problem(const Problem& problem, const DeviceProperties& device, Strategy forced);
 
-// Enqueues the kernels and returns. Preconditions: problem.rows and problem.cols are at least 1; `workspace` is device
-// memory of plan.workspace_bytes, aligned to 16 bytes.
+// Enqueues the kernels and returns. Preconditions: the plan is valid; problem.rows and problem.cols are at least 1;
+// `workspace` is device memory of plan.workspace_bytes, aligned to 16 bytes.
 Status launch_problem(const Problem& problem, const LaunchPlan& plan, void* workspace, Stream stream);
 
 }  // namespace masked_softmax::cuda

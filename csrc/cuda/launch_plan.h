@@ -1,24 +1,29 @@
 // Chooses the kernel, the grid and the block for a problem, from its shape, its types and the device alone.
 //
-// A row is summed in one order (SumOrder), which its size and its types alone decide. All strategies follow it, so
-// neither the strategy nor the number of rows changes a row's bits.
+// A row is summed in one order (SumOrder): that of the first strategy that can hold a row of its size. It depends on
+// the longest length, the types and the number of inputs; for rows that no block holds, also on whether the device has
+// clusters, and on whether a grid can have a cluster for each row (it can for up to 2^28 rows). It does not depend on
+// the layout: kColumn and kStrided follow it, so a row has the same bits in any layout, and with either of the two
+// forced. Only a forced strategy that holds rows takes its own order.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 namespace masked_softmax::cuda {
 
 enum class Strategy : uint8_t {
-  kAutomatic,  // no strategy is forced
-#define MASKED_SOFTMAX_STRATEGY(Name, name, Rows) k##Name,
+  kAutomatic,  // as a forced strategy: the plan chooses; as a plan's strategy: there is no plan
+               // (LaunchPlan::is_valid())
+#define MASKED_SOFTMAX_STRATEGY(Name, name, rows) k##Name,
 #include "cuda/strategies.inc"
 #undef MASKED_SOFTMAX_STRATEGY
 };
 
 constexpr Strategy kStrategies[] = {
     Strategy::kAutomatic,
-#define MASKED_SOFTMAX_STRATEGY(Name, name, Rows) Strategy::k##Name,
+#define MASKED_SOFTMAX_STRATEGY(Name, name, rows) Strategy::k##Name,
 #include "cuda/strategies.inc"
 #undef MASKED_SOFTMAX_STRATEGY
 };
@@ -33,8 +38,8 @@ struct StrategyInfo {
 constexpr StrategyInfo info_of(Strategy strategy) {
   switch (strategy) {
     case Strategy::kAutomatic: return {"automatic", StrategyRows::kAny};
-#define MASKED_SOFTMAX_STRATEGY(Name, name, Rows) \
-  case Strategy::k##Name: return {#name, StrategyRows::Rows};
+#define MASKED_SOFTMAX_STRATEGY(Name, name, rows) \
+  case Strategy::k##Name: return {#name, StrategyRows::rows};
 #include "cuda/strategies.inc"
 #undef MASKED_SOFTMAX_STRATEGY
   }
@@ -44,6 +49,22 @@ constexpr StrategyInfo info_of(Strategy strategy) {
 constexpr const char* strategy_name(Strategy strategy) { return info_of(strategy).name; }
 constexpr bool holds_rows(Strategy strategy) { return info_of(strategy).rows == StrategyRows::kHeld; }
 
+template <Strategy kStrategy>
+using StrategyConstant = std::integral_constant<Strategy, kStrategy>;
+
+// Calls visit(StrategyConstant<strategy>()), and returns what it returns.
+template <class Visitor>
+auto visit_strategy(Strategy strategy, const Visitor& visit) {
+  switch (strategy) {
+    case Strategy::kAutomatic: return visit(StrategyConstant<Strategy::kAutomatic>());
+#define MASKED_SOFTMAX_STRATEGY(Name, name, rows) \
+  case Strategy::k##Name: return visit(StrategyConstant<Strategy::k##Name>());
+#include "cuda/strategies.inc"
+#undef MASKED_SOFTMAX_STRATEGY
+  }
+  __builtin_unreachable();  // every enumerator has a case
+}
+
 struct DeviceProperties {
   bool has_clusters = false;  // compute capability 9.0 and later
 };
@@ -51,19 +72,23 @@ struct DeviceProperties {
 // All that a plan depends on.
 struct RowShape {
   int64_t rows = 0;
-  int64_t cols = 0;
+  int64_t cols = 0;                  // upper bound of the lengths
   int elems_per_vector = 4;          // elements of the narrowest operand in 16 bytes
   int acc_bytes = 4;                 // of the accumulation type
   int inputs = 1;                    // operands that a thread holds
-  bool fits_registers = false;       // contiguous columns, and a pair of type_pairs.inc
-  bool has_unit_row_stride = false;  // adjacent rows are adjacent in memory
+  bool can_be_held = false;          // contiguous columns, and a pair of type_pairs.inc; whatever the size
+  bool has_unit_row_stride = false;  // the row stride is 1: elements of one column are adjacent in memory
 };
 
 // The order of a row's sums. The valid columns are cut into chunks of threads * vectors * elems, whose sums are added
 // in their order. Within a chunk, thread t adds up the vectors t, t + threads, t + 2 * threads, ..., and the threads'
-// sums are added in a binary tree: 0 and 1, 2 and 3; then these pairs; and so on.
+// sums are added in a binary tree: 0 and 1, 2 and 3; then these pairs; and so on. A vector's elements are first added
+// to each other, also in a binary tree, where absent elements are zeros: so zeros may be appended to a vector.
+//
+// `threads` are those of the strategy that defines the order. Where another strategy follows it, a thread may sum for
+// several of them.
 struct SumOrder {
-  int threads = 0;
+  int threads = 0;  // 0: the strategy cannot hold such a row
   int vectors = 0;  // per thread
   int elems = 0;    // per vector
 
@@ -74,15 +99,17 @@ struct LaunchPlan {
   Strategy strategy = Strategy::kAutomatic;
   SumOrder order;
   unsigned blocks = 0;
-  unsigned threads = 0;  // per block
+  unsigned threads_per_block = 0;
   unsigned cluster_size = 1;
-  // kSplit only:
-  int64_t chunks = 1;  // per row
-  int64_t workspace_bytes = 0;
+  int64_t split_chunks = 1;     // per row; kSplit only: a cluster's chunks are its blocks
+  int64_t workspace_bytes = 0;  // kSplit only
+
+  constexpr bool is_valid() const { return strategy != Strategy::kAutomatic; }
 };
 
-// Words of the accumulation type in all results of a reduction: the maximum, the sum and its rounding error, the count.
-constexpr int kResultWords = 4;
+// Words of the accumulation type in a partial of each kind: the maximum, the sum and its rounding error, the count. See
+// groups.cuh.
+constexpr int kPartialWords = 4;
 
 constexpr int kWarpThreads = 32;
 constexpr int kMaxBlockThreads = 1024;
@@ -99,10 +126,12 @@ struct LanesStep {
 };
 constexpr LanesStep kLanesSteps[] = {{8, 1}, {8, 2}, {32, 1}, {32, 2}, {32, 4}, {32, 8}};
 
-// Registers for a row's values: half of the 64 that each thread has in a block of 1024.
+// A lane's registers for a row's values. It has up to 128, by the launch bounds of lanes_per_row (held_rows.cuh); the
+// others are for addresses and intermediate values.
 constexpr int kMaxValueRegisters = 32;
 
-// Vectors per thread of a block: 16 values of each operand; 4 of float64, which takes twice the registers.
+// Vectors per thread of a block, which has 64 registers if it has 1024 threads: 16 values of each operand. Of float64,
+// 4 values, because intermediate values take twice the registers too.
 constexpr int block_vectors(int elems_per_vector) { return elems_per_vector == 4 ? 4 : 2; }
 
 constexpr int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -128,7 +157,7 @@ constexpr unsigned cluster_size_for(const RowShape& shape) {
   return size;
 }
 
-// The order in which a strategy that holds rows sums them. It has no threads if the strategy cannot hold such a row.
+// The order in which a strategy that holds rows sums them, if it can hold rows of this size.
 constexpr SumOrder order_of(Strategy strategy, const RowShape& shape, const DeviceProperties& device) {
   const int elems = shape.elems_per_vector;
   const int held = block_vectors(elems);
@@ -164,11 +193,11 @@ constexpr LaunchPlan plan_strategy(Strategy strategy, const SumOrder& order, con
   LaunchPlan plan;
   plan.strategy = strategy;
   plan.order = order;
-  plan.threads = static_cast<unsigned>(order.threads);
+  plan.threads_per_block = static_cast<unsigned>(order.threads);
   switch (strategy) {
     case Strategy::kAutomatic: break;
     case Strategy::kLanes:
-      plan.threads = kLanesThreads;
+      plan.threads_per_block = kLanesThreads;
       plan.blocks = limited_blocks(ceil_divide(shape.rows, kLanesThreads / order.threads));
       break;
     case Strategy::kBlock: plan.blocks = limited_blocks(shape.rows); break;
@@ -177,17 +206,17 @@ constexpr LaunchPlan plan_strategy(Strategy strategy, const SumOrder& order, con
       plan.blocks = static_cast<unsigned>(shape.rows) * plan.cluster_size;
       break;
     case Strategy::kSplit:
-      plan.chunks = ceil_divide(shape.cols, order.chunk_elems());
-      plan.blocks = limited_blocks(shape.rows * plan.chunks);
-      plan.workspace_bytes = shape.rows * plan.chunks * kResultWords * shape.acc_bytes;
+      plan.split_chunks = ceil_divide(shape.cols, order.chunk_elems());
+      plan.blocks = limited_blocks(shape.rows * plan.split_chunks);
+      plan.workspace_bytes = shape.rows * plan.split_chunks * kPartialWords * shape.acc_bytes;
       break;
     case Strategy::kColumn:
-      plan.threads = kStridedThreads;
+      plan.threads_per_block = kStridedThreads;
       plan.blocks = limited_blocks(ceil_divide(shape.rows, kWarpThreads));
       break;
     case Strategy::kStrided: {
       const int rows_per_block = order.threads <= kWarpThreads ? kStridedThreads / order.threads : 1;
-      plan.threads = kStridedThreads;
+      plan.threads_per_block = kStridedThreads;
       plan.blocks = limited_blocks(ceil_divide(shape.rows, rows_per_block));
       break;
     }
@@ -195,26 +224,48 @@ constexpr LaunchPlan plan_strategy(Strategy strategy, const SumOrder& order, con
   return plan;
 }
 
-// Precondition: rows and cols are at least 1. If the forced strategy cannot compute such rows, the plan's strategy is
-// kAutomatic. If it could hold them but for their types or layout, kStrided takes its order.
+// Whether a strategy takes rows of these types and this layout; whether it can hold them, order_of() tells.
+constexpr bool can_compute(Strategy strategy, const RowShape& shape) {
+  switch (strategy) {
+    case Strategy::kAutomatic: return false;
+    case Strategy::kLanes:
+    case Strategy::kBlock:
+    case Strategy::kCluster:
+    case Strategy::kSplit: return shape.can_be_held;
+    case Strategy::kColumn: return shape.has_unit_row_stride;
+    case Strategy::kStrided: return true;
+  }
+  return false;
+}
+
+// The first strategy that can hold rows of this size, whatever their types and layout. kSplit holds any.
+constexpr Strategy first_holding(const RowShape& shape, const DeviceProperties& device) {
+  for (Strategy strategy : kStrategies) {
+    if (holds_rows(strategy) && order_of(strategy, shape, device).threads > 0) {
+      return strategy;
+    }
+  }
+  return Strategy::kAutomatic;
+}
+
+// Returns a plan that is not valid if the forced strategy cannot compute such rows. There is one exception: if it could
+// hold rows of this size, but not of these types or this layout, kStrided computes them in its order. Precondition:
+// rows and cols are at least 1.
 constexpr LaunchPlan plan_launch(const RowShape& shape, const DeviceProperties& device,
                                  Strategy forced = Strategy::kAutomatic) {
+  const Strategy holding = holds_rows(forced) ? forced : first_holding(shape, device);
+  const SumOrder order = order_of(holding, shape, device);
+  if (order.threads == 0) {
+    return {};
+  }
+  if (forced != Strategy::kAutomatic) {
+    const Strategy strategy = holds_rows(forced) && !can_compute(forced, shape) ? Strategy::kStrided : forced;
+    return can_compute(strategy, shape) ? plan_strategy(strategy, order, shape) : LaunchPlan{};
+  }
   for (Strategy strategy : kStrategies) {
-    if (!holds_rows(strategy) || (holds_rows(forced) && forced != strategy)) {
-      continue;
-    }
-    const SumOrder order = order_of(strategy, shape, device);
-    if (order.threads == 0) {
-      continue;
-    }
-    if (forced == Strategy::kColumn) {
-      return shape.has_unit_row_stride ? plan_strategy(forced, order, shape) : LaunchPlan{};
-    }
-    if (shape.fits_registers && forced != Strategy::kStrided) {
+    if ((strategy == holding || !holds_rows(strategy)) && can_compute(strategy, shape)) {
       return plan_strategy(strategy, order, shape);
     }
-    const bool by_columns = shape.has_unit_row_stride && forced == Strategy::kAutomatic;
-    return plan_strategy(by_columns ? Strategy::kColumn : Strategy::kStrided, order, shape);
   }
   return {};
 }

@@ -14,13 +14,13 @@ struct Row {
   bool is_valid;  // start and length lie within the row; otherwise they are 0 here
 };
 
-MASKED_SOFTMAX_DEVICE int64_t load_row_index(const RowIndex& index, int64_t offset) {
-  if (index.data == nullptr) {
-    return index.value;
+MASKED_SOFTMAX_DEVICE int64_t load_row_index(const RowIndex& bounds, int64_t offset) {
+  if (bounds.data == nullptr) {
+    return bounds.value;
   }
   int64_t value = 0;
-  visit_element_type_of<ElementKind::kInteger>(index.type, [&](auto element) MASKED_SOFTMAX_DEVICE_LAMBDA {
-    value = static_cast<const decltype(element)*>(index.data)[offset];
+  visit_element_type_of<ElementKind::kInteger>(bounds.type, [&](auto element) MASKED_SOFTMAX_DEVICE_LAMBDA {
+    value = static_cast<const decltype(element)*>(bounds.data)[offset];
   });
   return value;
 }
@@ -29,14 +29,14 @@ MASKED_SOFTMAX_DEVICE uint64_t divide(uint64_t n, const Divisor& by) {
   return by.divisor == 1 ? n : multiply_high(n, by.multiplier) >> by.shift;
 }
 
-// Row number `index`, with the offsets of its first kInputs inputs.
+// Row `row_number` of the problem, with the offsets of its first kInputs inputs.
 template <int kInputs>
-MASKED_SOFTMAX_DEVICE Row find_row(const KernelProblem& kernel_problem, int64_t index) {
+MASKED_SOFTMAX_DEVICE Row find_row(const KernelProblem& kernel_problem, int64_t row_number) {
   const Problem& problem = kernel_problem.problem;
   Row row = {};
   int64_t length_offset = 0;
   int64_t start_offset = 0;
-  auto rest = static_cast<uint64_t>(index);
+  auto rest = static_cast<uint64_t>(row_number);
   for (int dim = problem.row_ndim - 1; dim >= 0; --dim) {
     const uint64_t outer = dim == 0 ? 0 : divide(rest, kernel_problem.row_sizes[dim]);
     const auto position = static_cast<int64_t>(rest - outer * kernel_problem.row_sizes[dim].divisor);
@@ -50,6 +50,7 @@ MASKED_SOFTMAX_DEVICE Row find_row(const KernelProblem& kernel_problem, int64_t 
   }
   row.start = load_row_index(problem.starts, start_offset);
   row.length = load_row_index(problem.lengths, length_offset);
+  // A packed row may be longer than the caller's upper bound of the lengths, for which the kernels were chosen.
   row.is_valid = bounds_are_valid(row.start, row.length, problem.cols) && row.length <= problem.longest();
   if (!row.is_valid) {
     row.start = 0;

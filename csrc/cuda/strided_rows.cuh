@@ -6,9 +6,9 @@
 //   strided_lanes    everything else, short rows: a part of a warp takes a row
 //   strided_rows     everything else, long rows: a block takes a row
 //
-// Formulas: softmax and log_softmax as in register_rows.cuh, derivatives in common/formulas.h. A row's sums are taken
-// in the order of the strategy that holds rows of its size in registers (SumOrder in launch_plan.h), so a row has the
-// same bits in any layout.
+// Formulas: softmax and log_softmax as in held_rows.cuh, derivatives in common/formulas.h. A row's sums are taken in
+// the order of the strategy that can hold rows of its size (SumOrder in launch_plan.h), so a row has the same bits in
+// any layout.
 //
 // Bytes moved. A forward pass reads each valid element three times, a derivative once for each sum and once for the
 // result. Later reads come from L2 where the rows under way fit it. Where adjacent elements are not in one cache line,
@@ -26,7 +26,7 @@ namespace masked_softmax::cuda {
 
 constexpr int kMaxVectorElems = 8;
 
-// The elements of one of SumOrder's vectors.
+// The elements of one of SumOrder's vectors, and zeros after them, which do not change its sum.
 template <class acc_t>
 using VectorValues = acc_t[kMaxVectorElems];
 
@@ -63,15 +63,15 @@ MASKED_SOFTMAX_DEVICE void store_elements(const Operand& operand, int64_t offset
 template <class acc_t, class Group>
 class StridedRow {
  public:
-  // Row `index` of the problem; an empty row if `index` is past the last one.
-  MASKED_SOFTMAX_DEVICE StridedRow(const Group& group, const KernelProblem& kernel_problem, int64_t index)
+  // Row `row_number` of the problem; an empty row if the number is past the last one.
+  MASKED_SOFTMAX_DEVICE StridedRow(const Group& group, const KernelProblem& kernel_problem, int64_t row_number)
       : group_(group),
         problem_(kernel_problem.problem),
         order_(kernel_problem.order),
         scaling_(kernel_problem),
-        approximate_(std::is_same_v<acc_t, float> && kernel_problem.output_is_16_bit),
-        exists_(index < kernel_problem.problem.rows),
-        row_(exists_ ? find_row<kMaxInputs>(kernel_problem, index) : Row{}) {}
+        is_approximate_(std::is_same_v<acc_t, float> && kernel_problem.output_is_16_bit),
+        exists_(row_number < kernel_problem.problem.rows),
+        row_(exists_ ? find_row<kMaxInputs>(kernel_problem, row_number) : Row{}) {}
 
   MASKED_SOFTMAX_DEVICE void compute() const {
     if (is_forward(problem_.operation)) {
@@ -117,24 +117,24 @@ class StridedRow {
   template <class ComputeTerms>
   MASKED_SOFTMAX_DEVICE acc_t sum(const ComputeTerms& compute_terms) const {
     Sum<acc_t> sum;
-    for (int64_t chunk = 0; chunk < problem_.longest(); chunk += order_.chunk_elems()) {
-      sum.combine(group_.reduce(part_of_chunk(chunk, compute_terms)));
+    for (int64_t chunk_begin = 0; chunk_begin < problem_.longest(); chunk_begin += order_.chunk_elems()) {
+      sum.combine(group_.reduce(partial_of_chunk(chunk_begin, compute_terms)));
       group_.sync();
     }
     return sum.value();
   }
 
-  // This thread's part of the sum of the chunk that begins at valid column `chunk`: that of one thread of the order, or
-  // those of a few consecutive ones.
+  // This thread's partial of the chunk that begins at valid column `chunk_begin`: that of one of the order's threads,
+  // or those of a few consecutive ones.
   template <class ComputeTerms>
-  MASKED_SOFTMAX_DEVICE Sum<acc_t> part_of_chunk(int64_t chunk, const ComputeTerms& compute_terms) const {
+  MASKED_SOFTMAX_DEVICE Sum<acc_t> partial_of_chunk(int64_t chunk_begin, const ComputeTerms& compute_terms) const {
     Tree<Sum<acc_t>, Group::kTreeLevels> tree;
-    const unsigned parts = parts_of_thread();
-    for (unsigned i = 0; i < parts; ++i) {
-      const unsigned thread = group_.thread() * parts + i;
+    const unsigned count = order_threads_per_thread();
+    for (unsigned i = 0; i < count; ++i) {
+      const unsigned order_thread = group_.thread() * count + i;
       Sum<acc_t> sum;
-      for (int k = 0; thread < static_cast<unsigned>(order_.threads) && k < order_.vectors; ++k) {
-        const int64_t first = chunk + (int64_t{k} * order_.threads + thread) * order_.elems;
+      for (int k = 0; order_thread < static_cast<unsigned>(order_.threads) && k < order_.vectors; ++k) {
+        const int64_t first = chunk_begin + (int64_t{k} * order_.threads + order_thread) * order_.elems;
         Values terms = {};
         compute_terms(first, count_from(first), terms);
         sum.add(terms);
@@ -144,20 +144,21 @@ class StridedRow {
     return tree.total();
   }
 
-  MASKED_SOFTMAX_DEVICE unsigned parts_of_thread() const {
-    unsigned parts = 1;
-    while (parts * group_.threads() < static_cast<unsigned>(order_.threads)) {
-      parts *= 2;
+  // A power of two, so that a thread's partial is a subtree of the order's tree.
+  MASKED_SOFTMAX_DEVICE unsigned order_threads_per_thread() const {
+    unsigned count = 1;
+    while (count * group_.threads() < static_cast<unsigned>(order_.threads)) {
+      count *= 2;
     }
-    return parts;
+    return count;
   }
 
   MASKED_SOFTMAX_DEVICE acc_t exp_of(const Distance<acc_t>& distance) const {
-    return approximate_ ? exp_of_distance<kCanApproximate>(distance, scaling_)
-                        : exp_of_distance<false>(distance, scaling_);
+    return is_approximate_ ? exp_of_distance<kCanApproximate>(distance, scaling_)
+                           : exp_of_distance<false>(distance, scaling_);
   }
   MASKED_SOFTMAX_DEVICE acc_t exp_of(acc_t y) const {
-    return approximate_ ? exp_of_log<kCanApproximate>(y, scaling_) : exp_of_log<false>(y, scaling_);
+    return is_approximate_ ? exp_of_log<kCanApproximate>(y, scaling_) : exp_of_log<false>(y, scaling_);
   }
 
   // Calls visit(OperationConstant<operation>()) with the problem's operation, in a forward pass or in a derivative.
@@ -170,7 +171,6 @@ class StridedRow {
     });
   }
 
-  // The formulas and the sum's terms are ForwardRow's in register_rows.cuh.
   MASKED_SOFTMAX_DEVICE void forward() const {
     Max<acc_t> max;
     for_each_vector([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
@@ -185,7 +185,7 @@ class StridedRow {
     });
     const acc_t row_max = group_.reduce(max).value();
 
-    Count<acc_t> maxima;
+    Count<acc_t> max_count;
     const acc_t total = sum([&](int64_t first, int count, Values& terms) MASKED_SOFTMAX_DEVICE_LAMBDA {
       Values x;
       load(0, first, count, x);
@@ -194,15 +194,15 @@ class StridedRow {
         for (int i = 0; i < kMaxVectorElems; ++i) {
           if (i < count) {
             const Distance<acc_t> distance(x[i] * scaling_.factor, row_max);
-            terms[i] = forward_term<decltype(operation)::value>(distance, maxima);
+            terms[i] = forward_term<decltype(operation)::value>(distance, max_count);
           }
         }
       });
     });
-    acc_t normalizer = 0;  // log(sum), or 1 / sum
+    acc_t normalizer = 0;  // log_softmax: log(sum), from the biased tail in `total`; softmax: 1 / sum
     visit_own_operation<true>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
       if constexpr (decltype(operation)::value == Operation::kLogSoftmax) {
-        normalizer = log_of_sum(total, group_.reduce(maxima).value());
+        normalizer = log_of_sum(total, group_.reduce(max_count).value());
       } else {
         normalizer = 1 / total;
       }
@@ -221,10 +221,12 @@ class StridedRow {
     });
   }
 
+  // Not shared with ForwardRow (held_rows.cuh), which has the same expressions: with shared functions, these kernels
+  // take other registers.
   template <Operation kOperation>
-  MASKED_SOFTMAX_DEVICE acc_t forward_term(const Distance<acc_t>& distance, Count<acc_t>& maxima) const {
+  MASKED_SOFTMAX_DEVICE acc_t forward_term(const Distance<acc_t>& distance, Count<acc_t>& max_count) const {
     if constexpr (kOperation == Operation::kLogSoftmax) {
-      maxima.add(distance.t == 0 ? acc_t{1} : acc_t{0});
+      max_count.add(distance.t == 0 ? acc_t{1} : acc_t{0});
       return distance.t != 0 ? tail_term(distance, scaling_) : acc_t{0};
     } else {
       static_assert(kOperation == Operation::kSoftmax, "no other forward operation is known");
@@ -265,7 +267,8 @@ class StridedRow {
     int sum_count = 1;
     visit_own_operation<false>(
         [&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA { sum_count = Formula<decltype(operation)::value>::kSums; });
-    // A loop, so that the code for a sum is there once.
+    // A loop, so that the code for a sum is there once. All indices into `sums` are constants, which keeps it in
+    // registers.
     acc_t sums[2] = {0, 0};
     for (int s = 0; s < sum_count; ++s) {
       const acc_t total = sum([&](int64_t first, int count, Values& terms) MASKED_SOFTMAX_DEVICE_LAMBDA {
@@ -308,7 +311,7 @@ class StridedRow {
   const Problem& problem_;
   const SumOrder& order_;
   const Scaling<acc_t> scaling_;
-  const bool approximate_;  // as RowTypes::kApproximate
+  const bool is_approximate_;  // RowTypes::kApproximate, for types known at run time
   const bool exists_;
   const Row row_;
 };
@@ -350,17 +353,19 @@ column_rows(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
 }
 
 template <class acc_t>
-Status launch_column(const KernelProblem& problem, const LaunchPlan& plan, Stream stream) {
-  return launch(column_rows<acc_t>, plan, stream, problem);
+Status launch_strategy(StrategyConstant<Strategy::kColumn>, const KernelProblem& kernel_problem, const LaunchPlan& plan,
+                       Stream stream) {
+  return launch(column_rows<acc_t>, plan, stream, kernel_problem);
 }
 
 template <class acc_t>
-Status launch_strided(const KernelProblem& problem, const LaunchPlan& plan, Stream stream) {
+Status launch_strategy(StrategyConstant<Strategy::kStrided>, const KernelProblem& kernel_problem,
+                       const LaunchPlan& plan, Stream stream) {
   static_assert(kLanesSteps[0].threads_per_row == 8, "lanes are 8 or a warp");
-  switch (problem.order.threads) {
-    case 8: return launch(strided_lanes<acc_t, 8>, plan, stream, problem);
-    case kWarpThreads: return launch(strided_lanes<acc_t, kWarpThreads>, plan, stream, problem);
-    default: return launch(strided_rows<acc_t>, plan, stream, problem);
+  switch (plan.order.threads) {
+    case 8: return launch(strided_lanes<acc_t, 8>, plan, stream, kernel_problem);
+    case kWarpThreads: return launch(strided_lanes<acc_t, kWarpThreads>, plan, stream, kernel_problem);
+    default: return launch(strided_rows<acc_t>, plan, stream, kernel_problem);
   }
 }
 

@@ -1,5 +1,8 @@
 // Contiguous elements in packets of 16 bytes, wherever they begin.
 //
+// A packet is of one operand. A vector (held_rows.cuh) has the same columns in every operand: one packet of the
+// narrowest operand, several of a wider one.
+//
 // A packet is as many elements as 16 bytes hold, counted from the first element, not from an aligned address: packet p
 // of `count` elements is [p * kElems, p * kElems + kElems). So the thread that holds an element depends on the
 // element's number alone, and with it the order of a row's sums. If the first element is aligned, a packet is one
@@ -117,7 +120,11 @@ MASKED_SOFTMAX_DEVICE void store_packet(T* first, int64_t count, int64_t index, 
     store_aligned_packet(first, count, index, packet);
     return;
   }
-  // The aligned access that begins within the previous packet and ends within this one.
+  // Each lane stores the aligned access that begins within the previous packet and ends within this one:
+  //
+  //   access       |.......16.......|
+  //   elements     - previous -|---- packet ----|
+  //                            ^ first + begin, `skipped` elements into the access
   const int64_t begin = index * kElems;
   T* const aligned = first + begin - skipped;
   if (is_first_lane || begin - skipped + kElems > count) {

@@ -77,7 +77,7 @@ void set_order(unsigned seed) {
 
 Emulation emulate(const Problem& problem, cuda::Strategy forced, const cuda::DeviceProperties& device, unsigned seed) {
   const cuda::LaunchPlan plan = cuda::plan_problem(problem, device, forced);
-  if (plan.strategy == cuda::Strategy::kAutomatic) {
+  if (!plan.is_valid()) {
     return {plan.strategy, "the strategy cannot compute such rows"};
   }
   const auto workspace_bytes = static_cast<size_t>(plan.workspace_bytes);

@@ -22,7 +22,7 @@ build_and_run() {
     for file in csrc/cuda/*.cu csrc/cuda/*.cpp; do
       echo "$folder/$(basename "$file").o $kernel_flags -x c++ -c $file"
     done
-    for file in csrc/cpu/writing.cpp tests/emulator/*.cpp $(printf 'tests/kernel/%s.cpp ' "${KERNEL_TESTS[@]}"); do
+    for file in csrc/cpu/store_hint.cpp tests/emulator/*.cpp $(printf 'tests/kernel/%s.cpp ' "${KERNEL_TESTS[@]}"); do
       echo "$folder/$(basename "$file").o $test_flags -DMASKED_SOFTMAX_EMULATOR_IS_CHECKED=$is_checked -c $file"
     done
   } | xargs -P 2 -L 1 "${CXX:-g++}" "${FLAGS[@]}" -o

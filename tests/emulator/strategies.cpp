@@ -69,7 +69,7 @@ void run(const Problem& problem, int64_t begin, int64_t end) {
 bool is_supported() { return true; }
 
 const std::vector<CpuCapability> kCapabilities = {
-#define MASKED_SOFTMAX_STRATEGY(Name, name, Rows) {#name, run<Strategy::k##Name>, is_supported},
+#define MASKED_SOFTMAX_STRATEGY(Name, name, rows) {#name, run<Strategy::k##Name>, is_supported},
 #include "cuda/strategies.inc"
 #undef MASKED_SOFTMAX_STRATEGY
     {"automatic", run<Strategy::kAutomatic>, is_supported},

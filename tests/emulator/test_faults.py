@@ -21,7 +21,7 @@ from emulator import BUILD
 BATTERY = Path(__file__).with_name("battery.py")
 # Enough to reach every strategy, and quick to compile.
 TYPE_PAIRS = "MASKED_SOFTMAX_TYPE_PAIR(float, float)\n"
-FILES = ["registers_float32_float32.cu", "launch.cu", "kernel_problem.cpp"]
+FILES = ["held_float32_float32.cu", "launch.cu", "kernel_problem.cpp"]
 
 
 @dataclass
@@ -36,54 +36,54 @@ class Fault:
 
 # Which error comes first depends on which thread runs first.
 RACE = ("race with another thread's", "not initialized", "out of bounds")
-# The kind of result of a reduction in groups.cuh.
-IS_MAX, IS_SUM, IS_COUNT = (f"Result::kFirstWord == {word}" for word in (0, 1, 3))
+# The kind of partial in groups.cuh.
+IS_MAX, IS_SUM, IS_COUNT = (f"Partial::kFirstWord == {word}" for word in (0, 1, 3))
 FAULTS = [
     # Missing synchronization.
     Fault("block max without its barrier", "groups.cuh", "sync_block();",
-          f"if (!({IS_MAX})) {{ sync_block(); }}", RACE, after="warp_results_.store("),
+          f"if (!({IS_MAX})) {{ sync_block(); }}", RACE, after="warp_partials_.store("),
     Fault("block sum without its barrier", "groups.cuh", "sync_block();",
-          f"if (!({IS_SUM})) {{ sync_block(); }}", RACE, after="warp_results_.store("),
+          f"if (!({IS_SUM})) {{ sync_block(); }}", RACE, after="warp_partials_.store("),
     Fault("block count without its barrier", "groups.cuh", "sync_block();",
-          f"if (!({IS_COUNT})) {{ sync_block(); }}", RACE, after="warp_results_.store("),
+          f"if (!({IS_COUNT})) {{ sync_block(); }}", RACE, after="warp_partials_.store("),
     Fault("block barrier weakened to the warp's", "groups.cuh", "sync_block();",
-          "shuffle_xor(result.words[0], 1, 32);", RACE, after="warp_results_.store("),
+          "shuffle_xor(partial.words[0], 1, 32);", RACE, after="warp_partials_.store("),
     Fault("cluster max without its barrier", "groups.cuh", "sync_cluster();",
-          f"if (!({IS_MAX})) {{ sync_cluster(); }}", RACE, after="block_results_.store("),
+          f"if (!({IS_MAX})) {{ sync_cluster(); }}", RACE, after="block_partials_.store("),
     Fault("cluster sum without its barrier", "groups.cuh", "sync_cluster();",
-          f"if (!({IS_SUM})) {{ sync_cluster(); }}", RACE, after="block_results_.store("),
+          f"if (!({IS_SUM})) {{ sync_cluster(); }}", RACE, after="block_partials_.store("),
     Fault("cluster barrier weakened to the block's", "groups.cuh", "sync_cluster();",
-          f"{IS_COUNT} ? sync_block() : sync_cluster();", RACE, after="block_results_.store("),
-    Fault("block leaves the cluster while others read", "register_rows.cuh", "group.sync();", "",
+          f"{IS_COUNT} ? sync_block() : sync_cluster();", RACE, after="block_partials_.store("),
+    Fault("block leaves the cluster while others read", "held_rows.cuh", "group.sync();", "",
           "may have returned", after="block_index() / cluster_size();"),
     Fault("column max without its barrier", "groups.cuh", "sync_block();",
-          f"if (!({IS_MAX})) {{ sync_block(); }}", RACE, after="results_.store(thread_index()"),
+          f"if (!({IS_MAX})) {{ sync_block(); }}", RACE, after="store(thread_index(), "),
     Fault("column sum without its barrier", "groups.cuh", "sync_block();",
-          f"if (!({IS_SUM})) {{ sync_block(); }}", RACE, after="results_.store(thread_index()"),
-    Fault("results' memory used again too early", "strided_rows.cuh", "group_.sync();", "", RACE),
-    Fault("every thread leaves the chunk's result", "split_rows.cuh", "thread_index() == 0",
-          "thread_index() < 40", RACE, after="void leave("),
+          f"if (!({IS_SUM})) {{ sync_block(); }}", RACE, after="store(thread_index(), "),
+    Fault("partials' memory used again too early", "strided_rows.cuh", "group_.sync();", "", RACE),
+    Fault("every thread publishes the chunk's partial", "split_rows.cuh", "thread_index() == 0",
+          "thread_index() < 40", RACE, after="void publish("),
     # Threads that wait for others that do not arrive.
     Fault("barrier in a branch", "groups.cuh", "sync_block();",
           "if (thread_index() < kWarpThreads) { sync_block(); }", "",
-          after="warp_results_.store("),
-    Fault("lanes without a row do not take part", "register_rows.cuh",
+          after="warp_partials_.store("),
+    Fault("lanes without a row do not take part", "held_rows.cuh",
           "compute_row<", "if (row < kernel_problem.problem.rows) compute_row<", "shuffle",
           after="lanes_per_row("),
     # Values exchanged with the wrong thread.
     Fault("max over half of the lanes", "groups.cuh", "distance < kWidth",
-          f"distance < ({IS_MAX} ? kWidth / 2 : kWidth)", "column", after="Result reduce_lanes("),
+          f"distance < ({IS_MAX} ? kWidth / 2 : kWidth)", "column", after="Partial reduce_lanes("),
     Fault("sum over half of the lanes", "groups.cuh", "distance < kWidth",
-          f"distance < ({IS_SUM} ? kWidth / 2 : kWidth)", "column", after="Result reduce_lanes("),
+          f"distance < ({IS_SUM} ? kWidth / 2 : kWidth)", "column", after="Partial reduce_lanes("),
     Fault("previous packet from two lanes off", "vector_access.cuh", "words[i], 1, width",
           "words[i], 2, width", "column"),
     Fault("every block reads the first one's sum", "groups.cuh", "word), rank)",
           f"word), {IS_SUM} ? 0 : rank)", "column"),
-    Fault("a warp's result is not read", "groups.cuh", "lane < block_threads()",
+    Fault("a warp's partial is not read", "groups.cuh", "lane < block_threads()",
           f"lane + ({IS_MAX} ? 1 : 0) < block_threads()", ""),
-    Fault("one warp's result too many", "groups.cuh", "block_threads() / kWarpThreads;",
+    Fault("one warp's partial too many", "groups.cuh", "block_threads() / kWarpThreads;",
           f"block_threads() / kWarpThreads + ({IS_MAX} ? 1 : 0);", "not initialized",
-          after="is_warp ="),
+          after="has_warp ="),
     Fault("shared memory for half of the warps", "groups.cuh", "kMaxBlockThreads / kWarpThreads;",
           "kMaxBlockThreads / kWarpThreads / 2;", RACE, after="kMaxWarps ="),
     Fault("another row's slot among the columns", "groups.cuh", "warp * kWarpThreads +",
@@ -112,20 +112,20 @@ FAULTS = [
           "if (false) {", "were not written"),
     Fault("the padding's tail is not written", "vector_access.cuh", "at < end; at +=",
           "at + kElems <= end; at +=", "were not written"),
-    Fault("padding begins one column late", "register_rows.cuh",
+    Fault("padding begins one column late", "held_rows.cuh",
           "row_.start + row_.length, problem",
           "row_.start + row_.length + 1, problem", "were not written"),
-    Fault("every block leaves a row out", "register_rows.cuh", "block_threads() / kThreads;",
+    Fault("every block leaves a row out", "held_rows.cuh", "block_threads() / kThreads;",
           "block_threads() / kThreads + 1;", "were not written"),
     Fault("the chunks' maxima are never computed", "split_rows.cuh",
-          "status = launch(split_maxima<input_t, output_t, kVectors>, plan, stream, problem);", "",
-          "not initialized"),
+          "status = launch(split_maxima<input_t, output_t, kVectors>, plan, stream, "
+          "kernel_problem);", "", "not initialized"),
     Fault("a chunk too many is read", "split_rows.cuh", "chunk < chunks(); chunk +=",
           "chunk <= chunks(); chunk +=", ""),
     # Arithmetic.
     Fault("the maximum begins at 0", "groups.cuh", "{-std::numeric_limits<acc_t>::infinity()}",
           "{0}", ""),
-    Fault("absent elements are zeros to the maximum", "register_rows.cuh",
+    Fault("absent elements are zeros to the maximum", "held_rows.cuh",
           "scaling_.factor : kAbsent;", "scaling_.factor : acc_t{0};", ""),
     Fault("scale forgotten in the gradient", "../common/formulas.h", "return scale * in[1] *",
           "return in[1] *", "column"),
@@ -144,7 +144,7 @@ def of_each_row_of_the_tables() -> list[tuple[str, str, str, str, str]]:
     for name, _, signature, _ in emulator.read_table("common/operations.inc"):
         if signature == "Forward":
             new = f"* (is_on && kOperation == Operation::k{name} ? 2 : 1);"
-            faults.append((name, "cuda/register_rows.cuh", "row_sum =", ";", new))
+            faults.append((name, "cuda/held_rows.cuh", "row_sum =", ";", new))
             continue
         after, file = f"Formula<Operation::k{name}>", "common/formulas.h"
         old = "terms[0] = "
@@ -162,10 +162,10 @@ def of_each_row_of_the_tables() -> list[tuple[str, str, str, str, str]]:
             faults.append((f"{name}: lengths", "cuda/row.cuh", after, old, new))
     for input_t, output_t in emulator.read_table("common/type_pairs.inc"):
         is_pair = f"std::is_same_v<input_t, {input_t}> && std::is_same_v<output_t, {output_t}>"
-        after, old = "Status launch_registers(", "return is_forward"
+        after, old = "Status launch_held_rows(", "return is_forward"
         new = f"if (is_on && {is_pair}) {{ return kSuccess; }} {old}"
         name = f"{input_t} to {output_t}"
-        faults.append((name, "cuda/launch_registers.cuh", after, old, new))
+        faults.append((name, "cuda/launch_held_rows.cuh", after, old, new))
     for name, _, _ in emulator.read_table("cuda/strategies.inc"):
         after, old = "Status launch_problem(", "const KernelProblem"
         new = f"if (is_on && plan.strategy == Strategy::k{name}) {{ return kSuccess; }} {old}"

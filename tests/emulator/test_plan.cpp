@@ -51,7 +51,7 @@ void for_each_shape(const Visitor& visit) {
         shape.elems_per_vector = elems;
         shape.acc_bytes = elems == 2 ? 8 : 4;
         shape.inputs = inputs;
-        shape.fits_registers = true;
+        shape.can_be_held = true;
         for (const DeviceProperties& device : {kWithClusters, kWithoutClusters}) {
           visit(shape, device);
         }
@@ -65,9 +65,11 @@ void for_each_shape(const Visitor& visit) {
 TEST("plan: every row fits, and a device accepts every launch") {
   for_each_shape([](const RowShape& shape, const DeviceProperties& device) {
     const LaunchPlan plan = plan_launch(shape, device);
-    const int64_t chunks = plan.strategy == Strategy::kSplit ? plan.chunks : plan.cluster_size;
+    const int64_t chunks = plan.strategy == Strategy::kSplit ? plan.split_chunks : plan.cluster_size;
     CHECK(plan.order.chunk_elems() * chunks >= shape.cols, text_of(shape));
-    CHECK(plan.blocks >= 1 && plan.threads >= 32 && plan.threads <= 1024 && plan.threads % 32 == 0, text_of(shape));
+    CHECK(plan.blocks >= 1 && plan.threads_per_block >= 32 && plan.threads_per_block <= 1024 &&
+              plan.threads_per_block % 32 == 0,
+          text_of(shape));
     CHECK(plan.cluster_size == 1 || plan.strategy == Strategy::kCluster, text_of(shape));
     CHECK(plan.cluster_size <= 8 && plan.blocks % plan.cluster_size == 0, text_of(shape));
     CHECK((plan.workspace_bytes > 0) == (plan.strategy == Strategy::kSplit), text_of(shape));
@@ -102,7 +104,7 @@ TEST("plan: the thresholds of float32") {
     RowShape shape;
     shape.rows = 64;
     shape.cols = step.cols;
-    shape.fits_registers = true;
+    shape.can_be_held = true;
     const LaunchPlan plan = plan_launch(shape, kWithClusters);
     CHECK(plan.strategy == step.strategy && plan.order.threads == step.threads && plan.order.vectors == step.vectors,
           step.cols << ": " << strategy_name(plan.strategy) << ", " << plan.order.threads << " threads, "
@@ -119,7 +121,7 @@ TEST("plan: neither the number of rows nor the layout changes how a row is summe
       CHECK(other.strategy == plan.strategy && same(other.order, plan.order), text_of(shape));
     }
     for (bool has_unit_row_stride : {false, true}) {
-      shape.fits_registers = false;
+      shape.can_be_held = false;
       shape.has_unit_row_stride = has_unit_row_stride;
       const LaunchPlan other = plan_launch(shape, device);
       CHECK(other.strategy == (has_unit_row_stride ? Strategy::kColumn : Strategy::kStrided), text_of(shape));
@@ -132,10 +134,11 @@ TEST("plan: 64 rows of 131072 columns fill a GPU") {
   RowShape shape;
   shape.rows = 64;
   shape.cols = 131072;
-  shape.fits_registers = true;
+  shape.can_be_held = true;
   for (const DeviceProperties& device : {kWithClusters, kWithoutClusters}) {
     const LaunchPlan plan = plan_launch(shape, device);
-    CHECK(int64_t{plan.blocks} * plan.threads >= 132 * 2048, plan.blocks << " blocks of " << plan.threads);
+    CHECK(int64_t{plan.blocks} * plan.threads_per_block >= 132 * 2048,
+          plan.blocks << " blocks of " << plan.threads_per_block);
   }
 }
 
@@ -146,12 +149,12 @@ TEST("plan: a forced strategy is used, or refused if it cannot hold the row") {
         continue;
       }
       const LaunchPlan plan = plan_launch(shape, device, forced);
-      CHECK(plan.strategy == forced || plan.strategy == Strategy::kAutomatic, text_of(shape));
+      CHECK(plan.strategy == forced || !plan.is_valid(), text_of(shape));
       const bool holds_any_row = forced == Strategy::kSplit;
       CHECK(!holds_any_row || plan.strategy == forced, text_of(shape));
     }
     CHECK(plan_launch(shape, device, Strategy::kStrided).strategy == Strategy::kStrided, text_of(shape));
-    CHECK(plan_launch(shape, device, Strategy::kColumn).strategy == Strategy::kAutomatic, text_of(shape));
+    CHECK(!plan_launch(shape, device, Strategy::kColumn).is_valid(), text_of(shape));
     shape.has_unit_row_stride = true;
     CHECK(plan_launch(shape, device, Strategy::kColumn).strategy == Strategy::kColumn, text_of(shape));
   });

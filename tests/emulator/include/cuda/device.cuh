@@ -102,7 +102,7 @@ T load_from_block(const T* shared, unsigned rank) {
 
 template <class Argument>
 Status launch(void (*kernel)(Argument), const LaunchPlan& plan, Stream /*stream*/, const Argument& argument) {
-  return simt::launch({plan.blocks, plan.threads, plan.cluster_size}, [&] { kernel(argument); });
+  return simt::launch({plan.blocks, plan.threads_per_block, plan.cluster_size}, [&] { kernel(argument); });
 }
 
 }  // namespace masked_softmax::cuda

@@ -1,4 +1,4 @@
-// Rows that a group of threads holds in registers, so that global memory is read once.
+// Held rows: rows that a group of threads holds in registers, so that global memory is read once.
 //
 //   forward   softmax      y = e / sum(e),  e = 2^((x - max) * scale * log2(e))
 //             log_softmax  y = scale * (x - max) - log(sum(e))
@@ -15,6 +15,9 @@
 // Accumulation type: float32, or float64 if an operand is float64. A sum is kept with its rounding error, and taken in
 // the order of SumOrder (launch_plan.h). The maximum comes first, then the sum: the online normalizer (Milakov and
 // Gimelshein, "Online normalizer calculation for softmax", 2018) saves reads, and a held row has none to save.
+//
+// Empty rows and absent elements are computed like the others. Their values may be NaN or infinite (an empty row has
+// the maximum -inf and the reciprocal of a sum of 0), which is harmless: nothing of them is stored.
 //
 // Preconditions: every operand's columns are contiguous; every row fits (length <= n * kVectors * kElems per chunk);
 // all 32 lanes of a warp call together, those without a row with an empty one.
@@ -70,8 +73,8 @@ MASKED_SOFTMAX_DEVICE void store_vector(T* first, int64_t count, int64_t index, 
 }
 
 // The part of a row that this thread holds.
-template <class input_t, class output_t, int kVectors, class Group>
-class RegisterRow {
+template <class input_t, class output_t, int kVectors, int kInputs, class Group>
+class HeldRow {
  public:
   using Types = RowTypes<input_t, output_t>;
   using acc_t = typename Types::acc_t;
@@ -80,15 +83,13 @@ class RegisterRow {
  protected:
   using Values = acc_t[kVectors][kElems];
 
-  // Row `index` of the problem, with kInputs inputs; an empty row if `index` is past the last one.
-  template <int kInputs>
-  MASKED_SOFTMAX_DEVICE RegisterRow(const Group& group, const KernelProblem& kernel_problem, int64_t index,
-                                    std::integral_constant<int, kInputs>)
+  // Row `row_number` of the problem; an empty row if the number is past the last one.
+  MASKED_SOFTMAX_DEVICE HeldRow(const Group& group, const KernelProblem& kernel_problem, int64_t row_number)
       : group_(group),
         kernel_problem_(kernel_problem),
         scaling_(kernel_problem),
-        exists_(index < kernel_problem.problem.rows),
-        row_(exists_ ? find_row<kInputs>(kernel_problem, index) : Row{}),
+        exists_(row_number < kernel_problem.problem.rows),
+        row_(exists_ ? find_row<kInputs>(kernel_problem, row_number) : Row{}),
         chunk_begin_(int64_t{group.chunk()} * kVectors * kElems * group.threads()),
         chunk_length_(clamped_to_chunk(row_.length - chunk_begin_)) {}
 
@@ -97,12 +98,12 @@ class RegisterRow {
     return length < 0 ? 0 : length < max_length ? static_cast<int>(length) : max_length;
   }
   // The number, within the chunk, of this thread's k-th vector.
-  MASKED_SOFTMAX_DEVICE int vector(int k) const {
+  MASKED_SOFTMAX_DEVICE int vector_number(int k) const {
     return k * static_cast<int>(group_.threads()) + static_cast<int>(group_.thread());
   }
   // The number of its elements that are valid columns.
   MASKED_SOFTMAX_DEVICE int present(int k) const {
-    const int rest = chunk_length_ - vector(k) * kElems;
+    const int rest = chunk_length_ - vector_number(k) * kElems;
     return rest < kElems ? (rest < 0 ? 0 : rest) : kElems;
   }
 
@@ -139,7 +140,7 @@ class RegisterRow {
     const input_t* valid = data + row_.input_offsets[input] + row_.start;
     MASKED_SOFTMAX_UNROLL
     for (int k = 0; k < kVectors; ++k) {
-      load_vector(valid + chunk_begin_, chunk_length_, vector(k), values[k]);
+      load_vector(valid + chunk_begin_, chunk_length_, vector_number(k), values[k]);
     }
   }
 
@@ -148,7 +149,7 @@ class RegisterRow {
     output_t* const output = in_device_memory(static_cast<output_t*>(problem.output.data)) + row_.output_offset;
     MASKED_SOFTMAX_UNROLL
     for (int k = 0; k < kVectors; ++k) {
-      store_vector<Group::kShuffleLanes>(output + row_.start + chunk_begin_, chunk_length_, vector(k),
+      store_vector<Group::kShuffleLanes>(output + row_.start + chunk_begin_, chunk_length_, vector_number(k),
                                          kernel_problem_.output_rows_are_aligned, values[k]);
     }
     if (exists_ && !problem.packing.is_packed) {
@@ -173,15 +174,15 @@ class RegisterRow {
 
 // softmax and log_softmax, step by step: load, exponentiate, normalize, store.
 template <class input_t, class output_t, int kVectors, class Group>
-class ForwardRow : public RegisterRow<input_t, output_t, kVectors, Group> {
-  using Base = RegisterRow<input_t, output_t, kVectors, Group>;
+class ForwardRow : public HeldRow<input_t, output_t, kVectors, 1, Group> {
+  using Base = HeldRow<input_t, output_t, kVectors, 1, Group>;
   using Base::for_each_value, Base::present, Base::scaling_, Base::sum_of;
 
  public:
   using typename Base::acc_t;
 
-  MASKED_SOFTMAX_DEVICE ForwardRow(const Group& group, const KernelProblem& kernel_problem, int64_t index)
-      : Base(group, kernel_problem, index, std::integral_constant<int, 1>()) {}
+  MASKED_SOFTMAX_DEVICE ForwardRow(const Group& group, const KernelProblem& kernel_problem, int64_t row_number)
+      : Base(group, kernel_problem, row_number) {}
 
   MASKED_SOFTMAX_DEVICE Max<acc_t> load() {
     constexpr acc_t kAbsent = -std::numeric_limits<acc_t>::infinity();
@@ -194,16 +195,17 @@ class ForwardRow : public RegisterRow<input_t, output_t, kVectors, Group> {
     return max;
   }
 
-  // Returns the sum of the exponentials. softmax holds those. log_softmax holds the distances to the maximum; its sum
-  // is the tail without the row's maxima, which contribute exactly 1 each and are counted apart (common/exponential.h).
+  // softmax: holds the exponentials and returns their sum. log_softmax: holds the distances to the maximum; max_count
+  // counts the elements equal to it, and the sum is the biased tail: the exponentials of all other elements, times
+  // 2^kTailBias (common/exponential.h).
   template <Operation kOperation>
-  MASKED_SOFTMAX_DEVICE Sum<acc_t> exponentiate(acc_t row_max, Count<acc_t>& maxima) {
+  MASKED_SOFTMAX_DEVICE Sum<acc_t> exponentiate(acc_t row_max, Count<acc_t>& max_count) {
     return sum_of([&](int k, int i) MASKED_SOFTMAX_DEVICE_LAMBDA {
       const Distance<acc_t> distance(values_[k][i], row_max);
       const bool is_present = i < present(k);
       if constexpr (kOperation == Operation::kLogSoftmax) {
         values_[k][i] = distance.t;
-        maxima.add(is_present && distance.t == 0 ? acc_t{1} : acc_t{0});
+        max_count.add(is_present && distance.t == 0 ? acc_t{1} : acc_t{0});
         return is_present && distance.t != 0 ? tail_term(distance, scaling_) : acc_t{0};
       } else {
         static_assert(kOperation == Operation::kSoftmax, "no other forward operation is known");
@@ -214,11 +216,11 @@ class ForwardRow : public RegisterRow<input_t, output_t, kVectors, Group> {
     });
   }
 
-  // Stores the results, given the row's sum and count.
+  // Stores the results, given the totals of exponentiate()'s sum and max_count over the row.
   template <Operation kOperation>
-  MASKED_SOFTMAX_DEVICE void normalize_and_store(acc_t sum, acc_t maxima) {
+  MASKED_SOFTMAX_DEVICE void normalize_and_store(acc_t sum, acc_t max_count) {
     if constexpr (kOperation == Operation::kLogSoftmax) {
-      const acc_t log_sum = log_of_sum(sum, maxima);
+      const acc_t log_sum = log_of_sum(sum, max_count);
       for_each_value([&](int k, int i)
                          MASKED_SOFTMAX_DEVICE_LAMBDA { values_[k][i] = values_[k][i] * scaling_.scale - log_sum; });
     } else {
@@ -258,16 +260,15 @@ MASKED_SOFTMAX_DEVICE void visit_tuned_derivative(Operation operation, const Vis
 
 // A tuned derivative of two inputs, the incoming gradient g and the saved result y. Absent elements are zeros.
 template <class input_t, class output_t, int kVectors, class Group>
-class BackwardRow : public RegisterRow<input_t, output_t, kVectors, Group> {
-  using Base = RegisterRow<input_t, output_t, kVectors, Group>;
+class BackwardRow : public HeldRow<input_t, output_t, kVectors, 2, Group> {
+  using Base = HeldRow<input_t, output_t, kVectors, 2, Group>;
   using Base::for_each_value, Base::scaling_;
 
  public:
   using typename Base::acc_t;
 
-  MASKED_SOFTMAX_DEVICE BackwardRow(const Group& group, const KernelProblem& kernel_problem, int64_t index)
-      : Base(group, kernel_problem, index, std::integral_constant<int, 2>()),
-        operation_(kernel_problem.problem.operation) {
+  MASKED_SOFTMAX_DEVICE BackwardRow(const Group& group, const KernelProblem& kernel_problem, int64_t row_number)
+      : Base(group, kernel_problem, row_number), operation_(kernel_problem.problem.operation) {
     Base::load(0, g_);
     Base::load(1, y_);
   }
@@ -313,32 +314,46 @@ class BackwardRow : public RegisterRow<input_t, output_t, kVectors, Group> {
   typename Base::Values y_;
 };
 
-// The reductions of a row are done in one launch (kAll), or in a launch for each: see split_rows.cuh.
+// kAll: one launch does all of a row's reductions. The others: a launch for each reduction, and one for the results;
+// see split_rows.cuh.
 enum class Pass { kAll, kMaxima, kSums, kResults };
 
+// Returns the total over the row, given this thread's partial. If an earlier launch has published the chunks' partials,
+// it is the total of those, and `partial` is not used.
+template <bool kIsPublished, class Group, class Partial>
+MASKED_SOFTMAX_DEVICE Partial total_of(const Group& group, const Partial& partial) {
+  if constexpr (kIsPublished) {
+    return group.template reduce_published<Partial>();
+  } else {
+    return group.reduce(partial);
+  }
+}
+
 template <Pass kPass, class input_t, class output_t, int kVectors, class Group>
-MASKED_SOFTMAX_DEVICE void forward_row(const Group& group, const KernelProblem& kernel_problem, int64_t index) {
+MASKED_SOFTMAX_DEVICE void forward_row(const Group& group, const KernelProblem& kernel_problem, int64_t row_number) {
   using acc_t = typename RowTypes<input_t, output_t>::acc_t;
-  ForwardRow<input_t, output_t, kVectors, Group> row(group, kernel_problem, index);
+  ForwardRow<input_t, output_t, kVectors, Group> row(group, kernel_problem, row_number);
   const Max<acc_t> max = row.load();
   if constexpr (kPass == Pass::kMaxima) {
-    group.leave(max);
+    group.publish(max);
   } else {
-    const acc_t row_max = group.reduce(max).value();
+    const acc_t row_max = total_of<kPass != Pass::kAll>(group, max).value();
     visit_operation(kernel_problem.problem.operation, [&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
       constexpr Operation kOperation = decltype(operation)::value;
       if constexpr (is_tuned(kOperation) && is_forward(kOperation)) {
-        Count<acc_t> maxima;
-        const Sum<acc_t> sum = row.template exponentiate<kOperation>(row_max, maxima);
+        Count<acc_t> max_count;
+        const Sum<acc_t> sum = row.template exponentiate<kOperation>(row_max, max_count);
         constexpr bool kCounts = kOperation == Operation::kLogSoftmax;
         if constexpr (kPass == Pass::kSums) {
-          group.leave(sum);
+          group.publish(sum);
           if constexpr (kCounts) {
-            group.leave(maxima);
+            group.publish(max_count);
           }
         } else {
-          const acc_t row_sum = group.reduce(sum).value();
-          row.template normalize_and_store<kOperation>(row_sum, kCounts ? group.reduce(maxima).value() : acc_t{0});
+          constexpr bool kIsPublished = kPass == Pass::kResults;
+          const acc_t row_sum = total_of<kIsPublished>(group, sum).value();
+          row.template normalize_and_store<kOperation>(
+              row_sum, kCounts ? total_of<kIsPublished>(group, max_count).value() : acc_t{0});
         }
       }
     });
@@ -346,26 +361,27 @@ MASKED_SOFTMAX_DEVICE void forward_row(const Group& group, const KernelProblem& 
 }
 
 template <Pass kPass, class input_t, class output_t, int kVectors, class Group>
-MASKED_SOFTMAX_DEVICE void backward_row(const Group& group, const KernelProblem& kernel_problem, int64_t index) {
-  BackwardRow<input_t, output_t, kVectors, Group> row(group, kernel_problem, index);
+MASKED_SOFTMAX_DEVICE void backward_row(const Group& group, const KernelProblem& kernel_problem, int64_t row_number) {
+  BackwardRow<input_t, output_t, kVectors, Group> row(group, kernel_problem, row_number);
   if constexpr (kPass == Pass::kSums) {
-    group.leave(row.sum());
+    group.publish(row.sum());
   } else {
-    row.differentiate_and_store(group.reduce(row.sum()).value());
+    row.differentiate_and_store(total_of<kPass == Pass::kResults>(group, row.sum()).value());
   }
 }
 
 // Computes one row, or one pass over it.
 template <Pass kPass, bool kForward, class input_t, class output_t, int kVectors, class Group>
-MASKED_SOFTMAX_DEVICE void compute_row(const Group& group, const KernelProblem& kernel_problem, int64_t index) {
+MASKED_SOFTMAX_DEVICE void compute_row(const Group& group, const KernelProblem& kernel_problem, int64_t row_number) {
   if constexpr (kForward) {
-    forward_row<kPass, input_t, output_t, kVectors>(group, kernel_problem, index);
+    forward_row<kPass, input_t, output_t, kVectors>(group, kernel_problem, row_number);
   } else {
-    backward_row<kPass, input_t, output_t, kVectors>(group, kernel_problem, index);
+    backward_row<kPass, input_t, output_t, kVectors>(group, kernel_problem, row_number);
   }
 }
 
-// kThreads lanes of a warp hold a row; a block holds several rows.
+// kThreads lanes of a warp hold a row; a block holds several rows. At least 4 blocks on an SM, which leaves a thread
+// 128 registers: kMaxValueRegisters in launch_plan.h.
 template <bool kForward, class input_t, class output_t, unsigned kThreads, int kVectors>
 MASKED_SOFTMAX_KERNEL(kLanesThreads, 4)
 lanes_per_row(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
@@ -402,34 +418,43 @@ cluster_per_row(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
 #endif
 }
 
+// Launches the kernel of the step kStep of kLanesSteps, or of a later one, that the plan has.
 template <bool kForward, class input_t, class output_t, size_t kStep = 0>
-Status launch_lanes(const KernelProblem& problem, const LaunchPlan& plan, Stream stream) {
+Status launch_lanes(const KernelProblem& kernel_problem, const LaunchPlan& plan, Stream stream) {
   using Types = RowTypes<input_t, output_t>;
   constexpr RowShape kShape{1, 1, Types::kElems, sizeof(typename Types::acc_t), kForward ? 1 : 2};
   constexpr LanesStep kLanes = kLanesSteps[kStep];
   if (plan.order.threads == kLanes.threads_per_row && plan.order.vectors == kLanes.vectors) {
     return launch(lanes_per_row<kForward, input_t, output_t, kLanes.threads_per_row, kLanes.vectors>, plan, stream,
-                  problem);
+                  kernel_problem);
   }
   // Steps that need too many registers are not compiled: no plan has them.
   if constexpr (kStep + 1 < sizeof(kLanesSteps) / sizeof(kLanesSteps[0])) {
     if constexpr (lanes_hold(kLanesSteps[kStep + 1], kShape)) {
-      return launch_lanes<kForward, input_t, output_t, kStep + 1>(problem, plan, stream);
+      return launch_lanes<kForward, input_t, output_t, kStep + 1>(kernel_problem, plan, stream);
     }
   }
   return kInvalidLaunch;
 }
 
 template <bool kForward, class input_t, class output_t>
-Status launch_block(const KernelProblem& problem, const LaunchPlan& plan, Stream stream) {
-  return launch(block_per_row<kForward, input_t, output_t, RowTypes<input_t, output_t>::kBlockVectors>, plan, stream,
-                problem);
+Status launch_strategy(StrategyConstant<Strategy::kLanes>, const KernelProblem& kernel_problem, const LaunchPlan& plan,
+                       Stream stream) {
+  return launch_lanes<kForward, input_t, output_t>(kernel_problem, plan, stream);
 }
 
 template <bool kForward, class input_t, class output_t>
-Status launch_cluster(const KernelProblem& problem, const LaunchPlan& plan, Stream stream) {
+Status launch_strategy(StrategyConstant<Strategy::kBlock>, const KernelProblem& kernel_problem, const LaunchPlan& plan,
+                       Stream stream) {
+  return launch(block_per_row<kForward, input_t, output_t, RowTypes<input_t, output_t>::kBlockVectors>, plan, stream,
+                kernel_problem);
+}
+
+template <bool kForward, class input_t, class output_t>
+Status launch_strategy(StrategyConstant<Strategy::kCluster>, const KernelProblem& kernel_problem,
+                       const LaunchPlan& plan, Stream stream) {
   return launch(cluster_per_row<kForward, input_t, output_t, RowTypes<input_t, output_t>::kBlockVectors>, plan, stream,
-                problem);
+                kernel_problem);
 }
 
 }  // namespace masked_softmax::cuda

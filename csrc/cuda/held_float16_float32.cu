@@ -1,3 +1,3 @@
-#include "cuda/launch_registers.cuh"
+#include "cuda/launch_held_rows.cuh"
 
 MASKED_SOFTMAX_INSTANTIATE(float16_t, float)
