@@ -63,7 +63,7 @@ fuzz: build $(VENV)/fuzz.stamp
 build-test: build
 	tests/builds/run.sh
 
-# Mutation testing of the CPU kernels: the tests must detect each mutation. Takes half an hour.
+# Mutation testing of the CPU kernels: the tests must detect each mutation. Takes an hour.
 mutation-test:
 	$(PYTHON) tests/kernel/mutations.py
 
