@@ -223,11 +223,13 @@ TORCH_LIBRARY_IMPL(masked_softmax_ext, Autograd, m) {
   for_each_operation([&](auto operation) {
     constexpr Operation kOperation = operation.value;
     constexpr OperationInfo kInfo = info_of(kOperation);
+    if constexpr (kInfo.signature == Signature::kForward) {
+      m.impl(full_name(OutOperator<kOperation>()).c_str(), ForwardOut::kernel<forward_out<kOperation>>);
+    }
     if constexpr (DerivativesOf<kOperation>::kNodeName == nullptr) {
       m.impl(kInfo.name, torch::autograd::autogradNotImplementedFallback());
     } else if constexpr (kInfo.signature == Signature::kForward) {
       m.impl(kInfo.name, Forward::kernel<forward<kOperation>>);
-      m.impl(full_name(OutOperator<kOperation>()).c_str(), ForwardOut::kernel<forward_out<kOperation>>);
     } else if constexpr (kInfo.signature == Signature::kBackward) {
       m.impl(kInfo.name, Backward::kernel<derivative<kOperation>>);
     } else {

@@ -43,7 +43,7 @@ struct GradientFormula {
 
 class OperatorNode : public torch::autograd::Node {
  public:
-  // std::shared_ptr or c10::intrusive_ptr, depending on the version of torch.
+  // std::shared_ptr in torch 2.11, c10::intrusive_ptr in 2.13 and 2.14.
   using Pointer = decltype(torch::autograd::Edge::function);
 
   OperatorNode(const GradientFormula& formula, const CallView& call);

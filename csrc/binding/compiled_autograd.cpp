@@ -2,7 +2,8 @@
 // release. Written against torch 2.11, 2.12, 2.13 and 2.14.
 //
 // When the next release appears, compare with a generated node in torch/csrc/autograd/generated/Functions.cpp:
-//   - Node::compiled_args and Node::apply_with_saved keep their signatures;
+//   - Node::compiled_args and Node::apply_with_saved keep their signatures; an Edge's function still is a pointer that
+//     autograd_node.cpp can make (std::shared_ptr with deleteNode(), or c10::intrusive_ptr), and Node still has mutex_;
 //   - CompiledNodeArgs::collect takes these types, and SwapSavedVariables has before(), after() and get_py_compiler();
 //   - PyCompilerInterface::bind_function and call_function take these arguments; PackedArgs and IValuePacker exist.
 // tests/pytorch/test_compile.py runs compiled autograd, and fails if a node is not told apart by what it collects.

@@ -16,12 +16,12 @@ bool is_dense(const at::Tensor& tensor) {
 
 std::string describe(const at::Tensor& tensor) {
   if (tensor.is_quantized()) {
-    return "a quantized one; its dequantize() gives a dense one";
+    return "a quantized tensor; its dequantize() gives a dense one";
   }
   if (tensor.is_nested()) {
-    return "a nested one; torch.nested.to_padded_tensor() gives a dense one";
+    return "a nested tensor; torch.nested.to_padded_tensor() gives a dense one";
   }
-  const char* const kind = tensor.layout() == at::kMkldnn ? "one of oneDNN's" : "a sparse one";
+  const char* const kind = tensor.layout() == at::kMkldnn ? "a oneDNN tensor" : "a sparse tensor";
   return std::string(kind) + "; its to_dense() gives a dense one";
 }
 

@@ -8,6 +8,7 @@
 //   autograd_node, compiled_autograd      the node of the autograd graph
 //   device_ops.h                          every operator on a device: check, allocate, compute
 //   cpu_ops, cuda_ops, meta_ops, without_cuda           the devices
+//   writes.h                              what in_place and negative share
 //   checks, overlap                       checks of the arguments
 //   make_problem                          tensors to the Problem that the kernels take
 //   threads                               torch's threads
@@ -34,7 +35,8 @@ using OptionalScale = std::optional<double>;
 using OptionalType = std::optional<at::ScalarType>;
 using OptionalInt = std::optional<int64_t>;
 
-// An argument that every operator takes is added here, in OperatorSignature and in the schemas below.
+// An argument that every operator takes is added here, in OperatorSignature and in the schemas below; in
+// autograd_node.h, which keeps it for the backward pass; and in compiled_autograd.cpp, whose cache key it belongs to.
 struct RowArguments {
   const at::Tensor& lengths;
   int64_t dim;

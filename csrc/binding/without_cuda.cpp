@@ -9,7 +9,7 @@ struct WithoutCuda {
   [[noreturn]] static void refuse(const at::Tensor& tensor, const CallArguments& arguments) {
     TORCH_CHECK_NOT_IMPLEMENTED(
         false, arguments.name,
-        ": expected a tensor on the CPU, because masked_softmax_ext was built without CUDA, but ", "got one on ",
+        "(): expected a tensor on the CPU, because masked_softmax_ext was built without CUDA, but got one on ",
         tensor.device(), "; set CUDA_HOME to the CUDA toolkit's folder and install masked_softmax_ext ",
         "again: MASKED_SOFTMAX_EXT_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .");
   }

@@ -72,8 +72,8 @@ struct ScaledLog2e {
 };
 
 // log_softmax computes log(sum) as log1p(sum - 1): the elements equal to the maximum are counted, and the exponentials
-// of the rest are summed times 2^kTailBias. Without the bias, exponentials below the smallest normal number would be
+// of the rest are summed times 2^kRestBias. Without the bias, exponentials below the smallest normal number would be
 // lost, and where one element alone is the maximum, its result is their sum.
-constexpr int kTailBias = 64;
+constexpr int kRestBias = 64;
 
 }  // namespace masked_softmax

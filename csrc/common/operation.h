@@ -56,7 +56,7 @@ constexpr bool is_forward(Operation operation) { return info_of(operation).signa
 
 constexpr bool is_tuned(Operation operation) { return info_of(operation).kernels == Kernels::kTuned; }
 
-// What padding holds in the result.
+// What padding holds in the result. In a gradient it is 0.
 constexpr double padding_value(Operation operation) {
   return operation == Operation::kLogSoftmax ? -std::numeric_limits<double>::infinity() : 0.0;
 }

@@ -83,14 +83,14 @@ MASKED_SOFTMAX_INLINE Terms<W, 2> rest_and_max_count(const T* x, typename W::acc
   const W t = a - m;
   const W part = t - a;
   const W error = (a - (t - part)) - (m + part);
-  const W e = exp2_product<W, kTailBias>(t, high, W::fma(t, W::broadcast(c.low), error * high));
+  const W e = exp2_product<W, kRestBias>(t, high, W::fma(t, W::broadcast(c.low), error * high));
   return {{masked(W::zero_where_zero(t, e), mask), masked(W::one_where_zero(t), mask)}};
 }
 
 template <class acc_t>
 MASKED_SOFTMAX_INLINE acc_t log_of_sum(acc_t rest, acc_t max_count) {
   const double sum_minus_one =
-      (static_cast<double>(max_count) - 1.0) + std::ldexp(static_cast<double>(rest), -kTailBias);
+      (static_cast<double>(max_count) - 1.0) + std::ldexp(static_cast<double>(rest), -kRestBias);
   return static_cast<acc_t>(std::log1p(sum_minus_one));
 }
 

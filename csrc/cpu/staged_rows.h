@@ -49,7 +49,8 @@ class StagedRows {
   // Fewer rows would leave a column's vector nearly empty.
   static constexpr int64_t kMinTileRows = 4;
 
-  // Row by row, several rows have at most so many elements of an input together, and a longer row goes tile by tile.
+  // When rows are staged one by one, a block holds at most so many elements of an input. A longer row goes tile by
+  // tile.
   static constexpr int64_t kMaxStagedElems = 2048;
   static constexpr int64_t kMaxStagedRows = kMaxTileRows;
 

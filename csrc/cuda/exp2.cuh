@@ -88,10 +88,10 @@ MASKED_SOFTMAX_DEVICE acc_t exp_of_distance(const Distance<acc_t>& distance, con
   }
 }
 
-// The same times 2^kTailBias: a term of log_softmax's tail (common/exponential.h).
+// The same times 2^kRestBias: a term of log_softmax's rest (common/exponential.h).
 template <class acc_t>
-MASKED_SOFTMAX_DEVICE acc_t tail_term(const Distance<acc_t>& distance, const Scaling<acc_t>& scaling) {
-  return exp2_product<kTailBias>(distance.t, scaling.log2e.high, distance.correction(scaling.log2e));
+MASKED_SOFTMAX_DEVICE acc_t rest_term(const Distance<acc_t>& distance, const Scaling<acc_t>& scaling) {
+  return exp2_product<kRestBias>(distance.t, scaling.log2e.high, distance.correction(scaling.log2e));
 }
 
 // exp(y) for a saved log_softmax y, with an error that does not grow with |y|.
@@ -105,12 +105,12 @@ MASKED_SOFTMAX_DEVICE acc_t exp_of_log(acc_t y, const Scaling<acc_t>& scaling) {
   }
 }
 
-// log(sum) from the biased tail and the number of elements equal to the maximum.
+// log(sum) from the biased rest and the number of elements equal to the maximum.
 template <class acc_t>
-MASKED_SOFTMAX_DEVICE acc_t log_of_sum(acc_t tail, acc_t max_count) {
+MASKED_SOFTMAX_DEVICE acc_t log_of_sum(acc_t rest, acc_t max_count) {
   constexpr acc_t kUnbias = 0x1p-64;
-  static_assert(kTailBias == 64, "kUnbias is 2^-kTailBias");
-  return log_one_plus(fused_multiply_add(tail, kUnbias, max_count - 1));
+  static_assert(kRestBias == 64, "kUnbias is 2^-kRestBias");
+  return log_one_plus(fused_multiply_add(rest, kUnbias, max_count - 1));
 }
 
 }  // namespace masked_softmax::cuda

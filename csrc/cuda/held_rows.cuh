@@ -196,8 +196,8 @@ class ForwardRow : public HeldRow<input_t, output_t, kVectors, 1, Group> {
   }
 
   // softmax: holds the exponentials and returns their sum. log_softmax: holds the distances to the maximum; max_count
-  // counts the elements equal to it, and the sum is the biased tail: the exponentials of all other elements, times
-  // 2^kTailBias (common/exponential.h).
+  // counts the elements equal to it, and the sum is the biased rest: the exponentials of all other elements, times
+  // 2^kRestBias (common/exponential.h).
   template <Operation kOperation>
   MASKED_SOFTMAX_DEVICE Sum<acc_t> exponentiate(acc_t row_max, Count<acc_t>& max_count) {
     return sum_of([&](int k, int i) MASKED_SOFTMAX_DEVICE_LAMBDA {
@@ -206,7 +206,7 @@ class ForwardRow : public HeldRow<input_t, output_t, kVectors, 1, Group> {
       if constexpr (kOperation == Operation::kLogSoftmax) {
         values_[k][i] = distance.t;
         max_count.add(is_present && distance.t == 0 ? acc_t{1} : acc_t{0});
-        return is_present && distance.t != 0 ? tail_term(distance, scaling_) : acc_t{0};
+        return is_present && distance.t != 0 ? rest_term(distance, scaling_) : acc_t{0};
       } else {
         static_assert(kOperation == Operation::kSoftmax, "no other forward operation is known");
         const acc_t e = exp_of_distance<Base::Types::kApproximate>(distance, scaling_);
@@ -224,6 +224,7 @@ class ForwardRow : public HeldRow<input_t, output_t, kVectors, 1, Group> {
       for_each_value([&](int k, int i)
                          MASKED_SOFTMAX_DEVICE_LAMBDA { values_[k][i] = values_[k][i] * scaling_.scale - log_sum; });
     } else {
+      static_assert(kOperation == Operation::kSoftmax, "no other forward operation is known");
       const acc_t reciprocal = 1 / sum;
       for_each_value([&](int k, int i) MASKED_SOFTMAX_DEVICE_LAMBDA { values_[k][i] *= reciprocal; });
     }
@@ -244,8 +245,8 @@ constexpr int find_tuned_derivative(int first) {
   return first;
 }
 
-// visit_operation() for tuned derivatives. For the two that there are, a comparison takes fewer registers than a
-// switch.
+// visit_operation() for tuned derivatives. Precondition: the operation is one (launch.cu). For the two that there are,
+// a comparison takes fewer registers than a switch.
 template <int kFirst = 0, class Visitor>
 MASKED_SOFTMAX_DEVICE void visit_tuned_derivative(Operation operation, const Visitor& visit) {
   constexpr int kFound = find_tuned_derivative(kFirst);

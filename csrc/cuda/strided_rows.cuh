@@ -199,11 +199,12 @@ class StridedRow {
         }
       });
     });
-    acc_t normalizer = 0;  // log_softmax: log(sum), from the biased tail in `total`; softmax: 1 / sum
+    acc_t normalizer = 0;  // log_softmax: log(sum), from the biased rest in `total`; softmax: 1 / sum
     visit_own_operation<true>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
       if constexpr (decltype(operation)::value == Operation::kLogSoftmax) {
         normalizer = log_of_sum(total, group_.reduce(max_count).value());
       } else {
+        static_assert(decltype(operation)::value == Operation::kSoftmax, "no other forward operation is known");
         normalizer = 1 / total;
       }
     });
@@ -227,7 +228,7 @@ class StridedRow {
   MASKED_SOFTMAX_DEVICE acc_t forward_term(const Distance<acc_t>& distance, Count<acc_t>& max_count) const {
     if constexpr (kOperation == Operation::kLogSoftmax) {
       max_count.add(distance.t == 0 ? acc_t{1} : acc_t{0});
-      return distance.t != 0 ? tail_term(distance, scaling_) : acc_t{0};
+      return distance.t != 0 ? rest_term(distance, scaling_) : acc_t{0};
     } else {
       static_assert(kOperation == Operation::kSoftmax, "no other forward operation is known");
       return exp_of(distance);
@@ -238,6 +239,7 @@ class StridedRow {
     if constexpr (kOperation == Operation::kLogSoftmax) {
       return distance.t * scaling_.scale - normalizer;
     } else {
+      static_assert(kOperation == Operation::kSoftmax, "no other forward operation is known");
       return exp_of(distance) * normalizer;
     }
   }

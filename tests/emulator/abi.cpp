@@ -126,9 +126,6 @@ const char* masked_softmax_emulate(const Call* call, char* message, size_t messa
   return cuda::strategy_name(done.strategy);
 }
 
-// The number of inputs of an operation.
-int masked_softmax_input_count(const char* operation) { return input_count(operation_named(operation)); }
-
 // Sets, for the valid columns of the rows with valid bounds, the values that tests/kernel/reference.h expects, and how
 // far a result may be off: by its accumulation, and by its rounding to the output's type.
 void masked_softmax_expected(const Call* call, kernel_tests::real* values, kernel_tests::real* tolerances,

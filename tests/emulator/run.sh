@@ -16,6 +16,7 @@ build_and_run() {
   local mode=$1 is_checked=$2 kernel_flags=$3 test_flags=$4
   shift 4
   local folder=build/emulator/$mode
+  rm -rf "$folder"
   mkdir -p "$folder"
   echo "== the CUDA kernels in the emulator: $mode"
   {
