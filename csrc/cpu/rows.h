@@ -18,8 +18,8 @@
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
 // Whether a pair of type_pairs.inc has contiguous kernels for an operation: the accumulation types for all operations;
-// the others for tuned ones, where a pair that widens serves forward passes only, and one that narrows derivatives
-// only.
+// others, if the vectors load and store them, for tuned ones, where a pair that widens serves forward passes only, and
+// one that narrows derivatives only.
 template <Operation kOperation, class input_t, class output_t>
 constexpr bool has_contiguous_kernel() {
   if (std::is_same_v<input_t, output_t> && (std::is_same_v<input_t, float> || std::is_same_v<input_t, double>)) {
@@ -27,7 +27,8 @@ constexpr bool has_contiguous_kernel() {
   }
   constexpr bool kIsUseful =
       is_forward(kOperation) ? sizeof(input_t) <= sizeof(output_t) : sizeof(input_t) >= sizeof(output_t);
-  return is_tuned(kOperation) && Float::kLoads16Bit && kIsUseful;
+  constexpr bool kIsLoadable = is_loadable<Float, input_t> && is_loadable<Float, output_t> && Float::kLoads16Bit;
+  return is_tuned(kOperation) && kIsLoadable && kIsUseful;
 }
 
 template <Operation kOperation>
