@@ -115,7 +115,7 @@ plant() {
 
 plant_for_address() {
   plant csrc/cpu/gather.cpp '/^void scatter(/,/^}/ s/i < count/i <= count/' \
-    'm.masked_softmax(torch.ones(3, 5).double(), 5, dtype=torch.float32)' heap-buffer-overflow gather.cpp
+    'm.masked_softmax(torch.ones(3, 5).double(), 5, dtype=torch.float32)' heap-buffer-overflow 'scatter<double>'
   plant csrc/cpu/partition.cpp 's/return problem.rows \* kRowCost/return INT64_MAX - 1 + problem.rows * kRowCost/' \
     'm.masked_softmax(torch.ones(3, 5), 5)' 'runtime error: signed integer overflow' partition.cpp
 }
