@@ -331,8 +331,9 @@ strided_lanes(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   }
 }
 
+// float64 has one block on an SM: with two, sm_100 spills.
 template <class acc_t>
-MASKED_SOFTMAX_KERNEL(kStridedThreads, 2)
+MASKED_SOFTMAX_KERNEL(kStridedThreads, sizeof(acc_t) == 8 ? 1 : 2)
 strided_rows(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   using Group = BlockGroup<acc_t>;
   const Group group;
