@@ -1,4 +1,4 @@
-// The operators on tensors that are not dense: an error that says so. torch's own would list dispatch keys.
+// Rejects tensors that are not dense, with an error that names the kind. torch's own error would list dispatch keys.
 #include <ATen/core/Tensor.h>
 #include <ATen/core/stack.h>
 #include <torch/library.h>

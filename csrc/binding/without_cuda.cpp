@@ -1,5 +1,5 @@
-// The operators on CUDA tensors in a build without CUDA: an error that says so and how to rebuild. torch's own would
-// list dispatch keys.
+// Rejects CUDA tensors in a build without CUDA, with an error that tells how to rebuild. torch's own error would list
+// dispatch keys.
 #include "binding/device_ops.h"
 
 namespace masked_softmax {

@@ -7,6 +7,7 @@
 #include "check.h"
 #include "common/row_walker.h"
 #include "cpu/dispatch.h"
+#include "cpu/gather.h"
 #include "emulate.h"
 
 namespace masked_softmax {
@@ -14,14 +15,7 @@ namespace {
 
 using cuda::Strategy;
 
-template <class T>
-T* advanced(T* data, int64_t offset, ElementType type) {
-  visit_element_type(
-      type, [&](auto element) { data = static_cast<char*>(data) + offset * static_cast<int64_t>(sizeof(element)); });
-  return data;
-}
-
-// Calls visit() with each of the rows [begin, end) as a problem of its own: a launch computes all rows of a problem.
+// Calls visit() with each of the rows [begin, end) as a separate problem: a launch computes all rows of a problem.
 template <class Visitor>
 void for_each_row(const Problem& problem, int64_t begin, int64_t end, const Visitor& visit) {
   RowWalker walker(problem, begin, end);
@@ -30,9 +24,9 @@ void for_each_row(const Problem& problem, int64_t begin, int64_t end, const Visi
       Problem row = problem;
       row.rows = 1;
       row.row_ndim = 0;
-      row.output.data = advanced(problem.output.data, run.output_offset(i), problem.output.type);
+      row.output.data = element_at(problem.output.data, problem.output.type, run.output_offset(i));
       for (int k = 0; k < problem.input_count; ++k) {
-        row.inputs[k].data = advanced(problem.inputs[k].data, run.input_offset(k, i), problem.inputs[k].type);
+        row.inputs[k].data = element_at(problem.inputs[k].data, problem.inputs[k].type, run.input_offset(k, i));
       }
       row.lengths.data = row.starts.data = nullptr;
       row.lengths.value = run.raw_length(i);
