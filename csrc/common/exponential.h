@@ -71,6 +71,40 @@ struct ScaledLog2e {
   }
 };
 
+// The exponentials of a row, exp(scale * (x - reference)), are computed as 2^((x - offset) * c - r), with
+// c = scale * log2(e) in two parts and r = reference * c rounded to the rounding step: an integer, or a fraction of one
+// where a table of powers is used. For example, with scale 1, a step of 1 and offset 0:
+//
+//   reference = 3.0   reference * c = 4.328   r = 4
+//   x = 3.0           x * c = 4.328   rounded = 4   n = rounded - r =  0   f =  0.328   2^n * 2^f = 1.2554
+//   x = 2.0           x * c = 2.885   rounded = 3   n = rounded - r = -1   f = -0.115   2^n * 2^f = 0.4618
+//
+// Both are 2^0.328 times exp(x - reference), and the division by their sum cancels that factor: 0.4618 / 1.7172 is
+// 1 / (1 + e).
+//
+// No difference is rounded: r is a multiple of the step, so n comes from one addition to x * c, and f from one fused
+// multiply-add that is exact but for its own last bit. If x - max were rounded instead, many equal terms would put
+// their sum off by half an eps for each unit of their distance from the maximum.
+//
+// Where max * c is too large for the step, max becomes the offset, and x - max is exact for all x that matter
+// (Sterbenz).
+template <class acc_t>
+struct ExponentialParams {
+  acc_t offset;
+  acc_t magic_minus_r;  // adding it rounds to the step and subtracts r
+  // A term below it is 0. The rounded (x - offset) * c is compared with it; with scalef (cpu/exp2.h), x - offset is
+  // raised to it.
+  acc_t zero_below;
+  acc_t high;  // c
+  acc_t low;
+};
+
+// The rounding step resolves products with c whose magnitude is below kMaxProduct. A sum with the magic constant is a
+// multiple of a step of 1/K while the addend's magnitude is below 2^22 / K for float, 2^17 with K = 32, and below 2^51
+// for double; the addend is x * c - r, a difference of two products.
+template <class acc_t>
+constexpr acc_t kMaxProduct = sizeof(acc_t) == 4 ? static_cast<acc_t>(0x1p16) : static_cast<acc_t>(0x1p40);
+
 // log_softmax computes log(sum) as log1p(sum - 1): the elements equal to the maximum are counted, and the exponentials
 // of the rest are summed times 2^kRestBias. Without the bias, exponentials below the smallest normal number would be
 // lost, and where one element alone is the maximum, its result is their sum.

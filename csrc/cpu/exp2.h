@@ -80,38 +80,13 @@ MASKED_SOFTMAX_INLINE V exp2_of_encoded(const V& encoded, const V& f) {
   }
 }
 
-// The exponentials of a row, exp(scale * (x - reference)), are computed as 2^((x - offset) * c - r), with
-// c = scale * log2(e) in two parts and r = reference * c rounded to the rounding step. For example, with scale 1,
-// K = 1 and offset 0:
-//
-//   reference = 3.0   reference * c = 4.328   r = 4
-//   x = 3.0           x * c = 4.328   rounded = 4   n = rounded - r =  0   f =  0.328   2^n * 2^f = 1.2554
-//   x = 2.0           x * c = 2.885   rounded = 3   n = rounded - r = -1   f = -0.115   2^n * 2^f = 0.4618
-//
-// Both are 2^0.328 times exp(x - reference), and the division by their sum cancels that factor: 0.4618 / 1.7172 is
-// 1 / (1 + e).
-//
-// No difference is rounded: r is a multiple of the step, so n comes from one addition to x * c, and f from one fused
-// multiply-add that is exact but for its own last bit. If x - max were rounded instead, many equal terms would put
-// their sum off by half an eps for each unit of their distance from the maximum.
-//
-// Because the factor cancels, the reference need not be the maximum. It is the larger of the row's ends
-// (row_reference), and most rows are read once, not twice. It fails in two cases:
+// A row's exponentials are relative to a reference, rounded to the step (ExponentialParams in common/exponential.h).
+// Because the division by their sum cancels the factor that they have in common, the reference need not be the maximum.
+// It is the larger of the row's ends (row_reference), and most rows are read once, not twice. It fails in two cases:
 //   - The reference is so far below the maximum that the sum overflows, or nearly does.
 //   - The reference is too large for the rounding step (with scale 1 and float, above 45426), or not finite. Then
 //     params_from_reference() makes magic_minus_r NaN, so all terms and their sum are NaN.
-// In both cases the sum is out of range (is_sum_out_of_range), and the row is computed again from its maximum. Where
-// max * c is too large for the step, max becomes the offset, and x - max is exact for all x that matter (Sterbenz).
-template <class acc_t>
-struct ExponentialParams {
-  acc_t offset;
-  acc_t magic_minus_r;  // adding it rounds to the step and subtracts r
-  // A term below it is 0. Without scalef, the rounded (x - offset) * c is compared with it; with scalef, x - offset is
-  // raised to it.
-  acc_t zero_below;
-  acc_t high;  // c
-  acc_t low;
-};
+// In both cases the sum is out of range (is_sum_out_of_range), and the row is computed again from its maximum.
 
 // The larger end: scores masked by -inf or a large negative number usually include one end only.
 template <class acc_t>
@@ -127,12 +102,8 @@ MASKED_SOFTMAX_INLINE bool is_sum_out_of_range(acc_t sum) {
   return !(sum >= 0 && sum <= kMax);
 }
 
-// The rounding step resolves products with c whose magnitude is below kMaxProduct. A sum with the magic constant is a
-// multiple of the step while the addend's magnitude is below 2^22 / K for float, 2^17 with K = 32, and below 2^51 for
-// double; the addend is x * c - r, a difference of two products. kToInfinity times a product that is not below
-// kMaxProduct is infinite: 2^16 * 2^112 is 2^128, and 2^40 * 2^984 is 2^1024.
-template <class acc_t>
-constexpr acc_t kMaxProduct = sizeof(acc_t) == 4 ? static_cast<acc_t>(0x1p16) : static_cast<acc_t>(0x1p40);
+// Times a product whose magnitude is not below kMaxProduct, it is infinite: 2^16 * 2^112 is 2^128, and 2^40 * 2^984 is
+// 2^1024.
 template <class acc_t>
 constexpr acc_t kToInfinity = sizeof(acc_t) == 4 ? static_cast<acc_t>(0x1p112) : static_cast<acc_t>(0x1p984);
 

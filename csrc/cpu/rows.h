@@ -35,7 +35,7 @@ template <Operation kOperation>
 void run_operation(const Problem& problem, int64_t begin, int64_t end) {
   if (has_contiguous_columns(problem) && input_types_agree(problem) && !is_scale_extreme(problem) &&
       input_factor(problem) == 1) {
-#define MASKED_SOFTMAX_TYPE_PAIR(input_t, output_t)                                      \
+#define MASKED_SOFTMAX_TYPE_PAIR(input_t, output_t, cuda)                                \
   if constexpr (has_contiguous_kernel<kOperation, input_t, output_t>()) {                \
     if (problem.inputs[0].type == ElementTraits<input_t>::kType &&                       \
         problem.output.type == ElementTraits<output_t>::kType) {                         \

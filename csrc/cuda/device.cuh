@@ -23,6 +23,7 @@
 #define MASKED_SOFTMAX_KERNEL_ARGUMENT const __grid_constant__
 #define MASKED_SOFTMAX_SHARED(T, name, count) __shared__ T name[count]
 #define MASKED_SOFTMAX_UNROLL _Pragma("unroll")
+#define MASKED_SOFTMAX_NO_UNROLL _Pragma("unroll 1")
 // Thread block clusters and distributed shared memory: compute capability 9.0 and later.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define MASKED_SOFTMAX_HAS_CLUSTERS 1
@@ -39,14 +40,14 @@ MASKED_SOFTMAX_DEVICE unsigned grid_blocks() { return gridDim.x; }
 
 MASKED_SOFTMAX_DEVICE void sync_block() { __syncthreads(); }
 
-// Precondition: every lane of the warp calls. Values move within groups of `width` lanes.
+// Precondition: every lane of the warp calls.
 template <class T>
-MASKED_SOFTMAX_DEVICE T shuffle_xor(T value, unsigned lane_mask, unsigned width) {
-  return __shfl_xor_sync(0xffffffffu, value, lane_mask, width);
+MASKED_SOFTMAX_DEVICE T shuffle_xor(T value, unsigned lane_mask) {
+  return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
 template <class T>
-MASKED_SOFTMAX_DEVICE T shuffle_up(T value, unsigned distance, unsigned width) {
-  return __shfl_up_sync(0xffffffffu, value, distance, width);
+MASKED_SOFTMAX_DEVICE T shuffle_up(T value, unsigned distance) {
+  return __shfl_up_sync(0xffffffffu, value, distance);
 }
 
 // Tells the compiler that p points to global memory, so that accesses need no test for shared memory.
@@ -56,24 +57,46 @@ MASKED_SOFTMAX_DEVICE T* in_device_memory(T* p) {
   return p;
 }
 
-// 16 bytes at a multiple of 16. A plain load, not one through the read-only cache: the output may overwrite the input.
-template <class Bits>
-MASKED_SOFTMAX_DEVICE Bits load16(const void* p) {
-  const uint4 loaded = *static_cast<const uint4*>(p);
-  Bits bits;
-  static_assert(sizeof(Bits) == 16, "loads 16 bytes");
-  memcpy(&bits, &loaded, 16);
-  return bits;
+// An access of 8 or 16 bytes, at a multiple of its size, if `condition` holds. Predicated: a compiler may branch around
+// a load that is conditional in C++, and then a thread's loads would wait for each other. Loads do not take the
+// read-only cache, because the output may overwrite the input.
+template <class V>
+MASKED_SOFTMAX_DEVICE V load_vector_if(bool condition, const void* p, V otherwise) {
+  static_assert(sizeof(V) == 8 || sizeof(V) == 16, "one access");
+  uint32_t words[sizeof(V) / 4];
+  memcpy(words, &otherwise, sizeof(V));
+  const auto predicate = static_cast<unsigned>(condition);
+  const size_t address = __cvta_generic_to_global(p);
+  if constexpr (sizeof(V) == 16) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+        : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
+        : "l"(address), "r"(predicate));
+  } else {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\n@p ld.global.v2.u32 {%0, %1}, [%2];\n}"
+                 : "+r"(words[0]), "+r"(words[1])
+                 : "l"(address), "r"(predicate));
+  }
+  memcpy(&otherwise, words, sizeof(V));
+  return otherwise;
 }
-// The asm hides the address: otherwise the compiler merges this store with a branch that stores some of the same
-// elements, into one sequence of predicated 4-byte stores.
-template <class Bits>
-MASKED_SOFTMAX_DEVICE void store16(void* p, const Bits& bits) {
-  static_assert(sizeof(Bits) == 16, "stores 16 bytes");
-  uint4 stored;
-  memcpy(&stored, &bits, 16);
-  asm("" : "+l"(p));
-  *static_cast<uint4*>(in_device_memory(p)) = stored;
+template <class V>
+MASKED_SOFTMAX_DEVICE void store_vector_if(bool condition, void* p, const V& vector) {
+  static_assert(sizeof(V) == 8 || sizeof(V) == 16, "one access");
+  uint32_t words[sizeof(V) / 4];
+  memcpy(words, &vector, sizeof(V));
+  const auto predicate = static_cast<unsigned>(condition);
+  const size_t address = __cvta_generic_to_global(p);
+  if constexpr (sizeof(V) == 16) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p st.global.v4.u32 [%4], {%0, %1, %2, %3};\n}" ::"r"(
+                     words[0]),
+                 "r"(words[1]), "r"(words[2]), "r"(words[3]), "l"(address), "r"(predicate)
+                 : "memory");
+  } else {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\n@p st.global.v2.u32 [%2], {%0, %1};\n}" ::"r"(words[0]),
+                 "r"(words[1]), "l"(address), "r"(predicate)
+                 : "memory");
+  }
 }
 
 // The 64 bits high:low shifted right by `bits` (0 to 31); the lower 32 of the result.
@@ -81,6 +104,7 @@ MASKED_SOFTMAX_DEVICE uint32_t funnel_shift_right(uint32_t low, uint32_t high, u
   return __funnelshift_r(low, high, bits);
 }
 MASKED_SOFTMAX_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
+MASKED_SOFTMAX_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
 MASKED_SOFTMAX_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 MASKED_SOFTMAX_DEVICE double fused_multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
@@ -89,10 +113,25 @@ MASKED_SOFTMAX_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 MASKED_SOFTMAX_DEVICE double larger(double a, double b) { return fmax(a, b); }
 MASKED_SOFTMAX_DEVICE float log_one_plus(float a) { return log1pf(a); }
 MASKED_SOFTMAX_DEVICE double log_one_plus(double a) { return log1p(a); }
-// 2^a within 2 units in the last place, in one instruction.
+// `condition ? a : b`, with both computed: a compiler may branch around the computation of one.
+MASKED_SOFTMAX_DEVICE float select(bool condition, float a, float b) {
+  float result;
+  asm("{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\nselp.f32 %0, %1, %2, p;\n}"
+      : "=f"(result)
+      : "f"(a), "f"(b), "r"(static_cast<unsigned>(condition)));
+  return result;
+}
+MASKED_SOFTMAX_DEVICE double select(bool condition, double a, double b) {
+  double result;
+  asm("{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\nselp.f64 %0, %1, %2, p;\n}"
+      : "=d"(result)
+      : "d"(a), "d"(b), "r"(static_cast<unsigned>(condition)));
+  return result;
+}
+// 2^a within 2 units in the last place, in one instruction; results below the smallest normal number are 0.
 MASKED_SOFTMAX_DEVICE float exp2_approximate(float a) {
   float result;
-  asm("ex2.approx.f32 %0, %1;" : "=f"(result) : "f"(a));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
   return result;
 }
 MASKED_SOFTMAX_DEVICE uint32_t float_bits(float a) { return __float_as_uint(a); }
@@ -147,6 +186,9 @@ MASKED_SOFTMAX_DEVICE unsigned cluster_size() {
 MASKED_SOFTMAX_DEVICE void sync_cluster() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
+// The same barrier in two parts and without ordering, so that wait_for_cluster() does not wait for stores.
+MASKED_SOFTMAX_DEVICE void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+MASKED_SOFTMAX_DEVICE void wait_for_cluster() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 // The value of a shared variable in the cluster's block `rank`.
 template <class T>
 MASKED_SOFTMAX_DEVICE T load_from_block(const T* shared, unsigned rank) {
@@ -163,6 +205,16 @@ MASKED_SOFTMAX_DEVICE T load_from_block(const T* shared, unsigned rank) {
     asm volatile("ld.shared::cluster.f64 %0, [%1];" : "=d"(value) : "r"(address) : "memory");
     return static_cast<T>(value);
   }
+}
+#else
+MASKED_SOFTMAX_DEVICE unsigned cluster_rank() { return 0; }
+MASKED_SOFTMAX_DEVICE unsigned cluster_size() { return 1; }
+MASKED_SOFTMAX_DEVICE void sync_cluster() {}
+MASKED_SOFTMAX_DEVICE void arrive_at_cluster() {}
+MASKED_SOFTMAX_DEVICE void wait_for_cluster() {}
+template <class T>
+MASKED_SOFTMAX_DEVICE T load_from_block(const T* shared, unsigned /*rank*/) {
+  return *shared;
 }
 #endif
 

@@ -1,12 +1,11 @@
-// The exponential of one element: see common/exponential.h.
+// The exponentials of a row: see common/exponential.h. No branches, so those of a thread's elements overlap.
 //
 // float32 results use the polynomial, in fused multiply-adds. For d = scale * (x - max), a result may be off by
 // (4 + |d|) * eps. The GPU's approximate instruction alone may be off by 2 eps, half of the 4; the polynomial is off by
 // 0.02 eps, and has the same bits on every GPU. 16-bit results, rounded to 8 or 11 bits, use the instruction.
 #pragma once
 
-#include "cuda/device.cuh"
-#include "cuda/kernel_problem.h"
+#include "cuda/groups.cuh"
 
 namespace masked_softmax::cuda {
 
@@ -21,96 +20,104 @@ MASKED_SOFTMAX_DEVICE acc_t exp2_polynomial(acc_t f) {
   }
 }
 
-// 2^(t * c + correction + kBias) for t * c <= 0 and a correction much smaller than 1. Results below the smallest normal
-// number are 0; NaN gives NaN, -inf gives 0.
-template <int kBias = 0, class acc_t>
-MASKED_SOFTMAX_DEVICE acc_t exp2_product(acc_t t, acc_t c, acc_t correction = 0) {
-  using E = Exp2<acc_t>;
-  constexpr acc_t kMagic = E::kMagic + kBias;
+// 2^(n + f) for |f| <= 1/2, where encoded = Exp2::kMagic + n. The magic constant contains the exponent bias, so the low
+// bits of `encoded` are the exponent field of 2^n, and a shift moves them there. Precondition: n >= kMinExponent.
+template <class acc_t>
+MASKED_SOFTMAX_DEVICE acc_t exp2_of_encoded(acc_t encoded, acc_t f) {
   constexpr int kFractionBits = std::numeric_limits<acc_t>::digits - 1;
-  const acc_t rounded = fused_multiply_add(t, c, kMagic);
-  const acc_t n = rounded - kMagic;
-  const acc_t f = fused_multiply_add(t, c, -n) + correction;
-  // 2^(n + kBias). kMagic contains the exponent bias, so the low bits of `rounded` are those of the power's exponent
-  // field, and the shift moves them there.
-  const acc_t power = bits_float(float_bits(rounded) << kFractionBits);
-  return n < E::kMinExponent - kBias ? acc_t{0} : exp2_polynomial(f) * power;
+  return exp2_polynomial(f) * bits_float(float_bits(encoded) << kFractionBits);
 }
 
-// KernelProblem's scale in the accumulation type.
-template <class acc_t>
-struct Scaling {
-  acc_t factor;  // input_factor
-  acc_t scale;   // kernel_scale
-  ScaledLog2e<acc_t> log2e;
+// exp(scale * (x - row_max)) times 2^kBias, and times a factor that all elements of the row have in common.
+template <int kBias, class acc_t>
+class RowExponential {
+  using E = Exp2<acc_t>;
 
-  MASKED_SOFTMAX_DEVICE explicit Scaling(const KernelProblem& kernel_problem)
-      : factor(static_cast<acc_t>(kernel_problem.input_factor)),
-        scale(static_cast<acc_t>(kernel_problem.kernel_scale)),
-        log2e(log2e_of(kernel_problem)) {}
+ public:
+  // is_single: the row has one element, whose exponential is exactly 1. Relative to a rounded maximum it would be some
+  // e, and e * (1 / e) is not always 1.
+  MASKED_SOFTMAX_DEVICE RowExponential(const RowConstants<acc_t>& constants, acc_t row_max, bool is_single) {
+    const ScaledLog2e<acc_t>& c = constants.log2e;
+    const acc_t product = row_max * c.high;
+    const bool has_offset = is_single || !(product > -kMaxProduct<acc_t> && product < kMaxProduct<acc_t>);
+    const acc_t r = has_offset ? acc_t{0} : (product + E::kMagic) - E::kMagic;
+    params_ = {has_offset ? row_max : acc_t{0}, (E::kMagic + kBias) - r, r + (E::kMinExponent - kBias), c.high, c.low};
+    max_exponent_ = has_offset ? acc_t{0} : fused_multiply_add(row_max, c.low, fused_multiply_add(row_max, c.high, -r));
+  }
+
+  // Results below the smallest normal number are 0; NaN gives NaN, -inf gives 0.
+  MASKED_SOFTMAX_DEVICE acc_t operator()(acc_t x) const {
+    const acc_t a = x - params_.offset;
+    const acc_t encoded = fused_multiply_add(a, params_.high, params_.magic_minus_r);
+    const acc_t rounded = encoded - params_.magic_minus_r;  // a * c, rounded to an integer
+    const acc_t f = fused_multiply_add(a, params_.low, fused_multiply_add(a, params_.high, -rounded));
+    return select(rounded < params_.zero_below, acc_t{0}, exp2_of_encoded(encoded, f));
+  }
+
+  // The inverse of the common factor.
+  MASKED_SOFTMAX_DEVICE acc_t inverse_factor() const { return exp2_polynomial(-max_exponent_); }
 
  private:
-  MASKED_SOFTMAX_DEVICE static ScaledLog2e<acc_t> log2e_of(const KernelProblem& kernel_problem) {
-    if constexpr (std::is_same_v<acc_t, float>) {
-      return kernel_problem.log2e_float;
-    } else {
-      return kernel_problem.log2e_double;
-    }
-  }
+  ExponentialParams<acc_t> params_;
+  acc_t max_exponent_;  // the rounding error of r: log2 of the common factor
 };
 
-// x - row_max and its rounding error (TwoDiff: Knuth, as Sum in groups.cuh). Where the error is not used, as for 16-bit
-// results, the compiler removes its computation.
-template <class acc_t>
-struct Distance {
-  acc_t t;
-  acc_t error;
+// exp(scale * (x - row_max)) for 16-bit results.
+class ApproximateRowExponential {
+ public:
+  MASKED_SOFTMAX_DEVICE ApproximateRowExponential(const RowConstants<float>& constants, float row_max, bool /*is_single*/)
+      : row_max_(row_max), c_(constants.log2e.high) {}
 
-  MASKED_SOFTMAX_DEVICE Distance(acc_t x, acc_t row_max) : t(x - row_max) {
-    const acc_t part = t - x;
-    error = (x - (t - part)) - (row_max + part);
-  }
+  MASKED_SOFTMAX_DEVICE float operator()(float x) const { return exp2_approximate((x - row_max_) * c_); }
 
-  // What the rounding of t and of log2e leaves out of the exponent. Without it, the sum of many equal terms would be
-  // off by half an eps for each unit of their distance.
-  MASKED_SOFTMAX_DEVICE acc_t correction(const ScaledLog2e<acc_t>& log2e) const {
-    return fused_multiply_add(t, log2e.low, error * log2e.high);
-  }
+ private:
+  float row_max_;
+  float c_;
 };
 
-// exp(scale * (x - row_max))
+// The exponential that softmax takes.
 template <bool kApproximate, class acc_t>
-MASKED_SOFTMAX_DEVICE acc_t exp_of_distance(const Distance<acc_t>& distance, const Scaling<acc_t>& scaling) {
-  if constexpr (kApproximate) {
-    return exp2_approximate(distance.t * scaling.log2e.high);
-  } else {
-    return exp2_product(distance.t, scaling.log2e.high, distance.correction(scaling.log2e));
-  }
-}
-
-// The same times 2^kRestBias: a term of log_softmax's rest (common/exponential.h).
-template <class acc_t>
-MASKED_SOFTMAX_DEVICE acc_t rest_term(const Distance<acc_t>& distance, const Scaling<acc_t>& scaling) {
-  return exp2_product<kRestBias>(distance.t, scaling.log2e.high, distance.correction(scaling.log2e));
-}
+using SoftmaxExponential = std::conditional_t<kApproximate, ApproximateRowExponential, RowExponential<0, acc_t>>;
 
 // exp(y) for a saved log_softmax y, with an error that does not grow with |y|.
 template <bool kApproximate, class acc_t>
-MASKED_SOFTMAX_DEVICE acc_t exp_of_log(acc_t y, const Scaling<acc_t>& scaling) {
-  const ScaledLog2e<acc_t>& log2e = scaling.log2e;
+MASKED_SOFTMAX_DEVICE acc_t exp_of_log(acc_t y, const RowConstants<acc_t>& constants) {
+  using E = Exp2<acc_t>;
+  const ScaledLog2e<acc_t>& log2e = constants.log2e;
   if constexpr (kApproximate) {
     return exp2_approximate(fused_multiply_add(y, log2e.high, y * log2e.low));
   } else {
-    return exp2_product(y, log2e.high, y * log2e.low);
+    const acc_t encoded = fused_multiply_add(y, log2e.high, E::kMagic);
+    const acc_t n = encoded - E::kMagic;
+    const acc_t f = fused_multiply_add(y, log2e.low, fused_multiply_add(y, log2e.high, -n));
+    return select(n < E::kMinExponent, acc_t{0}, exp2_of_encoded(encoded, f));
   }
 }
 
-// log(sum) from the biased rest and the number of elements equal to the maximum.
+// The two sums of log_softmax: the biased rest, and the number of elements equal to the maximum (common/exponential.h).
 template <class acc_t>
-MASKED_SOFTMAX_DEVICE acc_t log_of_sum(acc_t rest, acc_t max_count) {
-  constexpr acc_t kUnbias = 0x1p-64;
-  static_assert(kRestBias == 64, "kUnbias is 2^-kRestBias");
-  return log_one_plus(fused_multiply_add(rest, kUnbias, max_count - 1));
-}
+class LogSum {
+ public:
+  MASKED_SOFTMAX_DEVICE LogSum(const RowConstants<acc_t>& constants, acc_t row_max, bool is_single)
+      : row_max_(row_max), exponential_(constants, row_max, is_single) {}
+
+  // An element's term of the rest. Where x is the maximum, it is 0, and the element is counted.
+  MASKED_SOFTMAX_DEVICE acc_t rest_term(acc_t x, Count<acc_t>& max_count) const {
+    const bool is_max = x - row_max_ == 0;  // not x == row_max_: +inf gives NaN
+    max_count.add(is_max ? acc_t{1} : acc_t{0});
+    return select(is_max, acc_t{0}, exponential_(x));
+  }
+
+  // log(sum), given both sums over the row.
+  MASKED_SOFTMAX_DEVICE acc_t value(acc_t rest, acc_t max_count) const {
+    constexpr acc_t kUnbias = 0x1p-64;
+    static_assert(kRestBias == 64, "kUnbias is 2^-kRestBias");
+    return log_one_plus(fused_multiply_add(rest, kUnbias * exponential_.inverse_factor(), max_count - 1));
+  }
+
+ private:
+  acc_t row_max_;
+  RowExponential<kRestBias, acc_t> exponential_;
+};
 
 }  // namespace masked_softmax::cuda

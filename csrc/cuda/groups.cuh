@@ -5,17 +5,15 @@
 // partials are combined in the order that SumOrder (launch_plan.h) defines. A partial of no elements is neutral.
 //
 // A group has
-//   thread(), threads()  the thread's number among those that share a chunk of the row
-//   chunk(), chunks()    the number of the chunk that they share; held rows only
-//   reduce(partial)      the total over all of the group's threads
-//   publish(partial), reduce_published<Partial>()    the same in two launches: SplitGroup in split_rows.cuh
+//   thread(), threads()  the thread's number among those that share a row, or a chunk of it
+//   reduce(partials)     sets each row's partial to the total over all of the group's threads
 //   sync()               the barrier between the last use of a partial in shared memory and the next row
-//   kShuffleLanes        lanes of a warp with consecutive threads; held rows only
 //   kTreeLevels          strided and column rows only: the levels of the Tree in which a thread combines its partials,
 //                        if SumOrder has more threads than the group; 1 + log2 of their number
 #pragma once
 
 #include "cuda/device.cuh"
+#include "cuda/kernel_problem.h"
 
 namespace masked_softmax::cuda {
 
@@ -125,19 +123,21 @@ MASKED_SOFTMAX_DEVICE PartialSlots<acc_t> shared_slots() {
   return {words, kSlots};
 }
 
-// The total over kWidth lanes, a power of two.
-template <unsigned kWidth, class Partial>
-MASKED_SOFTMAX_DEVICE Partial reduce_lanes(Partial partial) {
+// Sets each partial to the total over `width` lanes, a power of two. Several rows' reductions overlap.
+template <int kRows, class Partial>
+MASKED_SOFTMAX_DEVICE void reduce_lanes(Partial (&partials)[kRows], unsigned width) {
   MASKED_SOFTMAX_UNROLL
-  for (unsigned distance = 1; distance < kWidth; distance *= 2) {
-    Partial other;
+  for (unsigned distance = 1; distance < width; distance *= 2) {
     MASKED_SOFTMAX_UNROLL
-    for (int word = 0; word < Partial::kWords; ++word) {
-      other.words[word] = shuffle_xor(partial.words[word], distance, kWidth);
+    for (int row = 0; row < kRows; ++row) {
+      Partial other;
+      MASKED_SOFTMAX_UNROLL
+      for (int word = 0; word < Partial::kWords; ++word) {
+        other.words[word] = shuffle_xor(partials[row].words[word], distance);
+      }
+      partials[row].combine(other);
     }
-    partial.combine(other);
   }
-  return partial;
 }
 
 // Combines partials that are added one after another in a binary tree: 0 and 1, 2 and 3; then these pairs; and so on.
@@ -185,17 +185,14 @@ template <unsigned kWidth>
 class LaneGroup {
  public:
   static constexpr int kTreeLevels = 1;  // the order has kWidth threads too
-  static constexpr unsigned kShuffleLanes = kWidth;
 
   MASKED_SOFTMAX_DEVICE unsigned thread() const { return thread_index() % kWidth; }
   MASKED_SOFTMAX_DEVICE unsigned threads() const { return kWidth; }
-  MASKED_SOFTMAX_DEVICE unsigned chunk() const { return 0; }
-  MASKED_SOFTMAX_DEVICE unsigned chunks() const { return 1; }
   MASKED_SOFTMAX_DEVICE void sync() const {}  // no barrier needed: the shuffles already synchronize the lanes
 
-  template <class Partial>
-  MASKED_SOFTMAX_DEVICE Partial reduce(const Partial& partial) const {
-    return reduce_lanes<kWidth>(partial);
+  template <int kRows, class Partial>
+  MASKED_SOFTMAX_DEVICE void reduce(Partial (&partials)[kRows]) const {
+    reduce_lanes(partials, kWidth);
   }
 };
 
@@ -205,82 +202,155 @@ class LaneGroup {
 template <class acc_t>
 class BlockGroup {
  public:
-  static constexpr int kTreeLevels = 3;
-  static_assert(kStridedThreads << (kTreeLevels - 1) >= kMaxBlockThreads, "strided: at most 4 partials per thread");
-  static constexpr unsigned kShuffleLanes = kWarpThreads;
+  static constexpr int kTreeLevels = 2;
+  static_assert(kStridedThreads << (kTreeLevels - 1) >= kMaxBlockThreads, "strided: at most 2 partials per thread");
 
   MASKED_SOFTMAX_DEVICE unsigned thread() const { return thread_index(); }
   MASKED_SOFTMAX_DEVICE unsigned threads() const { return block_threads(); }
-  MASKED_SOFTMAX_DEVICE unsigned chunk() const { return 0; }
-  MASKED_SOFTMAX_DEVICE unsigned chunks() const { return 1; }
   MASKED_SOFTMAX_DEVICE void sync() const { sync_block(); }
 
   template <class Partial>
-  MASKED_SOFTMAX_DEVICE Partial reduce(Partial partial) const {
+  MASKED_SOFTMAX_DEVICE void reduce(Partial (&partials)[1]) const {
     const unsigned lane = thread_index() % kWarpThreads;
-    partial = reduce_lanes<kWarpThreads>(partial);
+    reduce_lanes(partials, kWarpThreads);
     if (lane == 0) {
-      warp_partials_.store(thread_index() / kWarpThreads, partial);
+      warp_partials_.store(thread_index() / kWarpThreads, partials[0]);
     }
     sync_block();
-    const bool has_warp = lane < block_threads() / kWarpThreads;
-    return reduce_lanes<kWarpThreads>(has_warp ? warp_partials_.template load<Partial>(lane) : Partial());
+    const unsigned warp = lane % kMaxWarps;  // both halves of this warp reduce
+    const bool has_warp = warp < block_threads() / kWarpThreads;
+    partials[0] = has_warp ? warp_partials_.template load<Partial>(warp) : Partial();
+    reduce_lanes(partials, kMaxWarps);
   }
 
  private:
   static constexpr int kMaxWarps = kMaxBlockThreads / kWarpThreads;
+  static_assert((kMaxWarps & (kMaxWarps - 1)) == 0, "a power of two");
   PartialSlots<acc_t> warp_partials_ = shared_slots<acc_t, kMaxWarps>();
 };
 
-#if MASKED_SOFTMAX_HAS_CLUSTERS
-// A cluster of blocks, each with a chunk of the row. A block stores its partial in its own shared memory; after a
-// cluster barrier every thread loads all blocks' partials, in the chunks' order. Preconditions: one reduction of each
-// kind; sync() before a block returns, so that its shared memory outlives the others' loads.
+// The threads that hold a row of any size: lanes of a warp, a block, or the blocks of a cluster, each with a chunk of
+// the row; or the blocks of several launches, each with a chunk too. order.threads of them share a chunk.
+//
+// In a cluster, a block stores its partial in its own shared memory; after a cluster barrier every thread loads all
+// blocks' partials, in the chunks' order. Precondition: one reduction of each kind. release() comes after the last of
+// them, and sync() before a block returns, so that its shared memory outlives the others' loads.
+//
+// Split rows have a launch for each reduction. publish() stores a chunk's partial in the workspace: PartialSlots for
+// each row, with a slot for each chunk. In the next launch, reduce_published() loads all of a row's.
 template <class acc_t>
-class ClusterGroup : public BlockGroup<acc_t> {
+class AnyGroup {
  public:
-  MASKED_SOFTMAX_DEVICE unsigned chunk() const { return cluster_rank(); }
-  MASKED_SOFTMAX_DEVICE unsigned chunks() const { return cluster_size(); }
-  MASKED_SOFTMAX_DEVICE void sync() const { sync_cluster(); }
+  // `number` counts the chunks of all rows.
+  MASKED_SOFTMAX_DEVICE AnyGroup(const KernelProblem& kernel_problem, int64_t number)
+      : order_threads_(static_cast<unsigned>(kernel_problem.order.threads)),
+        is_split_(kernel_problem.pass != Pass::kAll),
+        row_(is_split_ ? number / kernel_problem.split_chunks : number),
+        chunk_(is_split_ ? number % kernel_problem.split_chunks : cluster_rank()),
+        chunks_(is_split_ ? kernel_problem.split_chunks : cluster_size()),
+        published_{in_device_memory(static_cast<acc_t*>(kernel_problem.workspace)) + row_ * kPartialWords * chunks_,
+                   chunks_} {}
+
+  MASKED_SOFTMAX_DEVICE unsigned thread() const { return thread_index() % order_threads_; }
+  MASKED_SOFTMAX_DEVICE unsigned threads() const { return order_threads_; }
+  MASKED_SOFTMAX_DEVICE int64_t row() const { return row_; }
+  MASKED_SOFTMAX_DEVICE int64_t chunk() const { return chunk_; }
+  MASKED_SOFTMAX_DEVICE int64_t chunks() const { return chunks_; }
+  MASKED_SOFTMAX_DEVICE void release() const {
+    if (is_cluster()) {
+      arrive_at_cluster();
+    }
+  }
+  MASKED_SOFTMAX_DEVICE void sync() const {
+    if (is_cluster()) {
+      wait_for_cluster();
+    } else if (order_threads_ > kWarpThreads) {
+      sync_block();
+    }
+  }
 
   template <class Partial>
-  MASKED_SOFTMAX_DEVICE Partial reduce(Partial partial) const {
-    partial = BlockGroup<acc_t>::reduce(partial);
-    if (thread_index() == 0) {
-      block_partials_.store(0, partial);
-    }
-    sync_cluster();
-    Partial total;
-    for (unsigned rank = 0; rank < cluster_size(); ++rank) {
-      Partial other;
-      MASKED_SOFTMAX_UNROLL
-      for (int word = 0; word < Partial::kWords; ++word) {
-        other.words[word] = load_from_block(block_partials_.template address<Partial>(0, word), rank);
+  MASKED_SOFTMAX_DEVICE void reduce(Partial (&partials)[1]) const {
+    reduce_chunk(partials);
+    if (is_cluster()) {
+      if (thread_index() == 0) {
+        block_partials_.store(0, partials[0]);
       }
-      total.combine(other);
+      sync_cluster();
+      partials[0] = Partial();
+      MASKED_SOFTMAX_NO_UNROLL
+      for (unsigned rank = 0; rank < cluster_size(); ++rank) {
+        Partial other;
+        MASKED_SOFTMAX_UNROLL
+        for (int word = 0; word < Partial::kWords; ++word) {
+          other.words[word] = load_from_block(block_partials_.template address<Partial>(0, word), rank);
+        }
+        partials[0].combine(other);
+      }
     }
-    return total;
+  }
+
+  // Stores the chunk's partial in the workspace, given this thread's.
+  template <class Partial>
+  MASKED_SOFTMAX_DEVICE void publish(Partial (&partials)[1]) const {
+    reduce_chunk(partials);
+    if (thread_index() == 0) {
+      published_.store(chunk_, partials[0]);
+    }
+  }
+
+  // Sets the partial to the total over the chunks' partials that an earlier launch has published.
+  template <class Partial>
+  MASKED_SOFTMAX_DEVICE void reduce_published(Partial (&partials)[1]) const {
+    partials[0] = Partial();
+    if constexpr (std::is_same_v<Partial, Max<acc_t>>) {  // in any order, so the threads share the chunks
+      for (int64_t chunk = thread_index(); chunk < chunks_; chunk += block_threads()) {
+        partials[0].combine(published_.template load<Partial>(chunk));
+      }
+      block_.reduce(partials);
+    } else {  // every thread combines all chunks, in their order
+      for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+        partials[0].combine(published_.template load<Partial>(chunk));
+      }
+    }
   }
 
  private:
-  PartialSlots<acc_t> block_partials_ = shared_slots<acc_t, 1>();
+  MASKED_SOFTMAX_DEVICE bool is_cluster() const { return !is_split_ && chunks_ > 1; }
+
+  template <class Partial>
+  MASKED_SOFTMAX_DEVICE void reduce_chunk(Partial (&partials)[1]) const {
+    if (order_threads_ > kWarpThreads) {
+      block_.reduce(partials);
+    } else {
+      reduce_lanes(partials, order_threads_);
+    }
+  }
+
+  const BlockGroup<acc_t> block_;
+  const PartialSlots<acc_t> block_partials_ = shared_slots<acc_t, 1>();
+  const unsigned order_threads_;
+  const bool is_split_;
+  const int64_t row_;
+  const int64_t chunk_;
+  const int64_t chunks_;
+  const PartialSlots<acc_t> published_;
 };
-#endif
 
 // One lane of each of a block's kWarps warps: 32 groups, each with a row of its own.
 template <unsigned kWarps, class acc_t>
 class ColumnGroup {
  public:
-  static constexpr int kTreeLevels = 8;
-  static_assert(kWarps << (kTreeLevels - 1) >= kMaxBlockThreads, "at most 128 partials per thread");
+  static constexpr int kTreeLevels = 7;
+  static_assert(kWarps << (kTreeLevels - 1) >= kMaxBlockThreads, "at most 64 partials per thread");
 
   MASKED_SOFTMAX_DEVICE unsigned thread() const { return thread_index() / kWarpThreads; }
   MASKED_SOFTMAX_DEVICE unsigned threads() const { return kWarps; }
   MASKED_SOFTMAX_DEVICE void sync() const { sync_block(); }
 
   template <class Partial>
-  MASKED_SOFTMAX_DEVICE Partial reduce(const Partial& partial) const {
-    partials_.store(thread_index(), partial);
+  MASKED_SOFTMAX_DEVICE void reduce(Partial (&partials)[1]) const {
+    partials_.store(thread_index(), partials[0]);
     sync_block();
     Tree<Partial, 4> tree;
     static_assert(kWarps <= 8, "a tree of four levels");
@@ -288,7 +358,7 @@ class ColumnGroup {
     for (unsigned warp = 0; warp < kWarps; ++warp) {
       tree.add(partials_.template load<Partial>(warp * kWarpThreads + thread_index() % kWarpThreads));
     }
-    return tree.total();
+    partials[0] = tree.total();
   }
 
  private:

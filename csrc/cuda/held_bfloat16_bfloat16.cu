@@ -1,3 +1,8 @@
-#include "cuda/launch_held_rows.cuh"
+#include "cuda/held_rows.cuh"
 
-MASKED_SOFTMAX_INSTANTIATE(bfloat16_t, bfloat16_t)
+namespace masked_softmax::cuda {
+
+template Status launch_held_rows<true, bfloat16_t, bfloat16_t>(const KernelProblem&, const LaunchPlan&, Stream);
+template Status launch_held_rows<false, bfloat16_t, bfloat16_t>(const KernelProblem&, const LaunchPlan&, Stream);
+
+}  // namespace masked_softmax::cuda

@@ -1,3 +1,8 @@
-#include "cuda/launch_held_rows.cuh"
+#include "cuda/held_rows.cuh"
 
-MASKED_SOFTMAX_INSTANTIATE(float16_t, float16_t)
+namespace masked_softmax::cuda {
+
+template Status launch_held_rows<true, float16_t, float16_t>(const KernelProblem&, const LaunchPlan&, Stream);
+template Status launch_held_rows<false, float16_t, float16_t>(const KernelProblem&, const LaunchPlan&, Stream);
+
+}  // namespace masked_softmax::cuda

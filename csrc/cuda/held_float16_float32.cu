@@ -1,3 +1,7 @@
-#include "cuda/launch_held_rows.cuh"
+#include "cuda/held_rows.cuh"
 
-MASKED_SOFTMAX_INSTANTIATE(float16_t, float)
+namespace masked_softmax::cuda {
+
+template Status launch_held_rows<true, float16_t, float>(const KernelProblem&, const LaunchPlan&, Stream);
+
+}  // namespace masked_softmax::cuda

@@ -1,3 +1,7 @@
-#include "cuda/launch_held_rows.cuh"
+#include "cuda/held_rows.cuh"
 
-MASKED_SOFTMAX_INSTANTIATE(float, bfloat16_t)
+namespace masked_softmax::cuda {
+
+template Status launch_held_rows<false, float, bfloat16_t>(const KernelProblem&, const LaunchPlan&, Stream);
+
+}  // namespace masked_softmax::cuda

@@ -1,3 +1,7 @@
-#include "cuda/launch_held_rows.cuh"
+#include "cuda/held_rows.cuh"
 
-MASKED_SOFTMAX_INSTANTIATE(float, float16_t)
+namespace masked_softmax::cuda {
+
+template Status launch_held_rows<false, float, float16_t>(const KernelProblem&, const LaunchPlan&, Stream);
+
+}  // namespace masked_softmax::cuda

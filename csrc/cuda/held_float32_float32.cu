@@ -1,3 +1,8 @@
-#include "cuda/launch_held_rows.cuh"
+#include "cuda/held_rows.cuh"
 
-MASKED_SOFTMAX_INSTANTIATE(float, float)
+namespace masked_softmax::cuda {
+
+template Status launch_held_rows<true, float, float>(const KernelProblem&, const LaunchPlan&, Stream);
+template Status launch_held_rows<false, float, float>(const KernelProblem&, const LaunchPlan&, Stream);
+
+}  // namespace masked_softmax::cuda

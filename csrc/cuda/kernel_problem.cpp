@@ -3,39 +3,79 @@
 namespace masked_softmax::cuda {
 namespace {
 
-constexpr int64_t kAlignmentBytes = 16;
+bool fits_in_32_bits(int64_t value) { return value == static_cast<int32_t>(value); }
 
-bool output_rows_are_aligned(const Problem& problem) {
-  const Operand& output = problem.output;
-  const int64_t elem_bytes = size_bytes(output.type);
-  if (problem.starts.data != nullptr || problem.starts.value * elem_bytes % kAlignmentBytes != 0 ||
-      reinterpret_cast<uintptr_t>(output.data) % kAlignmentBytes != 0) {
-    return false;
-  }
+// Whether a row's stride in bytes fits in 32 bits, and rows begin at multiples of `alignment_bytes`.
+bool is_plain(const Problem& problem, const void* data, int64_t elem_bytes, const int64_t* row_strides,
+              int64_t alignment_bytes) {
+  bool result = reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(alignment_bytes) == 0;
   for (int dim = 0; dim < problem.row_ndim; ++dim) {
-    if (output.row_strides[dim] * elem_bytes % kAlignmentBytes != 0) {
-      return false;
-    }
+    const int64_t stride_bytes = row_strides[dim] * elem_bytes;
+    result = result && fits_in_32_bits(row_strides[dim]) && fits_in_32_bits(stride_bytes) &&
+             stride_bytes % alignment_bytes == 0;
   }
-  return true;
+  return result;
+}
+
+// The strides of the last two row dimensions, in bytes.
+PlainRows::Strides strides_of(const Problem& problem, const int64_t* row_strides, int64_t elem_bytes) {
+  const int inner = problem.row_ndim - 1;
+  PlainRows::Strides strides;
+  strides.inner = inner >= 0 ? static_cast<int>(row_strides[inner] * elem_bytes) : 0;
+  strides.outer = inner >= 1 ? static_cast<int>(row_strides[inner - 1] * elem_bytes) : 0;
+  return strides;
+}
+
+template <class acc_t>
+RowConstants<acc_t> constants_in(const Problem& problem) {
+  const double factor = input_factor(problem);
+  const double scale = problem.scale / factor;
+  return {static_cast<acc_t>(factor), static_cast<acc_t>(scale),
+          ScaledLog2e<acc_t>(is_forward(problem.operation) ? scale : 1.0),
+          static_cast<acc_t>(padding_value(problem.operation))};
 }
 
 }  // namespace
 
-Divisor make_divisor(int64_t divisor) {
-  Divisor result;
-  result.divisor = static_cast<uint64_t>(divisor);
-  if (divisor > 1) {
-    unsigned bits = 0;  // 2^bits is the smallest power of two that is at least the divisor
-    while ((uint64_t{1} << bits) < result.divisor) {
-      ++bits;
-    }
-    const unsigned __int128 power = static_cast<unsigned __int128>(1) << (63 + bits);
-    result.multiplier = static_cast<uint64_t>((power + result.divisor - 1) / result.divisor);
-    result.shift = bits - 1;
+bool are_plain(const Problem& problem, int elems_per_vector) {
+  const RowIndex& lengths = problem.lengths;
+  const bool has_plain_lengths =
+      lengths.data == nullptr ||
+      ((lengths.type == ElementType::kInt64 || lengths.type == ElementType::kInt32) &&
+       is_plain(problem, lengths.data, size_bytes(lengths.type), lengths.row_strides, size_bytes(lengths.type)));
+  const bool is_small = problem.row_ndim <= 2 && fits_in_32_bits(problem.rows) && fits_in_32_bits(problem.cols) &&
+                        problem.input_count <= 2;
+  const bool has_starts = problem.starts.data != nullptr || problem.starts.value != 0;
+  if (!has_plain_lengths || !is_small || has_starts || problem.cols % elems_per_vector != 0 ||
+      !has_contiguous_columns(problem)) {
+    return false;
+  }
+  const auto is_operand_plain = [&](const Operand& operand) {
+    const int64_t bytes = size_bytes(operand.type);
+    return is_plain(problem, operand.data, bytes, operand.row_strides, elems_per_vector * bytes);
+  };
+  bool result = is_operand_plain(problem.output);
+  for (int k = 0; k < problem.input_count; ++k) {
+    result = result && is_operand_plain(problem.inputs[k]);
   }
   return result;
 }
+
+template <class U>
+Divisor<U> make_divisor(U divisor) {
+  constexpr unsigned kBits = std::numeric_limits<U>::digits;
+  Divisor<U> result;
+  result.divisor = divisor;
+  while ((U{1} << result.shift) < divisor) {
+    ++result.shift;
+  }
+  const unsigned __int128 power = static_cast<unsigned __int128>(1) << (kBits - 1 + result.shift);
+  result.multiplier = static_cast<U>((power + divisor - 1) / divisor);
+  return result;
+}
+
+template Divisor<uint32_t> make_divisor(uint32_t);
+template Divisor<uint64_t> make_divisor(uint64_t);
 
 KernelProblem make_kernel_problem(const Problem& problem, const LaunchPlan& plan, void* workspace) {
   KernelProblem result;
@@ -51,15 +91,25 @@ KernelProblem make_kernel_problem(const Problem& problem, const LaunchPlan& plan
   result.split_chunks = plan.split_chunks;
   result.workspace = workspace;
   for (int dim = 0; dim < problem.row_ndim; ++dim) {
-    result.row_sizes[dim] = make_divisor(problem.row_sizes[dim]);
+    result.row_sizes[dim] = make_divisor(static_cast<uint64_t>(problem.row_sizes[dim]));
   }
-  result.output_rows_are_aligned = output_rows_are_aligned(problem);
+  if (plan.is_plain) {
+    PlainRows& plain = result.plain_rows;
+    plain.rows = static_cast<uint32_t>(problem.rows);
+    plain.inner_rows =
+        make_divisor(static_cast<uint32_t>(problem.row_ndim > 0 ? problem.row_sizes[problem.row_ndim - 1] : 1));
+    plain.output = strides_of(problem, problem.output.row_strides, size_bytes(problem.output.type));
+    for (int k = 0; k < problem.input_count; ++k) {
+      plain.inputs[k] = strides_of(problem, problem.inputs[k].row_strides, size_bytes(problem.inputs[k].type));
+    }
+    if (problem.lengths.data != nullptr) {
+      plain.length_bytes = static_cast<int>(size_bytes(problem.lengths.type));
+      plain.lengths = strides_of(problem, problem.lengths.row_strides, plain.length_bytes);
+    }
+  }
   result.output_is_16_bit = size_bytes(problem.output.type) == 2;
-  result.input_factor = input_factor(problem);
-  result.kernel_scale = problem.scale / result.input_factor;
-  const double exponent_scale = is_forward(problem.operation) ? result.kernel_scale : 1.0;
-  result.log2e_float = ScaledLog2e<float>(exponent_scale);
-  result.log2e_double = ScaledLog2e<double>(exponent_scale);
+  result.constants_float = constants_in<float>(problem);
+  result.constants_double = constants_in<double>(problem);
   return result;
 }
 

@@ -7,49 +7,88 @@
 
 namespace masked_softmax::cuda {
 
-// Division by a divisor known before the launch, as a multiplication: n / divisor = (n * multiplier) >> (64 + shift)
-// for 0 <= n < 2^63 (Granlund and Montgomery, "Division by invariant integers using multiplication", PLDI 1994, with
-// one bit of n to spare). A 64-bit division costs a GPU over a hundred instructions.
+// Division by a divisor known before the launch, as a multiplication: n / divisor = (2n * multiplier) >> (bits + shift)
+// for n < 2^(bits - 1), where U has `bits` bits (Granlund and Montgomery, "Division by invariant integers using
+// multiplication", PLDI 1994, with one bit of n to spare). A 64-bit division costs a GPU over a hundred instructions.
+template <class U>
 struct Divisor {
-  uint64_t divisor = 1;
-  uint64_t multiplier = 0;
+  U divisor = 1;
+  U multiplier = U{1} << (std::numeric_limits<U>::digits - 1);
   unsigned shift = 0;
 };
 
-Divisor make_divisor(int64_t divisor);  // divisor >= 1
+template <class U>
+Divisor<U> make_divisor(U divisor);  // divisor >= 1
 
 // What follows from a pair of types.
 template <class input_t, class output_t>
 struct RowTypes {
   using acc_t = std::conditional_t<sizeof(input_t) == 8 || sizeof(output_t) == 8, double, float>;
-  // Of a vector: 16 bytes of the narrowest operand.
+  // Of a vector: 16 bytes of the widest operand.
   static constexpr int kElems =
-      16 / static_cast<int>(sizeof(input_t) < sizeof(output_t) ? sizeof(input_t) : sizeof(output_t));
-  static constexpr int kBlockVectors = block_vectors(kElems);
+      16 / static_cast<int>(sizeof(input_t) > sizeof(output_t) ? sizeof(input_t) : sizeof(output_t));
   // Whether exponentials take the GPU's approximate instruction: exp2.cuh.
   static constexpr bool kApproximate = sizeof(output_t) == 2 && std::is_same_v<acc_t, float>;
 };
 
+// What all rows have in common, in an accumulation type.
+template <class acc_t>
+struct RowConstants {
+  // Kernels multiply a forward pass's x by `factor` as they load it (input_factor() in common/problem.h), and then use
+  // `scale`, which is problem.scale / factor. Kernels never use problem.scale.
+  acc_t factor = 1;
+  acc_t scale = 1;
+  ScaledLog2e<acc_t> log2e{1.0};  // times `scale` in a forward pass
+  acc_t padding = 0;
+};
+
+// kAll: one launch does all of a row's reductions. The others: a launch for each reduction of a split row, and one for
+// the results; see held_rows.cuh.
+enum class Pass : uint8_t { kAll, kMaxima, kSums, kResults };
+
+// Plain rows, the common case, in 32-bit numbers: rows are found in two dimensions, each begins at a multiple of a
+// vector's size, and no `starts` are given. See are_plain() for all conditions.
+struct PlainRows {
+  struct Strides {
+    int outer = 0;  // bytes
+    int inner = 0;
+  };
+  uint32_t rows = 0;
+  Divisor<uint32_t> inner_rows;
+  Strides output;
+  Strides inputs[2];
+  Strides lengths;
+  int length_bytes = 0;  // of an integer; 0 if all rows have one length
+};
+
 struct KernelProblem {
   Problem problem;
-  Divisor row_sizes[kMaxRowDims];
-  bool output_rows_are_aligned = false;  // every row's valid columns begin at a multiple of 16 bytes
+  Divisor<uint64_t> row_sizes[kMaxRowDims];
+  PlainRows plain_rows;  // if the plan's rows are plain
   bool output_is_16_bit = false;
 
-  // Kernels multiply a forward pass's x by `input_factor` as they load it (input_factor() in common/problem.h), and
-  // then use `kernel_scale`, which is problem.scale / input_factor. Kernels never use problem.scale.
-  double input_factor = 1.0;
-  double kernel_scale = 1.0;
-  // log2(e), times kernel_scale in a forward pass, in both accumulation types.
-  ScaledLog2e<float> log2e_float{1.0};
-  ScaledLog2e<double> log2e_double{1.0};
+  RowConstants<float> constants_float;
+  RowConstants<double> constants_double;
 
   SumOrder order;
+  Pass pass = Pass::kAll;     // of a split row
   int64_t split_chunks = 1;   // the plan's
-  void* workspace = nullptr;  // see split_rows.cuh
+  void* workspace = nullptr;  // see groups.cuh
 };
 
 static_assert(sizeof(KernelProblem) <= 4096 - 64, "kernels take at most 4 KiB of arguments; 64 bytes to spare");
+
+template <class acc_t>
+MASKED_SOFTMAX_HOST_DEVICE const RowConstants<acc_t>& constants_of(const KernelProblem& kernel_problem) {
+  if constexpr (std::is_same_v<acc_t, float>) {
+    return kernel_problem.constants_float;
+  } else {
+    return kernel_problem.constants_double;
+  }
+}
+
+// Whether rows are plain, for vectors of `elems_per_vector` elements.
+bool are_plain(const Problem& problem, int elems_per_vector);
 
 KernelProblem make_kernel_problem(const Problem& problem, const LaunchPlan& plan, void* workspace);
 

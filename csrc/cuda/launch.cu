@@ -5,28 +5,38 @@
 
 namespace masked_softmax::cuda {
 
-template <class input_t, class output_t>
+template <bool kForward, class input_t, class output_t>
 Status launch_held_rows(const KernelProblem& kernel_problem, const LaunchPlan& plan, Stream stream);
 
 namespace {
 
-// The kernels of held rows, for one pair of types.
+// The kernels of held rows, for one pair of types. Null: none for the direction.
 struct TypePair {
   ElementType input;
   ElementType output;
   int elems_per_vector;
-  Status (*launch)(const KernelProblem&, const LaunchPlan&, Stream);
+  Status (*forward)(const KernelProblem&, const LaunchPlan&, Stream);
+  Status (*backward)(const KernelProblem&, const LaunchPlan&, Stream);
 };
 
-template <class input_t, class output_t>
+enum class Directions { kNone, kForward, kBackward, kBoth };
+
+template <class input_t, class output_t, Directions kDirections>
 constexpr TypePair type_pair() {
   static_assert(RowTypes<input_t, output_t>::kElems <= kMaxVectorElems, "strided rows follow the order of held ones");
-  return {ElementTraits<input_t>::kType, ElementTraits<output_t>::kType, RowTypes<input_t, output_t>::kElems,
-          launch_held_rows<input_t, output_t>};
+  TypePair pair = {ElementTraits<input_t>::kType, ElementTraits<output_t>::kType, RowTypes<input_t, output_t>::kElems,
+                   nullptr, nullptr};
+  if constexpr (kDirections == Directions::kForward || kDirections == Directions::kBoth) {
+    pair.forward = launch_held_rows<true, input_t, output_t>;
+  }
+  if constexpr (kDirections == Directions::kBackward || kDirections == Directions::kBoth) {
+    pair.backward = launch_held_rows<false, input_t, output_t>;
+  }
+  return pair;
 }
 
 constexpr TypePair kTypePairs[] = {
-#define MASKED_SOFTMAX_TYPE_PAIR(input_t, output_t) type_pair<input_t, output_t>(),
+#define MASKED_SOFTMAX_TYPE_PAIR(input_t, output_t, cuda) type_pair<input_t, output_t, Directions::cuda>(),
 #include "common/type_pairs.inc"
 #undef MASKED_SOFTMAX_TYPE_PAIR
 };
@@ -34,6 +44,7 @@ constexpr TypePair kTypePairs[] = {
 // What follows from a problem's types and scale.
 struct ProblemTypes {
   const TypePair* pair = nullptr;  // null: no kernels of held rows
+  Status (*launch_held)(const KernelProblem&, const LaunchPlan&, Stream) = nullptr;
   bool accumulates_in_double = false;
 
   explicit ProblemTypes(const Problem& problem)
@@ -43,12 +54,13 @@ struct ProblemTypes {
     }
     for (const TypePair& candidate : kTypePairs) {
       if (candidate.input == problem.inputs[0].type && candidate.output == problem.output.type) {
-        pair = &candidate;
+        launch_held = is_forward(problem.operation) ? candidate.forward : candidate.backward;
+        pair = launch_held != nullptr ? &candidate : nullptr;
       }
     }
   }
 
-  // The elements of the narrowest operand in 16 bytes. Without a type pair, those of the accumulation type.
+  // The elements of the widest operand in 16 bytes. Without a type pair, those of the accumulation type.
   int elems_per_vector() const { return pair != nullptr ? pair->elems_per_vector : accumulates_in_double ? 2 : 4; }
 };
 
@@ -87,6 +99,7 @@ LaunchPlan plan_problem(const Problem& problem, const DeviceProperties& device, 
   shape.acc_bytes = types.accumulates_in_double ? 8 : 4;
   shape.inputs = problem.input_count;
   shape.can_be_held = types.pair != nullptr && has_contiguous_columns(problem);
+  shape.is_plain = shape.can_be_held && are_plain(problem, shape.elems_per_vector);
   shape.has_unit_row_stride = has_unit_row_stride(problem);
   return plan_launch(shape, device, forced);
 }
@@ -95,7 +108,7 @@ Status launch_problem(const Problem& problem, const LaunchPlan& plan, void* work
   const KernelProblem kernel_problem = make_kernel_problem(problem, plan, workspace);
   const ProblemTypes types(problem);
   if (holds_rows(plan.strategy)) {
-    return types.pair->launch(kernel_problem, plan, stream);
+    return types.launch_held(kernel_problem, plan, stream);
   }
   return types.accumulates_in_double ? launch_any_rows<double>(kernel_problem, plan, stream)
                                      : launch_any_rows<float>(kernel_problem, plan, stream);

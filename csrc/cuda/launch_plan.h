@@ -67,16 +67,18 @@ auto visit_strategy(Strategy strategy, const Visitor& visit) {
 
 struct DeviceProperties {
   bool has_clusters = false;  // compute capability 9.0 and later
+  int sm_count = 0;           // 0: unknown
 };
 
 // All that a plan depends on.
 struct RowShape {
   int64_t rows = 0;
   int64_t cols = 0;                  // upper bound of the lengths
-  int elems_per_vector = 4;          // elements of the narrowest operand in 16 bytes
+  int elems_per_vector = 4;          // elements of the widest operand in 16 bytes
   int acc_bytes = 4;                 // of the accumulation type
-  int inputs = 1;                    // operands that a thread holds
+  int inputs = 1;
   bool can_be_held = false;          // contiguous columns, and a pair of type_pairs.inc; whatever the size
+  bool is_plain = false;             // can be held, and are_plain() in kernel_problem.h
   bool has_unit_row_stride = false;  // the row stride is 1: elements of one column are adjacent in memory
 };
 
@@ -98,6 +100,7 @@ struct SumOrder {
 struct LaunchPlan {
   Strategy strategy = Strategy::kAutomatic;
   SumOrder order;
+  bool is_plain = false;  // for kLanes and kBlock: the kernels of plain_rows.cuh
   unsigned blocks = 0;
   unsigned threads_per_block = 0;
   unsigned cluster_size = 1;
@@ -112,27 +115,40 @@ struct LaunchPlan {
 constexpr int kPartialWords = 4;
 
 constexpr int kWarpThreads = 32;
-constexpr int kMaxBlockThreads = 1024;
+constexpr int kMaxBlockThreads = 512;  // two blocks fit an SM, so that one loads while the other computes
 constexpr int64_t kMaxBlocks = 0x7fffffff;
 constexpr unsigned kMaxClusterBlocks = 8;  // portable: every device with clusters supports it
 constexpr int kLanesThreads = 128;         // of a block, per strategy
 constexpr int kSplitThreads = 512;
 constexpr int kStridedThreads = 256;
 
-// Lanes per row and vectors per lane, in the order in which they are tried: the first that holds the row is taken.
+// Of all operands of held rows, in a thread's registers. A multiple of every vector's size.
+constexpr int kMaxThreadElems = 32;
+
+constexpr int max_thread_elems(int inputs) { return inputs == 1 ? kMaxThreadElems : kMaxThreadElems / 2; }
+
+// Lanes per row, and elements per lane, in the order in which they are tried: the first that holds the row is taken.
+// The last one's elements are divided among the inputs.
 struct LanesStep {
   int threads_per_row;
-  int vectors;
+  int elems_per_thread;
 };
-constexpr LanesStep kLanesSteps[] = {{8, 1}, {8, 2}, {32, 1}, {32, 2}, {32, 4}, {32, 8}};
+constexpr LanesStep kLanesSteps[] = {{1, 8}, {8, 8}, {32, 8}, {32, kMaxThreadElems}};
 
-// A lane's registers for a row's values. It has up to 128, by the launch bounds of lanes_per_row (held_rows.cuh); the
-// others are for addresses and intermediate values.
-constexpr int kMaxValueRegisters = 32;
+constexpr LanesStep lanes_step(size_t step, int inputs) {
+  const LanesStep lanes = kLanesSteps[step];
+  const int max_elems = max_thread_elems(inputs);
+  return {lanes.threads_per_row, lanes.elems_per_thread < max_elems ? lanes.elems_per_thread : max_elems};
+}
 
-// Vectors per thread of a block, which has 64 registers if it has 1024 threads: 16 values of each operand. Of float64,
-// 4 values, because intermediate values take twice the registers too.
-constexpr int block_vectors(int elems_per_vector) { return elems_per_vector == 4 ? 4 : 2; }
+// Plain rows that a group of lanes takes at a time, so that the loads of all are in flight together.
+constexpr int rows_per_group(int elems_per_thread, int inputs) {
+  const int rows = 16 / (elems_per_thread * inputs);
+  return rows > 1 ? rows : 1;
+}
+
+// Threads of plain rows on an SM: as many as have the registers for their elements.
+constexpr int plain_threads_per_sm(int elems_per_thread) { return elems_per_thread <= 8 ? 896 : 640; }
 
 constexpr int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -140,18 +156,17 @@ constexpr unsigned limited_blocks(int64_t blocks) {
   return static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
 }
 
-constexpr bool lanes_hold(const LanesStep& step, const RowShape& shape) {
-  const int registers = step.vectors * shape.elems_per_vector * shape.inputs * (shape.acc_bytes / 4);
-  return registers <= kMaxValueRegisters &&
-         int64_t{step.threads_per_row} * step.vectors * shape.elems_per_vector >= shape.cols;
+// The blocks that run at once on the device, or `blocks` if it is less.
+constexpr unsigned persistent_blocks(int64_t blocks, int block_threads, int elems_per_thread,
+                                     const DeviceProperties& device) {
+  const int64_t resident = int64_t{device.sm_count} * (plain_threads_per_sm(elems_per_thread) / block_threads);
+  return limited_blocks(resident > 0 && resident < blocks ? resident : blocks);
 }
 
 // The blocks of a cluster that hold a row: a power of two.
 constexpr unsigned cluster_size_for(const RowShape& shape) {
-  const int64_t block_elems =
-      int64_t{kMaxBlockThreads} * block_vectors(shape.elems_per_vector) * shape.elems_per_vector;
   unsigned size = 2;
-  while (size < kMaxClusterBlocks && shape.cols > size * block_elems) {
+  while (size < kMaxClusterBlocks && shape.cols > int64_t{size} * kMaxBlockThreads * max_thread_elems(shape.inputs)) {
     size *= 2;
   }
   return size;
@@ -160,13 +175,14 @@ constexpr unsigned cluster_size_for(const RowShape& shape) {
 // The order in which a strategy that holds rows sums them, if it can hold rows of this size.
 constexpr SumOrder order_of(Strategy strategy, const RowShape& shape, const DeviceProperties& device) {
   const int elems = shape.elems_per_vector;
-  const int held = block_vectors(elems);
+  const int held = max_thread_elems(shape.inputs) / elems;
   const int64_t vectors = ceil_divide(shape.cols, elems);
   switch (strategy) {
     case Strategy::kLanes:
-      for (const LanesStep& step : kLanesSteps) {
-        if (lanes_hold(step, shape)) {
-          return {step.threads_per_row, step.vectors, elems};
+      for (size_t step = 0; step < sizeof(kLanesSteps) / sizeof(kLanesSteps[0]); ++step) {
+        const LanesStep lanes = lanes_step(step, shape.inputs);
+        if (lanes.threads_per_row * lanes.elems_per_thread >= shape.cols) {
+          return {lanes.threads_per_row, lanes.elems_per_thread / elems, elems};
         }
       }
       return {};
@@ -189,18 +205,28 @@ constexpr SumOrder order_of(Strategy strategy, const RowShape& shape, const Devi
 }
 
 // How a strategy carries out an order.
-constexpr LaunchPlan plan_strategy(Strategy strategy, const SumOrder& order, const RowShape& shape) {
+constexpr LaunchPlan plan_strategy(Strategy strategy, const SumOrder& order, const RowShape& shape,
+                                   const DeviceProperties& device) {
   LaunchPlan plan;
   plan.strategy = strategy;
   plan.order = order;
   plan.threads_per_block = static_cast<unsigned>(order.threads);
+  const int elems_per_thread = order.vectors * order.elems;
+  plan.is_plain = shape.is_plain && (strategy == Strategy::kLanes || strategy == Strategy::kBlock);
   switch (strategy) {
     case Strategy::kAutomatic: break;
-    case Strategy::kLanes:
+    case Strategy::kLanes: {
+      const int rows = plan.is_plain ? rows_per_group(elems_per_thread, shape.inputs) : 1;
+      const int64_t blocks = ceil_divide(shape.rows, kLanesThreads / order.threads * rows);
       plan.threads_per_block = kLanesThreads;
-      plan.blocks = limited_blocks(ceil_divide(shape.rows, kLanesThreads / order.threads));
+      plan.blocks = plan.is_plain ? persistent_blocks(blocks, kLanesThreads, elems_per_thread, device)
+                                  : limited_blocks(blocks);
       break;
-    case Strategy::kBlock: plan.blocks = limited_blocks(shape.rows); break;
+    }
+    case Strategy::kBlock:
+      plan.blocks = plan.is_plain ? persistent_blocks(shape.rows, order.threads, elems_per_thread, device)
+                                  : limited_blocks(shape.rows);
+      break;
     case Strategy::kCluster:
       plan.cluster_size = cluster_size_for(shape);
       plan.blocks = static_cast<unsigned>(shape.rows) * plan.cluster_size;
@@ -215,7 +241,9 @@ constexpr LaunchPlan plan_strategy(Strategy strategy, const SumOrder& order, con
       plan.blocks = limited_blocks(ceil_divide(shape.rows, kWarpThreads));
       break;
     case Strategy::kStrided: {
-      const int rows_per_block = order.threads <= kWarpThreads ? kStridedThreads / order.threads : 1;
+      const int rows_per_block = order.threads <= 8              ? kStridedThreads / 8
+                                 : order.threads <= kWarpThreads ? kStridedThreads / kWarpThreads
+                                                                 : 1;
       plan.threads_per_block = kStridedThreads;
       plan.blocks = limited_blocks(ceil_divide(shape.rows, rows_per_block));
       break;
@@ -260,11 +288,11 @@ constexpr LaunchPlan plan_launch(const RowShape& shape, const DeviceProperties& 
   }
   if (forced != Strategy::kAutomatic) {
     const Strategy strategy = holds_rows(forced) && !can_compute(forced, shape) ? Strategy::kStrided : forced;
-    return can_compute(strategy, shape) ? plan_strategy(strategy, order, shape) : LaunchPlan{};
+    return can_compute(strategy, shape) ? plan_strategy(strategy, order, shape, device) : LaunchPlan{};
   }
   for (Strategy strategy : kStrategies) {
     if ((strategy == holding || !holds_rows(strategy)) && can_compute(strategy, shape)) {
-      return plan_strategy(strategy, order, shape);
+      return plan_strategy(strategy, order, shape, device);
     }
   }
   return {};

@@ -7,6 +7,7 @@
 namespace masked_softmax::cuda {
 
 struct Row {
+  bool exists;
   int64_t output_offset;  // of column 0, in elements
   int64_t input_offsets[kMaxInputs];
   int64_t start;
@@ -25,29 +26,43 @@ MASKED_SOFTMAX_DEVICE int64_t load_row_index(const RowIndex& bounds, int64_t off
   return value;
 }
 
-MASKED_SOFTMAX_DEVICE uint64_t divide(uint64_t n, const Divisor& by) {
-  return by.divisor == 1 ? n : multiply_high(n, by.multiplier) >> by.shift;
+template <class T>
+MASKED_SOFTMAX_DEVICE T* add_bytes(T* p, int64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + bytes);
 }
 
-// Row `row_number` of the problem, with the offsets of its first kInputs inputs.
+template <class U>
+MASKED_SOFTMAX_DEVICE U divide(U n, const Divisor<U>& by) {
+  return multiply_high(2 * n, by.multiplier) >> by.shift;
+}
+
+// Row `row_number` of the problem, with the offsets of its first kInputs inputs; an empty row if the number is past the
+// last one.
 template <int kInputs>
 MASKED_SOFTMAX_DEVICE Row find_row(const KernelProblem& kernel_problem, int64_t row_number) {
   const Problem& problem = kernel_problem.problem;
   Row row = {};
+  if (row_number >= problem.rows) {
+    return row;
+  }
   int64_t length_offset = 0;
   int64_t start_offset = 0;
   auto rest = static_cast<uint64_t>(row_number);
+  MASKED_SOFTMAX_NO_UNROLL
   for (int dim = problem.row_ndim - 1; dim >= 0; --dim) {
     const uint64_t outer = dim == 0 ? 0 : divide(rest, kernel_problem.row_sizes[dim]);
     const auto position = static_cast<int64_t>(rest - outer * kernel_problem.row_sizes[dim].divisor);
     rest = outer;
     row.output_offset += position * problem.output.row_strides[dim];
+    MASKED_SOFTMAX_UNROLL
     for (int k = 0; k < kInputs; ++k) {
       row.input_offsets[k] += position * problem.inputs[k].row_strides[dim];
     }
     length_offset += position * problem.lengths.row_strides[dim];
     start_offset += position * problem.starts.row_strides[dim];
   }
+  row.exists = true;
   row.start = load_row_index(problem.starts, start_offset);
   row.length = load_row_index(problem.lengths, length_offset);
   // A packed row may be longer than the caller's upper bound of the lengths, for which the kernels were chosen.
@@ -61,8 +76,44 @@ MASKED_SOFTMAX_DEVICE Row find_row(const KernelProblem& kernel_problem, int64_t 
 
 // The value of padding. All of an invalid row is padding, and is NaN.
 template <class acc_t>
-MASKED_SOFTMAX_DEVICE acc_t padding_of(const Problem& problem, const Row& row) {
-  return row.is_valid ? static_cast<acc_t>(padding_value(problem.operation)) : std::numeric_limits<acc_t>::quiet_NaN();
+MASKED_SOFTMAX_DEVICE acc_t padding_of(const KernelProblem& kernel_problem, bool is_valid) {
+  return is_valid ? constants_of<acc_t>(kernel_problem).padding : std::numeric_limits<acc_t>::quiet_NaN();
 }
+
+// In place of the length of a plain row: its bounds are not valid; its number is past the last one.
+constexpr int kInvalidLength = -1;
+constexpr int kNoRow = -2;
+
+// A plain row (kernel_problem.h). One past the last stands for row 0, with kNoRow as its length.
+struct PlainRow {
+  uint32_t outer;
+  uint32_t inner;
+  int length;
+
+  PlainRow() = default;
+  MASKED_SOFTMAX_DEVICE PlainRow(const KernelProblem& kernel_problem, uint32_t row_number) {
+    const PlainRows& plain = kernel_problem.plain_rows;
+    const bool exists = row_number < plain.rows;
+    row_number = exists ? row_number : 0;
+    outer = divide(row_number, plain.inner_rows);
+    inner = row_number - outer * plain.inner_rows.divisor;
+    const RowIndex& lengths = kernel_problem.problem.lengths;
+    int64_t value = lengths.value;
+    if (plain.length_bytes == 8) {
+      value = *at(in_device_memory(static_cast<const int64_t*>(lengths.data)), plain.lengths);
+    } else if (plain.length_bytes == 4) {
+      value = *at(in_device_memory(static_cast<const int32_t*>(lengths.data)), plain.lengths);
+    }
+    const bool is_valid = static_cast<uint64_t>(value) <= static_cast<uint64_t>(kernel_problem.problem.cols);
+    length = !exists ? kNoRow : is_valid ? static_cast<int>(value) : kInvalidLength;
+  }
+
+  // The row's part of the memory at `data`.
+  template <class T>
+  MASKED_SOFTMAX_DEVICE T* at(T* data, const PlainRows::Strides& strides) const {
+    return add_bytes(data, int64_t{strides.outer} * static_cast<int>(outer) +
+                               int64_t{strides.inner} * static_cast<int>(inner));
+  }
+};
 
 }  // namespace masked_softmax::cuda

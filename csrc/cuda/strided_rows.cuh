@@ -68,10 +68,9 @@ class StridedRow {
       : group_(group),
         problem_(kernel_problem.problem),
         order_(kernel_problem.order),
-        scaling_(kernel_problem),
+        constants_(constants_of<acc_t>(kernel_problem)),
         is_approximate_(std::is_same_v<acc_t, float> && kernel_problem.output_is_16_bit),
-        exists_(row_number < kernel_problem.problem.rows),
-        row_(exists_ ? find_row<kMaxInputs>(kernel_problem, row_number) : Row{}) {}
+        row_(find_row<kMaxInputs>(kernel_problem, row_number)) {}
 
   MASKED_SOFTMAX_DEVICE void compute() const {
     if (is_forward(problem_.operation)) {
@@ -79,7 +78,7 @@ class StridedRow {
     } else {
       derivative();
     }
-    if (exists_ && !problem_.packing.is_packed) {
+    if (row_.exists && !problem_.packing.is_packed) {
       fill_padding();
     }
   }
@@ -112,13 +111,20 @@ class StridedRow {
     }
   }
 
+  template <class Partial>
+  MASKED_SOFTMAX_DEVICE Partial reduced(const Partial& partial) const {
+    Partial partials[1] = {partial};
+    group_.reduce(partials);
+    return partials[0];
+  }
+
   // The sum over the valid columns. compute_terms(first, count, terms) sets the first `count` terms; the others are
   // zeros. All threads of a block run equally many iterations, whatever their rows.
   template <class ComputeTerms>
   MASKED_SOFTMAX_DEVICE acc_t sum(const ComputeTerms& compute_terms) const {
     Sum<acc_t> sum;
     for (int64_t chunk_begin = 0; chunk_begin < problem_.longest(); chunk_begin += order_.chunk_elems()) {
-      sum.combine(group_.reduce(partial_of_chunk(chunk_begin, compute_terms)));
+      sum.combine(reduced(partial_of_chunk(chunk_begin, compute_terms)));
       group_.sync();
     }
     return sum.value();
@@ -153,12 +159,8 @@ class StridedRow {
     return count;
   }
 
-  MASKED_SOFTMAX_DEVICE acc_t exp_of(const Distance<acc_t>& distance) const {
-    return is_approximate_ ? exp_of_distance<kCanApproximate>(distance, scaling_)
-                           : exp_of_distance<false>(distance, scaling_);
-  }
   MASKED_SOFTMAX_DEVICE acc_t exp_of(acc_t y) const {
-    return is_approximate_ ? exp_of_log<kCanApproximate>(y, scaling_) : exp_of_log<false>(y, scaling_);
+    return is_approximate_ ? exp_of_log<kCanApproximate>(y, constants_) : exp_of_log<false>(y, constants_);
   }
 
   // Calls visit(OperationConstant<operation>()) with the problem's operation, in a forward pass or in a derivative.
@@ -179,69 +181,66 @@ class StridedRow {
       MASKED_SOFTMAX_UNROLL
       for (int i = 0; i < kMaxVectorElems; ++i) {
         if (i < count) {
-          max.add(x[i] * scaling_.factor);
+          max.add(x[i] * constants_.factor);
         }
       }
     });
-    const acc_t row_max = group_.reduce(max).value();
+    const acc_t row_max = reduced(max).value();
+    visit_own_operation<true>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA { finish(operation, row_max); });
+  }
 
-    Count<acc_t> max_count;
-    const acc_t total = sum([&](int64_t first, int count, Values& terms) MASKED_SOFTMAX_DEVICE_LAMBDA {
+  MASKED_SOFTMAX_DEVICE void finish(OperationConstant<Operation::kSoftmax>, acc_t row_max) const {
+    if (is_approximate_) {
+      finish_softmax(SoftmaxExponential<kCanApproximate, acc_t>(constants_, row_max, row_.length == 1));
+    } else {
+      finish_softmax(SoftmaxExponential<false, acc_t>(constants_, row_max, row_.length == 1));
+    }
+  }
+
+  template <class Exponential>
+  MASKED_SOFTMAX_DEVICE void finish_softmax(const Exponential& exponential) const {
+    const acc_t reciprocal = 1 / sum([&](int64_t first, int count, Values& terms) MASKED_SOFTMAX_DEVICE_LAMBDA {
       Values x;
       load(0, first, count, x);
-      visit_own_operation<true>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
-        MASKED_SOFTMAX_UNROLL
-        for (int i = 0; i < kMaxVectorElems; ++i) {
-          if (i < count) {
-            const Distance<acc_t> distance(x[i] * scaling_.factor, row_max);
-            terms[i] = forward_term<decltype(operation)::value>(distance, max_count);
-          }
-        }
-      });
-    });
-    acc_t normalizer = 0;  // log_softmax: log(sum), from the biased rest in `total`; softmax: 1 / sum
-    visit_own_operation<true>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
-      if constexpr (decltype(operation)::value == Operation::kLogSoftmax) {
-        normalizer = log_of_sum(total, group_.reduce(max_count).value());
-      } else {
-        static_assert(decltype(operation)::value == Operation::kSoftmax, "no other forward operation is known");
-        normalizer = 1 / total;
+      MASKED_SOFTMAX_UNROLL
+      for (int i = 0; i < kMaxVectorElems; ++i) {
+        terms[i] = i < count ? exponential(x[i] * constants_.factor) : acc_t{0};
       }
     });
     for_each_vector([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
       Values x;
       load(0, first, count, x);
-      visit_own_operation<true>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
-        MASKED_SOFTMAX_UNROLL
-        for (int i = 0; i < kMaxVectorElems; ++i) {
-          const Distance<acc_t> distance(x[i] * scaling_.factor, row_max);
-          x[i] = forward_result<decltype(operation)::value>(distance, normalizer);
-        }
-      });
+      MASKED_SOFTMAX_UNROLL
+      for (int i = 0; i < kMaxVectorElems; ++i) {
+        x[i] = exponential(x[i] * constants_.factor) * reciprocal;
+      }
       store(first, count, x);
     });
   }
 
-  // Not shared with ForwardRow (held_rows.cuh), which has the same expressions: with shared functions, these kernels
-  // take other registers.
-  template <Operation kOperation>
-  MASKED_SOFTMAX_DEVICE acc_t forward_term(const Distance<acc_t>& distance, Count<acc_t>& max_count) const {
-    if constexpr (kOperation == Operation::kLogSoftmax) {
-      max_count.add(distance.t == 0 ? acc_t{1} : acc_t{0});
-      return distance.t != 0 ? rest_term(distance, scaling_) : acc_t{0};
-    } else {
-      static_assert(kOperation == Operation::kSoftmax, "no other forward operation is known");
-      return exp_of(distance);
-    }
-  }
-  template <Operation kOperation>
-  MASKED_SOFTMAX_DEVICE acc_t forward_result(const Distance<acc_t>& distance, acc_t normalizer) const {
-    if constexpr (kOperation == Operation::kLogSoftmax) {
-      return distance.t * scaling_.scale - normalizer;
-    } else {
-      static_assert(kOperation == Operation::kSoftmax, "no other forward operation is known");
-      return exp_of(distance) * normalizer;
-    }
+  MASKED_SOFTMAX_DEVICE void finish(OperationConstant<Operation::kLogSoftmax>, acc_t row_max) const {
+    const LogSum<acc_t> terms_of(constants_, row_max, row_.length == 1);
+    Count<acc_t> max_count;
+    const acc_t rest = sum([&](int64_t first, int count, Values& terms) MASKED_SOFTMAX_DEVICE_LAMBDA {
+      Values x;
+      load(0, first, count, x);
+      MASKED_SOFTMAX_UNROLL
+      for (int i = 0; i < kMaxVectorElems; ++i) {
+        if (i < count) {
+          terms[i] = terms_of.rest_term(x[i] * constants_.factor, max_count);
+        }
+      }
+    });
+    const acc_t log_sum = terms_of.value(rest, reduced(max_count).value());
+    for_each_vector([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
+      Values x;
+      load(0, first, count, x);
+      MASKED_SOFTMAX_UNROLL
+      for (int i = 0; i < kMaxVectorElems; ++i) {
+        x[i] = fused_multiply_add(x[i] * constants_.factor - row_max, constants_.scale, -log_sum);
+      }
+      store(first, count, x);
+    });
   }
 
   // Calls visit(formula, i, in) for the vector's elements, with the inputs of each in the order of operations.inc.
@@ -290,7 +289,7 @@ class StridedRow {
     for_each_vector([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
       Values results;
       for_each_input(first, count, [&](auto formula, int i, const acc_t* in) MASKED_SOFTMAX_DEVICE_LAMBDA {
-        results[i] = decltype(formula)::result(in, sums, scaling_.scale, exp);
+        results[i] = decltype(formula)::result(in, sums, constants_.scale, exp);
       });
       store(first, count, results);
     });
@@ -300,7 +299,7 @@ class StridedRow {
     Values padding;
     MASKED_SOFTMAX_UNROLL
     for (int i = 0; i < kMaxVectorElems; ++i) {
-      padding[i] = padding_of<acc_t>(problem_, row_);
+      padding[i] = row_.is_valid ? constants_.padding : std::numeric_limits<acc_t>::quiet_NaN();
     }
     for (int64_t col = group_.thread(); col < problem_.cols; col += group_.threads()) {
       if (col < row_.start || col >= row_.start + row_.length) {
@@ -312,9 +311,8 @@ class StridedRow {
   const Group& group_;
   const Problem& problem_;
   const SumOrder& order_;
-  const Scaling<acc_t> scaling_;
+  const RowConstants<acc_t>& constants_;
   const bool is_approximate_;  // RowTypes::kApproximate, for types known at run time
-  const bool exists_;
   const Row row_;
 };
 
@@ -364,8 +362,8 @@ Status launch_strategy(StrategyConstant<Strategy::kColumn>, const KernelProblem&
 template <class acc_t>
 Status launch_strategy(StrategyConstant<Strategy::kStrided>, const KernelProblem& kernel_problem,
                        const LaunchPlan& plan, Stream stream) {
-  static_assert(kLanesSteps[0].threads_per_row == 8, "lanes are 8 or a warp");
   switch (plan.order.threads) {
+    case 1:
     case 8: return launch(strided_lanes<acc_t, 8>, plan, stream, kernel_problem);
     case kWarpThreads: return launch(strided_lanes<acc_t, kWarpThreads>, plan, stream, kernel_problem);
     default: return launch(strided_rows<acc_t>, plan, stream, kernel_problem);

@@ -51,7 +51,7 @@ STRATEGIES = {name: rows == "kHeld" for _, name, rows in read_table("cuda/strate
 ELEMENT_TYPES = [getattr(torch, name) for _, name, *_ in read_table("common/element_types.inc")]
 TYPE_PAIRS = [
     (C_TYPES[input_t], C_TYPES[output_t])
-    for input_t, output_t in read_table("common/type_pairs.inc")
+    for input_t, output_t, _ in read_table("common/type_pairs.inc")
 ]
 
 

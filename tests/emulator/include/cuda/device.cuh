@@ -20,6 +20,7 @@
 #define MASKED_SOFTMAX_SHARED(T, name, count) \
   T(&name)[count] = *static_cast<T(*)[count]>(simt::shared_array([] {}, sizeof(T) * (count), alignof(T)))
 #define MASKED_SOFTMAX_UNROLL
+#define MASKED_SOFTMAX_NO_UNROLL
 #define MASKED_SOFTMAX_HAS_CLUSTERS 1
 
 namespace masked_softmax::cuda {
@@ -32,12 +33,12 @@ inline unsigned grid_blocks() { return simt::this_thread().grid_blocks; }
 inline void sync_block(simt::Location location = simt::Location::current()) { simt::sync_block(location); }
 
 template <class T>
-T shuffle_xor(T value, unsigned lane_mask, unsigned width, simt::Location location = simt::Location::current()) {
-  return simt::shuffle_xor(0xffffffffu, value, lane_mask, width, location);
+T shuffle_xor(T value, unsigned lane_mask, simt::Location location = simt::Location::current()) {
+  return simt::shuffle_xor(0xffffffffu, value, lane_mask, 32, location);
 }
 template <class T>
-T shuffle_up(T value, unsigned distance, unsigned width, simt::Location location = simt::Location::current()) {
-  return simt::shuffle_up(0xffffffffu, value, distance, width, location);
+T shuffle_up(T value, unsigned distance, simt::Location location = simt::Location::current()) {
+  return simt::shuffle_up(0xffffffffu, value, distance, 32, location);
 }
 
 template <class T>
@@ -45,17 +46,20 @@ T* in_device_memory(T* p) {
   return p;
 }
 
-template <class Bits>
-Bits load16(const void* p) {
-  simt::check_load(p, 16);
-  Bits bits;
-  std::memcpy(&bits, p, 16);
-  return bits;
+template <class V>
+V load_vector_if(bool condition, const void* p, V otherwise) {
+  if (condition) {
+    simt::check_load(p, sizeof(V));
+    std::memcpy(&otherwise, p, sizeof(V));
+  }
+  return otherwise;
 }
-template <class Bits>
-void store16(void* p, const Bits& bits) {
-  simt::check_store(p, 16);
-  std::memcpy(p, &bits, 16);
+template <class V>
+void store_vector_if(bool condition, void* p, const V& vector) {
+  if (condition) {
+    simt::check_store(p, sizeof(V));
+    std::memcpy(p, &vector, sizeof(V));
+  }
 }
 
 inline uint32_t funnel_shift_right(uint32_t low, uint32_t high, unsigned bits) {
@@ -65,13 +69,20 @@ inline uint64_t multiply_high(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
 }
 
+inline uint32_t multiply_high(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
+
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline double fused_multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
 inline float larger(float a, float b) { return std::fmax(a, b); }
 inline double larger(double a, double b) { return std::fmax(a, b); }
 inline float log_one_plus(float a) { return std::log1p(a); }
 inline double log_one_plus(double a) { return std::log1p(a); }
-inline float exp2_approximate(float a) { return std::exp2(a); }
+inline float select(bool condition, float a, float b) { return condition ? a : b; }
+inline double select(bool condition, double a, double b) { return condition ? a : b; }
+inline float exp2_approximate(float a) {
+  const float power = std::exp2(a);
+  return power < std::numeric_limits<float>::min() ? 0.0f : power;
+}
 inline uint32_t float_bits(float a) { return bit_cast<uint32_t>(a); }
 inline float bits_float(uint32_t a) { return bit_cast<float>(a); }
 inline uint64_t float_bits(double a) { return bit_cast<uint64_t>(a); }
@@ -95,6 +106,8 @@ __attribute__((always_inline)) inline T narrow(acc_t value) {
 inline unsigned cluster_rank() { return simt::this_thread().cluster_rank; }
 inline unsigned cluster_size() { return simt::this_thread().cluster_size; }
 inline void sync_cluster(simt::Location location = simt::Location::current()) { simt::sync_cluster(location); }
+inline void arrive_at_cluster() {}
+inline void wait_for_cluster(simt::Location location = simt::Location::current()) { simt::sync_cluster(location); }
 template <class T>
 T load_from_block(const T* shared, unsigned rank) {
   return *static_cast<const T*>(simt::shared_of_block(shared, rank));

@@ -1,3 +1,0 @@
-#include "cuda/launch_held_rows.cuh"
-
-MASKED_SOFTMAX_INSTANTIATE(double, double)
