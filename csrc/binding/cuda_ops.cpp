@@ -17,6 +17,7 @@
 #include "binding/cuda_ops.h"
 #include "binding/device_ops.h"
 #include "binding/make_problem.h"
+#include "cuda/device_properties.h"
 #include "cuda/launch.h"
 
 namespace masked_softmax {
@@ -24,18 +25,6 @@ namespace {
 
 std::atomic<cuda::Strategy> forced_strategy{cuda::Strategy::kAutomatic};  // kAutomatic: none is forced
 std::atomic<cuda::Strategy> last_strategy{cuda::Strategy::kAutomatic};    // kAutomatic: no call yet
-
-int device_attribute(cudaDeviceAttr attribute, c10::DeviceIndex device) {
-  int value = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
-  return value;
-}
-
-cuda::DeviceProperties device_properties(c10::DeviceIndex device) {
-  cuda::DeviceProperties properties;
-  properties.has_clusters = device_attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9;
-  return properties;
-}
 
 // On copies in host memory.
 void check_bounds_on_host(Operation operation, const at::Tensor& output,
@@ -97,7 +86,9 @@ struct Cuda {
       return;
     }
     const cuda::Strategy forced = forced_strategy.load(std::memory_order_relaxed);
-    const cuda::LaunchPlan plan = cuda::plan_problem(problem, device_properties(output.device().index()), forced);
+    cuda::DeviceProperties device;
+    C10_CUDA_CHECK(cuda::get_device_properties(device));
+    const cuda::LaunchPlan plan = cuda::plan_problem(problem, device, forced);
     TORCH_CHECK_VALUE(plan.is_valid(), arguments.name, "(): the strategy '", cuda::strategy_name(forced),
                       "' is forced, but it cannot compute rows like these");
     last_strategy.store(plan.strategy, std::memory_order_relaxed);

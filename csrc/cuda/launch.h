@@ -3,6 +3,7 @@
 //   launch.cu                   the choice of kernels by strategy and types
 //   strategies.inc              the table of strategies
 //   launch_plan.h               strategy, grid and block from a row's size, and the order of its sums
+//   device_properties.h         what the plan must know of the device
 //   kernel_problem.h            a kernel's argument
 //   held_*.cu                   the kernels of held rows for one type pair, by launch_held_rows.cuh
 //   held_rows.cuh               held rows, which threads hold in registers: lanes, block, cluster

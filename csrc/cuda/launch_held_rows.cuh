@@ -24,10 +24,18 @@ Status launch_held_rows(const KernelProblem& kernel_problem, const LaunchPlan& p
              : launch_direction<false, input_t, output_t>(kernel_problem, plan, stream);
 }
 
+// What the runtime reports of this pair's cluster kernels.
+template <class input_t, class output_t>
+Status query_clusters(ClusterSupport& support) {
+  return query_cluster_kernel(cluster_per_row<true, input_t, output_t, RowTypes<input_t, output_t>::kBlockVectors>,
+                              largest_cluster_plan(), support);
+}
+
 }  // namespace masked_softmax::cuda
 
 // The contents of a pair's source file.
 #define MASKED_SOFTMAX_INSTANTIATE(input_t, output_t)                                                   \
   namespace masked_softmax::cuda {                                                                      \
   template Status launch_held_rows<input_t, output_t>(const KernelProblem&, const LaunchPlan&, Stream); \
+  template Status query_clusters<input_t, output_t>(ClusterSupport&);                                   \
   }

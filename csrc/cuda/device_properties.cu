@@ -1,0 +1,39 @@
+#include "cuda/device_properties.h"
+
+#include <map>
+#include <mutex>
+
+#include "cuda/device.cuh"
+
+namespace masked_softmax::cuda {
+
+// Defined for each pair of types in launch_held_rows.cuh.
+template <class input_t, class output_t>
+Status query_clusters(ClusterSupport& support);
+
+Status get_device_properties(DeviceProperties& properties) {
+  static std::mutex mutex;
+  static std::map<int, DeviceProperties> known;  // by device
+
+  int device = 0;
+  Status status = current_device(device);
+  if (status != kSuccess) {
+    return status;
+  }
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end()) {
+    properties = found->second;
+    return kSuccess;
+  }
+  // All pairs' kernels are compiled for the same architectures, with the same launch bounds.
+  ClusterSupport support;
+  status = query_clusters<float, float>(support);
+  if (status == kSuccess) {  // an error may be a passing one
+    properties.has_clusters = has_clusters(support);
+    known.emplace(device, properties);
+  }
+  return status;
+}
+
+}  // namespace masked_softmax::cuda
