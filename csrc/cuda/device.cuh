@@ -39,6 +39,8 @@ MASKED_SOFTMAX_DEVICE unsigned block_index() { return blockIdx.x; }
 MASKED_SOFTMAX_DEVICE unsigned grid_blocks() { return gridDim.x; }
 
 MASKED_SOFTMAX_DEVICE void sync_block() { __syncthreads(); }
+// A barrier too. Returns whether `predicate` is true for any of the block's threads.
+MASKED_SOFTMAX_DEVICE bool any_in_block(bool predicate) { return __syncthreads_or(predicate) != 0; }
 
 // Precondition: every lane of the warp calls. Values move within groups of `width` lanes.
 template <class T>

@@ -11,10 +11,14 @@ namespace masked_softmax::cuda {
 template <class input_t, class output_t>
 Status query_clusters(ClusterSupport& support);
 
-Status get_device_properties(DeviceProperties& properties) {
-  static std::mutex mutex;
-  static std::map<int, DeviceProperties> known;  // by device
+namespace {
 
+std::mutex mutex;
+std::map<int, DeviceProperties> known;  // by device
+
+}  // namespace
+
+Status get_device_properties(DeviceProperties& properties) {
   int device = 0;
   Status status = current_device(device);
   if (status != kSuccess) {

@@ -9,6 +9,7 @@
 //   held_rows.cuh               held rows, which threads hold in registers: lanes, block, cluster
 //   split_rows.cuh              held rows, a chunk of a row in each of several blocks: split
 //   strided_rows.cuh            rows of any types and layout: column, strided
+//   packed_gaps.cuh             NaN in the elements that no packed row covers
 //   groups.cuh, row.cuh         threads that share a row; where a row lies
 //   exp2.cuh                    exponentials
 //   vector_access.cuh           16-byte accesses
@@ -25,7 +26,7 @@ namespace masked_softmax::cuda {
 LaunchPlan plan_problem(const Problem& problem, const DeviceProperties& device, Strategy forced);
 
 // Enqueues the kernels and returns. Preconditions: the plan is valid; problem.rows and problem.cols are at least 1;
-// `workspace` is device memory of plan.workspace_bytes, aligned to 16 bytes.
+// `workspace` is device memory of plan.workspace_bytes, aligned to 16 bytes; the output of packed rows is contiguous.
 Status launch_problem(const Problem& problem, const LaunchPlan& plan, void* workspace, Stream stream);
 
 }  // namespace masked_softmax::cuda

@@ -31,6 +31,17 @@ inline unsigned block_index() { return simt::this_thread().block; }
 inline unsigned grid_blocks() { return simt::this_thread().grid_blocks; }
 
 inline void sync_block(simt::Location location = simt::Location::current()) { simt::sync_block(location); }
+inline bool any_in_block(bool predicate, simt::Location location = simt::Location::current()) {
+  MASKED_SOFTMAX_SHARED(bool, predicates, kMaxBlockThreads);
+  predicates[thread_index()] = predicate;
+  simt::sync_block(location);
+  bool is_any = false;
+  for (unsigned thread = 0; thread < block_threads(); ++thread) {
+    is_any = is_any || predicates[thread];
+  }
+  simt::sync_block(location);
+  return is_any;
+}
 
 template <class T>
 T shuffle_xor(T value, unsigned lane_mask, unsigned width, simt::Location location = simt::Location::current()) {
