@@ -1,8 +1,7 @@
-// The operators on CUDA tensors: one kernel on the current stream (up to three for very long rows), no synchronisation.
-// The kernels check bounds; validate=True checks them before the launch. For packed rows the output is filled with NaN
-// first, and if the caller gives no upper bound of their lengths, finding it synchronises.
+// The operators on CUDA tensors: one kernel on the current stream (up to three for very long rows, one more for packed
+// rows), no synchronisation. The kernels check bounds; validate=True checks them before the launch. If the caller gives
+// no upper bound of packed rows' lengths, finding it synchronises.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/max.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -17,6 +16,7 @@
 #include "binding/cuda_ops.h"
 #include "binding/device_ops.h"
 #include "binding/make_problem.h"
+#include "cuda/device_properties.h"
 #include "cuda/launch.h"
 
 namespace masked_softmax {
@@ -24,18 +24,6 @@ namespace {
 
 std::atomic<cuda::Strategy> forced_strategy{cuda::Strategy::kAutomatic};  // kAutomatic: none is forced
 std::atomic<cuda::Strategy> last_strategy{cuda::Strategy::kAutomatic};    // kAutomatic: no call yet
-
-int device_attribute(cudaDeviceAttr attribute, c10::DeviceIndex device) {
-  int value = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
-  return value;
-}
-
-cuda::DeviceProperties device_properties(c10::DeviceIndex device) {
-  cuda::DeviceProperties properties;
-  properties.has_clusters = device_attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9;
-  return properties;
-}
 
 // On copies in host memory.
 void check_bounds_on_host(Operation operation, const at::Tensor& output,
@@ -72,11 +60,8 @@ void check_alignment(const Problem& problem, const char* name) {
 }
 
 struct Cuda {
-  // Elements that no packed row covers, and rows with invalid bounds, are NaN.
-  static at::Tensor empty(const at::Tensor& like, at::ScalarType dtype, const CallArguments& arguments) {
-    const at::TensorOptions options = like.options().dtype(dtype);
-    return arguments.packed.has_value() ? at::full(like.sizes(), std::numeric_limits<double>::quiet_NaN(), options)
-                                        : at::empty(like.sizes(), options);
+  static at::Tensor empty(const at::Tensor& like, at::ScalarType dtype, const CallArguments& /*arguments*/) {
+    return at::empty(like.sizes(), like.options().dtype(dtype));
   }
 
   static void compute(Operation operation, const at::Tensor& output, std::initializer_list<const at::Tensor*> inputs,
@@ -86,7 +71,7 @@ struct Cuda {
     }
     Problem problem = make_problem(operation, output, inputs, arguments);
     if (problem.rows == 0 || problem.cols == 0) {
-      return;
+      return fill_uncovered(output, arguments);
     }
     check_alignment(problem, arguments.name);
     const c10::cuda::CUDAGuard guard(output.device());
@@ -94,10 +79,12 @@ struct Cuda {
       problem.packing.longest = std::clamp<int64_t>(arguments.lengths.max().item<int64_t>(), 0, problem.cols);
     }
     if (problem.longest() == 0) {
-      return;
+      return fill_uncovered(output, arguments);
     }
     const cuda::Strategy forced = forced_strategy.load(std::memory_order_relaxed);
-    const cuda::LaunchPlan plan = cuda::plan_problem(problem, device_properties(output.device().index()), forced);
+    cuda::DeviceProperties device;
+    C10_CUDA_CHECK(cuda::get_device_properties(device));
+    const cuda::LaunchPlan plan = cuda::plan_problem(problem, device, forced);
     TORCH_CHECK_VALUE(plan.is_valid(), arguments.name, "(): the strategy '", cuda::strategy_name(forced),
                       "' is forced, but it cannot compute rows like these");
     last_strategy.store(plan.strategy, std::memory_order_relaxed);
@@ -108,6 +95,14 @@ struct Cuda {
     void* const memory = workspace.defined() ? workspace.mutable_data_ptr() : nullptr;
     C10_CUDA_CHECK(
         cuda::launch_problem(problem, plan, memory, c10::cuda::getCurrentCUDAStream(output.device().index())));
+  }
+
+ private:
+  // Elements that no packed row covers are NaN: all of them, where no row may have any. A launch fills them itself.
+  static void fill_uncovered(const at::Tensor& output, const CallArguments& arguments) {
+    if (arguments.packed.has_value()) {
+      output.fill_(std::numeric_limits<double>::quiet_NaN());
+    }
   }
 };
 

@@ -131,7 +131,8 @@ Problem make_problem(Operation operation, const at::Tensor& output, std::initial
   int64_t row_dim = 0;  // in lengths and starts
   if (arguments.packed.has_value()) {
     const int64_t longest = *arguments.packed >= 0 ? *arguments.packed : problem.cols;
-    problem.packing = {true, longest < problem.cols ? longest : problem.cols, output.numel()};
+    problem.packing = {true, longest < problem.cols ? longest : problem.cols, output.numel(),
+                       arguments.lengths.size(0)};
     RowStrides strides;
     strides.lengths = arguments.lengths.stride(0);
     strides.starts = arguments.starts->stride(0);

@@ -38,7 +38,10 @@ struct RowIndex {
 struct Packing {
   bool is_packed = false;
   int64_t longest = 0;       // upper bound of the lengths
-  int64_t output_elems = 0;  // sum over all rows
+  int64_t output_elems = 0;  // of the whole buffer
+  // Rows at each index of the other dimensions: row dimension 0, if they are several. CUDA also writes the elements
+  // that they do not cover; where this is 0, only the rows.
+  int64_t count = 0;
 };
 
 struct Problem {
@@ -131,6 +134,11 @@ inline double input_factor(const Problem& problem) {
 
 MASKED_SOFTMAX_HOST_DEVICE bool bounds_are_valid(int64_t start, int64_t length, int64_t cols) {
   return start >= 0 && length >= 0 && start <= cols && length <= cols - start;
+}
+
+// A packed row may be longer than the caller's upper bound of the lengths, for which the kernels were chosen.
+MASKED_SOFTMAX_HOST_DEVICE bool bounds_are_valid(const Problem& problem, int64_t start, int64_t length) {
+  return bounds_are_valid(start, length, problem.cols) && length <= problem.longest();
 }
 
 }  // namespace masked_softmax

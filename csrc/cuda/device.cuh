@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "common/numeric.h"
+#include "cuda/device_properties.h"
 #include "cuda/launch_plan.h"
 #include "cuda/runtime.h"
 
@@ -39,6 +40,8 @@ MASKED_SOFTMAX_DEVICE unsigned block_index() { return blockIdx.x; }
 MASKED_SOFTMAX_DEVICE unsigned grid_blocks() { return gridDim.x; }
 
 MASKED_SOFTMAX_DEVICE void sync_block() { __syncthreads(); }
+// A barrier too. Returns whether `predicate` is true for any of the block's threads.
+MASKED_SOFTMAX_DEVICE bool any_in_block(bool predicate) { return __syncthreads_or(predicate) != 0; }
 
 // Precondition: every lane of the warp calls.
 template <class T>
@@ -218,20 +221,72 @@ MASKED_SOFTMAX_DEVICE T load_from_block(const T* shared, unsigned /*rank*/) {
 }
 #endif
 
+// A launch as the runtime takes it.
+class LaunchConfig {
+ public:
+  LaunchConfig(const LaunchPlan& plan, Stream stream) {
+    cluster_.id = cudaLaunchAttributeClusterDimension;
+    cluster_.val.clusterDim.x = plan.cluster_size;
+    cluster_.val.clusterDim.y = 1;
+    cluster_.val.clusterDim.z = 1;
+    config_.gridDim = dim3(plan.blocks);
+    config_.blockDim = dim3(plan.threads_per_block);
+    config_.stream = stream;
+    config_.attrs = &cluster_;
+    config_.numAttrs = plan.cluster_size > 1 ? 1 : 0;
+  }
+  LaunchConfig(const LaunchConfig&) = delete;  // config_ points to cluster_
+  LaunchConfig& operator=(const LaunchConfig&) = delete;
+
+  const cudaLaunchConfig_t* get() const { return &config_; }
+
+ private:
+  cudaLaunchAttribute cluster_ = {};
+  cudaLaunchConfig_t config_ = {};
+};
+
 template <class Argument>
 Status launch(void (*kernel)(Argument), const LaunchPlan& plan, Stream stream, const Argument& argument) {
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = plan.cluster_size;
-  cluster.val.clusterDim.y = 1;
-  cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(plan.blocks);
-  config.blockDim = dim3(plan.threads_per_block);
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = plan.cluster_size > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, argument);
+  const LaunchConfig config(plan, stream);
+  return cudaLaunchKernelEx(config.get(), kernel, argument);
+}
+
+inline Status current_device(int& device) { return cudaGetDevice(&device); }
+
+// Sets the number of SMs of the current device.
+inline Status count_sms(int& count) {
+  int device = 0;
+  const Status status = current_device(device);
+  return status == kSuccess ? cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) : status;
+}
+
+// Sets `support`, for clusters of that plan, on the current device. Where the runtime cannot tell how many run at a
+// time, none do.
+template <class Argument>
+Status query_cluster_kernel(void (*kernel)(Argument), const LaunchPlan& plan, ClusterSupport& support) {
+  int device = 0;
+  int device_has_clusters = 0;
+  cudaFuncAttributes attributes;
+  Status status = current_device(device);
+  if (status == kSuccess) {
+    status = cudaDeviceGetAttribute(&device_has_clusters, cudaDevAttrClusterLaunch, device);
+  }
+  if (status == kSuccess) {
+    status = cudaFuncGetAttributes(&attributes, kernel);
+  }
+  if (status != kSuccess) {
+    return status;
+  }
+  support.device_has_clusters = device_has_clusters != 0;
+  support.binary_version = attributes.binaryVersion;
+  support.ptx_version = attributes.ptxVersion;
+  const LaunchConfig config(plan, /*stream=*/nullptr);
+  if (support.device_has_clusters &&
+      cudaOccupancyMaxActiveClusters(&support.max_active_clusters, kernel, config.get()) != cudaSuccess) {
+    support.max_active_clusters = 0;
+    cudaGetLastError();  // or the caller's next check would report this error
+  }
+  return kSuccess;
 }
 
 }  // namespace masked_softmax::cuda

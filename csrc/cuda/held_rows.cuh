@@ -541,4 +541,10 @@ Status launch_held_rows(const KernelProblem& kernel_problem, const LaunchPlan& p
   return status;
 }
 
+// What the runtime reports of the kernel that clusters run.
+template <bool kForward, class input_t, class output_t>
+Status query_clusters(ClusterSupport& support) {
+  return query_cluster_kernel(any_held_rows<kForward, input_t, output_t>, largest_cluster_plan(), support);
+}
+
 }  // namespace masked_softmax::cuda

@@ -1,6 +1,7 @@
 #include "cuda/launch.h"
 
 #include "cuda/kernel_problem.h"
+#include "cuda/packed_gaps.cuh"
 #include "cuda/strided_rows.cuh"
 
 namespace masked_softmax::cuda {
@@ -106,6 +107,12 @@ LaunchPlan plan_problem(const Problem& problem, const DeviceProperties& device, 
 
 Status launch_problem(const Problem& problem, const LaunchPlan& plan, void* workspace, Stream stream) {
   const KernelProblem kernel_problem = make_kernel_problem(problem, plan, workspace);
+  if (problem.packing.count > 0) {
+    const Status status = launch_packed_gaps(kernel_problem, stream);
+    if (status != kSuccess) {
+      return status;
+    }
+  }
   const ProblemTypes types(problem);
   if (holds_rows(plan.strategy)) {
     return types.launch_held(kernel_problem, plan, stream);

@@ -3,11 +3,12 @@
 //   launch.cu                   the choice of kernels by strategy and types
 //   strategies.inc              the table of strategies
 //   launch_plan.h               strategy, grid and block from a row's size, and the order of its sums
+//   device_properties.h         what the plan must know of the device
 //   kernel_problem.h            a kernel's argument
-//   held_*.cu                   the kernels of held rows for one type pair, by launch_held_rows.cuh
-//   held_rows.cuh               held rows, which threads hold in registers: lanes, block, cluster
-//   split_rows.cuh              held rows, a chunk of a row in each of several blocks: split
+//   held_*.cu                   the kernels of held rows for one type pair
+//   held_rows.cuh               held rows, which threads hold in registers: lanes, block, cluster, split
 //   strided_rows.cuh            rows of any types and layout: column, strided
+//   packed_gaps.cuh             NaN in the elements that no packed row covers
 //   groups.cuh, row.cuh         threads that share a row; where a row lies
 //   exp2.cuh                    exponentials
 //   vector_access.cuh           16-byte accesses
@@ -24,7 +25,7 @@ namespace masked_softmax::cuda {
 LaunchPlan plan_problem(const Problem& problem, const DeviceProperties& device, Strategy forced);
 
 // Enqueues the kernels and returns. Preconditions: the plan is valid; problem.rows and problem.cols are at least 1;
-// `workspace` is device memory of plan.workspace_bytes, aligned to 16 bytes.
+// `workspace` is device memory of plan.workspace_bytes, aligned to 16 bytes; the output of packed rows is contiguous.
 Status launch_problem(const Problem& problem, const LaunchPlan& plan, void* workspace, Stream stream);
 
 }  // namespace masked_softmax::cuda

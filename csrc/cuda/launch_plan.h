@@ -66,7 +66,7 @@ auto visit_strategy(Strategy strategy, const Visitor& visit) {
 }
 
 struct DeviceProperties {
-  bool has_clusters = false;  // compute capability 9.0 and later
+  bool has_clusters = false;  // and the loaded binary has cluster kernels: device_properties.h
   int sm_count = 0;           // 0: unknown
 };
 

@@ -65,8 +65,7 @@ MASKED_SOFTMAX_DEVICE Row find_row(const KernelProblem& kernel_problem, int64_t 
   row.exists = true;
   row.start = load_row_index(problem.starts, start_offset);
   row.length = load_row_index(problem.lengths, length_offset);
-  // A packed row may be longer than the caller's upper bound of the lengths, for which the kernels were chosen.
-  row.is_valid = bounds_are_valid(row.start, row.length, problem.cols) && row.length <= problem.longest();
+  row.is_valid = bounds_are_valid(problem, row.start, row.length);
   if (!row.is_valid) {
     row.start = 0;
     row.length = 0;

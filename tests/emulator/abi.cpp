@@ -41,6 +41,7 @@ struct Call {
   CallIndex lengths;
   CallIndex starts;
   int64_t packed_longest;  // negative: rows are padded
+  int32_t fills_gaps;      // packed rows only: the output is contiguous, rows are along the first dimension
 };
 
 constexpr ElementType kElementTypes[] = {
@@ -104,6 +105,10 @@ Problem problem_of(const Call& call) {
   problem.starts = index_of(call.starts);
   problem.packing.is_packed = call.packed_longest >= 0;
   problem.packing.longest = call.packed_longest;
+  if (call.fills_gaps != 0) {
+    problem.packing.count = call.row_sizes[0];
+    problem.packing.output_elems = problem.rows / problem.packing.count * problem.cols;
+  }
   return problem;
 }
 

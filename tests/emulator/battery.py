@@ -50,6 +50,24 @@ def cases() -> Iterator[Case]:
         yield Case("strided", cols, rows=3)
 
 
+@dataclass
+class Packed:
+    """Packed rows, `gap` positions apart, for each of `width` columns."""
+
+    strategy: str
+    lengths: list[int]
+    longest: int = 70  # a longer row is not valid
+    gap: int = 0
+    width: int = 1
+
+
+def packed_cases() -> Iterator[Packed]:
+    for strategy, width in (("lanes", 1), ("block", 1), ("strided", 3), ("column", 33)):
+        yield Packed(strategy, [3, 0, 70, 1, 17], width=width)
+        yield Packed(strategy, [3, 0, 71, 1, -2, 17], gap=5, width=width)
+    yield Packed("lanes", [1] * 300, gap=1)  # more than a block of threads takes
+
+
 def make_rows(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     if case.strategy == "column":
         return torch.randn(case.cols, case.rows, generator=generator).to(dtype).t()
@@ -153,6 +171,49 @@ def check(
     return ""
 
 
+def check_packed(
+    emulate: Emulator, case: Packed, dtypes: tuple[torch.dtype, torch.dtype], seed: int
+) -> str:
+    """Returns the mistake, or an empty string. Every row's values begin at the same address."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor(case.lengths)
+    starts = lengths.cumsum(0) - lengths + torch.arange(len(lengths)) * case.gap
+    total = int((starts + lengths).max()) + case.gap
+    shape = (len(lengths), case.width, total)
+    values = torch.randn(total, case.width, generator=generator).to(dtypes[0])
+    output = torch.full((total, case.width), 7.0, dtype=dtypes[1])
+    rows, results = values.t().expand(shape), output.t().expand(shape)
+    bounds = [i[:, None].expand(shape[:2]) for i in (lengths, starts)]
+    ran = emulate(
+        "softmax",
+        [rows],
+        results,
+        *bounds,
+        strategy=case.strategy,
+        packed=case.longest,
+        fills_gaps=True,
+        seed=seed,
+    )
+    if ran.error:
+        return ran.error
+    want = emulate.expected("softmax", [rows], results, *bounds)
+    expected = np.full((case.width, total), np.nan)
+    allowed = np.zeros_like(expected)
+    for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        if 0 <= length <= case.longest:
+            of_row = (slice(row * case.width, (row + 1) * case.width), slice(start, start + length))
+            covered = (slice(None), of_row[1])
+            expected[covered] = want.values[of_row]
+            allowed[covered] = (want.tolerances + want.roundings)[of_row]
+    got = output.t().double().numpy()
+    is_right = (np.abs(got - expected) <= allowed) | (np.isnan(expected) & np.isnan(got))
+    if not is_right.all():
+        index, position = np.argwhere(~is_right)[0]
+        wrong, right = got[index, position], expected[index, position]
+        return f"position {position}, column {index}: {wrong}, not {right}"
+    return ""
+
+
 def bits_of(x: Wide) -> Wide:
     return x.view(np.int64)
 
@@ -178,6 +239,11 @@ def find_mistake(emulate: Emulator, input_dtype: torch.dtype, output_dtype: torc
                 wrong = check(emulate, case, (dtype, output_dtype), operation, scale, seed)
                 if wrong:
                     return f"{case}, {dtype} to {output_dtype}, {operation}: {wrong}"
+    for packed in packed_cases():
+        seed += 1
+        wrong = check_packed(emulate, packed, (input_dtype, output_dtype), seed)
+        if wrong:
+            return f"{packed}, {input_dtype} to {output_dtype}: {wrong}"
     return ""
 
 

@@ -65,6 +65,7 @@ std::array<KnownPage, 256> known_pages;
 uint32_t generation = 1;
 bool has_buffers = false;
 size_t unwritten = 0;
+size_t rewritten = 0;
 
 struct SharedCell {
   Cell cell;
@@ -241,8 +242,17 @@ void check_device(uintptr_t address, size_t size_bytes, bool is_store, const voi
     if (!is_store && (cell->permission & kUninitialized) != 0 && !cell->was_written) {
       return report("not initialized", size_bytes, is_store, "device", return_address);
     }
-    if (is_store && !cell->was_written && (cell->permission & kMustBeWritten) != 0) {
-      --unwritten;
+    if (is_store && (cell->permission & kMustBeWritten) != 0) {
+      if (!cell->was_written) {
+        --unwritten;
+      } else if (cell->era != machine().launch_number ||
+                 cell->store.thread != (thread_number(current_fiber()) & 0xffffff)) {
+        ++rewritten;
+      }
+    }
+    if (is_store && (cell->permission & kManyWriters) != 0) {
+      cell->was_written = true;
+      continue;
     }
     if (const char* wrong = update(*cell, current_fiber(), static_cast<uint32_t>(machine().launch_number), is_store)) {
       return report(wrong, size_bytes, is_store, "device", return_address);
@@ -280,9 +290,11 @@ void forget_buffers() {
   ++generation;
   has_buffers = false;
   unwritten = 0;
+  rewritten = 0;
 }
 
 size_t count_unwritten() { return unwritten; }
+size_t count_rewritten() { return rewritten; }
 
 void remember_host_stack() {
   pthread_attr_t attributes;

@@ -17,6 +17,7 @@ enum Permission : uint8_t {
   kMayWrite = 2,
   kMustBeWritten = 4,  // see count_unwritten()
   kUninitialized = 8,  // may be read only after it is written
+  kManyWriters = 16,   // threads may store to it without a barrier between them: they store the same value
 };
 
 // Declares a buffer in device memory. Overlapping buffers add their permissions. Without any buffer, device memory is
@@ -26,6 +27,8 @@ void forget_buffers();
 
 // The number of kMustBeWritten bytes that no store has reached.
 size_t count_unwritten();
+// The number of stores to kMustBeWritten bytes that another thread's store, or an earlier launch's, had reached.
+size_t count_rewritten();
 
 // Kernels may read the host's stack, which holds the launch's arguments.
 void remember_host_stack();

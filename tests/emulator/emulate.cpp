@@ -41,9 +41,33 @@ void allow_index(const Problem& problem, const RowIndex& index, int64_t row) {
   }
 }
 
+// Whether a launch also writes the elements that no packed row covers.
+bool fills_gaps(const Problem& problem) { return problem.packing.count > 0; }
+
+// Whether packed rows are valid, and follow one another from the first position to the last. Then no element is filled
+// before it is computed.
+bool tile_their_buffer(const Problem& problem) {
+  int64_t position = 0;
+  for (int64_t row = 0; row < problem.packing.count; ++row) {
+    const int64_t start = load_index(problem.starts, row * problem.starts.row_strides[0]);
+    const int64_t length = load_index(problem.lengths, row * problem.lengths.row_strides[0]);
+    if (start != position || !bounds_are_valid(problem, start, length)) {
+      return false;
+    }
+    position += length;
+  }
+  return position == problem.cols;
+}
+
 // Allows a kernel exactly the valid elements of its inputs, all elements of its output, and its lengths and starts.
 // Padding of inputs is out of bounds.
 void allow_problem(const Problem& problem) {
+  constexpr uint8_t kIsWritten = simt::kMayWrite | simt::kMustBeWritten;
+  if (fills_gaps(problem)) {
+    const uint8_t permission = tile_their_buffer(problem) ? kIsWritten : kIsWritten | simt::kManyWriters;
+    simt::allow(problem.output.data,
+                static_cast<size_t>(problem.packing.output_elems * size_bytes(problem.output.type)), permission);
+  }
   RowWalker walker(problem, 0, problem.rows);
   int64_t row = 0;
   for (RowRun run; walker.next(run);) {
@@ -51,12 +75,10 @@ void allow_problem(const Problem& problem) {
       allow_index(problem, problem.lengths, row);
       allow_index(problem, problem.starts, row);
       const RowBounds bounds = run.bounds(i);
-      const bool is_valid =
-          bounds_are_valid(run.raw_start(i), run.raw_length(i), problem.cols) && bounds.length() <= problem.longest();
-      constexpr uint8_t kIsWritten = simt::kMayWrite | simt::kMustBeWritten;
+      const bool is_valid = bounds_are_valid(problem, run.raw_start(i), run.raw_length(i));
       if (!problem.packing.is_packed) {
         allow_columns(problem.output, run.output_offset(i), 0, problem.cols, kIsWritten);
-      } else if (is_valid) {  // the columns around it are another row's
+      } else if (is_valid && !fills_gaps(problem)) {  // the columns around it are another row's
         allow_columns(problem.output, run.output_offset(i), bounds.start, bounds.end, kIsWritten);
       }
       if (is_valid) {
@@ -96,6 +118,10 @@ Emulation emulate(const Problem& problem, cuda::Strategy forced, const cuda::Dev
   }
   if (error.empty() && simt::count_unwritten() > 0) {
     error = std::to_string(simt::count_unwritten()) + " bytes of the output were not written";
+  }
+  const bool may_rewrite = fills_gaps(problem) && !tile_their_buffer(problem);
+  if (error.empty() && simt::count_rewritten() > 0 && !may_rewrite) {
+    error = std::to_string(simt::count_rewritten()) + " bytes of the output were written again";
   }
   return {plan.strategy, error};
 }

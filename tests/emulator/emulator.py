@@ -96,6 +96,7 @@ class Call(ctypes.Structure):
         ("lengths", CallIndex),
         ("starts", CallIndex),
         ("packed_longest", ctypes.c_int64),
+        ("fills_gaps", ctypes.c_int32),
     )
 
 
@@ -135,18 +136,22 @@ class Emulator:
         scale: float = 1.0,
         strategy: str = "automatic",
         packed: int | None = None,
+        fills_gaps: bool = False,
         has_clusters: bool = True,
         seed: int = 0,
     ) -> Emulation:
         """Fills `output`. Columns are the last dimension; lengths and starts have the rows' shape.
 
         `packed`: no row is longer, and rows lie end to end, so that all have the same address.
+        `fills_gaps`: those rows are along the first dimension, and the elements that they do not
+        cover become NaN.
         """
         call = _call(operation, inputs, output, lengths, starts, scale)
         call.strategy = strategy.encode()
         call.has_clusters = has_clusters
         call.seed = seed
         call.packed_longest = -1 if packed is None else packed
+        call.fills_gaps = fills_gaps
         message = ctypes.create_string_buffer(4096)
         ran = self._emulate(ctypes.byref(call), message, ctypes.c_size_t(len(message)))
         return Emulation(ran.decode(), message.value.decode())

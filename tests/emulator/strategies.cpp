@@ -24,6 +24,7 @@ void for_each_row(const Problem& problem, int64_t begin, int64_t end, const Visi
       Problem row = problem;
       row.rows = 1;
       row.row_ndim = 0;
+      row.packing.count = 0;  // a launch for one row leaves the others alone
       row.output.data = element_at(problem.output.data, problem.output.type, run.output_offset(i));
       for (int k = 0; k < problem.input_count; ++k) {
         row.inputs[k].data = element_at(problem.inputs[k].data, problem.inputs[k].type, run.input_offset(k, i));

@@ -122,6 +122,16 @@ FAULTS = [
           "kernel_problem);", "", "not initialized"),
     Fault("a chunk too many is read", "split_rows.cuh", "chunk < chunks(); chunk +=",
           "chunk <= chunks(); chunk +=", ""),
+    # Packed rows.
+    Fault("the gap behind the last packed row is left", "packed_gaps.cuh",
+          "row == rows ? problem.cols", "row == rows ? 0", "were not written"),
+    Fault("only the first block's gaps are filled", "packed_gaps.cuh",
+          "int64_t{block_index()} * kGapThreads", "int64_t{0}", "were not written"),
+    Fault("packed rows are filled before they are computed", "packed_gaps.cuh",
+          "start + length};", "start};", "written again"),
+    Fault("gaps are filled before all are found", "packed_gaps.cuh", "sync_block();", "", RACE),
+    Fault("a packed row is longer than the longest", "../common/problem.h",
+          "&& length <= problem.longest()", "", ""),
     # Arithmetic.
     Fault("the maximum begins at 0", "groups.cuh", "{-std::numeric_limits<acc_t>::infinity()}",
           "{0}", ""),

@@ -63,7 +63,7 @@ class Kernel:
     @property
     def min_vectors(self) -> int:
         """Lower bound on a thread's 16-byte loads of valid elements."""
-        if self.strategy in ("strided_lanes", "strided_rows", "column_rows"):
+        if self.strategy in ("strided_lanes", "strided_rows", "column_rows", "fill_packed_gaps"):
             return 0
         arguments = self.arguments
         is_backward = self.strategy != "split_maxima" and arguments[0] == "false"

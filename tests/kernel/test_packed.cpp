@@ -51,7 +51,7 @@ struct PackedRows {
     }
     result.lengths = index(lengths);
     result.starts = index(starts);
-    result.packing = {true, longest, total * width};
+    result.packing = {true, longest, total * width, static_cast<int64_t>(lengths.size())};
     return result;
   }
 

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "common/numeric.h"
+#include "cuda/device_properties.h"
 #include "cuda/launch_plan.h"
 #include "cuda/runtime.h"
 #include "simt.h"
@@ -31,6 +32,17 @@ inline unsigned block_index() { return simt::this_thread().block; }
 inline unsigned grid_blocks() { return simt::this_thread().grid_blocks; }
 
 inline void sync_block(simt::Location location = simt::Location::current()) { simt::sync_block(location); }
+inline bool any_in_block(bool predicate, simt::Location location = simt::Location::current()) {
+  MASKED_SOFTMAX_SHARED(bool, predicates, kMaxBlockThreads);
+  predicates[thread_index()] = predicate;
+  simt::sync_block(location);
+  bool is_any = false;
+  for (unsigned thread = 0; thread < block_threads(); ++thread) {
+    is_any = is_any || predicates[thread];
+  }
+  simt::sync_block(location);
+  return is_any;
+}
 
 template <class T>
 T shuffle_xor(T value, unsigned lane_mask, simt::Location location = simt::Location::current()) {
@@ -116,6 +128,34 @@ T load_from_block(const T* shared, unsigned rank) {
 template <class Argument>
 Status launch(void (*kernel)(Argument), const LaunchPlan& plan, Stream /*stream*/, const Argument& argument) {
   return simt::launch({plan.blocks, plan.threads_per_block, plan.cluster_size}, [&] { kernel(argument); });
+}
+
+// The device that the functions below report, and how often it was asked. Tests change it.
+struct EmulatedDevice {
+  int number = 0;
+  ClusterSupport clusters;     // but for max_active_clusters
+  unsigned active_blocks = 0;  // of a cluster kernel, at a time
+  Status status = kSuccess;
+  int queries = 0;
+};
+inline EmulatedDevice emulated_device;
+
+inline Status current_device(int& device) {
+  device = emulated_device.number;
+  return kSuccess;
+}
+
+inline Status count_sms(int& count) {
+  count = 0;
+  return kSuccess;
+}
+
+template <class Argument>
+Status query_cluster_kernel(void (* /*kernel*/)(Argument), const LaunchPlan& plan, ClusterSupport& support) {
+  ++emulated_device.queries;
+  support = emulated_device.clusters;
+  support.max_active_clusters = static_cast<int>(emulated_device.active_blocks / plan.cluster_size);
+  return emulated_device.status;
 }
 
 }  // namespace masked_softmax::cuda

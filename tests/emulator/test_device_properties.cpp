@@ -1,0 +1,115 @@
+// Which devices have clusters, from what the CUDA runtime reports of them.
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "cuda/device.cuh"
+#include "emulate.h"
+
+namespace {
+
+using namespace masked_softmax::cuda;
+
+constexpr int kLongest = 20000;  // columns, of float32: more than a block holds
+
+Strategy strategy_for_long_rows(const DeviceProperties& device) {
+  RowShape shape;
+  shape.rows = 3;
+  shape.cols = kLongest;
+  shape.can_be_held = true;
+  return plan_launch(shape, device).strategy;
+}
+
+// Makes the emulated device another one, which has not been asked before.
+EmulatedDevice& new_device(const ClusterSupport& clusters, unsigned active_blocks) {
+  static int number = 100;
+  emulated_device = EmulatedDevice();
+  emulated_device.number = ++number;
+  emulated_device.clusters = clusters;
+  emulated_device.active_blocks = active_blocks;
+  return emulated_device;
+}
+
+}  // namespace
+
+TEST("plan: clusters only where the device has them, the binary has their kernels, and one of the largest size fits") {
+  struct Case {
+    const char* what;
+    ClusterSupport support;
+    bool has_clusters;
+  };
+  constexpr Case kCases[] = {
+      {"8.0 on 8.0", {false, 80, 80, 0}, false},
+      {"8.0 on 8.9", {false, 80, 80, 0}, false},
+      {"PTX of 8.0 on 9.0", {true, 90, 80, 16}, false},
+      {"PTX of 8.0 on 12.0", {true, 120, 80, 16}, false},
+      {"9.0 on 9.0", {true, 90, 90, 16}, true},
+      {"PTX of 9.0 on 12.0", {true, 120, 90, 16}, true},
+      {"10.0 on 10.0", {true, 100, 100, 16}, true},
+      {"12.0 on 12.0", {true, 120, 120, 1}, true},
+      {"9.0 on 9.0 that has no clusters", {false, 90, 90, 16}, false},
+      {"9.0 on 9.0 that fits none", {true, 90, 90, 0}, false},
+      {"nothing is known", {}, false},
+  };
+  for (const Case& c : kCases) {
+    CHECK(has_clusters(c.support) == c.has_clusters, c.what);
+  }
+}
+
+TEST("plan: rows that a block cannot hold are split where clusters cannot run") {
+  const unsigned largest = largest_cluster_plan().cluster_size;
+  CHECK(largest == kMaxClusterBlocks, largest << " blocks");
+  CHECK(largest_cluster_plan().threads_per_block == kMaxBlockThreads, largest_cluster_plan().threads_per_block);
+  struct Case {
+    const char* what;
+    ClusterSupport support;
+    unsigned active_blocks;
+    Strategy strategy;
+  };
+  const Case cases[] = {
+      {"9.0 on 9.0", {true, 90, 90, 0}, largest, Strategy::kCluster},
+      {"9.0 on 9.0, a block less than the largest cluster has", {true, 90, 90, 0}, largest - 1, Strategy::kSplit},
+      {"PTX of 8.0 on 9.0", {true, 90, 80, 0}, 132, Strategy::kSplit},
+      {"8.0 on 8.0", {false, 80, 80, 0}, 0, Strategy::kSplit},
+  };
+  for (const Case& c : cases) {
+    new_device(c.support, c.active_blocks);
+    DeviceProperties device;
+    CHECK(get_device_properties(device) == kSuccess, c.what);
+    const Strategy strategy = strategy_for_long_rows(device);
+    CHECK(strategy == c.strategy, c.what << ": " << strategy_name(strategy));
+  }
+}
+
+TEST("plan: the runtime is asked once for each device, by any number of threads, and again after an error") {
+  EmulatedDevice& device = new_device({true, 90, 90, 0}, kMaxClusterBlocks);
+  const auto properties = [] {
+    DeviceProperties found;
+    CHECK(get_device_properties(found) == kSuccess, "a query");
+    return found.has_clusters;
+  };
+  std::vector<char> found(8);
+  std::vector<std::thread> threads;
+  for (char& result : found) {
+    threads.emplace_back([&] { result = properties() ? 1 : 0; });
+  }
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
+  for (char result : found) {
+    CHECK(result == 1, "every thread finds clusters");
+  }
+  CHECK(device.queries == 1, device.queries << " queries");
+
+  const int first = device.number;
+  new_device({true, 90, 80, 0}, kMaxClusterBlocks);
+  CHECK(!properties() && device.queries == 1, "another device: " << device.queries << " queries");
+  device.number = first;
+  CHECK(properties() && device.queries == 1, "the first device again: " << device.queries << " queries");
+
+  new_device({true, 90, 90, 0}, kMaxClusterBlocks).status = kInvalidLaunch;
+  DeviceProperties unknown;
+  CHECK(get_device_properties(unknown) == kInvalidLaunch && !unknown.has_clusters, "an error");
+  device.status = kSuccess;
+  CHECK(properties() && device.queries == 2, "after an error: " << device.queries << " queries");
+}
