@@ -23,6 +23,8 @@
   __global__ void __launch_bounds__(max_threads_per_block, min_blocks_per_sm)
 #define MASKED_SOFTMAX_KERNEL_ARGUMENT const __grid_constant__
 #define MASKED_SOFTMAX_SHARED(T, name, count) __shared__ T name[count]
+// The block's dynamic shared memory, of LaunchPlan::shared_bytes, at a multiple of 128 bytes.
+#define MASKED_SOFTMAX_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #define MASKED_SOFTMAX_UNROLL _Pragma("unroll")
 #define MASKED_SOFTMAX_NO_UNROLL _Pragma("unroll 1")
 // Thread block clusters and distributed shared memory: compute capability 9.0 and later.
@@ -31,6 +33,8 @@
 #else
 #define MASKED_SOFTMAX_HAS_CLUSTERS 0
 #endif
+// Bulk copies and the transaction counts of mbarriers: the same.
+#define MASKED_SOFTMAX_HAS_BULK_COPIES MASKED_SOFTMAX_HAS_CLUSTERS
 
 namespace masked_softmax::cuda {
 
@@ -173,6 +177,11 @@ MASKED_SOFTMAX_DEVICE T narrow(double value) {
   }
 }
 
+// The address of shared memory within its state space, as PTX takes it.
+MASKED_SOFTMAX_DEVICE unsigned shared_address(const void* p) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(p));
+}
+
 #if MASKED_SOFTMAX_HAS_CLUSTERS
 MASKED_SOFTMAX_DEVICE unsigned cluster_rank() {
   unsigned rank;
@@ -184,21 +193,28 @@ MASKED_SOFTMAX_DEVICE unsigned cluster_size() {
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
   return size;
 }
-// Cluster-wide barrier with release and acquire ordering: writes made before it by any thread of the cluster are
-// visible to all of them after it.
-MASKED_SOFTMAX_DEVICE void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+// The cluster-wide barrier in two steps. Every thread arrives, does other work, and waits for all others to arrive.
+// After the wait, writes that any thread of the cluster made before its arrive with release semantics are visible. A
+// relaxed arrive orders no writes: it says that the thread has no more use for the other blocks' shared memory.
+MASKED_SOFTMAX_DEVICE void cluster_arrive_release() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
-// The same barrier in two parts and without ordering, so that wait_for_cluster() does not wait for stores.
-MASKED_SOFTMAX_DEVICE void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
-MASKED_SOFTMAX_DEVICE void wait_for_cluster() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+MASKED_SOFTMAX_DEVICE void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+MASKED_SOFTMAX_DEVICE void cluster_wait_acquire() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+MASKED_SOFTMAX_DEVICE void sync_cluster() {
+  cluster_arrive_release();
+  cluster_wait_acquire();
+}
 // The value of a shared variable in the cluster's block `rank`.
 template <class T>
 MASKED_SOFTMAX_DEVICE T load_from_block(const T* shared, unsigned rank) {
   static_assert(std::is_floating_point_v<T>, "loads an f32 or an f64");
-  const auto own = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   unsigned address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(own), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(shared)), "r"(rank));
   if constexpr (sizeof(T) == 4) {
     float value;
     asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
@@ -213,11 +229,87 @@ MASKED_SOFTMAX_DEVICE T load_from_block(const T* shared, unsigned rank) {
 MASKED_SOFTMAX_DEVICE unsigned cluster_rank() { return 0; }
 MASKED_SOFTMAX_DEVICE unsigned cluster_size() { return 1; }
 MASKED_SOFTMAX_DEVICE void sync_cluster() {}
-MASKED_SOFTMAX_DEVICE void arrive_at_cluster() {}
-MASKED_SOFTMAX_DEVICE void wait_for_cluster() {}
+MASKED_SOFTMAX_DEVICE void cluster_arrive_relaxed() {}
+MASKED_SOFTMAX_DEVICE void cluster_wait_acquire() {}
 template <class T>
 MASKED_SOFTMAX_DEVICE T load_from_block(const T* shared, unsigned /*rank*/) {
   return *shared;
+}
+#endif
+
+// Asynchronous copies of 16 bytes to shared memory: cp.async, compute capability 8.0 and later. Both addresses are
+// multiples of 16. A thread commits its copies in groups, and waits until at most the latest kPending groups are under
+// way; then it sees what its copies wrote, and other threads do after a barrier.
+MASKED_SOFTMAX_DEVICE void cp_async_16(void* to_shared, const void* from_global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to_shared)), "l"(from_global)
+               : "memory");
+}
+MASKED_SOFTMAX_DEVICE void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <unsigned kPending>
+MASKED_SOFTMAX_DEVICE void cp_async_wait_group() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+#if MASKED_SOFTMAX_HAS_BULK_COPIES
+// An mbarrier object, 8 bytes in shared memory. Its phases are numbered from 0. A phase completes when `arrivals`
+// threads have arrived, and as many bytes have been copied as they expected.
+//
+// Precondition for every use by another thread: a barrier after the initialization. For bulk copies, also
+// fence_proxy_async() between the two.
+MASKED_SOFTMAX_DEVICE void mbarrier_init(uint64_t* barrier, unsigned arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+// Expects the bytes in the current phase, and then arrives at it.
+MASKED_SOFTMAX_DEVICE void mbarrier_arrive_expect_tx(uint64_t* barrier, unsigned size_bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(size_bytes)
+               : "memory");
+}
+// Waits while the current phase's number has this parity. Then the copies of the phase before the current one are
+// visible. Preconditions: no thread begins the next phase but one before all have waited, since the parity would be the
+// same again; and every phase that is waited for gets its arrivals and bytes, since the wait has no other end.
+MASKED_SOFTMAX_DEVICE void mbarrier_wait_parity(uint64_t* barrier, unsigned parity) {
+  unsigned is_complete;
+  do {
+    asm volatile(
+        "{\n"
+        ".reg .pred is_complete;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 is_complete, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, is_complete;\n"
+        "}"
+        : "=r"(is_complete)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (is_complete == 0);
+}
+
+// Bulk copies access memory through the asynchronous proxy. Orders what this thread stored in shared memory before the
+// bulk copies that it, or another thread after a barrier, issues later.
+MASKED_SOFTMAX_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Asynchronous bulk copies. Addresses and size are multiples of 16, the size is not 0. A copy to shared memory counts
+// in the current phase of the mbarrier.
+MASKED_SOFTMAX_DEVICE void cp_async_bulk_to_shared(void* to_shared, const void* from_global, unsigned size_bytes,
+                                                   uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to_shared)),
+               "l"(from_global), "r"(size_bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+// A thread commits its copies to global memory in groups, and waits until at most the latest kPending groups are under
+// way; with _read, until the others have read shared memory, which may then be changed.
+MASKED_SOFTMAX_DEVICE void cp_async_bulk_to_global(void* to_global, const void* from_shared, unsigned size_bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to_global),
+               "r"(shared_address(from_shared)), "r"(size_bytes)
+               : "memory");
+}
+MASKED_SOFTMAX_DEVICE void cp_async_bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <unsigned kPending>
+MASKED_SOFTMAX_DEVICE void cp_async_bulk_wait_group() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+template <unsigned kPending>
+MASKED_SOFTMAX_DEVICE void cp_async_bulk_wait_group_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 #endif
 
@@ -231,6 +323,7 @@ class LaunchConfig {
     cluster_.val.clusterDim.z = 1;
     config_.gridDim = dim3(plan.blocks);
     config_.blockDim = dim3(plan.threads_per_block);
+    config_.dynamicSmemBytes = plan.shared_bytes;
     config_.stream = stream;
     config_.attrs = &cluster_;
     config_.numAttrs = plan.cluster_size > 1 ? 1 : 0;
@@ -247,6 +340,13 @@ class LaunchConfig {
 
 template <class Argument>
 Status launch(void (*kernel)(Argument), const LaunchPlan& plan, Stream stream, const Argument& argument) {
+  if (plan.shared_bytes > 0) {
+    const Status status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes));
+    if (status != kSuccess) {
+      return status;
+    }
+  }
   const LaunchConfig config(plan, stream);
   return cudaLaunchKernelEx(config.get(), kernel, argument);
 }

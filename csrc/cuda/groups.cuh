@@ -258,12 +258,12 @@ class AnyGroup {
   MASKED_SOFTMAX_DEVICE int64_t chunks() const { return chunks_; }
   MASKED_SOFTMAX_DEVICE void release() const {
     if (is_cluster()) {
-      arrive_at_cluster();
+      cluster_arrive_relaxed();
     }
   }
   MASKED_SOFTMAX_DEVICE void sync() const {
     if (is_cluster()) {
-      wait_for_cluster();
+      cluster_wait_acquire();
     } else if (order_threads_ > kWarpThreads) {
       sync_block();
     }

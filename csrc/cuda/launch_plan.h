@@ -104,6 +104,7 @@ struct LaunchPlan {
   unsigned blocks = 0;
   unsigned threads_per_block = 0;
   unsigned cluster_size = 1;
+  unsigned shared_bytes = 0;    // of dynamic shared memory, per block
   int64_t split_chunks = 1;     // per row; kSplit only: a cluster's chunks are its blocks
   int64_t workspace_bytes = 0;  // kSplit only
 

@@ -22,31 +22,49 @@ enum class Spread : uint8_t { kNone, kThread, kWarp, kBlock, kCluster, kGrid };
 // The last access of a kind, with the thread's synchronizations before it. Two of them are kept for every byte, so the
 // counts are short. A count that wraps around may equal an older one, and a false race is reported; this is rare.
 struct Access {
-  Access() : thread(0), cluster_syncs(0), block_syncs(0), warp_syncs(0), spread(0) {}
+  Access() : thread(0), cluster_arrivals(0), block_syncs(0), warp_syncs(0), spread(0) {}
   Access(uint32_t in_thread, const SyncCounts& syncs, Spread distance)
       : thread(in_thread & 0xffffff),
-        cluster_syncs(syncs.cluster & 0xff),
+        cluster_arrivals(syncs.cluster_arrivals & 0xff),
         block_syncs(syncs.block & 0xffff),
         warp_syncs(syncs.warp & 0x1fff),
         spread(static_cast<uint64_t>(distance)) {}
 
   uint64_t thread : 24;  // in the grid
-  uint64_t cluster_syncs : 8;
+  uint64_t cluster_arrivals : 8;
   uint64_t block_syncs : 16;
   uint64_t warp_syncs : 13;
   uint64_t spread : 3;
 
   Spread distance() const { return static_cast<Spread>(spread); }
-  bool before_cluster_sync(const SyncCounts& syncs) const { return cluster_syncs != (syncs.cluster & 0xff); }
+  // Whether the thread of this access has since arrived with release semantics at a phase of the cluster barrier that
+  // the other one has waited for.
+  bool before_cluster_sync(const SyncCounts& syncs) const {
+    const auto passed = static_cast<uint8_t>(syncs.cluster_waits - cluster_arrivals);
+    const std::vector<bool>& was_release = machine().cluster.was_release;
+    for (uint32_t i = 1; i <= passed && passed < 0x80; ++i) {
+      if (was_release[syncs.cluster_waits - i]) {
+        return true;
+      }
+    }
+    return false;
+  }
   bool before_block_sync(const SyncCounts& syncs) const { return block_syncs != (syncs.block & 0xffff); }
   bool before_warp_sync(const SyncCounts& syncs) const { return warp_syncs != (syncs.warp & 0x1fff); }
 };
 
+// Numbers of machine().copies, counted from 1; 0 is none. With kSeveral, other copies that are not known to be done
+// load the same byte.
+constexpr uint32_t kSeveral = 0x80000000u;
+
 struct Cell {
   Access load;
   Access store;
+  uint32_t copy_load = 0;
+  uint32_t copy_store = 0;
   uint32_t era = 0;         // of the accesses: the launch's number; for shared memory, the cluster's
   uint32_t allowed_in = 0;  // of the permission: the generation of buffers
+  uint16_t fences = 0;      // that the thread of `store` had executed before it
   uint8_t permission = 0;
   bool was_written = false;
 };
@@ -70,9 +88,9 @@ size_t rewritten = 0;
 struct SharedCell {
   Cell cell;
   uint32_t cluster = 0;  // the last one in which an array covered it
+  bool is_mbarrier = false;
 };
 std::vector<SharedCell> shared_cells;  // as machine().shared
-uint32_t cluster_number = 0;
 
 Page* find_page(uintptr_t address) {
   const uintptr_t number = address / kPageBytes;
@@ -116,11 +134,41 @@ bool is_ordered(const Access& earlier, const Fiber& fiber, bool a_shuffle_orders
   switch (apart) {
     case Spread::kGrid: return false;
     case Spread::kCluster: return earlier.before_cluster_sync(fiber.syncs);
-    case Spread::kBlock: return earlier.before_block_sync(fiber.syncs);
+    case Spread::kBlock: return earlier.before_block_sync(fiber.syncs) || earlier.before_cluster_sync(fiber.syncs);
     case Spread::kWarp:
-      return earlier.before_block_sync(fiber.syncs) || (a_shuffle_orders && earlier.before_warp_sync(fiber.syncs));
+      return earlier.before_block_sync(fiber.syncs) || earlier.before_cluster_sync(fiber.syncs) ||
+             (a_shuffle_orders && earlier.before_warp_sync(fiber.syncs));
     default: return true;
   }
+}
+
+const Copy& copy_of(uint32_t number) { return machine().copies[(number & ~kSeveral) - 1]; }
+
+bool stored_copy_is_done(const Cell& cell, const Fiber& fiber) {
+  return cell.copy_store == 0 || may_use_destination(copy_of(cell.copy_store), fiber);
+}
+
+// Whether all copies that load the byte are known to be done.
+bool loading_copies_are_done(const Cell& cell, uintptr_t address, const Fiber& fiber) {
+  if ((cell.copy_load & kSeveral) == 0) {
+    return cell.copy_load == 0 || may_overwrite_source(copy_of(cell.copy_load), fiber);
+  }
+  const std::vector<Copy>& copies = machine().copies;
+  return std::all_of(copies.begin(), copies.end(), [&](const Copy& copy) {
+    const auto begin = reinterpret_cast<uintptr_t>(copy.from);
+    return address < begin || address >= begin + copy.size_bytes || may_overwrite_source(copy, fiber);
+  });
+}
+
+// Whether the thread that last stored the byte has executed fence.proxy.async since, and the fiber knows of it.
+bool is_fenced(const Cell& cell, const Fiber& fiber) {
+  if (cell.store.distance() == Spread::kNone) {
+    return true;
+  }
+  const unsigned first_of_cluster = (fiber.index.block - fiber.block) * fiber.index.block_threads;
+  const Fiber& storing = machine().fibers[cell.store.thread - first_of_cluster];
+  return storing.proxy_fences.size() > cell.fences &&
+         (&storing == &fiber || storing.block != fiber.block || storing.proxy_fences[cell.fences] != fiber.syncs.block);
 }
 
 Access access_of(const Fiber& fiber, Spread spread) { return {thread_number(fiber), fiber.syncs, spread}; }
@@ -180,19 +228,44 @@ bool belongs_to_program(uintptr_t address) {
   return std::any_of(segments.begin(), segments.end(), [&](const Range& segment) { return segment.holds(address); });
 }
 
-void report(const char* what, size_t size_bytes, bool is_store, const char* memory, const void* return_address) {
-  fail(std::string(what) + ": a " + (is_store ? "store" : "load") + " of " + std::to_string(size_bytes) + " bytes of " +
-       memory + " memory" + source_of(return_address));
+// What accesses memory, for messages and checks.
+struct Accessor {
+  const void* return_address = nullptr;  // of the call that announces a thread's access
+  uint32_t copy = 0;                     // number of an asynchronous copy; 0: the current thread
+};
+
+void report(const char* what, size_t size_bytes, bool is_store, const char* memory, const Accessor& by) {
+  const std::string of = std::to_string(size_bytes) + " bytes of " + memory + " memory";
+  if (by.copy != 0) {
+    const Copy& copy = copy_of(by.copy);
+    fail(std::string(what) + ": a " + (copy.is_bulk ? "bulk " : "") + "copy " + (is_store ? "to " : "from ") + of +
+         ", at " + text_of(copy.location));
+  } else {
+    fail(std::string(what) + ": a " + (is_store ? "store" : "load") + " of " + of + source_of(by.return_address));
+  }
 }
 
 // Records an access to one byte. Returns the mistake, or null.
-const char* update(Cell& cell, const Fiber& fiber, uint32_t era, bool is_store) {
+const char* update(Cell& cell, uintptr_t address, const Fiber& fiber, uint32_t era, bool is_store, const Accessor& by) {
   if (cell.era != era) {
     cell.era = era;
     cell.load = cell.store = Access();
+    cell.copy_load = cell.copy_store = 0;
   }
   if (!is_ordered(cell.store, fiber, false)) {
     return "race with another thread's store";
+  }
+  if (!stored_copy_is_done(cell, fiber)) {
+    return is_store ? "written before a copy to it was waited for" : "read before the copy to it was waited for";
+  }
+  const bool is_copy = by.copy != 0;
+  if (is_copy && copy_of(by.copy).is_bulk && !is_fenced(cell, fiber)) {
+    return "no fence.proxy.async between a thread's store and a bulk copy";
+  }
+  if (!is_store && is_copy) {
+    const bool is_first = loading_copies_are_done(cell, address, fiber);
+    cell.copy_load = is_first ? by.copy : by.copy | kSeveral;
+    return nullptr;
   }
   if (!is_store) {
     const bool replaces = is_ordered(cell.load, fiber, true);
@@ -201,32 +274,48 @@ const char* update(Cell& cell, const Fiber& fiber, uint32_t era, bool is_store) 
     cell.load = access_of(fiber, spread);
     return nullptr;
   }
-  if (!is_ordered(cell.load, fiber, true)) {
+  // The lanes of a warp may have loaded a value without having used it when one of them issues a copy.
+  const bool a_shuffle_orders = !is_copy;
+  if (!is_ordered(cell.load, fiber, a_shuffle_orders)) {
     return "race with another thread's load";
   }
-  cell.store = access_of(fiber, Spread::kThread);
+  if (!loading_copies_are_done(cell, address, fiber)) {
+    return "written before a copy from it was waited for";
+  }
+  cell.copy_load = 0;
+  cell.copy_store = by.copy;
+  cell.store = is_copy ? Access() : access_of(fiber, Spread::kThread);
+  cell.fences = static_cast<uint16_t>(fiber.proxy_fences.size());
+  if (is_copy) {
+    cell.load = Access();
+  }
   cell.was_written = true;
   return nullptr;
 }
 
-void check_shared(uintptr_t address, size_t size_bytes, bool is_store, const void* return_address) {
+void check_shared(uintptr_t address, size_t size_bytes, bool is_store, const Accessor& by) {
   const size_t offset = address - reinterpret_cast<uintptr_t>(machine().shared);
+  const uint32_t cluster = machine().cluster_number;
   for (size_t i = 0; i < size_bytes; ++i) {
+    if (offset + i >= shared_cells.size() || shared_cells[offset + i].cluster != cluster) {
+      return report("out of bounds", size_bytes, is_store, "shared", by);
+    }
     SharedCell& shared = shared_cells[offset + i];
-    if (shared.cluster != cluster_number) {
-      return report("out of bounds", size_bytes, is_store, "shared", return_address);
+    if (shared.is_mbarrier) {
+      return report("an mbarrier object is there", size_bytes, is_store, "shared", by);
     }
     if (!is_store && !shared.cell.was_written) {
-      return report("not initialized", size_bytes, is_store, "shared", return_address);
+      return report("not initialized", size_bytes, is_store, "shared", by);
     }
-    if (const char* wrong = update(shared.cell, current_fiber(), cluster_number, is_store)) {
-      return report(wrong, size_bytes, is_store, "shared", return_address);
+    if (const char* wrong = update(shared.cell, address + i, current_fiber(), cluster, is_store, by)) {
+      return report(wrong, size_bytes, is_store, "shared", by);
     }
   }
 }
 
-void check_device(uintptr_t address, size_t size_bytes, bool is_store, const void* return_address) {
+void check_device(uintptr_t address, size_t size_bytes, bool is_store, const Accessor& by) {
   const uint8_t needed = is_store ? kMayWrite : kMayRead;
+  const auto era = static_cast<uint32_t>(machine().launch_number);
   for (size_t i = 0; i < size_bytes; ++i) {
     Page* page = find_page(address + i);
     Cell* cell = page == nullptr ? nullptr : &(*page)[(address + i) % kPageBytes];
@@ -234,13 +323,13 @@ void check_device(uintptr_t address, size_t size_bytes, bool is_store, const voi
       if (!is_store && belongs_to_program(address + i)) {
         return;
       }
-      return report("out of bounds", size_bytes, is_store, "device", return_address);
+      return report("out of bounds", size_bytes, is_store, "device", by);
     }
     if ((cell->permission & needed) == 0) {
-      return report("forbidden", size_bytes, is_store, "device", return_address);
+      return report("forbidden", size_bytes, is_store, "device", by);
     }
     if (!is_store && (cell->permission & kUninitialized) != 0 && !cell->was_written) {
-      return report("not initialized", size_bytes, is_store, "device", return_address);
+      return report("not initialized", size_bytes, is_store, "device", by);
     }
     if (is_store && (cell->permission & kMustBeWritten) != 0) {
       if (!cell->was_written) {
@@ -254,10 +343,14 @@ void check_device(uintptr_t address, size_t size_bytes, bool is_store, const voi
       cell->was_written = true;
       continue;
     }
-    if (const char* wrong = update(*cell, current_fiber(), static_cast<uint32_t>(machine().launch_number), is_store)) {
-      return report(wrong, size_bytes, is_store, "device", return_address);
+    if (const char* wrong = update(*cell, address + i, current_fiber(), era, is_store, by)) {
+      return report(wrong, size_bytes, is_store, "device", by);
     }
   }
+}
+
+bool is_shared_memory(uintptr_t address) {
+  return is_within(address, machine().shared, kMaxClusterBlocks * kSharedStride);
 }
 
 }  // namespace
@@ -307,16 +400,17 @@ void remember_host_stack() {
   host_stack = {begin, begin + size_bytes};
 }
 
-void begin_checked_cluster() {
-  shared_cells.resize(kMaxClusterBlocks * kSharedBytes);
-  ++cluster_number;
+void begin_checked_cluster(unsigned blocks) {
+  if (shared_cells.size() < blocks * kSharedStride) {
+    shared_cells.resize(blocks * kSharedStride);
+  }
 }
 
-void add_shared_array(const void* p, size_t size_bytes, unsigned /*block*/) {
+void add_shared_array(const void* p, size_t size_bytes) {
   const size_t offset = static_cast<size_t>(static_cast<const char*>(p) - machine().shared);
   for (size_t i = 0; i < size_bytes; ++i) {
-    shared_cells[offset + i].cluster = cluster_number;
-    shared_cells[offset + i].cell = Cell();
+    shared_cells[offset + i] = SharedCell();
+    shared_cells[offset + i].cluster = machine().cluster_number;
   }
   // NaN, in case that a value is used that was never stored.
   std::memset(const_cast<void*>(p), 0xff, size_bytes);
@@ -327,10 +421,11 @@ void check_access(const void* p, size_t size_bytes, bool is_store, const void* r
   if (!m.is_running || !m.error.empty()) {
     return;
   }
+  const Accessor by{return_address};
   const auto address = reinterpret_cast<uintptr_t>(p);
   if (is_within(address, m.stacks, size_t{kMaxBlockThreads} * kMaxClusterBlocks * kStackBytes)) {
     if (!is_within(address, m.stacks + m.current * kStackBytes, kStackBytes)) {
-      report("another thread's local memory", size_bytes, is_store, "local", return_address);
+      report("another thread's local memory", size_bytes, is_store, "local", by);
     }
     return;
   }
@@ -340,20 +435,64 @@ void check_access(const void* p, size_t size_bytes, bool is_store, const void* r
   ++m.counters.accesses;
   m.counters.wide_accesses += size_bytes == 16 ? 1 : 0;
   const bool is_vector = size_bytes <= 16 && (size_bytes & (size_bytes - 1)) == 0;
-  const bool is_shared = is_within(address, m.shared, kMaxClusterBlocks * kSharedBytes);
+  const bool is_shared = is_shared_memory(address);
   if (!is_shared && !has_buffers) {
     return;
   }
   if (is_vector && address % size_bytes != 0) {
-    report("misaligned", size_bytes, is_store, is_shared ? "shared" : "device", return_address);
+    report("misaligned", size_bytes, is_store, is_shared ? "shared" : "device", by);
   } else if (is_shared) {
-    check_shared(address, size_bytes, is_store, return_address);
+    check_shared(address, size_bytes, is_store, by);
   } else {
-    check_device(address, size_bytes, is_store, return_address);
+    check_device(address, size_bytes, is_store, by);
   }
 }
 
 void check_load(const void* p, size_t size_bytes) { check_access(p, size_bytes, false, __builtin_return_address(0)); }
 void check_store(const void* p, size_t size_bytes) { check_access(p, size_bytes, true, __builtin_return_address(0)); }
+
+void check_copy(const Copy& copy, uint32_t number) {
+  const Accessor by{nullptr, number};
+  const auto check = [&](const void* p, bool is_store) {
+    const auto address = reinterpret_cast<uintptr_t>(p);
+    if (is_shared_memory(address)) {
+      check_shared(address, copy.size_bytes, is_store, by);
+    } else if (has_buffers) {
+      check_device(address, copy.size_bytes, is_store, by);
+    }
+  };
+  check(copy.from, false);
+  check(copy.to, true);
+}
+
+void check_mbarrier(const void* barrier, MBarrierUse use, const Location& location) {
+  constexpr size_t kSizeBytes = 8;
+  const auto address = reinterpret_cast<uintptr_t>(barrier);
+  const auto wrong = [&](const char* what) { fail(std::string(what) + ": an mbarrier, at " + text_of(location)); };
+  if (address % kSizeBytes != 0) {
+    wrong("misaligned");
+  }
+  if (!is_shared_memory(address)) {
+    wrong("out of bounds");
+  }
+  const size_t offset = address - reinterpret_cast<uintptr_t>(machine().shared);
+  const Fiber& fiber = current_fiber();
+  for (size_t i = 0; i < kSizeBytes; ++i) {
+    SharedCell& shared = shared_cells[offset + i];
+    if (shared.cluster != machine().cluster_number) {
+      wrong("out of bounds");
+    }
+    if (use == MBarrierUse::kInit ? shared.is_mbarrier : !shared.is_mbarrier) {
+      wrong(use == MBarrierUse::kInit ? "initialized twice" : "not initialized");
+    }
+    if (const char* what = update(shared.cell, address + i, fiber, shared.cluster, use == MBarrierUse::kInit, {})) {
+      wrong(what);
+    }
+    if (use == MBarrierUse::kByCopy && !is_fenced(shared.cell, fiber)) {
+      wrong("no fence.proxy.async between the initialization and a bulk copy");
+    }
+    shared.is_mbarrier = true;
+  }
+}
 
 }  // namespace simt

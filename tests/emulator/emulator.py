@@ -243,7 +243,7 @@ def build(
 def build_machine(folder: Path, *, is_checked: bool = True) -> list[Path]:
     """The objects of the emulator itself, which do not depend on the kernels."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = ("fibers", "collectives", "checker", "tsan_hooks", "emulate", "abi")
+    names = ("fibers", "collectives", "asynchronous", "checker", "tsan_hooks", "emulate", "abi")
     sources = [ROOT / "tests" / "emulator" / f"{name}.cpp" for name in names]
     return _compile(
         folder,

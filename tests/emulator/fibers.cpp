@@ -86,11 +86,14 @@ void report_deadlock() {
   for (const auto& [where, count] : waiting) {
     text += " " + std::to_string(count) + " threads wait for " + where + ";";
   }
-  fail(text + " " + std::to_string(done) + " have returned");
+  fail(text + describe_mbarriers() + " " + std::to_string(done) + " have returned");
 }
 
 void run_next() {
   Machine& m = machine();
+  if (!m.unfinished_copies.empty()) {
+    advance_copies();
+  }
   if (m.runnable.empty()) {
     report_deadlock();
   }
@@ -113,6 +116,9 @@ void fiber_main() {
   ++block.returned;
   ++m.cluster.returned;
   warp.lanes &= ~(1u << fiber.lane);
+  if (fiber.syncs.cluster_arrivals != fiber.syncs.cluster_waits) {
+    fail("a thread returns that has arrived at the cluster barrier but not waited");
+  }
   if (warp.arrived != 0) {
     fail("a lane returns while other lanes of its warp wait in a shuffle");
   }
@@ -121,6 +127,9 @@ void fiber_main() {
   }
   if (m.cluster.arrived != 0) {
     fail("a thread returns while other threads of its cluster wait at a barrier");
+  }
+  if (block.returned == block.count) {
+    check_returning_block(fiber.block);
   }
   if (m.cluster.returned == m.cluster.count) {
     return_to_host();
@@ -162,15 +171,18 @@ void run_cluster(const Grid& grid, unsigned first_block) {
   const unsigned count = grid.threads * grid.cluster_size;
   m.fibers.resize(count);
   m.blocks.assign(grid.cluster_size, Block());
-  m.cluster = Barrier();
+  m.cluster = ClusterBarrier();
   m.cluster.count = count;
   m.warps.assign(size_t{grid.cluster_size} * ((grid.threads + kWarpLanes - 1) / kWarpLanes), Warp());
   m.runnable.clear();
+  m.mbarriers.clear();
+  m.completion_sources = 0;
+  m.first_copy_of_cluster = m.copies.size();
   for (unsigned b = 0; b < grid.cluster_size; ++b) {
     Block& block = m.blocks[b];
     block.barrier.first = b * grid.threads;
     block.barrier.count = grid.threads;
-    block.shared = m.shared + b * kSharedBytes;
+    block.shared = m.shared + b * kSharedStride;
   }
   for (unsigned number = 0; number < count; ++number) {
     prepare_fiber(grid, first_block, number);
@@ -226,9 +238,11 @@ ThreadIndex this_thread() { return current_fiber().index; }
 int launch_threads(const Grid& grid, void (*body)(const void*), const void* context) {
   Machine& m = machine();
   if (grid.blocks == 0 || grid.threads == 0 || grid.threads > kMaxBlockThreads || grid.cluster_size == 0 ||
-      grid.cluster_size > kMaxClusterBlocks || grid.blocks % grid.cluster_size != 0) {
+      grid.cluster_size > kMaxClusterBlocks || grid.blocks % grid.cluster_size != 0 ||
+      grid.shared_bytes > kMaxSharedBytes) {
     fail("invalid launch: " + std::to_string(grid.blocks) + " blocks of " + std::to_string(grid.threads) +
-         " threads in clusters of " + std::to_string(grid.cluster_size));
+         " threads and " + std::to_string(grid.shared_bytes) + " bytes of shared memory in clusters of " +
+         std::to_string(grid.cluster_size));
     return kInvalidConfiguration;
   }
   if (!m.error.empty()) {
@@ -236,11 +250,14 @@ int launch_threads(const Grid& grid, void (*body)(const void*), const void* cont
   }
   if (m.stacks == nullptr) {
     m.stacks = reserve(size_t{kMaxBlockThreads} * kMaxClusterBlocks * kStackBytes);
-    m.shared = reserve(kMaxClusterBlocks * kSharedBytes);
+    m.shared = reserve(kMaxClusterBlocks * kSharedStride);
   }
   running_body = body;
   running_context = context;
   ++m.launch_number;
+  m.shared_bytes = grid.shared_bytes;
+  m.copies.clear();
+  m.unfinished_copies.clear();
   remember_host_stack();
   std::vector<unsigned> clusters(grid.blocks / grid.cluster_size);
   for (unsigned i = 0; i < clusters.size(); ++i) {
@@ -250,14 +267,18 @@ int launch_threads(const Grid& grid, void (*body)(const void*), const void* cont
     std::swap(clusters[i - 1], clusters[next_random() % i]);
   }
   for (unsigned cluster : clusters) {
-    begin_checked_cluster();
+    ++m.cluster_number;
+    begin_checked_cluster(grid.cluster_size);
     run_cluster(grid, cluster * grid.cluster_size);
     if (!m.error.empty()) {
       return kLaunchFailed;
     }
   }
+  finish_copies();
   return kSuccess;
 }
+
+Order current_order() { return order; }
 
 void set_order(Order new_order, uint64_t seed) {
   order = new_order;

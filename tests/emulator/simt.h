@@ -34,7 +34,16 @@ struct ThreadIndex {
 ThreadIndex this_thread();
 
 void sync_block(Location location);
-void sync_cluster(Location location);
+
+// A cluster's barrier in two steps. Each thread of the cluster arrives, and later waits for all others to arrive. What
+// a thread accessed before a relaxed arrive is not ordered before what others access after their wait.
+enum class Arrive { kRelaxed, kRelease };
+void arrive_at_cluster(Arrive semantics, Location location);
+void wait_for_cluster(Location location);
+inline void sync_cluster(Location location) {
+  arrive_at_cluster(Arrive::kRelease, location);
+  wait_for_cluster(location);
+}
 
 // Precondition: every lane of the warp calls, at the same location. Returns the value that the source lane passed.
 // Values move within groups of `width` lanes: a source outside of the group is the lane itself.
@@ -73,10 +82,41 @@ void* shared_array(Key, size_t size_bytes, size_t alignment) {
 // The same variable in the cluster's block number `rank`.
 const void* shared_of_block(const void* shared, unsigned rank);
 
+// The block's dynamic shared memory, of Grid::shared_bytes.
+void* dynamic_shared_memory();
+
+// An mbarrier object of 8 bytes in shared memory. A phase completes when all arrivals are in, and as many bytes have
+// been copied as were expected.
+void mbarrier_init(void* barrier, unsigned arrivals, Location location);
+void mbarrier_arrive_expect_tx(void* barrier, unsigned size_bytes, Location location);
+// Waits while the current phase's number has this parity.
+void mbarrier_wait_parity(void* barrier, unsigned parity, Location location);
+
+// Asynchronous copies, which take place at some time between their call and the wait for them: set_order().
+//
+// Bulk copies. Both addresses and the size are multiples of 16 bytes.
+void bulk_copy_to_shared(void* to, const void* from, unsigned size_bytes, void* barrier, Location location);
+void bulk_copy_to_global(void* to, const void* from, unsigned size_bytes, Location location);
+// Orders a thread's earlier accesses to shared memory before later bulk copies.
+void fence_proxy_async();
+// Copies of 16 bytes from global to shared memory (cp.async).
+void copy_16_bytes(void* to, const void* from, Location location);
+
+// A thread commits its copies in groups, bulk copies to global memory apart from those of 16 bytes.
+enum class CopyGroups { kBulk, k16Bytes };
+void commit_copies(CopyGroups groups);
+// Waits until at most the latest `pending` groups are under way: until the others have read their sources, or have
+// written their destinations too.
+enum class CopyStage { kRead, kWritten };
+void wait_for_copies(CopyGroups groups, unsigned pending, CopyStage stage);
+
+constexpr unsigned kMaxSharedBytes = 227 * 1024;  // per block, static and dynamic: compute capability 9.0
+
 struct Grid {
   unsigned blocks;
   unsigned threads;  // per block
   unsigned cluster_size;
+  unsigned shared_bytes = 0;  // of dynamic shared memory, per block
 };
 
 constexpr int kSuccess = 0;
@@ -90,7 +130,8 @@ int launch(const Grid& grid, const Body& body) {
   return launch_threads(grid, [](const void* context) { (*static_cast<const Body*>(context))(); }, &body);
 }
 
-// The order in which fibers run.
+// The order in which fibers run. Asynchronous copies take place as soon as they can (kForwards), as late as they can
+// (kBackwards) or at a random time.
 enum class Order { kRandom, kForwards, kBackwards };
 void set_order(Order order, uint64_t seed);
 

@@ -20,9 +20,12 @@
 // The lambda's type identifies the array: one for each instantiation of the function that declares it.
 #define MASKED_SOFTMAX_SHARED(T, name, count) \
   T(&name)[count] = *static_cast<T(*)[count]>(simt::shared_array([] {}, sizeof(T) * (count), alignof(T)))
+#define MASKED_SOFTMAX_DYNAMIC_SHARED(name) \
+  unsigned char* const name = static_cast<unsigned char*>(simt::dynamic_shared_memory())
 #define MASKED_SOFTMAX_UNROLL
 #define MASKED_SOFTMAX_NO_UNROLL
 #define MASKED_SOFTMAX_HAS_CLUSTERS 1
+#define MASKED_SOFTMAX_HAS_BULK_COPIES 1
 
 namespace masked_softmax::cuda {
 
@@ -117,17 +120,64 @@ __attribute__((always_inline)) inline T narrow(acc_t value) {
 
 inline unsigned cluster_rank() { return simt::this_thread().cluster_rank; }
 inline unsigned cluster_size() { return simt::this_thread().cluster_size; }
+inline void cluster_arrive_release(simt::Location location = simt::Location::current()) {
+  simt::arrive_at_cluster(simt::Arrive::kRelease, location);
+}
+inline void cluster_arrive_relaxed(simt::Location location = simt::Location::current()) {
+  simt::arrive_at_cluster(simt::Arrive::kRelaxed, location);
+}
+inline void cluster_wait_acquire(simt::Location location = simt::Location::current()) {
+  simt::wait_for_cluster(location);
+}
 inline void sync_cluster(simt::Location location = simt::Location::current()) { simt::sync_cluster(location); }
-inline void arrive_at_cluster() {}
-inline void wait_for_cluster(simt::Location location = simt::Location::current()) { simt::sync_cluster(location); }
 template <class T>
 T load_from_block(const T* shared, unsigned rank) {
   return *static_cast<const T*>(simt::shared_of_block(shared, rank));
 }
 
+inline void cp_async_16(void* to, const void* from, simt::Location location = simt::Location::current()) {
+  simt::copy_16_bytes(to, from, location);
+}
+inline void cp_async_commit_group() { simt::commit_copies(simt::CopyGroups::k16Bytes); }
+template <unsigned kPending>
+void cp_async_wait_group() {
+  simt::wait_for_copies(simt::CopyGroups::k16Bytes, kPending, simt::CopyStage::kWritten);
+}
+
+inline void mbarrier_init(uint64_t* barrier, unsigned arrivals, simt::Location location = simt::Location::current()) {
+  simt::mbarrier_init(barrier, arrivals, location);
+}
+inline void mbarrier_arrive_expect_tx(uint64_t* barrier, unsigned size_bytes,
+                                      simt::Location location = simt::Location::current()) {
+  simt::mbarrier_arrive_expect_tx(barrier, size_bytes, location);
+}
+inline void mbarrier_wait_parity(uint64_t* barrier, unsigned parity,
+                                 simt::Location location = simt::Location::current()) {
+  simt::mbarrier_wait_parity(barrier, parity, location);
+}
+inline void fence_proxy_async() { simt::fence_proxy_async(); }
+inline void cp_async_bulk_to_shared(void* to, const void* from, unsigned size_bytes, uint64_t* barrier,
+                                    simt::Location location = simt::Location::current()) {
+  simt::bulk_copy_to_shared(to, from, size_bytes, barrier, location);
+}
+inline void cp_async_bulk_to_global(void* to, const void* from, unsigned size_bytes,
+                                    simt::Location location = simt::Location::current()) {
+  simt::bulk_copy_to_global(to, from, size_bytes, location);
+}
+inline void cp_async_bulk_commit_group() { simt::commit_copies(simt::CopyGroups::kBulk); }
+template <unsigned kPending>
+void cp_async_bulk_wait_group() {
+  simt::wait_for_copies(simt::CopyGroups::kBulk, kPending, simt::CopyStage::kWritten);
+}
+template <unsigned kPending>
+void cp_async_bulk_wait_group_read() {
+  simt::wait_for_copies(simt::CopyGroups::kBulk, kPending, simt::CopyStage::kRead);
+}
+
 template <class Argument>
 Status launch(void (*kernel)(Argument), const LaunchPlan& plan, Stream /*stream*/, const Argument& argument) {
-  return simt::launch({plan.blocks, plan.threads_per_block, plan.cluster_size}, [&] { kernel(argument); });
+  return simt::launch({plan.blocks, plan.threads_per_block, plan.cluster_size, plan.shared_bytes},
+                      [&] { kernel(argument); });
 }
 
 // The device that the functions below report, and how often it was asked. Tests change it.
