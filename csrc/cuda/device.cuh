@@ -64,6 +64,13 @@ MASKED_SOFTMAX_DEVICE T* in_device_memory(T* p) {
   return p;
 }
 
+// Keeps p in a register: the compiler would compute it again where few threads use it.
+template <class T>
+MASKED_SOFTMAX_DEVICE T* computed_once(T* p) {
+  asm("" : "+l"(p));
+  return p;
+}
+
 // An access of 8 or 16 bytes, at a multiple of its size, if `condition` holds. Predicated: a compiler may branch around
 // a load that is conditional in C++, and then a thread's loads would wait for each other. Loads do not take the
 // read-only cache, because the output may overwrite the input.
@@ -135,12 +142,21 @@ MASKED_SOFTMAX_DEVICE double select(bool condition, double a, double b) {
       : "d"(a), "d"(b), "r"(static_cast<unsigned>(condition)));
   return result;
 }
+// In a branch that few threads take: the compiler does not turn it into selections that all threads execute.
+MASKED_SOFTMAX_DEVICE void keep_branch() { asm volatile(""); }
 // 2^a within 2 units in the last place, in one instruction; results below the smallest normal number are 0.
 MASKED_SOFTMAX_DEVICE float exp2_approximate(float a) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
   return result;
 }
+// Within 1 unit in the last place for normal numbers. NaN gives NaN; what 0 and infinity give is not specified.
+MASKED_SOFTMAX_DEVICE float reciprocal(float a) {
+  float approximate;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(approximate) : "f"(a));
+  return __fmaf_rn(approximate, __fmaf_rn(-a, approximate, 1.0f), approximate);  // one step of Newton's method
+}
+MASKED_SOFTMAX_DEVICE double reciprocal(double a) { return 1 / a; }
 MASKED_SOFTMAX_DEVICE uint32_t float_bits(float a) { return __float_as_uint(a); }
 MASKED_SOFTMAX_DEVICE float bits_float(uint32_t a) { return __uint_as_float(a); }
 MASKED_SOFTMAX_DEVICE uint64_t float_bits(double a) { return static_cast<uint64_t>(__double_as_longlong(a)); }
@@ -165,6 +181,33 @@ MASKED_SOFTMAX_DEVICE T narrow(float value) {
     return static_cast<T>(value);
   }
 }
+// The float of element `half` of a word with two 16-bit elements, or of a word that is a float.
+template <class T>
+MASKED_SOFTMAX_DEVICE float unpack(uint32_t word, int half) {
+  if constexpr (std::is_same_v<T, bfloat16_t>) {
+    return __uint_as_float(half == 0 ? word << 16 : word & 0xffff0000u);
+  } else if constexpr (std::is_same_v<T, float16_t>) {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(half == 0 ? word : word >> 16)));
+  } else {
+    static_assert(std::is_same_v<T, float>, "a word has one float or two 16-bit elements");
+    return __uint_as_float(word);
+  }
+}
+// A word with two 16-bit elements, rounded as by narrow().
+template <class T>
+MASKED_SOFTMAX_DEVICE uint32_t pack(float low, float high) {
+  uint32_t word;
+  if constexpr (std::is_same_v<T, bfloat16_t>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&word, &pair, 4);
+  } else {
+    static_assert(std::is_same_v<T, float16_t>, "a 16-bit type");
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&word, &pair, 4);
+  }
+  return word;
+}
+
 // A double goes to 16 bits by way of a float rounded to odd: see round_to_odd() in common/numeric.h.
 template <class T>
 MASKED_SOFTMAX_DEVICE T narrow(double value) {

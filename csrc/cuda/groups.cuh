@@ -39,30 +39,35 @@ struct Sum {
   static constexpr int kWords = 2;
   acc_t words[kWords] = {0, 0};
 
-  MASKED_SOFTMAX_DEVICE void add(acc_t value) {
-    const acc_t high = words[0];
-    const acc_t sum = high + value;
-    const acc_t part = sum - high;
-    words[1] += (high - (sum - part)) + (value - part);
-    words[0] = sum;
-  }
+  MASKED_SOFTMAX_DEVICE void add(acc_t value) { words[1] += add_to_high(value); }
   // The values are first added to each other, in pairs.
   template <int kCount>
   MASKED_SOFTMAX_DEVICE void add(const acc_t (&values)[kCount]) {
     add(pairwise<0, kCount>(values));
   }
-  // a.combine(b) and b.combine(a) give the same bits, as add() finds the exact error of high + value in either order.
-  // The two lanes of a shuffle each combine the other's partial with their own, and need the same result.
+  // The same where the sum is 0 before.
+  template <int kCount>
+  MASKED_SOFTMAX_DEVICE void set(const acc_t (&values)[kCount]) {
+    words[0] = pairwise<0, kCount>(values);
+  }
+  // a.combine(b) and b.combine(a) give the same bits, as add_to_high() finds the exact error in either order. The two
+  // lanes of a shuffle each combine the other's partial with their own, and need the same result.
   MASKED_SOFTMAX_DEVICE void combine(const Sum& other) {
     const acc_t lows = words[1] + other.words[1];
-    words[1] = 0;
-    add(other.words[0]);
-    words[1] += lows;
+    words[1] = lows + add_to_high(other.words[0]);
   }
   // The rounding error of an infinite sum is NaN, and is left out.
   MASKED_SOFTMAX_DEVICE acc_t value() const { return words[1] == words[1] ? words[0] + words[1] : words[0]; }
 
  private:
+  // Returns the rounding error.
+  MASKED_SOFTMAX_DEVICE acc_t add_to_high(acc_t value) {
+    const acc_t high = words[0];
+    words[0] = high + value;
+    const acc_t part = words[0] - high;
+    return (high - (words[0] - part)) + (value - part);
+  }
+
   template <int kFirst, int kCount, int kAll>
   MASKED_SOFTMAX_DEVICE static acc_t pairwise(const acc_t (&values)[kAll]) {
     if constexpr (kCount == 1) {

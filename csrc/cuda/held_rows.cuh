@@ -59,7 +59,8 @@ class HeldRows {
     const Problem& problem = kernel_problem.problem;
     lengths_[index] = row.length;
     cols_ = static_cast<int>(problem.cols);
-    outputs_[index] = row.at(static_cast<output_t*>(problem.output.data), kernel_problem.plain_rows.output);
+    outputs_[index] =
+        computed_once(row.at(static_cast<output_t*>(problem.output.data), kernel_problem.plain_rows.output));
     MASKED_SOFTMAX_UNROLL
     for (int k = 0; k < kInputs; ++k) {
       const auto* x = row.at(static_cast<const input_t*>(problem.inputs[k].data), kernel_problem.plain_rows.inputs[k]);
@@ -95,7 +96,7 @@ class HeldRows {
   }
 
   MASKED_SOFTMAX_DEVICE acc_t value(int row, int input, int k, int i) const {
-    return widen(loads_[row][input].vector(k).elems[i]);
+    return loads_[row][input].vector(k).widened(i);
   }
 
   // Whether the row has one valid column.
@@ -112,42 +113,52 @@ class HeldRows {
     }
   }
 
-  // Stores a row's results and, of a plain row, its padding.
-  MASKED_SOFTMAX_DEVICE void store(const KernelProblem& kernel_problem, int row, Values& values) const {
+  // Stores a row's results, result(k, i), and, of a plain row, its padding. is_absent_padding: the results of absent
+  // elements are the value of padding.
+  template <class Result>
+  MASKED_SOFTMAX_DEVICE void store(const KernelProblem& kernel_problem, int row, bool is_absent_padding,
+                                   const Result& result) const {
+    using VectorType = Vector<output_t, kElems>;
     if constexpr (kIsPlain) {
       const auto padding = padding_of<acc_t>(kernel_problem, lengths_[row] != kInvalidLength);
-      if (lengths_[row] < cols_) {
-        for_each_vector(row, [&](int k) MASKED_SOFTMAX_DEVICE_LAMBDA {
-          MASKED_SOFTMAX_UNROLL
-          for (int i = 0; i < kElems; ++i) {
-            values[k][i] = share_.begin + k * share_.stride + i < lengths_[row] ? values[k][i] : padding;
-          }
-        });
-      }
-      const auto padding_vector = filled<output_t, kElems>(narrow<output_t>(padding));
+      const auto padding_vector = VectorType::filled(narrow<output_t>(padding));
       output_t* const p = outputs_[row] + share_.begin;
+      const int rest = lengths_[row] - share_.begin;
       const int cols = lengths_[row] == kNoRow ? 0 : cols_ - share_.begin;
       MASKED_SOFTMAX_UNROLL
       for (int k = 0; k < kVectors; ++k) {
-        auto vector = padding_vector;
+        const bool is_within = k * share_.stride < cols;
         if (is_active(row, k)) {
+          acc_t values[kElems];
           MASKED_SOFTMAX_UNROLL
           for (int i = 0; i < kElems; ++i) {
-            vector.elems[i] = narrow<output_t>(values[k][i]);
+            values[i] = result(k, i);
           }
+          if (!is_absent_padding && k * share_.stride + kElems > rest) {
+            keep_branch();
+            MASKED_SOFTMAX_UNROLL
+            for (int i = 0; i < kElems; ++i) {
+              values[i] = k * share_.stride + i < rest ? values[i] : padding;
+            }
+          }
+          store_vector_if(is_within, p + k * share_.stride, VectorType::narrowed(values));
+        } else {
+          store_vector_if(is_within, p + k * share_.stride, padding_vector);
         }
-        store_vector_if(k * share_.stride < cols, p + k * share_.stride, vector);
       }
     } else {
       const bool is_first_lane = thread_index() % kWarpThreads == 0 || thread_ == 0;
       const bool is_last_lane = thread_index() % kWarpThreads == kWarpThreads - 1 || thread_ == threads_ - 1;
       MASKED_SOFTMAX_UNROLL
       for (int k = 0; k < kVectors; ++k) {
-        Vector<output_t, kElems> vector;
-        MASKED_SOFTMAX_UNROLL
-        for (int i = 0; i < kElems; ++i) {
-          vector.elems[i] = narrow<output_t>(values[k][i]);
+        acc_t values[kElems] = {};
+        if (is_active(row, k)) {
+          MASKED_SOFTMAX_UNROLL
+          for (int i = 0; i < kElems; ++i) {
+            values[i] = result(k, i);
+          }
         }
+        const auto vector = VectorType::narrowed(values);
         store_vector(outputs_[0], lengths_[0], k * share_.stride + share_.begin, vector, previous_vector(vector),
                      is_first_lane, is_last_lane);
       }
@@ -182,6 +193,16 @@ MASKED_SOFTMAX_DEVICE void reduce_or_load(const Group& group, const KernelProble
     }
   }
   group.reduce(partials);
+}
+
+// Adds the terms of a thread's vector k.
+template <class acc_t, int kElems>
+MASKED_SOFTMAX_DEVICE void add_to(Sum<acc_t>& sum, int k, const acc_t (&terms)[kElems]) {
+  if (k == 0) {
+    sum.set(terms);
+  } else {
+    sum.add(terms);
+  }
 }
 
 // softmax and log_softmax, step by step: maximum, exponentials, sum, results.
@@ -252,7 +273,7 @@ class Forward {
         for (int i = 0; i < Rows::kElems; ++i) {
           values_[row][k][i] = exponential(values_[row][k][i]);
         }
-        sum[row].add(values_[row][k]);
+        add_to(sum[row], k, values_[row][k]);
       });
     }
     if (is_pass(Pass::kSums)) {
@@ -263,14 +284,10 @@ class Forward {
     release();
     MASKED_SOFTMAX_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      const acc_t reciprocal = 1 / sum[row].value();
-      rows_.for_each_vector(row, [&](int k) MASKED_SOFTMAX_DEVICE_LAMBDA {
-        MASKED_SOFTMAX_UNROLL
-        for (int i = 0; i < Rows::kElems; ++i) {
-          values_[row][k][i] *= reciprocal;
-        }
-      });
-      rows_.store(kernel_problem_, row, values_[row]);
+      const acc_t inverse = reciprocal(sum[row].value());
+      // An absent element's exponential is 0, and so is its product with a finite number.
+      rows_.store(kernel_problem_, row, /*is_absent_padding=*/inverse - inverse == 0,
+                  [&](int k, int i) MASKED_SOFTMAX_DEVICE_LAMBDA { return values_[row][k][i] * inverse; });
     }
   }
 
@@ -286,7 +303,7 @@ class Forward {
         for (int i = 0; i < Rows::kElems; ++i) {
           terms[i] = log_sum.rest_term(values_[row][k][i], max_count[row]);
         }
-        rest[row].add(terms);
+        add_to(rest[row], k, terms);
       });
     }
     if (is_pass(Pass::kSums)) {
@@ -302,13 +319,9 @@ class Forward {
       const acc_t row_max = max[row].value();
       const acc_t log_sum = LogSum<acc_t>(constants_, row_max, rows_.is_single(row))
                                 .value(rest[row].value(), max_count[row].value());
-      rows_.for_each_vector(row, [&](int k) MASKED_SOFTMAX_DEVICE_LAMBDA {
-        MASKED_SOFTMAX_UNROLL
-        for (int i = 0; i < Rows::kElems; ++i) {
-          values_[row][k][i] = fused_multiply_add(values_[row][k][i] - row_max, constants_.scale, -log_sum);
-        }
+      rows_.store(kernel_problem_, row, /*is_absent_padding=*/false, [&](int k, int i) MASKED_SOFTMAX_DEVICE_LAMBDA {
+        return fused_multiply_add(values_[row][k][i] - row_max, constants_.scale, -log_sum);
       });
-      rows_.store(kernel_problem_, row, values_[row]);
     }
   }
 
@@ -365,7 +378,7 @@ class Backward {
           const acc_t in[2] = {rows_.value(row, 0, k, i), rows_.value(row, 1, k, i)};
           F::terms(in, exp, &terms[i]);
         }
-        sum[row].add(terms);
+        add_to(sum[row], k, terms);
       });
     }
     if constexpr (kHasPasses) {
@@ -381,15 +394,10 @@ class Backward {
     MASKED_SOFTMAX_UNROLL
     for (int row = 0; row < kRows; ++row) {
       const acc_t total = sum[row].value();
-      typename Rows::Values results;
-      rows_.for_each_vector(row, [&](int k) MASKED_SOFTMAX_DEVICE_LAMBDA {
-        MASKED_SOFTMAX_UNROLL
-        for (int i = 0; i < Rows::kElems; ++i) {
-          const acc_t in[2] = {rows_.value(row, 0, k, i), rows_.value(row, 1, k, i)};
-          results[k][i] = F::result(in, &total, constants_.scale, exp);
-        }
+      rows_.store(kernel_problem_, row, /*is_absent_padding=*/false, [&](int k, int i) MASKED_SOFTMAX_DEVICE_LAMBDA {
+        const acc_t in[2] = {rows_.value(row, 0, k, i), rows_.value(row, 1, k, i)};
+        return F::result(in, &total, constants_.scale, exp);
       });
-      rows_.store(kernel_problem_, row, results);
     }
   }
 
@@ -420,7 +428,7 @@ template <bool kForward, class input_t, class output_t, size_t kStep>
 MASKED_SOFTMAX_KERNEL(kLanesThreads, plain_threads_per_sm(kLanesSteps[kStep].elems_per_thread) / kLanesThreads)
 plain_lanes(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   constexpr int kInputs = kForward ? 1 : 2;
-  constexpr LanesStep kLanes = lanes_step(kStep, kInputs);
+  constexpr LanesStep kLanes = kLanesSteps[kStep];
   constexpr int kRows = rows_per_group(kLanes.elems_per_thread, kInputs);
   constexpr int kVectors = kLanes.elems_per_thread / RowTypes<input_t, output_t>::kElems;
   constexpr unsigned kGroups = kWarpThreads / kLanes.threads_per_row;  // of a warp
@@ -509,10 +517,12 @@ any_held_rows(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
 template <bool kForward, class input_t, class output_t, size_t kStep = 0>
 Status launch_plain_lanes(const KernelProblem& kernel_problem, const LaunchPlan& plan, Stream stream) {
   if constexpr (kStep < sizeof(kLanesSteps) / sizeof(kLanesSteps[0])) {
-    constexpr LanesStep kLanes = lanes_step(kStep, kForward ? 1 : 2);
-    if (plan.order.threads == kLanes.threads_per_row &&
-        plan.order.vectors * plan.order.elems == kLanes.elems_per_thread) {
-      return launch(plain_lanes<kForward, input_t, output_t, kStep>, plan, stream, kernel_problem);
+    constexpr LanesStep kLanes = kLanesSteps[kStep];
+    if constexpr (kLanes.elems_per_thread <= max_thread_elems(kForward ? 1 : 2)) {
+      if (plan.order.threads == kLanes.threads_per_row &&
+          plan.order.vectors * plan.order.elems == kLanes.elems_per_thread) {
+        return launch(plain_lanes<kForward, input_t, output_t, kStep>, plan, stream, kernel_problem);
+      }
     }
     return launch_plain_lanes<kForward, input_t, output_t, kStep + 1>(kernel_problem, plan, stream);
   }

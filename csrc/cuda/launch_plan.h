@@ -129,18 +129,11 @@ constexpr int kMaxThreadElems = 32;
 constexpr int max_thread_elems(int inputs) { return inputs == 1 ? kMaxThreadElems : kMaxThreadElems / 2; }
 
 // Lanes per row, and elements per lane, in the order in which they are tried: the first that holds the row is taken.
-// The last one's elements are divided among the inputs.
 struct LanesStep {
   int threads_per_row;
   int elems_per_thread;
 };
-constexpr LanesStep kLanesSteps[] = {{1, 8}, {8, 8}, {32, 8}, {32, kMaxThreadElems}};
-
-constexpr LanesStep lanes_step(size_t step, int inputs) {
-  const LanesStep lanes = kLanesSteps[step];
-  const int max_elems = max_thread_elems(inputs);
-  return {lanes.threads_per_row, lanes.elems_per_thread < max_elems ? lanes.elems_per_thread : max_elems};
-}
+constexpr LanesStep kLanesSteps[] = {{1, 8}, {8, 8}, {32, 8}, {32, 16}, {32, kMaxThreadElems}};
 
 // Plain rows that a group of lanes takes at a time, so that the loads of all are in flight together.
 constexpr int rows_per_group(int elems_per_thread, int inputs) {
@@ -180,10 +173,10 @@ constexpr SumOrder order_of(Strategy strategy, const RowShape& shape, const Devi
   const int64_t vectors = ceil_divide(shape.cols, elems);
   switch (strategy) {
     case Strategy::kLanes:
-      for (size_t step = 0; step < sizeof(kLanesSteps) / sizeof(kLanesSteps[0]); ++step) {
-        const LanesStep lanes = lanes_step(step, shape.inputs);
-        if (lanes.threads_per_row * lanes.elems_per_thread >= shape.cols) {
-          return {lanes.threads_per_row, lanes.elems_per_thread / elems, elems};
+      for (const LanesStep& step : kLanesSteps) {
+        if (step.elems_per_thread <= max_thread_elems(shape.inputs) &&
+            step.threads_per_row * step.elems_per_thread >= shape.cols) {
+          return {step.threads_per_row, step.elems_per_thread / elems, elems};
         }
       }
       return {};

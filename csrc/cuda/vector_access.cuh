@@ -20,10 +20,58 @@
 
 namespace masked_softmax::cuda {
 
+// In words, so that 16-bit elements are converted in pairs.
 template <class T, int kElems>
 struct alignas(sizeof(T) * kElems) Vector {
-  static_assert(sizeof(T) * kElems == 8 || sizeof(T) * kElems == 16, "one access");
-  T elems[kElems];
+  static constexpr int kWords = sizeof(T) * kElems / 4;
+  static_assert(kWords == 2 || kWords == 4, "one access");
+  uint32_t words[kWords];
+
+  // All elements have one value.
+  MASKED_SOFTMAX_DEVICE static Vector filled(T value) {
+    Vector vector = {};
+    MASKED_SOFTMAX_UNROLL
+    for (int i = 0; i < kElems; ++i) {
+      vector.set_elem(i, value);
+    }
+    return vector;
+  }
+  MASKED_SOFTMAX_DEVICE static Vector narrowed(const float (&values)[kElems]) {
+    Vector vector;
+    MASKED_SOFTMAX_UNROLL
+    for (int word = 0; word < kWords; ++word) {
+      if constexpr (sizeof(T) == 2) {
+        vector.words[word] = pack<T>(values[2 * word], values[2 * word + 1]);
+      } else {
+        vector.words[word] = float_bits(values[word]);
+      }
+    }
+    return vector;
+  }
+
+  MASKED_SOFTMAX_DEVICE float widened(int i) const {
+    return unpack<T>(words[i * static_cast<int>(sizeof(T)) / 4], sizeof(T) == 2 ? i % 2 : 0);
+  }
+  MASKED_SOFTMAX_DEVICE T elem(int i) const {
+    T value;
+    if constexpr (sizeof(T) == 2) {
+      const auto half = static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
+      memcpy(&value, &half, 2);
+    } else {
+      memcpy(&value, words + i * sizeof(T) / 4, sizeof(T));
+    }
+    return value;
+  }
+  MASKED_SOFTMAX_DEVICE void set_elem(int i, T value) {
+    if constexpr (sizeof(T) == 2) {
+      uint16_t half;
+      memcpy(&half, &value, 2);
+      const int shift = i % 2 * 16;
+      words[i / 2] = (words[i / 2] & ~(0xffffu << shift)) | uint32_t{half} << shift;
+    } else {
+      memcpy(words + i * sizeof(T) / 4, &value, sizeof(T));
+    }
+  }
 };
 
 // Elements between the last multiple of a vector's size and p.
@@ -35,11 +83,14 @@ MASKED_SOFTMAX_DEVICE int misalignment(const T* p) {
 // The vector that begins `skipped` elements into low:high; 0 <= skipped < kElems.
 template <class T, int kElems>
 MASKED_SOFTMAX_DEVICE Vector<T, kElems> join(const Vector<T, kElems>& low, const Vector<T, kElems>& high, int skipped) {
-  constexpr int kWords = sizeof(low) / 4;
+  constexpr int kWords = Vector<T, kElems>::kWords;
   const unsigned skipped_bytes = static_cast<unsigned>(skipped) * sizeof(T);
   uint32_t words[2 * kWords];
-  memcpy(words, &low, sizeof(low));
-  memcpy(words + kWords, &high, sizeof(high));
+  MASKED_SOFTMAX_UNROLL
+  for (int i = 0; i < kWords; ++i) {
+    words[i] = low.words[i];
+    words[kWords + i] = high.words[i];
+  }
   // By 8, by 4 and by fewer bytes: all indices are constants, so the words stay in registers.
   if (kWords == 4 && (skipped_bytes & 8) != 0) {
     MASKED_SOFTMAX_UNROLL
@@ -53,26 +104,13 @@ MASKED_SOFTMAX_DEVICE Vector<T, kElems> join(const Vector<T, kElems>& low, const
       words[i] = words[i + 1];
     }
   }
-  if constexpr (sizeof(T) < 4) {
-    MASKED_SOFTMAX_UNROLL
-    for (int i = 0; i < kWords; ++i) {
-      words[i] = funnel_shift_right(words[i], words[i + 1], skipped_bytes % 4 * 8);
-    }
-  }
   Vector<T, kElems> joined;
-  memcpy(&joined, words, sizeof(joined));
-  return joined;
-}
-
-// A vector of one value.
-template <class T, int kElems>
-MASKED_SOFTMAX_DEVICE Vector<T, kElems> filled(T value) {
-  Vector<T, kElems> vector;
   MASKED_SOFTMAX_UNROLL
-  for (int i = 0; i < kElems; ++i) {
-    vector.elems[i] = value;
+  for (int i = 0; i < kWords; ++i) {
+    joined.words[i] =
+        sizeof(T) < 4 ? funnel_shift_right(words[i], words[i + 1], skipped_bytes % 4 * 8) : words[i];
   }
-  return vector;
+  return joined;
 }
 
 // Stores elements [from, to) of a vector one by one.
@@ -81,7 +119,7 @@ MASKED_SOFTMAX_DEVICE void store_elems(T* p, const Vector<T, kElems>& vector, in
   MASKED_SOFTMAX_UNROLL
   for (int i = 0; i < kElems; ++i) {
     if (from <= i && i < to) {
-      in_device_memory(p)[i] = vector.elems[i];
+      in_device_memory(p)[i] = vector.elem(i);
     }
   }
 }
@@ -106,12 +144,12 @@ class VectorLoads {
 
   MASKED_SOFTMAX_DEVICE void begin_loads(const T* first, int count, const VectorShare& share, T absent) {
     skipped_ = kIsAligned ? 0 : misalignment<kElems>(first);
-    first_access_ = in_device_memory(first) - skipped_;
+    first_access_ = computed_once(in_device_memory(first) - skipped_);
     end_ = count > 0 ? count + skipped_ : 0;
     share_ = share;
     absent_ = absent;
     const T* const p = first_access_ + share.begin;
-    const auto otherwise = filled<T, kElems>(absent);
+    const auto otherwise = VectorType::filled(absent);
     MASKED_SOFTMAX_UNROLL
     for (int k = 0; k < kVectors; ++k) {
       low_[k] = load_vector_if(is_whole(begin(k)), p + k * share.stride, otherwise);
@@ -123,14 +161,20 @@ class VectorLoads {
 
   MASKED_SOFTMAX_DEVICE void finish_loads() {
     const int tail = end_ % kElems;
-    if (tail != 0) {
-      finish_access(end_ - tail, tail);
+    const bool has_head = skipped_ > 0 && end_ > 0;
+    if (tail != 0 && !(has_head && end_ < kElems)) {
+      keep(end_ - tail, load_tail(first_access_ + (end_ - tail), tail));
     }
     if constexpr (!kIsAligned) {
-      if (skipped_ > 0) {
-        if (end_ >= kElems) {
-          finish_access(0, kElems);
+      if (has_head) {
+        auto head = VectorType::filled(absent_);
+        MASKED_SOFTMAX_UNROLL
+        for (int i = 0; i < kElems; ++i) {
+          if (i >= skipped_ && i < end_) {
+            head.set_elem(i, in_device_memory(first_access_)[i]);
+          }
         }
+        keep(0, head);
         MASKED_SOFTMAX_UNROLL
         for (int k = 0; k < kVectors; ++k) {
           low_[k] = join(low_[k], high_[k], skipped_);
@@ -147,21 +191,40 @@ class VectorLoads {
   // Whether the access that begins there reads nothing but elements.
   MASKED_SOFTMAX_DEVICE bool is_whole(int begin) const { return begin >= skipped_ && begin + kElems <= end_; }
 
-  // Loads the elements of an access that reads other memory too. All threads load them, and those that hold a vector
-  // with a part of it keep them.
-  MASKED_SOFTMAX_DEVICE void finish_access(int access_begin, int access_end) {
-    auto access = filled<T, kElems>(absent_);
-    MASKED_SOFTMAX_UNROLL
-    for (int i = 0; i < kElems; ++i) {
-      if (access_begin + i >= skipped_ && i < access_end) {
-        access.elems[i] = in_device_memory(first_access_)[access_begin + i];
+  // The `count` elements at p, fewer than a vector has, in one access for each power of two.
+  MASKED_SOFTMAX_DEVICE VectorType load_tail(const T* p, int count) const {
+    constexpr int kWords = VectorType::kWords;
+    const auto absent = VectorType::filled(absent_);
+    const int bytes = count * static_cast<int>(sizeof(T));
+    const char* const memory = reinterpret_cast<const char*>(in_device_memory(p));
+    uint32_t last = absent.words[0];
+    if (sizeof(T) == 2 && (bytes & 2) != 0) {
+      last = (last & 0xffff0000u) | *reinterpret_cast<const uint16_t*>(memory + (bytes & 12));
+    }
+    VectorType vector = absent;
+    vector.words[0] = last;
+    if ((bytes & 4) != 0) {
+      vector.words[0] = *reinterpret_cast<const uint32_t*>(memory + (bytes & 8));
+      vector.words[1] = last;
+    }
+    if constexpr (kWords == 4) {
+      if ((bytes & 8) != 0) {
+        vector.words[2] = vector.words[0];
+        vector.words[3] = vector.words[1];
+        vector.words[0] = reinterpret_cast<const uint32_t*>(memory)[0];
+        vector.words[1] = reinterpret_cast<const uint32_t*>(memory)[1];
       }
     }
+    return vector;
+  }
+
+  // Takes a vector that all threads have loaded, if this thread holds elements of the access that begins there.
+  MASKED_SOFTMAX_DEVICE void keep(int access_begin, const VectorType& vector) {
     MASKED_SOFTMAX_UNROLL
     for (int k = 0; k < kVectors; ++k) {
-      low_[k] = begin(k) == access_begin ? access : low_[k];
+      low_[k] = begin(k) == access_begin ? vector : low_[k];
       if constexpr (!kIsAligned) {
-        high_[k] = begin(k) + kElems == access_begin ? access : high_[k];
+        high_[k] = begin(k) + kElems == access_begin ? vector : high_[k];
       }
     }
   }
@@ -178,15 +241,11 @@ class VectorLoads {
 // The vector of the previous lane.
 template <class T, int kElems>
 MASKED_SOFTMAX_DEVICE Vector<T, kElems> previous_vector(const Vector<T, kElems>& vector) {
-  constexpr int kWords = sizeof(vector) / 4;
-  uint32_t words[kWords];
-  memcpy(words, &vector, sizeof(vector));
-  MASKED_SOFTMAX_UNROLL
-  for (int i = 0; i < kWords; ++i) {
-    words[i] = shuffle_up(words[i], 1);
-  }
   Vector<T, kElems> previous;
-  memcpy(&previous, words, sizeof(previous));
+  MASKED_SOFTMAX_UNROLL
+  for (int i = 0; i < previous.kWords; ++i) {
+    previous.words[i] = shuffle_up(vector.words[i], 1);
+  }
   return previous;
 }
 
@@ -226,7 +285,7 @@ MASKED_SOFTMAX_DEVICE void store_vector(T* first, int count, int begin, const Ve
 // Sets columns [begin, end) of a row. `threads` threads call together; `thread` is this one's number.
 template <int kElems, class T>
 MASKED_SOFTMAX_DEVICE void fill_columns(T* row, int64_t begin, int64_t end, T value, int64_t thread, int64_t threads) {
-  const auto vector = filled<T, kElems>(value);
+  const auto vector = Vector<T, kElems>::filled(value);
   const int skipped = misalignment<kElems>(row + begin);
   MASKED_SOFTMAX_NO_UNROLL
   for (int64_t at = begin - skipped + thread * kElems; at < end; at += threads * kElems) {

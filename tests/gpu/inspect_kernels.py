@@ -54,7 +54,7 @@ def shape_of(text: str) -> tuple[tuple[int, ...], int, int | None, bool]:
     if text == "column":  # dim=1 of (64, 512, 256)
         return (64, 256), 512, None, True
     cols = int(text)
-    return (min(2**20, max(64, 2**25 // cols)),), cols, None, False
+    return (max(64, 2**23 // cols),), cols, None, False
 
 
 def measure(cubins: list[str], cases: list[Case], *, shows_profile: bool) -> None:

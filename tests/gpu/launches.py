@@ -36,6 +36,7 @@ class Call(ctypes.Structure):
         ("operation", ctypes.c_char * NAME_BYTES),
         ("strategy", ctypes.c_char * NAME_BYTES),
         ("has_clusters", ctypes.c_int32),
+        ("sm_count", ctypes.c_int32),
         ("row_ndim", ctypes.c_int32),
         ("scale", ctypes.c_double),
         ("cols", ctypes.c_int64),

@@ -24,6 +24,8 @@ ELEMENT_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 # device-to-device copy and 4 instructions a clock on each of 132 SMs.
 COPY_BYTES_PER_INSTRUCTION = {"H100": 2.9, "H200": 4.1}
 
+_SM_COUNT = 132  # of an H100 or H200
+
 LENGTHS = ("full", "half", "tenth", "uniform")
 # Where the compiler and the driver put things in constant bank 0, below the arguments.
 _BLOCK_SIZE, _GRID_SIZE, _CLUSTER_SIZE = 0, 1, 2
@@ -214,6 +216,7 @@ class _Run:
             operation=case.operation.encode(),
             strategy=case.strategy.encode(),
             has_clusters=int(self.architecture[3:]) >= 90,
+            sm_count=_SM_COUNT,
             row_ndim=len(case.row_sizes),
             scale=1.0,
             cols=case.cols,

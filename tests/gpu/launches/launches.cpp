@@ -34,6 +34,7 @@ struct Call {
   char operation[kNameBytes];
   char strategy[kNameBytes];
   int32_t has_clusters;
+  int32_t sm_count;  // 0: unknown
   int32_t row_ndim;
   double scale;
   int64_t cols;
@@ -145,6 +146,7 @@ void plan_launches(const Call& call, Plan& plan) {
   const Problem problem = problem_of(call);
   cuda::DeviceProperties device;
   device.has_clusters = call.has_clusters != 0;
+  device.sm_count = call.sm_count;
   const cuda::LaunchPlan chosen =
       cuda::plan_problem(problem, device, find(cuda::kStrategies, call.strategy, cuda::strategy_name));
   if (!chosen.is_valid()) {

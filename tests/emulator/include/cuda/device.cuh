@@ -1,6 +1,6 @@
 // The emulator's csrc/cuda/device.cuh: the same names for a GPU that simt.h emulates. Found first on the include path.
 //
-// Arithmetic has the GPU's bits, except for log_one_plus() and exp2_approximate().
+// Arithmetic has the GPU's bits, except for log_one_plus(), exp2_approximate() and reciprocal().
 #pragma once
 
 #include <cmath>
@@ -61,6 +61,11 @@ T* in_device_memory(T* p) {
   return p;
 }
 
+template <class T>
+T* computed_once(T* p) {
+  return p;
+}
+
 template <class V>
 V load_vector_if(bool condition, const void* p, V otherwise) {
   if (condition) {
@@ -94,10 +99,13 @@ inline float log_one_plus(float a) { return std::log1p(a); }
 inline double log_one_plus(double a) { return std::log1p(a); }
 inline float select(bool condition, float a, float b) { return condition ? a : b; }
 inline double select(bool condition, double a, double b) { return condition ? a : b; }
+inline void keep_branch() {}
 inline float exp2_approximate(float a) {
   const float power = std::exp2(a);
   return power < std::numeric_limits<float>::min() ? 0.0f : power;
 }
+inline float reciprocal(float a) { return 1 / a; }
+inline double reciprocal(double a) { return 1 / a; }
 inline uint32_t float_bits(float a) { return bit_cast<uint32_t>(a); }
 inline float bits_float(uint32_t a) { return bit_cast<float>(a); }
 inline uint64_t float_bits(double a) { return bit_cast<uint64_t>(a); }
@@ -110,6 +118,19 @@ T widen(T value) {
 inline float widen(bfloat16_t value) { return bfloat16_to_float(value); }
 inline float widen(float16_t value) { return float16_to_float(value); }
 inline float widen(bool8_t value) { return to_acc<float>(value); }
+
+template <class T>
+float unpack(uint32_t word, int half) {
+  if constexpr (sizeof(T) == 2) {
+    return widen(T{static_cast<uint16_t>(half == 0 ? word : word >> 16)});
+  } else {
+    return bit_cast<float>(word);
+  }
+}
+template <class T>
+uint32_t pack(float low, float high) {
+  return from_acc<T>(low).bits | uint32_t{from_acc<T>(high).bits} << 16;
+}
 
 // Inlined, and the result is a variable: -fsanitize=thread does not announce a store of a call's own result.
 template <class T, class acc_t>
