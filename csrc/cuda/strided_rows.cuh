@@ -199,20 +199,20 @@ class StridedRow {
 
   template <class Exponential>
   MASKED_SOFTMAX_DEVICE void finish_softmax(const Exponential& exponential) const {
-    const acc_t reciprocal = 1 / sum([&](int64_t first, int count, Values& terms) MASKED_SOFTMAX_DEVICE_LAMBDA {
+    const acc_t inverse = reciprocal(sum([&](int64_t first, int count, Values& terms) MASKED_SOFTMAX_DEVICE_LAMBDA {
       Values x;
       load(0, first, count, x);
       MASKED_SOFTMAX_UNROLL
       for (int i = 0; i < kMaxVectorElems; ++i) {
         terms[i] = i < count ? exponential(x[i] * constants_.factor) : acc_t{0};
       }
-    });
+    }));
     for_each_vector([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
       Values x;
       load(0, first, count, x);
       MASKED_SOFTMAX_UNROLL
       for (int i = 0; i < kMaxVectorElems; ++i) {
-        x[i] = exponential(x[i] * constants_.factor) * reciprocal;
+        x[i] = exponential(x[i] * constants_.factor) * inverse;
       }
       store(first, count, x);
     });
