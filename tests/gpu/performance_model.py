@@ -48,17 +48,31 @@ class WrongResultError(Exception):
 
 
 @dataclass(frozen=True)
-class Case:
-    """A call: contiguous scores of shape (*row_sizes, cols), or column-wise ones."""
+class Shape:
+    """Rows of contiguous scores, or of scores whose softmax dimension is the last but one."""
 
+    row_sizes: tuple[int, ...]
+    cols: int
+    length_dims: int | None = None  # lengths have these first row dimensions; None: all
+    is_column: bool = False
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.row_sizes)
+
+    def __str__(self) -> str:
+        if self.is_column:
+            return f"dim=1 of {(self.row_sizes[0], self.cols, *self.row_sizes[1:])}"
+        return " x ".join(map(str, (*self.row_sizes, self.cols)))
+
+
+@dataclass(frozen=True)
+class Case:
     operation: str
     input_type: str
     output_type: str
-    row_sizes: tuple[int, ...]
-    cols: int
+    shape: Shape
     lengths: str
-    length_dims: int | None = None  # lengths have the first dimensions only; None: one for each row
-    is_column: bool = False  # the softmax dimension comes before the last row dimension
     strategy: str = "automatic"
 
     @property
@@ -66,13 +80,13 @@ class Case:
         return 2 if self.operation.endswith("backward") else 1
 
     @property
-    def rows(self) -> int:
-        return math.prod(self.row_sizes)
+    def types(self) -> str:
+        if self.input_type == self.output_type:
+            return self.input_type
+        return f"{self.input_type} to {self.output_type}"
 
     def __str__(self) -> str:
-        types = self.input_type if self.input_type == self.output_type else f"{self.input_type}->{self.output_type}"
-        shape = "x".join(map(str, self.row_sizes))
-        return f"{self.operation} {types} {shape} rows of {self.cols}, {self.lengths}"
+        return f"{self.operation}, {self.types}, {self.shape}, lengths {self.lengths}"
 
 
 @dataclass
@@ -85,6 +99,7 @@ class Figures:
     elements: int = 0
     moved_bytes: int = 0  # valid elements read, all elements written
     instructions: int = 0
+    narrow_accesses: int = 0  # of scores, of a lane, less than 16 bytes wide
     profiles: list[tuple[Kernel, Counter[int]]] = field(default_factory=list)
     loads_in_flight: int = 0  # of 16 bytes, for a thread: in the launch with the fewest
     bytes_in_flight_per_sm: int = 0
@@ -165,13 +180,13 @@ class _Run:
             count = _PERIOD_BYTES // input_bytes
             values = generator.standard_normal(count)
             if k == 1:  # the saved result
-                values = np.exp(values) / case.cols
+                values = np.exp(values) / case.shape.cols
                 if case.operation.startswith("log"):
                     values = np.log(values)
             data = _floats_to_type(values, case.input_type)
-            size = case.rows * case.cols * input_bytes
+            size = case.shape.rows * case.shape.cols * input_bytes
             self.input_regions.append(Region(f"input {k}", data, size))
-        output_bytes = case.rows * case.cols * ELEMENT_BYTES[case.output_type]
+        output_bytes = case.shape.rows * case.shape.cols * ELEMENT_BYTES[case.output_type]
         self.output = Region("output", np.zeros(output_bytes, np.uint8))
         self.lengths = self._lengths()
         self.length_region = Region("lengths", self.lengths)
@@ -180,30 +195,30 @@ class _Run:
 
     def _lengths(self) -> Array:
         case = self.case
-        count = math.prod(case.row_sizes[: case.length_dims])
+        count = math.prod(case.shape.row_sizes[: case.shape.length_dims])
         if case.lengths == "uniform":  # any consecutive ones are evenly distributed
             spread = (np.arange(count) + 0.5) * _GOLDEN_RATIO % 1
-            return np.floor(spread * (case.cols + 1)).astype(np.int64)
+            return np.floor(spread * (case.shape.cols + 1)).astype(np.int64)
         parts = {"full": 1, "half": 2, "tenth": 10}
-        return np.full(count, max(1, case.cols // parts[case.lengths]), np.int64)
+        return np.full(count, max(1, case.shape.cols // parts[case.lengths]), np.int64)
 
     def _call(self, workspace: int) -> launches.Call:
         case = self.case
-        strides = [0] * len(case.row_sizes)
-        inner = case.cols
-        for dim in reversed(range(len(case.row_sizes))):
+        strides = [0] * len(case.shape.row_sizes)
+        inner = case.shape.cols
+        for dim in reversed(range(len(case.shape.row_sizes))):
             strides[dim] = inner
-            inner *= case.row_sizes[dim]
+            inner *= case.shape.row_sizes[dim]
         col_stride = 1
-        if case.is_column:
-            col_stride = case.row_sizes[-1]
+        if case.shape.is_column:
+            col_stride = case.shape.row_sizes[-1]
             strides[-1] = 1
-        length_dims = len(case.row_sizes) if case.length_dims is None else case.length_dims
-        length_strides = [0] * len(case.row_sizes)
+        length_dims = len(case.shape.row_sizes) if case.shape.length_dims is None else case.shape.length_dims
+        length_strides = [0] * len(case.shape.row_sizes)
         step = 1
         for dim in reversed(range(length_dims)):
             length_strides[dim] = step
-            step *= case.row_sizes[dim]
+            step *= case.shape.row_sizes[dim]
 
         def operand(region: Region, element_type: str, row_strides: list[int]) -> launches.CallOperand:
             padded = (ctypes.c_int64 * launches.DIMS)(*row_strides)
@@ -214,10 +229,10 @@ class _Run:
             operation=case.operation.encode(),
             strategy=case.strategy.encode(),
             has_clusters=int(self.architecture[3:]) >= 90,
-            row_ndim=len(case.row_sizes),
+            row_ndim=len(case.shape.row_sizes),
             scale=1.0,
-            cols=case.cols,
-            row_sizes=(ctypes.c_int64 * launches.DIMS)(*case.row_sizes),
+            cols=case.shape.cols,
+            row_sizes=(ctypes.c_int64 * launches.DIMS)(*case.shape.row_sizes),
             output=operand(self.output, case.output_type, strides),
             inputs=(launches.CallOperand * launches.MAX_INPUTS)(*inputs),
             lengths=operand(self.length_region, "int64", length_strides),
@@ -254,14 +269,14 @@ class _Run:
         """Enough blocks for a few rows, and whole rows."""
         wanted_rows = 1
         if self.case.lengths == "uniform":
-            wanted_rows = max(4, min(_UNIFORM_ROWS, _UNIFORM_ELEMENTS // self.case.cols))
-        wanted_rows = min(wanted_rows, self.case.rows)
-        if self.case.length_dims is not None and self.case.lengths == "uniform":  # a block for each length
+            wanted_rows = max(4, min(_UNIFORM_ROWS, _UNIFORM_ELEMENTS // self.case.shape.cols))
+        wanted_rows = min(wanted_rows, self.case.shape.rows)
+        if self.case.shape.length_dims is not None and self.case.lengths == "uniform":  # a block for each length
             return range(0, launch.blocks, launch.blocks // self.lengths.size)
-        if launch.blocks >= self.case.rows:
-            per_row = launch.blocks // self.case.rows
+        if launch.blocks >= self.case.shape.rows:
+            per_row = launch.blocks // self.case.shape.rows
             return range(wanted_rows * per_row)
-        rows_per_block = -(-self.case.rows // launch.blocks)
+        rows_per_block = -(-self.case.shape.rows // launch.blocks)
         return range(max(1, -(-wanted_rows // rows_per_block)))
 
     def _run(self, kernel: Kernel, launch: launches.KernelLaunch) -> Machine:
@@ -306,8 +321,8 @@ class _Run:
         unique = np.unique(elements)
         if unique.size != elements.size:
             raise WrongResultError(f"{case}: {elements.size - unique.size} elements were written more than once")
-        cols, inner = case.cols, case.row_sizes[-1]
-        if case.is_column:
+        cols, inner = case.shape.cols, case.shape.row_sizes[-1]
+        if case.shape.is_column:
             outer, rest = np.divmod(unique, cols * inner)
             rows = np.unique(outer * inner + rest % inner)
         else:
@@ -315,28 +330,49 @@ class _Run:
         if rows.size == 0 or unique.size != rows.size * cols:
             raise WrongResultError(f"{case}: expected all of {rows.size} rows of {cols} to be written, got {unique.size}")
         length_of_row = self._length_of_rows(rows)
-        output = _type_to_floats(self.output.data, case.output_type) if False else None
-        assert output is None
         for row, length in zip(rows.tolist(), length_of_row.tolist(), strict=True):
             index = self._elements_of(row)
             got = _type_to_floats(self._read(self.output, index, elem_bytes), case.output_type)
             self._check_row(row, index, length, got)
+        accesses = [*self.output.stores, *(load for region in self.input_regions for load in region.loads)]
+        figures.narrow_accesses = sum(offsets.size for offsets, width in accesses if width < 16)
+        self._check_loads()
         figures.rows = rows.size
         figures.elements = unique.size
         read = int(length_of_row.sum()) * ELEMENT_BYTES[case.input_type] * case.inputs
         figures.moved_bytes = read + unique.size * elem_bytes
 
+    def _check_loads(self) -> None:
+        """No padding was read."""
+        case = self.case
+        elem_bytes = ELEMENT_BYTES[case.input_type]
+        cols, inner = case.shape.cols, case.shape.row_sizes[-1]
+        for region in self.input_regions:
+            for offsets, width in region.loads:
+                elements = (offsets[:, None] + np.arange(0, width, elem_bytes)).reshape(-1) // elem_bytes
+                if case.shape.is_column:
+                    outer, rest = np.divmod(elements, cols * inner)
+                    rows, col = outer * inner + rest % inner, rest // inner
+                else:
+                    rows, col = np.divmod(elements, cols)
+                is_padding = col >= self._length_of_rows(rows)
+                if is_padding.any():
+                    row, column = rows[is_padding][0], col[is_padding][0]
+                    raise WrongResultError(
+                        f"{case}: {region.name}, row {row}: expected no load of padding, got one of column {column}"
+                    )
+
     def _length_of_rows(self, rows: Array) -> Array:
         case = self.case
-        rows_per_length = case.rows // self.lengths.size
+        rows_per_length = case.shape.rows // self.lengths.size
         return self.lengths[rows // rows_per_length]
 
     def _elements_of(self, row: int) -> Array:
-        cols = np.arange(self.case.cols, dtype=np.int64)
-        if not self.case.is_column:
-            return row * self.case.cols + cols
-        inner = self.case.row_sizes[-1]
-        return row // inner * self.case.cols * inner + row % inner + cols * inner
+        cols = np.arange(self.case.shape.cols, dtype=np.int64)
+        if not self.case.shape.is_column:
+            return row * self.case.shape.cols + cols
+        inner = self.case.shape.row_sizes[-1]
+        return row // inner * self.case.shape.cols * inner + row % inner + cols * inner
 
     @staticmethod
     def _read(region: Region, index: Array, elem_bytes: int) -> Array:

@@ -359,8 +359,15 @@ class Machine:
         else:
             for condition in conditions:
                 active = active & predicate(condition)(self)
-        for warp in self._warps_of(active):
-            self._split(warp, active[warp], target.number)
+        self._jump(active, target.number)
+
+    def _jump(self, active: Array, target: int) -> None:
+        """Sends the active lanes to an address."""
+        taken = active.any(axis=1)
+        diverged = taken & (self._mask & ~active).any(axis=1)
+        self._address[taken & ~diverged] = target
+        for warp in np.flatnonzero(diverged):
+            self._split(int(warp), active[warp], target)
 
     def _indexed_branch(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
         """BRX and RET: to the address in a register. BRX counts from the next instruction."""
@@ -375,9 +382,7 @@ class Machine:
                 self._split(warp, active[warp] & (targets[warp] == target) & self._mask[warp], int(target))
 
     def _call(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
-        target = instruction.operands[-1]
-        for warp in self._warps_of(active):
-            self._split(warp, active[warp], target.number)
+        self._jump(active, instruction.operands[-1].number)
 
     def _exit(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
         for warp in self._warps_of(active):
@@ -393,19 +398,22 @@ class Machine:
     def _set_barrier(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
         name, target = instruction.operands
         barrier = int(name.text[1:])
-        for warp in self._warps_of(active):
-            self._barrier_mask[warp, barrier] = active[warp]
-            self._barrier_arrived[warp, barrier] = False
-            self._barrier_target[warp, barrier] = target.number
+        warps = active.any(axis=1)
+        self._barrier_mask[warps, barrier] = active[warps]
+        self._barrier_arrived[warps, barrier] = False
+        self._barrier_target[warps, barrier] = target.number
 
     def _sync_barrier(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
         barrier = int(instruction.operands[0].text[1:])
-        for warp in self._warps_of(active):
-            if self._barrier_target[warp, barrier] != following:
-                raise SassError(
-                    f"{instruction}: expected a barrier that was set for {following:#x}, got one for "
-                    f"{self._barrier_target[warp, barrier]:#x}"
-                )
+        targets = self._barrier_target[active.any(axis=1), barrier]
+        if (targets != following).any():
+            raise SassError(
+                f"{instruction}: expected a barrier that was set for {following:#x}, got one for {targets.max():#x}"
+            )
+        # Nothing to do for a warp all of whose lanes arrive together.
+        expected = self._barrier_mask[:, barrier] & self.live
+        is_apart = (expected != active).any(axis=1) | (self._mask != active).any(axis=1)
+        for warp in self._warps_of(active & is_apart[:, None]):
             self._barrier_arrived[warp, barrier] |= active[warp]
             self._remove(warp, active[warp])
             self._release_barrier(warp, barrier)
@@ -423,7 +431,8 @@ class Machine:
             (lanes,) = instruction.operands
             if lanes.number & 0xFFFFFFFF != 0xFFFFFFFF or lanes.kind != "integer":
                 raise SassError(f"the interpreter does not know the instruction {instruction}")
-        for warp in self._warps_of(active):
+        is_apart = (self.live != active).any(axis=1)
+        for warp in self._warps_of(active & is_apart[:, None]):
             self._warp_sync[warp].append(Parked(following, active[warp].copy()))
             self._remove(warp, active[warp])
             self._release_warp_sync(warp)
