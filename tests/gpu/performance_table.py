@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from kernels import Kernel
-from performance_model import ELEMENT_BYTES, LENGTHS, Case, Figures, Model, Shape
+from performance_model import (
+    COPY_BYTES_PER_INSTRUCTION,
+    ELEMENT_BYTES,
+    LENGTHS,
+    VECTOR_BYTES,
+    Case,
+    Model,
+    Shape,
+)
 from sass.structure import branches_around_single_elements, count_opcodes
 
 SHAPES = {
@@ -58,6 +68,7 @@ class Row:
     blocks_per_sm: int
     loads_in_flight: int  # of 16 bytes, of a thread, full rows
     bytes_in_flight: int  # on an SM, full rows
+    narrow_accesses: int  # to full rows of whole vectors
     local_accesses: int  # instructions, in all of the kernels
     barriers: int  # MEMBAR
     # By lengths:
@@ -68,33 +79,42 @@ class Row:
     def key(self) -> tuple[str, ...]:
         return self.architecture, self.operation, self.types, self.shape
 
-    def share(self, lengths: str, bytes_per_instruction: float) -> float:
-        return self.instructions[lengths] * bytes_per_instruction / self.row_bytes[lengths]
+    @property
+    def where(self) -> str:
+        return f"{' + '.join(self.kernels)} on {self.architecture} ({self.operation}, {self.types}, {self.shape})"
+
+    def share_of_budget(self, gpu: str, lengths: str) -> float:
+        return self.instructions[lengths] * COPY_BYTES_PER_INSTRUCTION[gpu] / self.row_bytes[lengths]
 
 
-def cases(operation: str, element_type: str, shape: Shape) -> list[Case]:
-    return [Case(operation, element_type, element_type, shape, lengths) for lengths in LENGTHS]
-
-
-def measure_row(model: Model, architecture: str, operation: str, element_type: str, shape: Shape) -> Row:
-    figures = {c.lengths: model.run(c, architecture) for c in cases(operation, element_type, shape)}
+def measure_row(
+    model: Model, architecture: str, operation: str, element_type: str, shape: Shape
+) -> Row:
+    figures = {
+        lengths: model.run(Case(operation, element_type, element_type, shape, lengths), architecture)
+        for lengths in LENGTHS
+    }
     full = figures["full"]
-    opcodes = [count_opcodes(kernel.function) for kernel, _ in full.profiles]
+    least = full.least_in_flight
+    opcodes = [count_opcodes(run.kernel.function) for run in full.runs]
+    row_bytes = shape.cols * ELEMENT_BYTES[element_type]
+    is_aligned = row_bytes % VECTOR_BYTES == 0 and not shape.is_column
     return Row(
-        architecture,
-        operation,
-        element_type,
-        str(shape),
-        full.strategy,
-        full.kernels,
-        full.registers,
-        full.blocks_per_sm,
-        full.loads_in_flight,
-        full.bytes_in_flight_per_sm,
-        sum(o["LDL"] + o["STL"] for o in opcodes),
-        sum(o["MEMBAR"] for o in opcodes),
-        {name: round(f.instructions_per_row, 2) for name, f in figures.items()},
-        {name: round(f.moved_bytes / f.rows, 2) for name, f in figures.items()},
+        architecture=architecture,
+        operation=operation,
+        types=element_type,
+        shape=str(shape),
+        strategy=full.strategy,
+        kernels=full.kernels,
+        registers=least.kernel.registers,
+        blocks_per_sm=least.blocks_per_sm,
+        loads_in_flight=least.loads_in_flight,
+        bytes_in_flight=least.bytes_in_flight,
+        narrow_accesses=full.narrow_accesses if is_aligned else 0,
+        local_accesses=sum(o["LDL"] + o["STL"] for o in opcodes),
+        barriers=sum(o["MEMBAR"] for o in opcodes),
+        instructions={name: round(f.instructions_per_row, 2) for name, f in figures.items()},
+        row_bytes={name: round(f.bytes_per_row, 2) for name, f in figures.items()},
     )
 
 
@@ -118,98 +138,159 @@ def read_record(path: Path) -> tuple[list[Row], str]:
     return [Row(**row) for row in record["rows"]], record["nvcc"]
 
 
+def narrow_accesses(rows: list[Row]) -> Iterator[str]:
+    for row in rows:
+        if row.narrow_accesses > 0:
+            yield (
+                f"{row.where}: expected accesses of {VECTOR_BYTES} bytes to full rows, got {row.narrow_accesses} "
+                "narrower ones."
+            )
+
+
 def regressions(recorded: list[Row], found: list[Row]) -> Iterator[str]:
     """A sentence for each figure that is worse than recorded."""
     before = {row.key: row for row in recorded}
     for now in found:
-        where = f"{' + '.join(now.kernels)} on {now.architecture} ({now.operation}, {now.types}, {now.shape})"
-        if now.key not in before:
-            yield f"{where}: expected recorded figures, found none; record them with --record."
-            continue
-        old = before[now.key]
-        for lengths, instructions in now.instructions.items():
-            limit = old.instructions.get(lengths, instructions) * (1 + INSTRUCTIONS_TOLERANCE)
-            if instructions > limit:
-                yield (
-                    f"{where} issues more warp instructions for a row with lengths {lengths}: recorded "
-                    f"{old.instructions[lengths]:g}, found {instructions:g}."
-                )
-        if now.bytes_in_flight < old.bytes_in_flight * (1 - BYTES_IN_FLIGHT_TOLERANCE):
+        if now.key in before:
+            yield from (f"{now.where} {change}." for change in _worse(before[now.key], now))
+        else:
+            yield f"{now.where}: expected recorded figures, got none; record them with --record."
+    architectures = {row.architecture for row in found}
+    for key in before.keys() - {row.key for row in found}:
+        if key[0] in architectures:
+            yield f"{', '.join(key)}: expected figures, got none; if the case is gone, record with --record."
+
+
+def _worse(old: Row, now: Row) -> Iterator[str]:
+    for lengths, instructions in now.instructions.items():
+        recorded = old.instructions[lengths]
+        if instructions > recorded * (1 + INSTRUCTIONS_TOLERANCE):
             yield (
-                f"{where} has fewer bytes in flight on an SM: recorded {old.bytes_in_flight}, found "
-                f"{now.bytes_in_flight}."
+                f"issues more warp instructions for a row of lengths {lengths}: recorded {recorded:g}, found "
+                f"{instructions:g}"
             )
-        if now.blocks_per_sm < old.blocks_per_sm and now.registers > old.registers:
-            yield (
-                f"{where} takes more registers, so that fewer blocks fit an SM: recorded {old.registers} registers and "
-                f"{old.blocks_per_sm} blocks, found {now.registers} and {now.blocks_per_sm}."
-            )
-        if now.local_accesses > old.local_accesses:
-            yield (
-                f"{where} accesses local memory (LDL, STL): recorded {old.local_accesses} instructions, found "
-                f"{now.local_accesses}."
-            )
-        if now.barriers > old.barriers:
-            yield f"{where} has more MEMBARs: recorded {old.barriers}, found {now.barriers}."
-    names = {row.architecture for row in found}
-    missing = [row for row in recorded if row.architecture in names and row.key not in {f.key for f in found}]
-    for row in missing:
+    if now.bytes_in_flight < old.bytes_in_flight * (1 - BYTES_IN_FLIGHT_TOLERANCE):
+        yield f"has fewer bytes in flight on an SM: recorded {old.bytes_in_flight}, found {now.bytes_in_flight}"
+    if now.registers > old.registers and now.blocks_per_sm < old.blocks_per_sm:
         yield (
-            f"{row.architecture} ({row.operation}, {row.types}, {row.shape}): expected figures, found none; if the case "
-            "is gone, record without it with --record."
+            f"takes more registers, so that fewer blocks fit an SM: recorded {old.registers} registers and "
+            f"{old.blocks_per_sm} blocks, found {now.registers} and {now.blocks_per_sm}"
         )
+    if now.local_accesses > old.local_accesses:
+        yield (
+            f"has more accesses to local memory (LDL, STL): recorded {old.local_accesses}, found {now.local_accesses}"
+        )
+    if now.barriers > old.barriers:
+        yield f"has more memory barriers (MEMBAR): recorded {old.barriers}, found {now.barriers}"
 
 
-def _emphasized(text: str, *, misses_target: bool) -> str:
-    return f"**{text}**" if misses_target else text
+REPORT = """# The compiled CUDA kernels
+
+nvcc {nvcc}. Written by `python tests/gpu/inspect_kernels.py --record`; CI compares with it.
+
+## The performance model
+
+A kernel is bound by memory only while its warps issue fewer instructions than the GPU can in the time that a copy of
+the same bytes takes. That allows {budgets} for each warp instruction. The columns with a GPU's name are the share of
+that budget which a case takes, on the bytes that must move (valid elements are read, all elements are written): at 1.00
+issuing takes as long as the copy. They are for rows that are all full, half full, a tenth full, and for lengths
+uniformly distributed in 0..cols.
+
+The instructions are counted by running the machine code of a few blocks in an interpreter (tests/gpu/sass), which
+also compares the rows with float64. Instructions: of a warp, for a full row. Loads in flight: of 16 bytes, that a
+thread has issued before it waits for the first of them; KiB in flight: on an SM, with as many blocks as fit it. Of
+several launches, registers, blocks and loads are of the one with the fewest bytes in flight.
+
+Targets: {targets} of the {target_gpu}'s budget, and {in_flight:.0f} KiB in flight. What misses its target is bold.
+{model}
+## All kernels
+
+Threads: of the largest block, by the launch bounds, which is also the one whose occupancy is shown. Single elements:
+blocks of instructions that a conditional branch skips or reaches, and that access a single element or take a single
+exponential. Where the figures differ, they are of {architectures}.
+
+{kernels}
+"""
 
 
-def model_table(rows: Iterable[Row], budgets: dict[str, float]) -> str:
-    """The rows of one architecture and operation. What misses its target is bold."""
-    heads = ["type", "shape", "kernels", "registers", "blocks per SM", "loads in flight", "KiB in flight"]
-    heads += ["instructions"]
-    shares = [(gpu, lengths) for gpu in budgets for lengths in (LENGTHS if gpu == TARGET_GPU else TARGET_SHARES)]
-    heads += [f"{gpu} {lengths}" for gpu, lengths in shares]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for row in rows:
-        cells = [row.types, row.shape, ", ".join(f"`{k}`" for k in row.kernels), str(row.registers)]
-        cells += [str(row.blocks_per_sm), str(row.loads_in_flight)]
-        in_flight = f"{row.bytes_in_flight / 1024:.0f}"
-        cells.append(_emphasized(in_flight, misses_target=row.bytes_in_flight < TARGET_BYTES_IN_FLIGHT))
-        cells.append(f"{row.instructions['full']:.0f}")
-        for gpu, lengths in shares:
-            share = row.share(lengths, budgets[gpu])
-            misses = gpu == TARGET_GPU and share > TARGET_SHARES.get(lengths, float("inf"))
-            cells.append(_emphasized(f"{share:.2f}", misses_target=misses))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def kernel_table(kernels: Iterable[Kernel]) -> str:
-    """All kernels; a cell has a figure for each architecture."""
+def report(kernels: list[Kernel], rows: list[Row], nvcc: str) -> str:
     architectures = sorted({k.architecture for k in kernels}, key=lambda a: int(a[3:]))
-    by_name: dict[str, dict[str, Kernel]] = {}
-    for kernel in kernels:
-        by_name.setdefault(kernel.name, {})[kernel.architecture] = kernel
-    heads = ["kernel", "threads", "registers", "blocks per SM", "shared bytes", "code KiB"]
-    heads += ["branches around single elements", "MEMBAR"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for name, by_architecture in sorted(by_name.items()):
-        present = [by_architecture[a] for a in architectures if a in by_architecture]
-        figures = [
-            [k.max_block_threads for k in present[:1]],
-            [k.registers for k in present],
-            [k.blocks_per_sm() for k in present],
-            [k.shared_bytes for k in present],
-            [round(k.function.code_bytes / 1024) for k in present],
-            [branches_around_single_elements(k.function) for k in present],
-            [count_opcodes(k.function)["MEMBAR"] for k in present],
+    sections = []
+    for architecture in architectures:
+        for operation in OPERATIONS:
+            chosen = [r for r in rows if (r.architecture, r.operation) == (architecture, operation)]
+            if chosen:
+                sections.append(f"\n### {architecture}, {operation}\n\n{_model_table(chosen)}\n")
+    return REPORT.format(
+        nvcc=nvcc,
+        budgets=" and ".join(f"{b} bytes ({gpu})" for gpu, b in COPY_BYTES_PER_INSTRUCTION.items()),
+        targets=" and ".join(f"{share:.1f} ({lengths})" for lengths, share in TARGET_SHARES.items()),
+        target_gpu=TARGET_GPU,
+        in_flight=TARGET_BYTES_IN_FLIGHT / 1024,
+        model="".join(sections),
+        architectures=", ".join(architectures),
+        kernels=_kernel_table(kernels, architectures),
+    )
+
+
+def _table(heads: list[str], lines: Iterable[list[str]]) -> str:
+    rows = ["| " + " | ".join(cells) + " |" for cells in (heads, *lines)]
+    return "\n".join([rows[0], "|---" * len(heads) + "|", *rows[1:]])
+
+
+def _model_table(rows: list[Row]) -> str:
+    """Of one architecture and operation."""
+    shares = [
+        (gpu, lengths)
+        for gpu in COPY_BYTES_PER_INSTRUCTION
+        for lengths in (LENGTHS if gpu == TARGET_GPU else TARGET_SHARES)
+    ]
+    heads = ["type", "shape", "kernels", "registers", "blocks per SM", "loads in flight", "KiB in flight"]
+    heads += ["instructions", *(f"{gpu} {lengths}" for gpu, lengths in shares)]
+
+    def cells(row: Row) -> list[str]:
+        in_flight = f"{row.bytes_in_flight / 1024:.0f}"
+        if row.bytes_in_flight < TARGET_BYTES_IN_FLIGHT:
+            in_flight = f"**{in_flight}**"
+        of_budget = []
+        for gpu, lengths in shares:
+            share = row.share_of_budget(gpu, lengths)
+            misses = gpu == TARGET_GPU and share > TARGET_SHARES.get(lengths, math.inf)
+            of_budget.append(f"**{share:.2f}**" if misses else f"{share:.2f}")
+        return [
+            row.types,
+            row.shape,
+            ", ".join(f"`{k}`" for k in row.kernels),
+            str(row.registers),
+            str(row.blocks_per_sm),
+            str(row.loads_in_flight),
+            in_flight,
+            f"{row.instructions['full']:.0f}",
+            *of_budget,
         ]
-        cells = [f"`{name}`", *(_joined(numbers) for numbers in figures)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+
+    return _table(heads, map(cells, rows))
 
 
-def _joined(numbers: list[int]) -> str:
-    """One number if all are the same."""
-    return str(numbers[0]) if len(set(numbers)) == 1 else " / ".join(map(str, numbers))
+def _kernel_table(kernels: list[Kernel], architectures: list[str]) -> str:
+    by_name: dict[str, dict[str, Kernel]] = defaultdict(dict)
+    for kernel in kernels:
+        by_name[kernel.name][kernel.architecture] = kernel
+    figures: dict[str, Callable[[Kernel], int]] = {
+        "threads": lambda k: k.max_block_threads,
+        "registers": lambda k: k.registers,
+        "blocks per SM": lambda k: k.blocks_per_sm(),
+        "shared bytes": lambda k: k.shared_bytes,
+        "code KiB": lambda k: round(k.function.code_bytes / 1024),
+        "single elements": lambda k: branches_around_single_elements(k.function),
+        "MEMBAR": lambda k: count_opcodes(k.function)["MEMBAR"],
+    }
+
+    def cells(name: str) -> list[str]:
+        present = [by_name[name][a] for a in architectures if a in by_name[name]]
+        columns = [[figure(kernel) for kernel in present] for figure in figures.values()]
+        return [f"`{name}`"] + [
+            str(c[0]) if len(set(c)) == 1 else " / ".join(map(str, c)) for c in columns
+        ]
+
+    return _table(["kernel", *figures], map(cells, sorted(by_name)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,18 +46,6 @@ class Parked:
 
     address: int
     mask: Array
-
-
-@dataclass
-class Counts:
-    """What the blocks issued."""
-
-    by_address: Counter[int] = field(default_factory=Counter)
-    by_warp: Array = field(default_factory=lambda: np.zeros(0, np.int64))
-
-    @property
-    def instructions(self) -> int:
-        return int(self.by_warp.sum())
 
 
 @dataclass
@@ -137,7 +125,7 @@ class Machine:
         self._cluster_arrivals = np.zeros(self.warps, np.int64)
         self._cluster_waits: list[tuple[int, Parked]] = []
 
-        self.counts = Counts(by_warp=np.zeros(self.warps, np.int64))
+        self.issued: Counter[int] = Counter()  # warp instructions, by address
         # Loads from global memory that were issued and whose scoreboards nobody has waited for.
         self._pending_bytes = np.zeros((SCOREBOARDS, self.warps), np.int64)
         self._pending_loads = np.zeros((SCOREBOARDS, self.warps), np.int64)
@@ -223,16 +211,15 @@ class Machine:
             raise SassError("expected generic addresses in one kind of memory")
         return bool(is_shared.any())
 
-    def count_load(self, mask: Array, width: int, instruction: Instruction) -> None:
-        """Called when a load from global memory is issued."""
-        scoreboard = instruction.control.write_scoreboard
+    def count_load(self, addresses: Array, mask: Array, width: int, scoreboard: int | None) -> None:
+        """Called when a load from global memory is issued. Lanes that load the same bytes count once."""
         if scoreboard is None:
             return
-        lanes = mask.sum(axis=1)
-        self._pending_bytes[scoreboard] += lanes * width
+        ordered = np.sort(np.where(mask, addresses, np.uint64(0)), axis=1)
+        distinct = (np.diff(ordered, axis=1, prepend=np.uint64(0)) != 0).sum(axis=1)
+        self._pending_bytes[scoreboard] += distinct * width
+        self._pending_loads[scoreboard] += (distinct > 0) & (width == 16)
         self._pending_scoreboards |= 1 << scoreboard
-        if width == 16:
-            self._pending_loads[scoreboard] += lanes > 0
         np.maximum(self.most_pending_bytes, self._pending_bytes.sum(axis=0), out=self.most_pending_bytes)
         np.maximum(self.most_pending_loads, self._pending_loads.sum(axis=0), out=self.most_pending_loads)
 
@@ -247,7 +234,7 @@ class Machine:
 
     # Execution
 
-    def run(self, max_steps: int = 10_000_000) -> Counts:
+    def run(self, max_steps: int = 10_000_000) -> None:
         with np.errstate(all="ignore"):
             steps = 0
             while self._step():
@@ -257,7 +244,6 @@ class Machine:
         waiting = [w for w in range(self.warps) if self.live[w].any()]
         if waiting:
             raise SassError(f"{self.program.function.name}: warps {waiting} wait for a barrier that nobody reaches")
-        return self.counts
 
     def _step(self) -> bool:
         """Runs the warps that are furthest behind, up to the next branch or the next warp's address."""
@@ -269,17 +255,14 @@ class Machine:
         stop = int(others.min()) if others.size else _NOWHERE
         mask = self._mask & chosen[:, None]
         warp_count = int(chosen.sum())
-        program, by_address = self.program, self.counts.by_address
-        issued = 0
+        program, issued = self.program, self.issued
         while True:
             decoded = program[address]
-            by_address[address] += warp_count
-            issued += 1
+            issued[address] += warp_count
             if decoded.waits & self._pending_scoreboards:
                 self._wait(decoded.waits & self._pending_scoreboards, mask)
             active = mask if decoded.guard is None else mask & decoded.guard(self)
             if decoded.execute is None:
-                self.counts.by_warp[chosen] += issued
                 self._control(decoded.instruction, address, chosen, mask, active)
                 return True
             if decoded.guard is None or active.any():
@@ -291,7 +274,6 @@ class Machine:
             address += INSTRUCTION_BYTES
             if address >= stop:
                 break
-        self.counts.by_warp[chosen] += issued
         self._address[chosen] = address
         return True
 
