@@ -1,66 +1,130 @@
-"""Runs compiled kernels in the SASS interpreter and counts what they issue, for a call of given shape and lengths."""
+"""Runs compiled kernels in the SASS interpreter, and counts what they issue for a call of given shape and lengths.
+
+A case is one call. launches.py tells which kernels it launches, with which grid and argument; the interpreter runs a
+few of the blocks, enough for whole rows, on synthetic memory. The rows that come out are compared with float64, so
+that counts of a kernel that went astray, or of an instruction that was misunderstood, are never reported.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 import launches
+import numpy as np
 from kernels import WARP_THREADS, Kernel
-from sass.listing import SassError
 from sass.machine import Launch, Machine, Program
 from sass.memory import Memory, Region
 
 Array = np.ndarray[Any, Any]
 
-ELEMENT_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
-# Bytes that a copy moves while the GPU issues one warp instruction: CUDA.md's budgets, from the bandwidth of a
-# device-to-device copy and 4 instructions a clock on each of 132 SMs.
+# Bytes that a device-to-device copy moves while the GPU issues one warp instruction: 3.0 and 4.3 TB/s, and 4 warp
+# instructions a clock on each of 132 SMs at 1.98 GHz. A kernel that moves fewer is not bound by memory.
 COPY_BYTES_PER_INSTRUCTION = {"H100": 2.9, "H200": 4.1}
 
+ELEMENT_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+VECTOR_BYTES = 16
 _SM_COUNT = 132  # of an H100 or H200
 
 LENGTHS = ("full", "half", "tenth", "uniform")
-# Where the compiler and the driver put things in constant bank 0, below the arguments.
-_BLOCK_SIZE, _GRID_SIZE, _CLUSTER_SIZE = 0, 1, 2
-_LAUNCH_CONSTANTS = {  # by major compute capability
-    8: {_BLOCK_SIZE: 0x0, _GRID_SIZE: 0xC, _CLUSTER_SIZE: None},
-    9: {_BLOCK_SIZE: 0x0, _GRID_SIZE: 0xC, _CLUSTER_SIZE: 0x188},
-    10: {_BLOCK_SIZE: 0x360, _GRID_SIZE: 0x370, _CLUSTER_SIZE: 0x2CC},
-    12: {_BLOCK_SIZE: 0x360, _GRID_SIZE: 0x370, _CLUSTER_SIZE: 0x2CC},
-}
-_CONSTANT_BYTES = 8192
-_PERIOD_BYTES = 16 * 65537  # of the inputs: no multiple of a row
-_UNIFORM_ROWS = 16  # to stand for all lengths; fewer of long rows
+
+# Rows that stand for uniformly distributed lengths: fewer where rows are long.
+_UNIFORM_ROWS = 16
+_MIN_UNIFORM_ROWS = 4
 _UNIFORM_ELEMENTS = 2**18
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
-# The reference's tolerance, relative to what the sums are made of.
-_TOLERANCE = {"float32": 1e-6, "float64": 1e-13, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+_PERIOD_BYTES = 16 * 65537  # of an input's values: a prime number of vectors, so that no two rows are alike
+
+# In constant bank 0, by the major compute capability: where kernels find the size of a block, of the grid and of a
+# cluster. The arguments come after.
+_CONSTANT_BYTES = 8192
+
+
+@dataclass(frozen=True)
+class _LaunchConstants:
+    block: int
+    grid: int
+    cluster: int | None
+
+
+_LAUNCH_CONSTANTS = {
+    8: _LaunchConstants(0x0, 0xC, None),
+    9: _LaunchConstants(0x0, 0xC, 0x188),
+    10: _LaunchConstants(0x360, 0x370, 0x2CC),
+    12: _LaunchConstants(0x360, 0x370, 0x2CC),
+}
 
 
 class WrongResultError(Exception):
-    """An interpreted kernel's output is not the softmax, so its counts mean nothing."""
+    """An interpreted kernel's output is not the expected one."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Rows of contiguous scores, or of scores whose softmax dimension is the last but one."""
+
+    row_sizes: tuple[int, ...]
+    cols: int
+    length_dims: int | None = None  # lengths have these first row dimensions; None: all
+    is_column: bool = False
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.row_sizes)
+
+    @property
+    def row_strides(self) -> list[int]:
+        strides = [math.prod(self.row_sizes[dim + 1 :]) * self.cols for dim in range(len(self.row_sizes))]
+        return [*strides[:-1], 1] if self.is_column else strides
+
+    @property
+    def col_stride(self) -> int:
+        return self.row_sizes[-1] if self.is_column else 1
+
+    @property
+    def length_sizes(self) -> tuple[int, ...]:
+        return self.row_sizes[: self.length_dims]
+
+    @property
+    def length_strides(self) -> list[int]:
+        sizes = self.length_sizes
+        strides = [math.prod(sizes[dim + 1 :]) for dim in range(len(sizes))]
+        return strides + [0] * (len(self.row_sizes) - len(sizes))
+
+    def elements_of(self, row: int) -> Array:
+        """Offsets of a row's elements."""
+        inner = self.row_sizes[-1]
+        first = row * self.cols
+        if self.is_column:
+            first = row // inner * self.cols * inner + row % inner
+        return first + np.arange(self.cols, dtype=np.int64) * self.col_stride
+
+    def rows_and_columns(self, elements: Array) -> tuple[Array, Array]:
+        if not self.is_column:
+            rows, columns = np.divmod(elements, self.cols)
+            return rows, columns
+        inner = self.row_sizes[-1]
+        outer, rest = np.divmod(elements, self.cols * inner)
+        return outer * inner + rest % inner, rest // inner
+
+    def __str__(self) -> str:
+        if self.is_column:
+            return f"dim=1 of {(self.row_sizes[0], self.cols, *self.row_sizes[1:])}"
+        return " x ".join(map(str, (*self.row_sizes, self.cols)))
 
 
 @dataclass(frozen=True)
 class Case:
-    """A call: contiguous scores of shape (*row_sizes, cols), or column-wise ones."""
-
     operation: str
     input_type: str
     output_type: str
-    row_sizes: tuple[int, ...]
-    cols: int
+    shape: Shape
     lengths: str
-    length_dims: int | None = None  # lengths have the first dimensions only; None: one for each row
-    is_column: bool = False  # the softmax dimension comes before the last row dimension
     strategy: str = "automatic"
 
     @property
@@ -68,325 +132,338 @@ class Case:
         return 2 if self.operation.endswith("backward") else 1
 
     @property
-    def rows(self) -> int:
-        return math.prod(self.row_sizes)
+    def is_log(self) -> bool:
+        return self.operation.startswith("log")
+
+    @property
+    def types(self) -> str:
+        if self.input_type == self.output_type:
+            return self.input_type
+        return f"{self.input_type} to {self.output_type}"
 
     def __str__(self) -> str:
-        types = self.input_type if self.input_type == self.output_type else f"{self.input_type}->{self.output_type}"
-        shape = "x".join(map(str, self.row_sizes))
-        return f"{self.operation} {types} {shape} rows of {self.cols}, {self.lengths}"
+        return f"{self.operation}, {self.types}, {self.shape}, lengths {self.lengths}"
+
+
+@dataclass
+class KernelRun:
+    """What the interpreted blocks of one launch did."""
+
+    kernel: Kernel
+    issued: Counter[int]  # warp instructions, by address
+    blocks_per_sm: int
+    loads_in_flight: int  # 16-byte loads that a thread has issued before it waits for one of them, at most
+    bytes_in_flight: int  # on an SM
+
+    @property
+    def instructions(self) -> int:
+        return sum(self.issued.values())
 
 
 @dataclass
 class Figures:
-    """What a case's blocks did, for the rows that they computed."""
+    """What a case costs, for the rows that its interpreted blocks computed."""
 
-    kernels: list[str] = field(default_factory=list)
-    strategy: str = ""
-    rows: int = 0
-    elements: int = 0
-    moved_bytes: int = 0  # valid elements read, all elements written
-    instructions: int = 0
-    profiles: list[tuple[Kernel, Counter[int]]] = field(default_factory=list)
-    loads_in_flight: int = 0  # of 16 bytes, for a thread: in the launch with the fewest
-    bytes_in_flight_per_sm: int = 0
-    blocks_per_sm: int = 0
-    registers: int = 0
+    strategy: str
+    runs: list[KernelRun]
+    rows: int
+    elements: int
+    moved_bytes: int  # that must move: valid elements are read, all elements are written
+    narrow_accesses: int  # of a lane, to scores, less than a vector wide
+
+    @property
+    def kernels(self) -> list[str]:
+        return [run.kernel.name for run in self.runs]
+
+    @property
+    def instructions(self) -> int:
+        return sum(run.instructions for run in self.runs)
 
     @property
     def instructions_per_row(self) -> float:
         return self.instructions / self.rows
 
     @property
-    def instructions_per_element(self) -> float:
-        """Of a lane, for each element."""
-        return self.instructions * WARP_THREADS / self.elements
+    def bytes_per_row(self) -> float:
+        return self.moved_bytes / self.rows
+
+    @property
+    def least_in_flight(self) -> KernelRun:
+        """The launch with the fewest bytes in flight."""
+        return min(self.runs, key=lambda run: run.bytes_in_flight)
 
     def share_of_budget(self, gpu: str) -> float:
         return self.instructions * COPY_BYTES_PER_INSTRUCTION[gpu] / self.moved_bytes
 
 
 class Model:
-    """The kernels of one library."""
+    """The compiled kernels of a library."""
 
     def __init__(self, kernels: list[Kernel]) -> None:
-        self._kernels = {(k.architecture, k.mangled): k for k in kernels}
+        self.kernels = kernels
+        self._by_name = {(k.architecture, k.mangled): k for k in kernels}
         self._programs: dict[tuple[str, str], Program] = {}
         self._launches = launches.Launches()
 
     @property
     def architectures(self) -> list[str]:
-        return sorted({a for a, _ in self._kernels}, key=lambda a: int(a[3:]))
+        return sorted({k.architecture for k in self.kernels}, key=lambda a: int(a[3:]))
 
     def close(self) -> None:
         self._launches.close()
 
     def run(self, case: Case, architecture: str) -> Figures:
-        return _Run(self, case, architecture).figures()
+        call = _InterpretedCall(case)
+        plan = self._launches.plan(call.description(architecture))
+        if plan.workspace_bytes > 0:
+            call.add_workspace(plan.workspace_bytes)
+            plan = self._launches.plan(call.description(architecture))
+        runs = [self._run_launch(call, launch, architecture) for launch in plan.launches]
+        return call.checked_figures(plan.strategy, runs)
 
-    def plan(self, call: launches.Call) -> launches.Plan:
-        return self._launches.plan(call)
-
-    def kernel(self, architecture: str, mangled: str) -> Kernel:
-        kernel = self._kernels.get((architecture, mangled))
-        if kernel is None:
-            raise KeyError(f"expected {mangled} for {architecture}, got no such kernel")
-        return kernel
-
-    def program(self, kernel: Kernel) -> Program:
-        key = kernel.architecture, kernel.mangled
+    def _run_launch(
+        self, call: _InterpretedCall, launch: launches.KernelLaunch, architecture: str
+    ) -> KernelRun:
+        key = architecture, launch.kernel
+        if key not in self._by_name:
+            raise KeyError(f"expected a kernel {launch.kernel} for {architecture}, got none")
+        kernel = self._by_name[key]
         if key not in self._programs:
             self._programs[key] = Program(kernel.function)
-        return self._programs[key]
+        machine = Machine(
+            self._programs[key],
+            Launch(
+                launch.blocks,
+                launch.threads_per_block,
+                call.blocks_to_run(launch),
+                launch.cluster_size,
+                kernel.shared_bytes,
+            ),
+            call.memory,
+            _constant_banks(kernel, launch),
+        )
+        machine.run()
+        blocks_per_sm = kernel.blocks_per_sm(launch.threads_per_block)
+        warps = blocks_per_sm * -(-launch.threads_per_block // WARP_THREADS)
+        return KernelRun(
+            kernel,
+            machine.issued,
+            blocks_per_sm,
+            int(machine.most_pending_loads.max()),
+            int(machine.most_pending_bytes.mean() * warps),
+        )
 
 
-def _type_to_floats(values: Array, element_type: str) -> Array:
-    """float64 values of the bits of elements."""
+def _constant_banks(kernel: Kernel, launch: launches.KernelLaunch) -> dict[int, Array]:
+    places = _LAUNCH_CONSTANTS[int(kernel.architecture[3:]) // 10]
+    constants = np.zeros(_CONSTANT_BYTES, np.uint8)
+    words = constants.view(np.uint32)
+    for place, size in ((places.block, launch.threads_per_block), (places.grid, launch.blocks)):
+        words[place // 4 : place // 4 + 3] = (size, 1, 1)
+    if places.cluster is not None:
+        words[places.cluster // 4] = launch.cluster_size
+    argument = np.frombuffer(launch.argument, np.uint8)
+    constants[kernel.argument_offset : kernel.argument_offset + argument.size] = argument
+    others = {bank: np.frombuffer(data, np.uint8) for bank, data in kernel.constants.items()}
+    return {0: constants} | others
+
+
+class _InterpretedCall:
+    """The memory of a case, and what must be in it afterwards."""
+
+    def __init__(self, case: Case) -> None:
+        self._case = case
+        self.memory = Memory()
+        shape = case.shape
+        elements = shape.rows * shape.cols
+        self._inputs = [
+            Region(f"input {k}", values, elements * ELEMENT_BYTES[case.input_type])
+            for k, values in enumerate(_input_values(case))
+        ]
+        self._output = Region("output", np.zeros(elements * ELEMENT_BYTES[case.output_type], np.uint8))
+        self._lengths = _lengths_of(case)
+        self._length_region = Region("lengths", self._lengths)
+        for region in (*self._inputs, self._output, self._length_region):
+            self.memory.add(region)
+        self._workspace = 0
+
+    def add_workspace(self, size_bytes: int) -> None:
+        self._workspace = self.memory.add(Region("workspace", np.zeros(size_bytes, np.uint8)))
+
+    def description(self, architecture: str) -> launches.Call:
+        case, shape = self._case, self._case.shape
+
+        def dims(values: Sequence[int]) -> Any:
+            return (ctypes.c_int64 * launches.DIMS)(*values)
+
+        def operand(region: Region, element_type: str, row_strides: list[int]) -> launches.CallOperand:
+            return launches.CallOperand(
+                region.address, element_type.encode(), shape.col_stride, dims(row_strides)
+            )
+
+        inputs = [operand(region, case.input_type, shape.row_strides) for region in self._inputs]
+        return launches.Call(
+            operation=case.operation.encode(),
+            strategy=case.strategy.encode(),
+            has_clusters=int(architecture[3:]) >= 90,
+            sm_count=_SM_COUNT,
+            row_ndim=len(shape.row_sizes),
+            scale=1.0,
+            cols=shape.cols,
+            row_sizes=dims(shape.row_sizes),
+            output=operand(self._output, case.output_type, shape.row_strides),
+            inputs=(launches.CallOperand * launches.MAX_INPUTS)(*inputs),
+            lengths=operand(self._length_region, "int64", shape.length_strides),
+            workspace=self._workspace,
+        )
+
+    def blocks_to_run(self, launch: launches.KernelLaunch) -> Sequence[int]:
+        """A few, and all blocks of the rows that they compute."""
+        shape = self._case.shape
+        wanted_rows = 1
+        if self._case.lengths == "uniform":
+            if self._lengths.size < shape.rows:  # a block for each length
+                return range(0, launch.blocks, max(1, launch.blocks // self._lengths.size))
+            wanted_rows = min(_UNIFORM_ROWS, _UNIFORM_ELEMENTS // shape.cols)
+            wanted_rows = min(max(_MIN_UNIFORM_ROWS, wanted_rows), shape.rows)
+        if launch.blocks >= shape.rows:
+            return range(wanted_rows * (launch.blocks // shape.rows))
+        rows_per_block = -(-shape.rows // launch.blocks)
+        return range(-(-wanted_rows // rows_per_block))
+
+    def checked_figures(self, strategy: str, runs: list[KernelRun]) -> Figures:
+        """Raises unless each row that was touched has the right values, each written once, and no padding was read."""
+        case, shape = self._case, self._case.shape
+        written = _elements(self._output.stores, ELEMENT_BYTES[case.output_type])
+        unique = np.unique(written)
+        if unique.size != written.size:
+            raise WrongResultError(
+                f"{case}: expected each element to be written once, got {written.size - unique.size} more stores"
+            )
+        rows = np.unique(shape.rows_and_columns(unique)[0])
+        if rows.size == 0 or unique.size != rows.size * shape.cols:
+            raise WrongResultError(
+                f"{case}: expected whole rows of {shape.cols} elements, got {unique.size} in {rows.size} rows"
+            )
+        self._check_loads()
+        lengths = self._length_of(rows)
+        for row, length in zip(rows.tolist(), lengths.tolist(), strict=True):
+            self._check_row(row, length)
+        input_bytes = int(lengths.sum()) * ELEMENT_BYTES[case.input_type] * case.inputs
+        accesses = [*self._output.stores, *(load for region in self._inputs for load in region.loads)]
+        return Figures(
+            strategy,
+            runs,
+            rows.size,
+            unique.size,
+            input_bytes + unique.size * ELEMENT_BYTES[case.output_type],
+            sum(offsets.size for offsets, width in accesses if width < VECTOR_BYTES),
+        )
+
+    def _length_of(self, rows: Array) -> Array:
+        return self._lengths[rows // (self._case.shape.rows // self._lengths.size)]
+
+    def _check_loads(self) -> None:
+        case = self._case
+        for region in self._inputs:
+            rows, columns = case.shape.rows_and_columns(
+                _elements(region.loads, ELEMENT_BYTES[case.input_type])
+            )
+            is_padding = columns >= self._length_of(rows)
+            if is_padding.any():
+                raise WrongResultError(
+                    f"{case}: expected no load of padding, got one of {region.name}, row {rows[is_padding][0]}, "
+                    f"column {columns[is_padding][0]}"
+                )
+
+    def _check_row(self, row: int, length: int) -> None:
+        case = self._case
+        elements = case.shape.elements_of(row)
+        got = _read(self._output, elements, case.output_type)
+        padding = -math.inf if case.operation == "log_softmax" else 0.0
+        if not (got[length:] == padding).all():
+            raise WrongResultError(f"{case}: row {row}: expected {padding} from column {length} on")
+        if length == 0:
+            return
+        values = [_read(region, elements[:length], case.input_type) for region in self._inputs]
+        expected, scale = _reference(case, values)
+        error = np.abs(got[:length] - expected) / scale
+        if not (error <= _TOLERANCES[case.output_type]).all():
+            worst = int(np.argmax(np.nan_to_num(error, nan=np.inf)))
+            raise WrongResultError(
+                f"{case}: row {row} of length {length}, column {worst}: expected {expected[worst]}, got {got[worst]}"
+            )
+
+
+# Of the sums' accuracy, and of the rounding to 16 bits.
+_TOLERANCES = {"float32": 2e-6, "float64": 1e-13, "bfloat16": 2.0**-8, "float16": 2.0**-11 + 2e-6}
+
+
+def _reference(case: Case, values: list[Array]) -> tuple[Array, Array]:
+    """The expected results in float64, and what the tolerance is relative to."""
+    if case.inputs == 1:
+        (x,) = values
+        distance = x - x.max()
+        total = np.exp(distance).sum()
+        if case.is_log:
+            expected = distance - math.log(total)
+            return expected, np.abs(expected) + 1
+        return np.exp(distance) / total, np.exp(distance) / total
+    g, y = values
+    if case.is_log:
+        return g - np.exp(y) * g.sum(), np.abs(g) + np.exp(y) * np.abs(g).sum()
+    return y * (g - (g * y).sum()), y * (np.abs(g) + np.abs(g * y).sum())
+
+
+def _input_values(case: Case) -> Iterator[Array]:
+    generator = np.random.default_rng(7)
+    for k in range(case.inputs):
+        values = generator.standard_normal(_PERIOD_BYTES // ELEMENT_BYTES[case.input_type])
+        if k == 1:  # the saved result
+            values = np.exp(values) / case.shape.cols
+            values = np.log(values) if case.is_log else values
+        yield _narrow(values, case.input_type)
+
+
+def _lengths_of(case: Case) -> Array:
+    count = math.prod(case.shape.length_sizes)
+    cols = case.shape.cols
+    if case.lengths == "uniform":  # any few consecutive ones are evenly distributed
+        return np.floor((np.arange(count) + 0.5) * _GOLDEN_RATIO % 1 * (cols + 1)).astype(np.int64)
+    divisor = {"full": 1, "half": 2, "tenth": 10}[case.lengths]
+    return np.full(count, max(1, cols // divisor), np.int64)
+
+
+def _elements(accesses: list[tuple[Array, int]], elem_bytes: int) -> Array:
+    """The numbers of all accessed elements."""
+    parts = [
+        (offsets[:, None] // elem_bytes + np.arange(max(1, width // elem_bytes))).reshape(-1)
+        for offsets, width in accesses
+    ]
+    return np.concatenate([np.zeros(0, np.int64), *parts])
+
+
+def _read(region: Region, elements: Array, element_type: str) -> Array:
+    """float64 values."""
+    words = region.data.view(f"u{ELEMENT_BYTES[element_type]}")
+    bits = words[elements % words.size]
     if element_type == "bfloat16":
-        return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return values.view(element_type).astype(np.float64)
+        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return bits.view(element_type).astype(np.float64)
 
 
-def _floats_to_type(values: Array, element_type: str) -> Array:
+def _narrow(values: Array, element_type: str) -> Array:
     if element_type == "bfloat16":
         bits = values.astype(np.float32).view(np.uint32)
         return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
     return values.astype(element_type)
 
 
-class _Run:
-    def __init__(self, model: Model, case: Case, architecture: str) -> None:
-        self.model = model
-        self.case = case
-        self.architecture = architecture
-        self.memory = Memory()
-        input_bytes = ELEMENT_BYTES[case.input_type]
-        generator = np.random.default_rng(7)
-        self.input_regions = []
-        for k in range(case.inputs):
-            count = _PERIOD_BYTES // input_bytes
-            values = generator.standard_normal(count)
-            if k == 1:  # the saved result
-                values = np.exp(values) / case.cols
-                if case.operation.startswith("log"):
-                    values = np.log(values)
-            data = _floats_to_type(values, case.input_type)
-            size = case.rows * case.cols * input_bytes
-            self.input_regions.append(Region(f"input {k}", data, size))
-        output_bytes = case.rows * case.cols * ELEMENT_BYTES[case.output_type]
-        self.output = Region("output", np.zeros(output_bytes, np.uint8))
-        self.lengths = self._lengths()
-        self.length_region = Region("lengths", self.lengths)
-        for region in (*self.input_regions, self.output, self.length_region):
-            self.memory.add(region)
-
-    def _lengths(self) -> Array:
-        case = self.case
-        count = math.prod(case.row_sizes[: case.length_dims])
-        if case.lengths == "uniform":  # any consecutive ones are evenly distributed
-            spread = (np.arange(count) + 0.5) * _GOLDEN_RATIO % 1
-            return np.floor(spread * (case.cols + 1)).astype(np.int64)
-        parts = {"full": 1, "half": 2, "tenth": 10}
-        return np.full(count, max(1, case.cols // parts[case.lengths]), np.int64)
-
-    def _call(self, workspace: int) -> launches.Call:
-        case = self.case
-        strides = [0] * len(case.row_sizes)
-        inner = case.cols
-        for dim in reversed(range(len(case.row_sizes))):
-            strides[dim] = inner
-            inner *= case.row_sizes[dim]
-        col_stride = 1
-        if case.is_column:
-            col_stride = case.row_sizes[-1]
-            strides[-1] = 1
-        length_dims = len(case.row_sizes) if case.length_dims is None else case.length_dims
-        length_strides = [0] * len(case.row_sizes)
-        step = 1
-        for dim in reversed(range(length_dims)):
-            length_strides[dim] = step
-            step *= case.row_sizes[dim]
-
-        def operand(region: Region, element_type: str, row_strides: list[int]) -> launches.CallOperand:
-            padded = (ctypes.c_int64 * launches.DIMS)(*row_strides)
-            return launches.CallOperand(region.address, element_type.encode(), col_stride, padded)
-
-        inputs = [operand(region, case.input_type, strides) for region in self.input_regions]
-        return launches.Call(
-            operation=case.operation.encode(),
-            strategy=case.strategy.encode(),
-            has_clusters=int(self.architecture[3:]) >= 90,
-            sm_count=_SM_COUNT,
-            row_ndim=len(case.row_sizes),
-            scale=1.0,
-            cols=case.cols,
-            row_sizes=(ctypes.c_int64 * launches.DIMS)(*case.row_sizes),
-            output=operand(self.output, case.output_type, strides),
-            inputs=(launches.CallOperand * launches.MAX_INPUTS)(*inputs),
-            lengths=operand(self.length_region, "int64", length_strides),
-            workspace=workspace,
-        )
-
-    def figures(self) -> Figures:
-        plan = self.model.plan(self._call(0))
-        if plan.workspace_bytes:
-            workspace = Region("workspace", np.zeros(plan.workspace_bytes, np.uint8))
-            plan = self.model.plan(self._call(self.memory.add(workspace)))
-        figures = Figures(strategy=plan.strategy)
-        flights = []
-        for launch in plan.launches:
-            kernel = self.model.kernel(self.architecture, launch.kernel)
-            figures.kernels.append(kernel.name)
-            machine = self._run(kernel, launch)
-            figures.instructions += machine.counts.instructions
-            figures.profiles.append((kernel, machine.counts.by_address))
-            blocks = kernel.blocks_per_sm(launch.threads_per_block)
-            warps = blocks * -(-launch.threads_per_block // WARP_THREADS)
-            in_flight = int(machine.most_pending_bytes.mean() * warps)
-            flights.append((in_flight, int(machine.most_pending_loads.max()), blocks, kernel.registers))
-        (
-            figures.bytes_in_flight_per_sm,
-            figures.loads_in_flight,
-            figures.blocks_per_sm,
-            figures.registers,
-        ) = min(flights)
-        self._check(figures)
-        return figures
-
-    def _blocks(self, launch: launches.KernelLaunch) -> Sequence[int]:
-        """Enough blocks for a few rows, and whole rows."""
-        wanted_rows = 1
-        if self.case.lengths == "uniform":
-            wanted_rows = max(4, min(_UNIFORM_ROWS, _UNIFORM_ELEMENTS // self.case.cols))
-        wanted_rows = min(wanted_rows, self.case.rows)
-        if self.case.length_dims is not None and self.case.lengths == "uniform":  # a block for each length
-            return range(0, launch.blocks, launch.blocks // self.lengths.size)
-        if launch.blocks >= self.case.rows:
-            per_row = launch.blocks // self.case.rows
-            return range(wanted_rows * per_row)
-        rows_per_block = -(-self.case.rows // launch.blocks)
-        return range(max(1, -(-wanted_rows // rows_per_block)))
-
-    def _run(self, kernel: Kernel, launch: launches.KernelLaunch) -> Machine:
-        constants = np.zeros(_CONSTANT_BYTES, np.uint8)
-        words = constants.view(np.uint32)
-        places = _LAUNCH_CONSTANTS[int(self.architecture[3:]) // 10]
-        for place, size in ((_BLOCK_SIZE, launch.threads_per_block), (_GRID_SIZE, launch.blocks)):
-            offset = places[place]
-            assert offset is not None
-            words[offset // 4 : offset // 4 + 3] = (size, 1, 1)
-        cluster_place = places[_CLUSTER_SIZE]
-        if cluster_place is not None:
-            words[cluster_place // 4] = launch.cluster_size
-        argument = np.frombuffer(launch.argument, np.uint8)
-        constants[kernel.argument_offset : kernel.argument_offset + argument.size] = argument
-        machine = Machine(
-            self.model.program(kernel),
-            Launch(
-                launch.blocks,
-                launch.threads_per_block,
-                self._blocks(launch),
-                launch.cluster_size,
-                kernel.shared_bytes + 1024,
-            ),
-            self.memory,
-            {0: constants} | {bank: np.frombuffer(data, np.uint8) for bank, data in kernel.constants.items()},
-        )
-        machine.run()
-        return machine
-
-    # The reference
-
-    def _check(self, figures: Figures) -> None:
-        """The rows that were written hold the right values, each written once; counts them."""
-        case = self.case
-        elem_bytes = ELEMENT_BYTES[case.output_type]
-        written = [
-            (offsets[:, None] + np.arange(0, width, elem_bytes)).reshape(-1)
-            for offsets, width in self.output.stores
-        ]
-        elements = np.concatenate([np.zeros(0, np.int64), *written]) // elem_bytes
-        unique = np.unique(elements)
-        if unique.size != elements.size:
-            raise WrongResultError(f"{case}: {elements.size - unique.size} elements were written more than once")
-        cols, inner = case.cols, case.row_sizes[-1]
-        if case.is_column:
-            outer, rest = np.divmod(unique, cols * inner)
-            rows = np.unique(outer * inner + rest % inner)
-        else:
-            rows = np.unique(unique // cols)
-        if rows.size == 0 or unique.size != rows.size * cols:
-            raise WrongResultError(f"{case}: expected all of {rows.size} rows of {cols} to be written, got {unique.size}")
-        length_of_row = self._length_of_rows(rows)
-        output = _type_to_floats(self.output.data, case.output_type) if False else None
-        assert output is None
-        for row, length in zip(rows.tolist(), length_of_row.tolist(), strict=True):
-            index = self._elements_of(row)
-            got = _type_to_floats(self._read(self.output, index, elem_bytes), case.output_type)
-            self._check_row(row, index, length, got)
-        figures.rows = rows.size
-        figures.elements = unique.size
-        read = int(length_of_row.sum()) * ELEMENT_BYTES[case.input_type] * case.inputs
-        figures.moved_bytes = read + unique.size * elem_bytes
-
-    def _length_of_rows(self, rows: Array) -> Array:
-        case = self.case
-        rows_per_length = case.rows // self.lengths.size
-        return self.lengths[rows // rows_per_length]
-
-    def _elements_of(self, row: int) -> Array:
-        cols = np.arange(self.case.cols, dtype=np.int64)
-        if not self.case.is_column:
-            return row * self.case.cols + cols
-        inner = self.case.row_sizes[-1]
-        return row // inner * self.case.cols * inner + row % inner + cols * inner
-
-    @staticmethod
-    def _read(region: Region, index: Array, elem_bytes: int) -> Array:
-        words = region.data.view(f"u{elem_bytes}")
-        return np.ascontiguousarray(words[index % words.size])
-
-    def _check_row(self, row: int, index: Array, length: int, got: Array) -> None:
-        case = self.case
-        is_log = case.operation.startswith("log")
-        padding = -math.inf if case.operation == "log_softmax" else 0.0
-        if not (got[length:] == padding).all():
-            raise WrongResultError(f"{case}: row {row}: expected padding of {padding} from column {length} on")
-        if length == 0:
-            return
-        in_bytes = ELEMENT_BYTES[case.input_type]
-        values = [
-            _type_to_floats(self._read(region, index[:length], in_bytes), case.input_type)
-            for region in self.input_regions
-        ]
-        if case.inputs == 1:
-            (x,) = values
-            distance = x - x.max()
-            total = np.exp(distance).sum()
-            expected = distance - math.log(total) if is_log else np.exp(distance) / total
-            scale = np.abs(expected) + (1 if is_log else 0)
-        else:
-            g, y = values
-            if is_log:
-                expected = g - np.exp(y) * g.sum()
-                scale = np.abs(g) + np.exp(y) * np.abs(g).sum()
-            else:
-                expected = y * (g - (g * y).sum())
-                scale = y * (np.abs(g) + np.abs(g * y).sum())
-        tolerance = max(_TOLERANCE[case.output_type], 2e-6 if case.output_type != "float64" else 0)
-        error = np.abs(got[:length] - expected) / scale
-        if not (error <= tolerance).all():
-            worst = int(np.argmax(np.where(np.isnan(error), np.inf, error)))
-            raise WrongResultError(
-                f"{case}: row {row} of length {length}, column {worst}: expected {expected[worst]}, got {got[worst]}"
-            )
-
-
-def profile_lines(kernel: Kernel, by_address: Counter[int]) -> list[str]:
-    """The listing, and how often each instruction was issued."""
-    return [
-        f"{by_address.get(i.address, 0):8} {i}" for i in kernel.function.instructions if i.address in by_address
-    ]
-
-
-__all__ = ["Case", "Figures", "Model", "SassError", "WrongResultError", "profile_lines", "replace"]
+def issued_lines(run: KernelRun) -> list[str]:
+    """How often each instruction was issued, by opcode and then in the order of the listing."""
+    instructions = {i.address: i for i in run.kernel.function.instructions}
+    by_opcode: Counter[str] = Counter()
+    for address, count in run.issued.items():
+        by_opcode[instructions[address].opcode] += count
+    lines = [f"{count:8} {opcode}" for opcode, count in by_opcode.most_common()]
+    return lines + [f"{run.issued[a]:8} {instructions[a]}" for a in sorted(run.issued)]

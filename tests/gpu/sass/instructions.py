@@ -1364,12 +1364,13 @@ def _compile_load(i: Instruction) -> Execute:
     address = global_address(source)
 
     def execute(machine: Machine, mask: Array) -> None:
-        addresses = np.broadcast_to(address(machine), mask.shape)[mask]
-        if is_generic and machine.is_shared(addresses):
-            words = machine.load_shared((addresses & np.uint64(0xFFFFFFFF)).astype(np.uint32), width, mask)
+        addresses = np.broadcast_to(address(machine), mask.shape)
+        active = addresses[mask]
+        if is_generic and machine.is_shared(active):
+            words = machine.load_shared((active & np.uint64(0xFFFFFFFF)).astype(np.uint32), width, mask)
         else:
-            words = machine.memory.load(addresses, width)
-            machine.count_load(mask, width, i)
+            words = machine.memory.load(active, width)
+            machine.count_load(addresses, mask, width, i.control.write_scoreboard)
         if to.number != REGISTER_ZERO:
             for k in range(registers):
                 machine.registers[to.number + k][mask] = extended(i, words[k])

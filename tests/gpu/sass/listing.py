@@ -11,12 +11,10 @@ INSTRUCTION_BYTES = 16
 
 _FUNCTION = re.compile(r"^\s*Function : (\S+)\s*$", re.MULTILINE)
 _ARCHITECTURE = re.compile(r"^\s*code for (sm_\d+)\w*\s*$", re.MULTILINE)
-_LINE = re.compile(
-    r"^\s*/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:\{\s*)?(?P<text>[^;]*?)\s*;?\s*(?:\})?"
-    r"\s*(?:/\* 0x(?P<low>[0-9a-f]{16}) \*/\s*\n\s*/\* 0x(?P<high>[0-9a-f]{16}) \*/)?\s*$",
-    re.MULTILINE,
+_INSTRUCTION = re.compile(
+    r"/\*([0-9a-f]{4,})\*/\s+([^;/]+?)\s*;(?:[ \t]*/\* 0x([0-9a-f]{16}) \*/\s+/\* 0x([0-9a-f]{16}) \*/)?"
 )
-_TEXT = re.compile(r"(?:@(?P<guard>!?U?P[T\d])\s+)?(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>.*)", re.DOTALL)
+_OPCODE = re.compile(r"[A-Z][\w.]*")
 _ADDRESS = re.compile(r"(?:desc\[(?P<descriptor>UR\w+)\])?\[(?P<sum>[^\]]*)\]")
 _CONSTANT = re.compile(r"c\[(?P<bank>[^\]]+)\]\[(?P<sum>[^\]]*)\]")
 _REGISTER = re.compile(r"(?P<file>U?[RP])(?P<number>\d+|Z|T)(?P<suffix>(?:\.\w+)*)")
@@ -66,8 +64,14 @@ class Instruction:
     guard: Operand | None
     opcode: str  # without modifiers
     modifiers: tuple[str, ...]
-    operands: tuple[Operand, ...]
+    operand_text: str
     encoding: int | None = None
+
+    @cached_property
+    def operands(self) -> tuple[Operand, ...]:
+        # A comma separates operands; RET.REL.NODEC and BRX separate a register and an offset by a space.
+        texts = re.split(r",\s*|(?<=\w)\s+(?=-?0x)", self.operand_text) if self.operand_text else []
+        return tuple(parse_operand(text) for text in texts)
 
     @cached_property
     def control(self) -> Control:
@@ -125,23 +129,23 @@ def parse_listing(text: str) -> list[Function]:
 
 
 def _parse_instructions(listing: str) -> Iterator[Instruction]:
-    for found in _LINE.finditer(listing):
-        encoding = None
-        if found["low"] is not None:
-            encoding = int(found["high"], 16) << 64 | int(found["low"], 16)
-        yield parse_instruction(found["text"], int(found["address"], 16), encoding)
+    for address, text, low, high in _INSTRUCTION.findall(listing):
+        yield parse_instruction(text, int(address, 16), int(high + low, 16) if low else None)
 
 
 def parse_instruction(text: str, address: int = 0, encoding: int | None = None) -> Instruction:
-    found = _TEXT.fullmatch(text.strip())
-    if found is None:
+    rest = text.strip()
+    guard = None
+    if rest.startswith("@"):
+        condition, _, rest = rest[1:].partition(" ")
+        guard = parse_operand(condition)
+    opcode, _, operands = rest.strip().partition(" ")
+    if not _OPCODE.fullmatch(opcode):
         raise SassError(f"expected an instruction, got {text!r}")
-    opcode, *modifiers = found["opcode"].split(".")
-    guard = None if found["guard"] is None else parse_operand(found["guard"])
-    # A comma separates operands; RET.REL.NODEC and BRX separate a register and an offset by a space.
-    texts = re.split(r",\s*|(?<=\w)\s+(?=-?0x)", found["operands"].strip()) if found["operands"] else []
-    operands = tuple(parse_operand(t) for t in texts)
-    return Instruction(address, text, guard, opcode, tuple(modifiers), operands, encoding)
+    name, *modifiers = opcode.split(".")
+    return Instruction(
+        address, text, guard, name, tuple(modifiers), operands.strip(), encoding
+    )
 
 
 def parse_operand(text: str) -> Operand:

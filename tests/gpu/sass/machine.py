@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,18 +46,6 @@ class Parked:
 
     address: int
     mask: Array
-
-
-@dataclass
-class Counts:
-    """What the blocks issued."""
-
-    by_address: Counter[int] = field(default_factory=Counter)
-    by_warp: Array = field(default_factory=lambda: np.zeros(0, np.int64))
-
-    @property
-    def instructions(self) -> int:
-        return int(self.by_warp.sum())
 
 
 @dataclass
@@ -137,7 +125,7 @@ class Machine:
         self._cluster_arrivals = np.zeros(self.warps, np.int64)
         self._cluster_waits: list[tuple[int, Parked]] = []
 
-        self.counts = Counts(by_warp=np.zeros(self.warps, np.int64))
+        self.issued: Counter[int] = Counter()  # warp instructions, by address
         # Loads from global memory that were issued and whose scoreboards nobody has waited for.
         self._pending_bytes = np.zeros((SCOREBOARDS, self.warps), np.int64)
         self._pending_loads = np.zeros((SCOREBOARDS, self.warps), np.int64)
@@ -223,16 +211,15 @@ class Machine:
             raise SassError("expected generic addresses in one kind of memory")
         return bool(is_shared.any())
 
-    def count_load(self, mask: Array, width: int, instruction: Instruction) -> None:
-        """Called when a load from global memory is issued."""
-        scoreboard = instruction.control.write_scoreboard
+    def count_load(self, addresses: Array, mask: Array, width: int, scoreboard: int | None) -> None:
+        """Called when a load from global memory is issued. Lanes that load the same bytes count once."""
         if scoreboard is None:
             return
-        lanes = mask.sum(axis=1)
-        self._pending_bytes[scoreboard] += lanes * width
+        ordered = np.sort(np.where(mask, addresses, np.uint64(0)), axis=1)
+        distinct = (np.diff(ordered, axis=1, prepend=np.uint64(0)) != 0).sum(axis=1)
+        self._pending_bytes[scoreboard] += distinct * width
+        self._pending_loads[scoreboard] += (distinct > 0) & (width == 16)
         self._pending_scoreboards |= 1 << scoreboard
-        if width == 16:
-            self._pending_loads[scoreboard] += lanes > 0
         np.maximum(self.most_pending_bytes, self._pending_bytes.sum(axis=0), out=self.most_pending_bytes)
         np.maximum(self.most_pending_loads, self._pending_loads.sum(axis=0), out=self.most_pending_loads)
 
@@ -247,7 +234,7 @@ class Machine:
 
     # Execution
 
-    def run(self, max_steps: int = 10_000_000) -> Counts:
+    def run(self, max_steps: int = 10_000_000) -> None:
         with np.errstate(all="ignore"):
             steps = 0
             while self._step():
@@ -257,7 +244,6 @@ class Machine:
         waiting = [w for w in range(self.warps) if self.live[w].any()]
         if waiting:
             raise SassError(f"{self.program.function.name}: warps {waiting} wait for a barrier that nobody reaches")
-        return self.counts
 
     def _step(self) -> bool:
         """Runs the warps that are furthest behind, up to the next branch or the next warp's address."""
@@ -269,17 +255,14 @@ class Machine:
         stop = int(others.min()) if others.size else _NOWHERE
         mask = self._mask & chosen[:, None]
         warp_count = int(chosen.sum())
-        program, by_address = self.program, self.counts.by_address
-        issued = 0
+        program, issued = self.program, self.issued
         while True:
             decoded = program[address]
-            by_address[address] += warp_count
-            issued += 1
+            issued[address] += warp_count
             if decoded.waits & self._pending_scoreboards:
                 self._wait(decoded.waits & self._pending_scoreboards, mask)
             active = mask if decoded.guard is None else mask & decoded.guard(self)
             if decoded.execute is None:
-                self.counts.by_warp[chosen] += issued
                 self._control(decoded.instruction, address, chosen, mask, active)
                 return True
             if decoded.guard is None or active.any():
@@ -291,7 +274,6 @@ class Machine:
             address += INSTRUCTION_BYTES
             if address >= stop:
                 break
-        self.counts.by_warp[chosen] += issued
         self._address[chosen] = address
         return True
 
@@ -359,8 +341,15 @@ class Machine:
         else:
             for condition in conditions:
                 active = active & predicate(condition)(self)
-        for warp in self._warps_of(active):
-            self._split(warp, active[warp], target.number)
+        self._jump(active, target.number)
+
+    def _jump(self, active: Array, target: int) -> None:
+        """Sends the active lanes to an address."""
+        taken = active.any(axis=1)
+        diverged = taken & (self._mask & ~active).any(axis=1)
+        self._address[taken & ~diverged] = target
+        for warp in np.flatnonzero(diverged):
+            self._split(int(warp), active[warp], target)
 
     def _indexed_branch(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
         """BRX and RET: to the address in a register. BRX counts from the next instruction."""
@@ -375,9 +364,7 @@ class Machine:
                 self._split(warp, active[warp] & (targets[warp] == target) & self._mask[warp], int(target))
 
     def _call(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
-        target = instruction.operands[-1]
-        for warp in self._warps_of(active):
-            self._split(warp, active[warp], target.number)
+        self._jump(active, instruction.operands[-1].number)
 
     def _exit(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
         for warp in self._warps_of(active):
@@ -393,19 +380,22 @@ class Machine:
     def _set_barrier(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
         name, target = instruction.operands
         barrier = int(name.text[1:])
-        for warp in self._warps_of(active):
-            self._barrier_mask[warp, barrier] = active[warp]
-            self._barrier_arrived[warp, barrier] = False
-            self._barrier_target[warp, barrier] = target.number
+        warps = active.any(axis=1)
+        self._barrier_mask[warps, barrier] = active[warps]
+        self._barrier_arrived[warps, barrier] = False
+        self._barrier_target[warps, barrier] = target.number
 
     def _sync_barrier(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
         barrier = int(instruction.operands[0].text[1:])
-        for warp in self._warps_of(active):
-            if self._barrier_target[warp, barrier] != following:
-                raise SassError(
-                    f"{instruction}: expected a barrier that was set for {following:#x}, got one for "
-                    f"{self._barrier_target[warp, barrier]:#x}"
-                )
+        targets = self._barrier_target[active.any(axis=1), barrier]
+        if (targets != following).any():
+            raise SassError(
+                f"{instruction}: expected a barrier that was set for {following:#x}, got one for {targets.max():#x}"
+            )
+        # Nothing to do for a warp all of whose lanes arrive together.
+        expected = self._barrier_mask[:, barrier] & self.live
+        is_apart = (expected != active).any(axis=1) | (self._mask != active).any(axis=1)
+        for warp in self._warps_of(active & is_apart[:, None]):
             self._barrier_arrived[warp, barrier] |= active[warp]
             self._remove(warp, active[warp])
             self._release_barrier(warp, barrier)
@@ -423,7 +413,8 @@ class Machine:
             (lanes,) = instruction.operands
             if lanes.number & 0xFFFFFFFF != 0xFFFFFFFF or lanes.kind != "integer":
                 raise SassError(f"the interpreter does not know the instruction {instruction}")
-        for warp in self._warps_of(active):
+        is_apart = (self.live != active).any(axis=1)
+        for warp in self._warps_of(active & is_apart[:, None]):
             self._warp_sync[warp].append(Parked(following, active[warp].copy()))
             self._remove(warp, active[warp])
             self._release_warp_sync(warp)
