@@ -7,6 +7,8 @@
 // A group has
 //   thread(), threads()  the thread's number among those that share a row, or a chunk of it
 //   reduce(partials)     sets each row's partial to the total over all of the group's threads
+//   kHasChunks, chunk()  whether a row may have several chunks, and the number of the group's; held rows only
+//   release()            after the last reduction of a row; held rows only
 //   sync()               the barrier between the last use of a partial in shared memory and the next row
 //   kTreeLevels          strided and column rows only: the levels of the Tree in which a thread combines its partials,
 //                        if SumOrder has more threads than the group; 1 + log2 of their number
@@ -189,10 +191,12 @@ class Tree {
 template <unsigned kWidth>
 class LaneGroup {
  public:
+  static constexpr bool kHasChunks = false;
   static constexpr int kTreeLevels = 1;  // the order has kWidth threads too
 
   MASKED_SOFTMAX_DEVICE unsigned thread() const { return thread_index() % kWidth; }
   MASKED_SOFTMAX_DEVICE unsigned threads() const { return kWidth; }
+  MASKED_SOFTMAX_DEVICE void release() const {}
   MASKED_SOFTMAX_DEVICE void sync() const {}  // no barrier needed: the shuffles already synchronize the lanes
 
   template <int kRows, class Partial>
@@ -207,11 +211,13 @@ class LaneGroup {
 template <class acc_t>
 class BlockGroup {
  public:
+  static constexpr bool kHasChunks = false;
   static constexpr int kTreeLevels = 2;
   static_assert(kStridedThreads << (kTreeLevels - 1) >= kMaxBlockThreads, "strided: at most 2 partials per thread");
 
   MASKED_SOFTMAX_DEVICE unsigned thread() const { return thread_index(); }
   MASKED_SOFTMAX_DEVICE unsigned threads() const { return block_threads(); }
+  MASKED_SOFTMAX_DEVICE void release() const {}
   MASKED_SOFTMAX_DEVICE void sync() const { sync_block(); }
 
   template <class Partial>
@@ -234,19 +240,54 @@ class BlockGroup {
   PartialSlots<acc_t> warp_partials_ = shared_slots<acc_t, kMaxWarps>();
 };
 
-// The threads that hold a row of any size: lanes of a warp, a block, or the blocks of a cluster, each with a chunk of
-// the row; or the blocks of several launches, each with a chunk too. order.threads of them share a chunk.
+// A cluster of blocks, each with a chunk of the row. A block stores its partial in its own shared memory; after a
+// cluster barrier every thread loads all blocks' partials, in the chunks' order. release() comes after the last
+// reduction of a row, and sync() before a block returns or begins the next row: so no block changes its partials while
+// others load them.
+template <class acc_t>
+class ClusterGroup : public BlockGroup<acc_t> {
+ public:
+  static constexpr bool kHasChunks = true;
+
+  MASKED_SOFTMAX_DEVICE int chunk() const { return static_cast<int>(cluster_rank()); }
+  MASKED_SOFTMAX_DEVICE void release() const { cluster_arrive_relaxed(); }
+  MASKED_SOFTMAX_DEVICE void sync() const { cluster_wait_acquire(); }
+
+  template <class Partial>
+  MASKED_SOFTMAX_DEVICE void reduce(Partial (&partials)[1]) const {
+    BlockGroup<acc_t>::reduce(partials);
+    if (thread_index() == 0) {
+      block_partials_.store(0, partials[0]);
+    }
+    sync_cluster();
+    partials[0] = Partial();
+    MASKED_SOFTMAX_NO_UNROLL
+    for (unsigned rank = 0; rank < cluster_size(); ++rank) {
+      Partial other;
+      MASKED_SOFTMAX_UNROLL
+      for (int word = 0; word < Partial::kWords; ++word) {
+        other.words[word] = load_from_block(block_partials_.template address<Partial>(0, word), rank);
+      }
+      partials[0].combine(other);
+    }
+  }
+
+ private:
+  const PartialSlots<acc_t> block_partials_ = shared_slots<acc_t, 1>();
+};
+
+// The threads that hold a row of any size: order.threads lanes of a warp; or as many threads of a block, with a chunk
+// of the row where it has several.
 //
-// In a cluster, a block stores its partial in its own shared memory; after a cluster barrier every thread loads all
-// blocks' partials, in the chunks' order. Precondition: one reduction of each kind. release() comes after the last of
-// them, and sync() before a block returns, so that its shared memory outlives the others' loads.
-//
-// Split rows have a launch for each reduction. publish() stores a chunk's partial in the workspace: PartialSlots for
-// each row, with a slot for each chunk. In the next launch, reduce_published() loads all of a row's.
+// The chunks of a row have a block of a cluster each. Those of a split row have a block of any, and a launch for each
+// reduction: publish() stores a chunk's partial in the workspace, PartialSlots for each row with a slot for each chunk;
+// in the next launch, reduce_published() loads all of a row's.
 template <class acc_t>
 class AnyGroup {
  public:
-  // `number` counts the chunks of all rows.
+  static constexpr bool kHasChunks = true;
+
+  // `number` counts the chunks of all rows, if they are split, or the rows.
   MASKED_SOFTMAX_DEVICE AnyGroup(const KernelProblem& kernel_problem, int64_t number)
       : order_threads_(static_cast<unsigned>(kernel_problem.order.threads)),
         is_split_(kernel_problem.pass != Pass::kAll),
@@ -263,12 +304,12 @@ class AnyGroup {
   MASKED_SOFTMAX_DEVICE int64_t chunks() const { return chunks_; }
   MASKED_SOFTMAX_DEVICE void release() const {
     if (is_cluster()) {
-      cluster_arrive_relaxed();
+      cluster_.release();
     }
   }
   MASKED_SOFTMAX_DEVICE void sync() const {
     if (is_cluster()) {
-      cluster_wait_acquire();
+      cluster_.sync();
     } else if (order_threads_ > kWarpThreads) {
       sync_block();
     }
@@ -276,22 +317,10 @@ class AnyGroup {
 
   template <class Partial>
   MASKED_SOFTMAX_DEVICE void reduce(Partial (&partials)[1]) const {
-    reduce_chunk(partials);
     if (is_cluster()) {
-      if (thread_index() == 0) {
-        block_partials_.store(0, partials[0]);
-      }
-      sync_cluster();
-      partials[0] = Partial();
-      MASKED_SOFTMAX_NO_UNROLL
-      for (unsigned rank = 0; rank < cluster_size(); ++rank) {
-        Partial other;
-        MASKED_SOFTMAX_UNROLL
-        for (int word = 0; word < Partial::kWords; ++word) {
-          other.words[word] = load_from_block(block_partials_.template address<Partial>(0, word), rank);
-        }
-        partials[0].combine(other);
-      }
+      cluster_.reduce(partials);
+    } else {
+      reduce_chunk(partials);
     }
   }
 
@@ -312,7 +341,7 @@ class AnyGroup {
       for (int64_t chunk = thread_index(); chunk < chunks_; chunk += block_threads()) {
         partials[0].combine(published_.template load<Partial>(chunk));
       }
-      block_.reduce(partials);
+      reduce_chunk(partials);
     } else {  // every thread combines all chunks, in their order
       for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
         partials[0].combine(published_.template load<Partial>(chunk));
@@ -326,14 +355,13 @@ class AnyGroup {
   template <class Partial>
   MASKED_SOFTMAX_DEVICE void reduce_chunk(Partial (&partials)[1]) const {
     if (order_threads_ > kWarpThreads) {
-      block_.reduce(partials);
+      cluster_.BlockGroup<acc_t>::reduce(partials);
     } else {
       reduce_lanes(partials, order_threads_);
     }
   }
 
-  const BlockGroup<acc_t> block_;
-  const PartialSlots<acc_t> block_partials_ = shared_slots<acc_t, 1>();
+  const ClusterGroup<acc_t> cluster_;
   const unsigned order_threads_;
   const bool is_split_;
   const int64_t row_;

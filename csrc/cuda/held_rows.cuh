@@ -4,10 +4,11 @@
 //             log_softmax  y = scale * (x - max) - log(sum(e))
 //   backward  common/formulas.h
 //
-// Three kernels, by the group of threads and the layout of the rows:
+// Four kernels, by the group of threads and the layout of the rows:
 //
 //   plain_lanes      1, 8 or 32 lanes of a warp hold each of a few plain rows (PlainRows in kernel_problem.h)
 //   plain_block      a block holds a plain row
+//   plain_cluster    a cluster of blocks holds a plain row, each block a chunk of it
 //   any_held_rows    the same for rows of contiguous columns in any place, and rows that a cluster of blocks or several
 //                    launches hold, each block with a chunk of the row
 //
@@ -38,7 +39,7 @@
 namespace masked_softmax::cuda {
 
 // A thread's share of kRows rows, or of a chunk of one row, in memory and in registers.
-template <class input_t, class output_t, int kInputs, int kRows, int kVectors, bool kIsPlain>
+template <class input_t, class output_t, int kInputs, int kRows, int kVectors, class Group, bool kIsPlain>
 class HeldRows {
  public:
   using Types = RowTypes<input_t, output_t>;
@@ -47,35 +48,41 @@ class HeldRows {
   static constexpr int kRowCount = kRows;
   using Values = acc_t[kVectors][kElems];
 
-  template <class Group>
   MASKED_SOFTMAX_DEVICE explicit HeldRows(const Group& group)
       : thread_(static_cast<int>(group.thread())),
         threads_(static_cast<int>(group.threads())),
         share_(VectorShare::of<kElems>(thread_, threads_)) {}
 
-  // Begins the loads of plain row `index` of kRows.
-  MASKED_SOFTMAX_DEVICE void begin_loads(const KernelProblem& kernel_problem, int index, const PlainRow& row,
-                                         input_t absent) {
+  // Begins the loads of plain row `index` of kRows, or of the group's chunk of it.
+  MASKED_SOFTMAX_DEVICE void begin_loads(const Group& group, const KernelProblem& kernel_problem, int index,
+                                         const PlainRow& row, input_t absent) {
     const Problem& problem = kernel_problem.problem;
+    int begin = 0;
     lengths_[index] = row.length;
     cols_ = static_cast<int>(problem.cols);
+    if constexpr (Group::kHasChunks) {
+      is_single_ = row.length == 1;
+      begin = group.chunk() * kVectors * share_.stride;
+      cols_ -= begin;
+      if (row.length >= 0) {
+        lengths_[index] = clamped_to_chunk(row.length - begin);
+      }
+    }
     outputs_[index] =
-        computed_once(row.at(static_cast<output_t*>(problem.output.data), kernel_problem.plain_rows.output));
+        computed_once(row.at(static_cast<output_t*>(problem.output.data), kernel_problem.plain_rows.output) + begin);
     MASKED_SOFTMAX_UNROLL
     for (int k = 0; k < kInputs; ++k) {
       const auto* x = row.at(static_cast<const input_t*>(problem.inputs[k].data), kernel_problem.plain_rows.inputs[k]);
-      loads_[index][k].begin_loads(x, row.length, share_, absent);
+      loads_[index][k].begin_loads(x + begin, lengths_[index], share_, absent);
     }
   }
 
-  // Begins the loads of a chunk of a row.
-  MASKED_SOFTMAX_DEVICE void begin_loads(const KernelProblem& kernel_problem, const Row& row, int64_t chunk,
+  // Begins the loads of the group's chunk of a row.
+  MASKED_SOFTMAX_DEVICE void begin_loads(const Group& group, const KernelProblem& kernel_problem, const Row& row,
                                          input_t absent) {
     const Problem& problem = kernel_problem.problem;
-    const int chunk_elems = kernel_problem.order.vectors * share_.stride;
-    const int64_t begin = chunk * chunk_elems;
-    const int64_t rest = row.length - begin;
-    lengths_[0] = rest < 0 ? 0 : rest < chunk_elems ? static_cast<int>(rest) : chunk_elems;
+    const int64_t begin = group.chunk() * kernel_problem.order.vectors * share_.stride;
+    lengths_[0] = clamped_to_chunk(row.length - begin);
     is_single_ = row.length == 1;
     outputs_[0] = static_cast<output_t*>(problem.output.data) + row.output_offset + row.start + begin;
     MASKED_SOFTMAX_UNROLL
@@ -100,7 +107,7 @@ class HeldRows {
   }
 
   // Whether the row has one valid column.
-  MASKED_SOFTMAX_DEVICE bool is_single(int row) const { return kIsPlain ? lengths_[row] == 1 : is_single_; }
+  MASKED_SOFTMAX_DEVICE bool is_single(int row) const { return Group::kHasChunks ? is_single_ : lengths_[row] == 1; }
 
   // Calls visit(k) for the vectors of which a lane of this thread's warp holds an element.
   template <class Visitor>
@@ -166,6 +173,10 @@ class HeldRows {
   }
 
  private:
+  MASKED_SOFTMAX_DEVICE int clamped_to_chunk(int64_t length) const {
+    const int max_length = kVectors * share_.stride;
+    return length < 0 ? 0 : length < max_length ? static_cast<int>(length) : max_length;
+  }
   MASKED_SOFTMAX_DEVICE bool is_active(int row, int k) const {
     // Groups of fewer lanes than a warp have few vectors: a warp would seldom skip one.
     return threads_ < kWarpThreads ||
@@ -281,7 +292,7 @@ class Forward {
       return;
     }
     reduce_or_load<kHasPasses>(group_, kernel_problem_, sum);
-    release();
+    group_.release();
     MASKED_SOFTMAX_UNROLL
     for (int row = 0; row < kRows; ++row) {
       const acc_t inverse = reciprocal(sum[row].value());
@@ -313,7 +324,7 @@ class Forward {
     }
     reduce_or_load<kHasPasses>(group_, kernel_problem_, rest);
     reduce_or_load<kHasPasses>(group_, kernel_problem_, max_count);
-    release();
+    group_.release();
     MASKED_SOFTMAX_UNROLL
     for (int row = 0; row < kRows; ++row) {
       const acc_t row_max = max[row].value();
@@ -326,9 +337,7 @@ class Forward {
   }
 
   MASKED_SOFTMAX_DEVICE void release() const {
-    if constexpr (kHasPasses) {
-      group_.release();
-    }
+    group_.release();
   }
 
   const Group& group_;
@@ -388,9 +397,7 @@ class Backward {
       }
     }
     reduce_or_load<kHasPasses>(group_, kernel_problem_, sum);
-    if constexpr (kHasPasses) {
-      group_.release();
-    }
+    group_.release();
     MASKED_SOFTMAX_UNROLL
     for (int row = 0; row < kRows; ++row) {
       const acc_t total = sum[row].value();
@@ -432,7 +439,8 @@ plain_lanes(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   constexpr int kRows = rows_per_group(kLanes.elems_per_thread, kInputs);
   constexpr int kVectors = kLanes.elems_per_thread / RowTypes<input_t, output_t>::kElems;
   constexpr unsigned kGroups = kWarpThreads / kLanes.threads_per_row;  // of a warp
-  const LaneGroup<kLanes.threads_per_row> group;
+  using Group = LaneGroup<kLanes.threads_per_row>;
+  const Group group;
   const auto absent = absent_value<kForward, input_t>(kernel_problem);
   const unsigned warp = block_index() * (kLanesThreads / kWarpThreads) + thread_index() / kWarpThreads;
   const unsigned step = grid_blocks() * (kLanesThreads / kWarpThreads) * kGroups * kRows;
@@ -447,10 +455,10 @@ plain_lanes(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   find_next(warp * kGroups * kRows);
   // All lanes of a warp leave the loop together.
   for (unsigned warp_first = warp * kGroups * kRows; warp_first < kernel_problem.plain_rows.rows; warp_first += step) {
-    HeldRows<input_t, output_t, kInputs, kRows, kVectors, true> rows(group);
+    HeldRows<input_t, output_t, kInputs, kRows, kVectors, Group, true> rows(group);
     MASKED_SOFTMAX_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      rows.begin_loads(kernel_problem, row, next[row], absent);
+      rows.begin_loads(group, kernel_problem, row, next[row], absent);
     }
     find_next(warp_first + step);
     rows.finish_loads();
@@ -458,23 +466,39 @@ plain_lanes(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   }
 }
 
-// A block holds a row. The length of the next row is loaded ahead.
-template <bool kForward, class input_t, class output_t>
-MASKED_SOFTMAX_KERNEL(plain_threads_per_sm(kMaxThreadElems), 1)
-plain_block(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
+// A block, or a cluster of blocks, holds a row. The length of the next row is loaded ahead.
+template <bool kForward, class input_t, class output_t, class Group>
+MASKED_SOFTMAX_DEVICE void compute_plain_rows(const KernelProblem& kernel_problem, unsigned first, unsigned step) {
   constexpr int kInputs = kForward ? 1 : 2;
   constexpr int kVectors = max_thread_elems(kInputs) / RowTypes<input_t, output_t>::kElems;
-  const BlockGroup<typename RowTypes<input_t, output_t>::acc_t> group;
+  const Group group;
   const auto absent = absent_value<kForward, input_t>(kernel_problem);
-  PlainRow next(kernel_problem, block_index());
-  for (unsigned row = block_index(); row < kernel_problem.plain_rows.rows; row += grid_blocks()) {
-    HeldRows<input_t, output_t, kInputs, 1, kVectors, true> rows(group);
-    rows.begin_loads(kernel_problem, 0, next, absent);
-    next = PlainRow(kernel_problem, row + grid_blocks());
+  PlainRow next(kernel_problem, first);
+  for (unsigned row = first; row < kernel_problem.plain_rows.rows; row += step) {
+    HeldRows<input_t, output_t, kInputs, 1, kVectors, Group, true> rows(group);
+    rows.begin_loads(group, kernel_problem, 0, next, absent);
+    next = PlainRow(kernel_problem, row + step);
     rows.finish_loads();
     compute_rows<kForward, false>(group, kernel_problem, rows);
     group.sync();
   }
+}
+
+template <bool kForward, class input_t, class output_t>
+MASKED_SOFTMAX_KERNEL(plain_threads_per_sm(kMaxThreadElems), 1)
+plain_block(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
+  using acc_t = typename RowTypes<input_t, output_t>::acc_t;
+  compute_plain_rows<kForward, input_t, output_t, BlockGroup<acc_t>>(kernel_problem, block_index(), grid_blocks());
+}
+
+template <bool kForward, class input_t, class output_t>
+MASKED_SOFTMAX_KERNEL(plain_threads_per_sm(kMaxThreadElems), 1)
+plain_cluster(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
+#if MASKED_SOFTMAX_HAS_CLUSTERS
+  using acc_t = typename RowTypes<input_t, output_t>::acc_t;
+  compute_plain_rows<kForward, input_t, output_t, ClusterGroup<acc_t>>(kernel_problem, block_index() / cluster_size(),
+                                                                      grid_blocks() / cluster_size());
+#endif
 }
 
 // Lanes, a block, a cluster of blocks or the blocks of several launches hold a row.
@@ -496,8 +520,8 @@ any_held_rows(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
     const int64_t number = first + (groups > 1 ? thread_index() / order_threads : 0);
     const AnyGroup<acc_t> group(kernel_problem, number);
     const Row row = find_row<kInputs>(kernel_problem, group.row());
-    HeldRows<input_t, output_t, kInputs, 1, max_thread_elems(kInputs) / kElems, false> rows(group);
-    rows.begin_loads(kernel_problem, row, group.chunk(), absent);
+    HeldRows<input_t, output_t, kInputs, 1, max_thread_elems(kInputs) / kElems, AnyGroup<acc_t>, false> rows(group);
+    rows.begin_loads(group, kernel_problem, row, absent);
     rows.finish_loads();
     compute_rows<kForward, true>(group, kernel_problem, rows);
     const bool stores = kernel_problem.pass == Pass::kAll || kernel_problem.pass == Pass::kResults;
@@ -533,9 +557,15 @@ Status launch_plain_lanes(const KernelProblem& kernel_problem, const LaunchPlan&
 template <bool kForward, class input_t, class output_t>
 Status launch_held_rows(const KernelProblem& kernel_problem, const LaunchPlan& plan, Stream stream) {
   if (plan.is_plain) {
-    return plan.strategy == Strategy::kLanes
-               ? launch_plain_lanes<kForward, input_t, output_t>(kernel_problem, plan, stream)
-               : launch(plain_block<kForward, input_t, output_t>, plan, stream, kernel_problem);
+    switch (plan.strategy) {
+      case Strategy::kLanes: return launch_plain_lanes<kForward, input_t, output_t>(kernel_problem, plan, stream);
+      case Strategy::kBlock: return launch(plain_block<kForward, input_t, output_t>, plan, stream, kernel_problem);
+      case Strategy::kCluster: return launch(plain_cluster<kForward, input_t, output_t>, plan, stream, kernel_problem);
+      case Strategy::kAutomatic:
+      case Strategy::kSplit:
+      case Strategy::kColumn:
+      case Strategy::kStrided: return kInvalidLaunch;
+    }
   }
   if (plan.strategy != Strategy::kSplit) {
     return launch(any_held_rows<kForward, input_t, output_t>, plan, stream, kernel_problem);
@@ -554,7 +584,7 @@ Status launch_held_rows(const KernelProblem& kernel_problem, const LaunchPlan& p
 // What the runtime reports of the kernel that clusters run.
 template <bool kForward, class input_t, class output_t>
 Status query_clusters(ClusterSupport& support) {
-  return query_cluster_kernel(any_held_rows<kForward, input_t, output_t>, largest_cluster_plan(), support);
+  return query_cluster_kernel(plain_cluster<kForward, input_t, output_t>, largest_cluster_plan(), support);
 }
 
 }  // namespace masked_softmax::cuda

@@ -100,7 +100,7 @@ struct SumOrder {
 struct LaunchPlan {
   Strategy strategy = Strategy::kAutomatic;
   SumOrder order;
-  bool is_plain = false;  // for kLanes and kBlock: the kernels of plain_rows.cuh
+  bool is_plain = false;  // the kernels of plain rows: held_rows.cuh
   unsigned blocks = 0;
   unsigned threads_per_block = 0;
   unsigned cluster_size = 1;
@@ -157,10 +157,12 @@ constexpr unsigned persistent_blocks(int64_t blocks, int block_threads, int elem
   return limited_blocks(resident > 0 && resident < blocks ? resident : blocks);
 }
 
-// The blocks of a cluster that hold a row: a power of two.
+// The blocks of a cluster that hold a row: a power of two. As long as there may be more blocks, they have half of the
+// threads that they may have, so that two run on an SM.
 constexpr unsigned cluster_size_for(const RowShape& shape) {
   unsigned size = 2;
-  while (size < kMaxClusterBlocks && shape.cols > int64_t{size} * kMaxBlockThreads * max_thread_elems(shape.inputs)) {
+  while (size < kMaxClusterBlocks &&
+         shape.cols > int64_t{size} * kMaxBlockThreads / 2 * max_thread_elems(shape.inputs)) {
     size *= 2;
   }
   return size;
@@ -206,7 +208,7 @@ constexpr LaunchPlan plan_strategy(Strategy strategy, const SumOrder& order, con
   plan.order = order;
   plan.threads_per_block = static_cast<unsigned>(order.threads);
   const int elems_per_thread = order.vectors * order.elems;
-  plan.is_plain = shape.is_plain && (strategy == Strategy::kLanes || strategy == Strategy::kBlock);
+  plan.is_plain = shape.is_plain && holds_rows(strategy) && strategy != Strategy::kSplit;
   switch (strategy) {
     case Strategy::kAutomatic: break;
     case Strategy::kLanes: {
