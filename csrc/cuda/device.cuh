@@ -82,10 +82,9 @@ MASKED_SOFTMAX_DEVICE V load_vector_if(bool condition, const void* p, V otherwis
   const auto predicate = static_cast<unsigned>(condition);
   const size_t address = __cvta_generic_to_global(p);
   if constexpr (sizeof(V) == 16) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-        : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
-        : "l"(address), "r"(predicate));
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+                 : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
+                 : "l"(address), "r"(predicate));
   } else {
     asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\n@p ld.global.v2.u32 {%0, %1}, [%2];\n}"
                  : "+r"(words[0]), "+r"(words[1])
@@ -102,10 +101,10 @@ MASKED_SOFTMAX_DEVICE void store_vector_if(bool condition, void* p, const V& vec
   const auto predicate = static_cast<unsigned>(condition);
   const size_t address = __cvta_generic_to_global(p);
   if constexpr (sizeof(V) == 16) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p st.global.v4.u32 [%4], {%0, %1, %2, %3};\n}" ::"r"(
-                     words[0]),
-                 "r"(words[1]), "r"(words[2]), "r"(words[3]), "l"(address), "r"(predicate)
-                 : "memory");
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p st.global.v4.u32 [%4], {%0, %1, %2, %3};\n}" ::"r"(words[0]),
+        "r"(words[1]), "r"(words[2]), "r"(words[3]), "l"(address), "r"(predicate)
+        : "memory");
   } else {
     asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\n@p st.global.v2.u32 [%2], {%0, %1};\n}" ::"r"(words[0]),
                  "r"(words[1]), "l"(address), "r"(predicate)
@@ -236,6 +235,16 @@ MASKED_SOFTMAX_DEVICE unsigned cluster_size() {
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
   return size;
 }
+MASKED_SOFTMAX_DEVICE unsigned cluster_index() {
+  unsigned index;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+  return index;
+}
+MASKED_SOFTMAX_DEVICE unsigned grid_clusters() {
+  unsigned count;
+  asm("mov.u32 %0, %%nclusterid.x;" : "=r"(count));
+  return count;
+}
 // The cluster-wide barrier in two steps. Every thread arrives, does other work, and waits for all others to arrive.
 // After the wait, writes that any thread of the cluster made before its arrive with release semantics are visible. A
 // relaxed arrive orders no writes: it says that the thread has no more use for the other blocks' shared memory.
@@ -271,6 +280,8 @@ MASKED_SOFTMAX_DEVICE T load_from_block(const T* shared, unsigned rank) {
 #else
 MASKED_SOFTMAX_DEVICE unsigned cluster_rank() { return 0; }
 MASKED_SOFTMAX_DEVICE unsigned cluster_size() { return 1; }
+MASKED_SOFTMAX_DEVICE unsigned cluster_index() { return block_index(); }
+MASKED_SOFTMAX_DEVICE unsigned grid_clusters() { return grid_blocks(); }
 MASKED_SOFTMAX_DEVICE void sync_cluster() {}
 MASKED_SOFTMAX_DEVICE void cluster_arrive_relaxed() {}
 MASKED_SOFTMAX_DEVICE void cluster_wait_acquire() {}

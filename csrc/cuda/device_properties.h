@@ -30,7 +30,7 @@ constexpr bool has_clusters(const ClusterSupport& support) {
 constexpr LaunchPlan largest_cluster_plan() {
   RowShape shape;
   shape.rows = 1;
-  shape.cols = int64_t{kMaxClusterBlocks} * kMaxBlockThreads * max_thread_elems(shape.inputs);
+  shape.cols = int64_t{kMaxClusterBlocks} * kMaxBlockThreads * kMaxThreadElems;
   shape.can_be_held = true;
   return plan_launch(shape, DeviceProperties{/*has_clusters=*/true}, Strategy::kCluster);
 }

@@ -65,7 +65,8 @@ class RowExponential {
 // exp(scale * (x - row_max)) for 16-bit results.
 class ApproximateRowExponential {
  public:
-  MASKED_SOFTMAX_DEVICE ApproximateRowExponential(const RowConstants<float>& constants, float row_max, bool /*is_single*/)
+  MASKED_SOFTMAX_DEVICE ApproximateRowExponential(const RowConstants<float>& constants, float row_max,
+                                                  bool /*is_single*/)
       : row_max_(row_max), c_(constants.log2e.high) {}
 
   MASKED_SOFTMAX_DEVICE float operator()(float x) const { return exp2_approximate((x - row_max_) * c_); }

@@ -6,10 +6,12 @@
 //
 // A group has
 //   thread(), threads()  the thread's number among those that share a row, or a chunk of it
+//   kMinThreads          a lower bound of threads(); held rows only
 //   reduce(partials)     sets each row's partial to the total over all of the group's threads
 //   kHasChunks, chunk()  whether a row may have several chunks, and the number of the group's; held rows only
 //   release()            after the last reduction of a row; held rows only
 //   sync()               the barrier between the last use of a partial in shared memory and the next row
+//   kHasOneChunk         whether a row has a single chunk in SumOrder; strided and column rows only
 //   kTreeLevels          strided and column rows only: the levels of the Tree in which a thread combines its partials,
 //                        if SumOrder has more threads than the group; 1 + log2 of their number
 #pragma once
@@ -130,11 +132,24 @@ MASKED_SOFTMAX_DEVICE PartialSlots<acc_t> shared_slots() {
   return {words, kSlots};
 }
 
+// The smallest power of two that is at least n. Precondition: 1 <= n <= kWarpThreads.
+MASKED_SOFTMAX_DEVICE unsigned power_of_two_from(unsigned n) {
+  unsigned power = 1;
+  MASKED_SOFTMAX_UNROLL
+  for (unsigned next = 2; next <= kWarpThreads; next *= 2) {
+    power = n > next / 2 ? next : power;
+  }
+  return power;
+}
+
 // Sets each partial to the total over `width` lanes, a power of two. Several rows' reductions overlap.
 template <int kRows, class Partial>
 MASKED_SOFTMAX_DEVICE void reduce_lanes(Partial (&partials)[kRows], unsigned width) {
   MASKED_SOFTMAX_UNROLL
-  for (unsigned distance = 1; distance < width; distance *= 2) {
+  for (unsigned distance = 1; distance < kWarpThreads; distance *= 2) {
+    if (distance >= width) {
+      break;
+    }
     MASKED_SOFTMAX_UNROLL
     for (int row = 0; row < kRows; ++row) {
       Partial other;
@@ -191,8 +206,10 @@ class Tree {
 template <unsigned kWidth>
 class LaneGroup {
  public:
+  static constexpr unsigned kMinThreads = kWidth;
   static constexpr bool kHasChunks = false;
-  static constexpr int kTreeLevels = 1;  // the order has kWidth threads too
+  static constexpr bool kHasOneChunk = true;  // strided rows too
+  static constexpr int kTreeLevels = 1;       // the order has kWidth threads too
 
   MASKED_SOFTMAX_DEVICE unsigned thread() const { return thread_index() % kWidth; }
   MASKED_SOFTMAX_DEVICE unsigned threads() const { return kWidth; }
@@ -211,7 +228,9 @@ class LaneGroup {
 template <class acc_t>
 class BlockGroup {
  public:
+  static constexpr unsigned kMinThreads = kWarpThreads;
   static constexpr bool kHasChunks = false;
+  static constexpr bool kHasOneChunk = false;
   static constexpr int kTreeLevels = 2;
   static_assert(kStridedThreads << (kTreeLevels - 1) >= kMaxBlockThreads, "strided: at most 2 partials per thread");
 
@@ -228,20 +247,35 @@ class BlockGroup {
       warp_partials_.store(thread_index() / kWarpThreads, partials[0]);
     }
     sync_block();
-    const unsigned warp = lane % kMaxWarps;  // both halves of this warp reduce
-    const bool has_warp = warp < block_threads() / kWarpThreads;
-    partials[0] = has_warp ? warp_partials_.template load<Partial>(warp) : Partial();
-    reduce_lanes(partials, kMaxWarps);
+    const unsigned warp = lane & (reduced_warps_ - 1);  // all lanes get the total
+    partials[0] = warp < block_threads() / kWarpThreads ? warp_partials_.template load<Partial>(warp) : Partial();
+    reduce_lanes(partials, reduced_warps_);
   }
 
  private:
   static constexpr int kMaxWarps = kMaxBlockThreads / kWarpThreads;
-  static_assert((kMaxWarps & (kMaxWarps - 1)) == 0, "a power of two");
-  PartialSlots<acc_t> warp_partials_ = shared_slots<acc_t, kMaxWarps>();
+  const PartialSlots<acc_t> warp_partials_ = shared_slots<acc_t, kMaxWarps>();
+  const unsigned reduced_warps_ = power_of_two_from(block_threads() / kWarpThreads);
 };
 
+// The total over `chunks` chunks, at most `width`, a power of two; in a binary tree. load(chunk, word) loads a word
+// of a chunk's partial.
+template <class Partial, class Load>
+MASKED_SOFTMAX_DEVICE Partial reduce_chunks(unsigned chunks, unsigned width, const Load& load) {
+  const unsigned chunk = thread_index() & (width - 1);
+  Partial partials[1];
+  if (chunk < chunks) {
+    MASKED_SOFTMAX_UNROLL
+    for (int word = 0; word < Partial::kWords; ++word) {
+      partials[0].words[word] = load(chunk, word);
+    }
+  }
+  reduce_lanes(partials, width);
+  return partials[0];
+}
+
 // A cluster of blocks, each with a chunk of the row. A block stores its partial in its own shared memory; after a
-// cluster barrier every thread loads all blocks' partials, in the chunks' order. release() comes after the last
+// cluster barrier every warp loads all blocks' partials. release() comes after the last
 // reduction of a row, and sync() before a block returns or begins the next row: so no block changes its partials while
 // others load them.
 template <class acc_t>
@@ -260,16 +294,10 @@ class ClusterGroup : public BlockGroup<acc_t> {
       block_partials_.store(0, partials[0]);
     }
     sync_cluster();
-    partials[0] = Partial();
-    MASKED_SOFTMAX_NO_UNROLL
-    for (unsigned rank = 0; rank < cluster_size(); ++rank) {
-      Partial other;
-      MASKED_SOFTMAX_UNROLL
-      for (int word = 0; word < Partial::kWords; ++word) {
-        other.words[word] = load_from_block(block_partials_.template address<Partial>(0, word), rank);
-      }
-      partials[0].combine(other);
-    }
+    const unsigned size = cluster_size();
+    partials[0] = reduce_chunks<Partial>(size, size, [&](unsigned rank, int word) MASKED_SOFTMAX_DEVICE_LAMBDA {
+      return load_from_block(block_partials_.template address<Partial>(0, word), rank);
+    });
   }
 
  private:
@@ -285,6 +313,7 @@ class ClusterGroup : public BlockGroup<acc_t> {
 template <class acc_t>
 class AnyGroup {
  public:
+  static constexpr unsigned kMinThreads = 1;
   static constexpr bool kHasChunks = true;
 
   // `number` counts the chunks of all rows, if they are split, or the rows.
@@ -337,15 +366,14 @@ class AnyGroup {
   template <class Partial>
   MASKED_SOFTMAX_DEVICE void reduce_published(Partial (&partials)[1]) const {
     partials[0] = Partial();
-    if constexpr (std::is_same_v<Partial, Max<acc_t>>) {  // in any order, so the threads share the chunks
-      for (int64_t chunk = thread_index(); chunk < chunks_; chunk += block_threads()) {
-        partials[0].combine(published_.template load<Partial>(chunk));
-      }
-      reduce_chunk(partials);
-    } else {  // every thread combines all chunks, in their order
-      for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
-        partials[0].combine(published_.template load<Partial>(chunk));
-      }
+    MASKED_SOFTMAX_NO_UNROLL
+    for (int64_t first = 0; first < chunks_; first += kMaxClusterBlocks) {
+      const int64_t rest = chunks_ - first;
+      const auto count = static_cast<unsigned>(rest < kMaxClusterBlocks ? rest : kMaxClusterBlocks);
+      partials[0].combine(
+          reduce_chunks<Partial>(count, kMaxClusterBlocks, [&](unsigned chunk, int word) MASKED_SOFTMAX_DEVICE_LAMBDA {
+            return *published_.template address<Partial>(first + chunk, word);
+          }));
     }
   }
 
@@ -374,6 +402,7 @@ class AnyGroup {
 template <unsigned kWarps, class acc_t>
 class ColumnGroup {
  public:
+  static constexpr bool kHasOneChunk = false;
   static constexpr int kTreeLevels = 7;
   static_assert(kWarps << (kTreeLevels - 1) >= kMaxBlockThreads, "at most 64 partials per thread");
 

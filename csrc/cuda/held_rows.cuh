@@ -62,10 +62,11 @@ class HeldRows {
     cols_ = static_cast<int>(problem.cols);
     if constexpr (Group::kHasChunks) {
       is_single_ = row.length == 1;
-      begin = group.chunk() * kVectors * share_.stride;
-      cols_ -= begin;
+      const int chunk_elems = kernel_problem.order.vectors * share_.stride;
+      begin = group.chunk() * chunk_elems;
+      cols_ = clamp(cols_ - begin, chunk_elems);
       if (row.length >= 0) {
-        lengths_[index] = clamped_to_chunk(row.length - begin);
+        lengths_[index] = clamp(row.length - begin, chunk_elems);
       }
     }
     outputs_[index] =
@@ -81,8 +82,9 @@ class HeldRows {
   MASKED_SOFTMAX_DEVICE void begin_loads(const Group& group, const KernelProblem& kernel_problem, const Row& row,
                                          input_t absent) {
     const Problem& problem = kernel_problem.problem;
-    const int64_t begin = group.chunk() * kernel_problem.order.vectors * share_.stride;
-    lengths_[0] = clamped_to_chunk(row.length - begin);
+    const int chunk_elems = kernel_problem.order.vectors * share_.stride;
+    const int64_t begin = group.chunk() * chunk_elems;
+    lengths_[0] = clamp(row.length - begin, chunk_elems);
     is_single_ = row.length == 1;
     outputs_[0] = static_cast<output_t*>(problem.output.data) + row.output_offset + row.start + begin;
     MASKED_SOFTMAX_UNROLL
@@ -173,13 +175,12 @@ class HeldRows {
   }
 
  private:
-  MASKED_SOFTMAX_DEVICE int clamped_to_chunk(int64_t length) const {
-    const int max_length = kVectors * share_.stride;
-    return length < 0 ? 0 : length < max_length ? static_cast<int>(length) : max_length;
+  MASKED_SOFTMAX_DEVICE static int clamp(int64_t elems, int max_elems) {
+    return elems < 0 ? 0 : elems < max_elems ? static_cast<int>(elems) : max_elems;
   }
   MASKED_SOFTMAX_DEVICE bool is_active(int row, int k) const {
     // Groups of fewer lanes than a warp have few vectors: a warp would seldom skip one.
-    return threads_ < kWarpThreads ||
+    return (Group::kMinThreads < kWarpThreads && threads_ < kWarpThreads) ||
            k * share_.stride + thread_ / kWarpThreads * kWarpThreads * kElems < lengths_[row];
   }
 
@@ -224,10 +225,7 @@ class Forward {
 
  public:
   MASKED_SOFTMAX_DEVICE Forward(const Group& group, const KernelProblem& kernel_problem, const Rows& rows)
-      : group_(group),
-        kernel_problem_(kernel_problem),
-        constants_(constants_of<acc_t>(kernel_problem)),
-        rows_(rows) {}
+      : group_(group), kernel_problem_(kernel_problem), constants_(constants_of<acc_t>(kernel_problem)), rows_(rows) {}
 
   MASKED_SOFTMAX_DEVICE void compute() {
     Max<acc_t> max[kRows];
@@ -278,7 +276,7 @@ class Forward {
     MASKED_SOFTMAX_UNROLL
     for (int row = 0; row < kRows; ++row) {
       const SoftmaxExponential<Rows::Types::kApproximate, acc_t> exponential(constants_, max[row].value(),
-                                                                            rows_.is_single(row));
+                                                                             rows_.is_single(row));
       rows_.for_each_vector(row, [&](int k) MASKED_SOFTMAX_DEVICE_LAMBDA {
         MASKED_SOFTMAX_UNROLL
         for (int i = 0; i < Rows::kElems; ++i) {
@@ -328,17 +326,15 @@ class Forward {
     MASKED_SOFTMAX_UNROLL
     for (int row = 0; row < kRows; ++row) {
       const acc_t row_max = max[row].value();
-      const acc_t log_sum = LogSum<acc_t>(constants_, row_max, rows_.is_single(row))
-                                .value(rest[row].value(), max_count[row].value());
+      const acc_t log_sum =
+          LogSum<acc_t>(constants_, row_max, rows_.is_single(row)).value(rest[row].value(), max_count[row].value());
       rows_.store(kernel_problem_, row, /*is_absent_padding=*/false, [&](int k, int i) MASKED_SOFTMAX_DEVICE_LAMBDA {
         return fused_multiply_add(values_[row][k][i] - row_max, constants_.scale, -log_sum);
       });
     }
   }
 
-  MASKED_SOFTMAX_DEVICE void release() const {
-    group_.release();
-  }
+  MASKED_SOFTMAX_DEVICE void release() const { group_.release(); }
 
   const Group& group_;
   const KernelProblem& kernel_problem_;
@@ -355,10 +351,7 @@ class Backward {
 
  public:
   MASKED_SOFTMAX_DEVICE Backward(const Group& group, const KernelProblem& kernel_problem, const Rows& rows)
-      : group_(group),
-        kernel_problem_(kernel_problem),
-        constants_(constants_of<acc_t>(kernel_problem)),
-        rows_(rows) {}
+      : group_(group), kernel_problem_(kernel_problem), constants_(constants_of<acc_t>(kernel_problem)), rows_(rows) {}
 
   MASKED_SOFTMAX_DEVICE void compute() {
     visit_operation(kernel_problem_.problem.operation, [&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
@@ -374,9 +367,8 @@ class Backward {
  private:
   template <class F>
   MASKED_SOFTMAX_DEVICE void differentiate() {
-    const auto exp = [&](acc_t y) MASKED_SOFTMAX_DEVICE_LAMBDA {
-      return exp_of_log<Rows::Types::kApproximate>(y, constants_);
-    };
+    const auto exp = [&](acc_t y)
+                         MASKED_SOFTMAX_DEVICE_LAMBDA { return exp_of_log<Rows::Types::kApproximate>(y, constants_); };
     Sum<acc_t> sum[kRows];
     MASKED_SOFTMAX_UNROLL
     for (int row = 0; row < kRows; ++row) {
@@ -466,18 +458,19 @@ plain_lanes(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   }
 }
 
-// A block, or a cluster of blocks, holds a row. The length of the next row is loaded ahead.
-template <bool kForward, class input_t, class output_t, class Group>
+// A block, or a cluster of blocks, holds a row. A block loads the length of its next row ahead; a cluster has one row.
+template <bool kForward, class input_t, class output_t, int kVectors, class Group>
 MASKED_SOFTMAX_DEVICE void compute_plain_rows(const KernelProblem& kernel_problem, unsigned first, unsigned step) {
   constexpr int kInputs = kForward ? 1 : 2;
-  constexpr int kVectors = max_thread_elems(kInputs) / RowTypes<input_t, output_t>::kElems;
   const Group group;
   const auto absent = absent_value<kForward, input_t>(kernel_problem);
   PlainRow next(kernel_problem, first);
   for (unsigned row = first; row < kernel_problem.plain_rows.rows; row += step) {
     HeldRows<input_t, output_t, kInputs, 1, kVectors, Group, true> rows(group);
     rows.begin_loads(group, kernel_problem, 0, next, absent);
-    next = PlainRow(kernel_problem, row + step);
+    if constexpr (!Group::kHasChunks) {
+      next = PlainRow(kernel_problem, row + step);
+    }
     rows.finish_loads();
     compute_rows<kForward, false>(group, kernel_problem, rows);
     group.sync();
@@ -487,17 +480,20 @@ MASKED_SOFTMAX_DEVICE void compute_plain_rows(const KernelProblem& kernel_proble
 template <bool kForward, class input_t, class output_t>
 MASKED_SOFTMAX_KERNEL(plain_threads_per_sm(kMaxThreadElems), 1)
 plain_block(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
-  using acc_t = typename RowTypes<input_t, output_t>::acc_t;
-  compute_plain_rows<kForward, input_t, output_t, BlockGroup<acc_t>>(kernel_problem, block_index(), grid_blocks());
+  using Types = RowTypes<input_t, output_t>;
+  constexpr int kVectors = held_vectors(Types::kElems, kForward ? 1 : 2);
+  compute_plain_rows<kForward, input_t, output_t, kVectors, BlockGroup<typename Types::acc_t>>(
+      kernel_problem, block_index(), grid_blocks());
 }
 
 template <bool kForward, class input_t, class output_t>
 MASKED_SOFTMAX_KERNEL(plain_threads_per_sm(kMaxThreadElems), 1)
 plain_cluster(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
 #if MASKED_SOFTMAX_HAS_CLUSTERS
-  using acc_t = typename RowTypes<input_t, output_t>::acc_t;
-  compute_plain_rows<kForward, input_t, output_t, ClusterGroup<acc_t>>(kernel_problem, block_index() / cluster_size(),
-                                                                      grid_blocks() / cluster_size());
+  using Types = RowTypes<input_t, output_t>;
+  constexpr int kVectors = cluster_vectors(Types::kElems, kForward ? 1 : 2);
+  compute_plain_rows<kForward, input_t, output_t, kVectors, ClusterGroup<typename Types::acc_t>>(
+      kernel_problem, cluster_index(), grid_clusters());
 #endif
 }
 
@@ -511,16 +507,17 @@ any_held_rows(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   const Problem& problem = kernel_problem.problem;
   const auto absent = absent_value<kForward, input_t>(kernel_problem);
   const auto order_threads = static_cast<unsigned>(kernel_problem.order.threads);
-  const int64_t groups = order_threads < kWarpThreads ? block_threads() / order_threads
-                         : order_threads == kWarpThreads ? block_threads() / kWarpThreads : 1;
+  const int64_t groups = order_threads < kWarpThreads    ? block_threads() / order_threads
+                         : order_threads == kWarpThreads ? block_threads() / kWarpThreads
+                                                         : 1;
   const int64_t count = kernel_problem.pass == Pass::kAll ? problem.rows : problem.rows * kernel_problem.split_chunks;
-  const int64_t step = grid_blocks() / cluster_size() * groups;
+  const int64_t step = grid_clusters() * groups;
   // All lanes of a warp leave the loop together.
-  for (int64_t first = block_index() / cluster_size() * groups; first < count; first += step) {
+  for (int64_t first = cluster_index() * groups; first < count; first += step) {
     const int64_t number = first + (groups > 1 ? thread_index() / order_threads : 0);
     const AnyGroup<acc_t> group(kernel_problem, number);
     const Row row = find_row<kInputs>(kernel_problem, group.row());
-    HeldRows<input_t, output_t, kInputs, 1, max_thread_elems(kInputs) / kElems, AnyGroup<acc_t>, false> rows(group);
+    HeldRows<input_t, output_t, kInputs, 1, held_vectors(kElems, kInputs), AnyGroup<acc_t>, false> rows(group);
     rows.begin_loads(group, kernel_problem, row, absent);
     rows.finish_loads();
     compute_rows<kForward, true>(group, kernel_problem, rows);
@@ -542,7 +539,8 @@ template <bool kForward, class input_t, class output_t, size_t kStep = 0>
 Status launch_plain_lanes(const KernelProblem& kernel_problem, const LaunchPlan& plan, Stream stream) {
   if constexpr (kStep < sizeof(kLanesSteps) / sizeof(kLanesSteps[0])) {
     constexpr LanesStep kLanes = kLanesSteps[kStep];
-    if constexpr (kLanes.elems_per_thread <= max_thread_elems(kForward ? 1 : 2)) {
+    constexpr int kElems = RowTypes<input_t, output_t>::kElems;
+    if constexpr (kLanes.elems_per_thread <= held_vectors(kElems, kForward ? 1 : 2) * kElems) {
       if (plan.order.threads == kLanes.threads_per_row &&
           plan.order.vectors * plan.order.elems == kLanes.elems_per_thread) {
         return launch(plain_lanes<kForward, input_t, output_t, kStep>, plan, stream, kernel_problem);

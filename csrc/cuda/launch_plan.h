@@ -76,16 +76,17 @@ struct RowShape {
   int64_t cols = 0;                  // upper bound of the lengths
   int elems_per_vector = 4;          // elements of the widest operand in 16 bytes
   int acc_bytes = 4;                 // of the accumulation type
-  int inputs = 1;
+  int inputs = 1;                    // scores, or gradient and saved result, ...
   bool can_be_held = false;          // contiguous columns, and a pair of type_pairs.inc; whatever the size
   bool is_plain = false;             // can be held, and are_plain() in kernel_problem.h
   bool has_unit_row_stride = false;  // the row stride is 1: elements of one column are adjacent in memory
 };
 
-// The order of a row's sums. The valid columns are cut into chunks of threads * vectors * elems, whose sums are added
-// in their order. Within a chunk, thread t adds up the vectors t, t + threads, t + 2 * threads, ..., and the threads'
-// sums are added in a binary tree: 0 and 1, 2 and 3; then these pairs; and so on. A vector's elements are first added
-// to each other, also in a binary tree, where absent elements are zeros: so zeros may be appended to a vector.
+// The order of a row's sums. The valid columns are cut into chunks of threads * vectors * elems. The sums of
+// kMaxClusterBlocks consecutive chunks are added in a binary tree, and these sums one after another. Within a chunk,
+// thread t adds up the vectors t, t + threads, t + 2 * threads, ..., and the threads' sums are added in a binary tree:
+// 0 and 1, 2 and 3; then these pairs; and so on. A vector's elements are first added to each other, also in a binary
+// tree, where absent elements are zeros: so zeros may be appended to a vector.
 //
 // `threads` are those of the strategy that defines the order. Where another strategy follows it, a thread may sum for
 // several of them.
@@ -123,10 +124,13 @@ constexpr int kLanesThreads = 128;         // of a block, per strategy
 constexpr int kSplitThreads = 512;
 constexpr int kStridedThreads = 256;
 
-// Of all operands of held rows, in a thread's registers. A multiple of every vector's size.
+// Of a forward pass's held row, in a thread's registers, as float32. A multiple of every vector's size.
 constexpr int kMaxThreadElems = 32;
 
-constexpr int max_thread_elems(int inputs) { return inputs == 1 ? kMaxThreadElems : kMaxThreadElems / 2; }
+// The vectors of each input that a thread holds at most. A backward pass keeps its inputs' own bits: 128 bytes of two.
+constexpr int held_vectors(int elems_per_vector, int inputs) {
+  return inputs == 1 ? kMaxThreadElems / elems_per_vector : 4;
+}
 
 // Lanes per row, and elements per lane, in the order in which they are tried: the first that holds the row is taken.
 struct LanesStep {
@@ -157,12 +161,19 @@ constexpr unsigned persistent_blocks(int64_t blocks, int block_threads, int elem
   return limited_blocks(resident > 0 && resident < blocks ? resident : blocks);
 }
 
+// The vectors of each input that a thread of a cluster holds at most, if the rows are plain. A backward pass has twice
+// as many where the longest rows would not fit otherwise.
+constexpr int cluster_vectors(int elems_per_vector, int inputs) {
+  return held_vectors(elems_per_vector, inputs) * (inputs == 1 ? 1 : 2);
+}
+
 // The blocks of a cluster that hold a row: a power of two. As long as there may be more blocks, they have half of the
 // threads that they may have, so that two run on an SM.
 constexpr unsigned cluster_size_for(const RowShape& shape) {
   unsigned size = 2;
-  while (size < kMaxClusterBlocks &&
-         shape.cols > int64_t{size} * kMaxBlockThreads / 2 * max_thread_elems(shape.inputs)) {
+  while (size < kMaxClusterBlocks && shape.cols > int64_t{size} * kMaxBlockThreads / 2 *
+                                                      held_vectors(shape.elems_per_vector, shape.inputs) *
+                                                      shape.elems_per_vector) {
     size *= 2;
   }
   return size;
@@ -171,13 +182,12 @@ constexpr unsigned cluster_size_for(const RowShape& shape) {
 // The order in which a strategy that holds rows sums them, if it can hold rows of this size.
 constexpr SumOrder order_of(Strategy strategy, const RowShape& shape, const DeviceProperties& device) {
   const int elems = shape.elems_per_vector;
-  const int held = max_thread_elems(shape.inputs) / elems;
+  const int held = held_vectors(elems, shape.inputs);
   const int64_t vectors = ceil_divide(shape.cols, elems);
   switch (strategy) {
     case Strategy::kLanes:
       for (const LanesStep& step : kLanesSteps) {
-        if (step.elems_per_thread <= max_thread_elems(shape.inputs) &&
-            step.threads_per_row * step.elems_per_thread >= shape.cols) {
+        if (step.elems_per_thread <= held * elems && step.threads_per_row * step.elems_per_thread >= shape.cols) {
           return {step.threads_per_row, step.elems_per_thread / elems, elems};
         }
       }
@@ -187,10 +197,12 @@ constexpr SumOrder order_of(Strategy strategy, const RowShape& shape, const Devi
       return threads <= kMaxBlockThreads ? SumOrder{static_cast<int>(threads), held, elems} : SumOrder{};
     }
     case Strategy::kCluster: {
-      const unsigned size = cluster_size_for(shape);
-      const int64_t threads = ceil_divide(vectors, int64_t{size} * held * kWarpThreads) * kWarpThreads;
+      const int64_t size = cluster_size_for(shape);
+      const bool is_long = vectors > size * held * kMaxBlockThreads;
+      const int of_thread = is_long ? cluster_vectors(elems, shape.inputs) : held;
+      const int64_t threads = ceil_divide(vectors, size * of_thread * kWarpThreads) * kWarpThreads;
       const bool fits = device.has_clusters && threads <= kMaxBlockThreads && shape.rows <= kMaxBlocks / size;
-      return fits ? SumOrder{static_cast<int>(threads), held, elems} : SumOrder{};
+      return fits ? SumOrder{static_cast<int>(threads), of_thread, elems} : SumOrder{};
     }
     case Strategy::kSplit: return {kSplitThreads, held, elems};
     case Strategy::kAutomatic:
@@ -215,8 +227,8 @@ constexpr LaunchPlan plan_strategy(Strategy strategy, const SumOrder& order, con
       const int rows = plan.is_plain ? rows_per_group(elems_per_thread, shape.inputs) : 1;
       const int64_t blocks = ceil_divide(shape.rows, kLanesThreads / order.threads * rows);
       plan.threads_per_block = kLanesThreads;
-      plan.blocks = plan.is_plain ? persistent_blocks(blocks, kLanesThreads, elems_per_thread, device)
-                                  : limited_blocks(blocks);
+      plan.blocks =
+          plan.is_plain ? persistent_blocks(blocks, kLanesThreads, elems_per_thread, device) : limited_blocks(blocks);
       break;
     }
     case Strategy::kBlock:
@@ -248,14 +260,17 @@ constexpr LaunchPlan plan_strategy(Strategy strategy, const SumOrder& order, con
   return plan;
 }
 
-// Whether a strategy takes rows of these types and this layout; whether it can hold them, order_of() tells.
-constexpr bool can_compute(Strategy strategy, const RowShape& shape) {
+// Whether a strategy takes rows of these types and this layout, in this order; whether it can hold them, order_of()
+// tells.
+constexpr bool can_compute(Strategy strategy, const RowShape& shape, const SumOrder& order) {
   switch (strategy) {
     case Strategy::kAutomatic: return false;
     case Strategy::kLanes:
     case Strategy::kBlock:
     case Strategy::kCluster:
-    case Strategy::kSplit: return shape.can_be_held;
+    case Strategy::kSplit:
+      return shape.can_be_held &&
+             (shape.is_plain || order.vectors <= held_vectors(shape.elems_per_vector, shape.inputs));
     case Strategy::kColumn: return shape.has_unit_row_stride;
     case Strategy::kStrided: return true;
   }
@@ -283,11 +298,11 @@ constexpr LaunchPlan plan_launch(const RowShape& shape, const DeviceProperties& 
     return {};
   }
   if (forced != Strategy::kAutomatic) {
-    const Strategy strategy = holds_rows(forced) && !can_compute(forced, shape) ? Strategy::kStrided : forced;
-    return can_compute(strategy, shape) ? plan_strategy(strategy, order, shape, device) : LaunchPlan{};
+    const Strategy strategy = holds_rows(forced) && !can_compute(forced, shape, order) ? Strategy::kStrided : forced;
+    return can_compute(strategy, shape, order) ? plan_strategy(strategy, order, shape, device) : LaunchPlan{};
   }
   for (Strategy strategy : kStrategies) {
-    if ((strategy == holding || !holds_rows(strategy)) && can_compute(strategy, shape)) {
+    if ((strategy == holding || !holds_rows(strategy)) && can_compute(strategy, shape, order)) {
       return plan_strategy(strategy, order, shape, device);
     }
   }

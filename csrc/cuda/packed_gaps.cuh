@@ -59,7 +59,8 @@ MASKED_SOFTMAX_DEVICE void fill_positions(const Problem& problem, const RowBound
     T* const output = in_device_memory(static_cast<T*>(problem.output.data));
     const T value = narrow<T>(std::numeric_limits<float>::quiet_NaN());
     for (int64_t first = 0; first < problem.packing.output_elems; first += outer_stride) {
-      fill_columns<16 / sizeof(T)>(output + first, positions.start * inner, positions.end * inner, value, thread_index(), kGapThreads);
+      fill_columns<16 / sizeof(T)>(output + first, positions.start * inner, positions.end * inner, value,
+                                   thread_index(), kGapThreads);
     }
   });
 }

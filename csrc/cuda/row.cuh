@@ -110,8 +110,8 @@ struct PlainRow {
   // The row's part of the memory at `data`.
   template <class T>
   MASKED_SOFTMAX_DEVICE T* at(T* data, const PlainRows::Strides& strides) const {
-    return add_bytes(data, int64_t{strides.outer} * static_cast<int>(outer) +
-                               int64_t{strides.inner} * static_cast<int>(inner));
+    return add_bytes(
+        data, int64_t{strides.outer} * static_cast<int>(outer) + int64_t{strides.inner} * static_cast<int>(inner));
   }
 };
 

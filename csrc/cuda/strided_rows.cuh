@@ -122,10 +122,20 @@ class StridedRow {
   // zeros. All threads of a block run equally many iterations, whatever their rows.
   template <class ComputeTerms>
   MASKED_SOFTMAX_DEVICE acc_t sum(const ComputeTerms& compute_terms) const {
+    if constexpr (Group::kHasOneChunk) {
+      return reduced(partial_of_chunk(0, compute_terms)).value();
+    }
     Sum<acc_t> sum;
-    for (int64_t chunk_begin = 0; chunk_begin < problem_.longest(); chunk_begin += order_.chunk_elems()) {
-      sum.combine(reduced(partial_of_chunk(chunk_begin, compute_terms)));
-      group_.sync();
+    const int64_t step = kMaxClusterBlocks * order_.chunk_elems();
+    for (int64_t first = 0; first < problem_.longest(); first += step) {
+      Tree<Sum<acc_t>, 4> tree;
+      static_assert(kMaxClusterBlocks == 8, "a tree of four levels");
+      for (int64_t chunk_begin = first; chunk_begin < first + step && chunk_begin < problem_.longest();
+           chunk_begin += order_.chunk_elems()) {
+        tree.add(reduced(partial_of_chunk(chunk_begin, compute_terms)));
+        group_.sync();
+      }
+      sum.combine(tree.total());
     }
     return sum.value();
   }

@@ -107,8 +107,7 @@ MASKED_SOFTMAX_DEVICE Vector<T, kElems> join(const Vector<T, kElems>& low, const
   Vector<T, kElems> joined;
   MASKED_SOFTMAX_UNROLL
   for (int i = 0; i < kWords; ++i) {
-    joined.words[i] =
-        sizeof(T) < 4 ? funnel_shift_right(words[i], words[i + 1], skipped_bytes % 4 * 8) : words[i];
+    joined.words[i] = sizeof(T) < 4 ? funnel_shift_right(words[i], words[i + 1], skipped_bytes % 4 * 8) : words[i];
   }
   return joined;
 }
@@ -154,7 +153,8 @@ class VectorLoads {
     for (int k = 0; k < kVectors; ++k) {
       low_[k] = load_vector_if(is_whole(begin(k)), p + k * share.stride, otherwise);
       if constexpr (!kIsAligned) {
-        high_[k] = load_vector_if(skipped_ > 0 && is_whole(begin(k) + kElems), p + k * share.stride + kElems, otherwise);
+        high_[k] =
+            load_vector_if(skipped_ > 0 && is_whole(begin(k) + kElems), p + k * share.stride + kElems, otherwise);
       }
     }
   }
@@ -189,7 +189,9 @@ class VectorLoads {
   // Offsets are in elements from first_access_. Vector k's first access begins at:
   MASKED_SOFTMAX_DEVICE int begin(int k) const { return share_.begin + k * share_.stride; }
   // Whether the access that begins there reads nothing but elements.
-  MASKED_SOFTMAX_DEVICE bool is_whole(int begin) const { return begin >= skipped_ && begin + kElems <= end_; }
+  MASKED_SOFTMAX_DEVICE bool is_whole(int begin) const {
+    return (kIsAligned || begin >= skipped_) && begin + kElems <= end_;
+  }
 
   // The `count` elements at p, fewer than a vector has, in one access for each power of two.
   MASKED_SOFTMAX_DEVICE VectorType load_tail(const T* p, int count) const {

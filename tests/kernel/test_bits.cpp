@@ -101,7 +101,7 @@ TEST("bits: the same with non-temporal stores") {
           for (int64_t length : kLengths) {
             std::vector<std::string> bits;
             for_each_store_hint([&] { bits.push_back(run_among(operation, type, capability, length, around)); });
-            CHECK(bits[0] == bits[1],
+            CHECK(bits.front() == bits.back(),
                   capability.name << ' ' << name_of(operation) << ' ' << name_of(type) << ", row of " << length);
           }
         }

@@ -1,5 +1,5 @@
-// Which kernels csrc/cuda/launch.cu launches for a problem, with which grid and argument. Reads a Call from the standard
-// input and writes a Plan to the standard output: see launches.py, whose structures these are.
+// Which kernels csrc/cuda/launch.cu launches for a problem, with which grid and argument. Reads a Call from the
+// standard input and writes a Plan to the standard output: see launches.py, whose structures these are.
 //
 // launch() records instead of launching (cuda/device.cuh), so nothing is computed and no pointer is dereferenced. The
 // kernels are compiled for their names only: what they call of the emulator is not linked.
