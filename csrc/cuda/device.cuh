@@ -82,10 +82,9 @@ MASKED_SOFTMAX_DEVICE V load_vector_if(bool condition, const void* p, V otherwis
   const auto predicate = static_cast<unsigned>(condition);
   const size_t address = __cvta_generic_to_global(p);
   if constexpr (sizeof(V) == 16) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-        : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
-        : "l"(address), "r"(predicate));
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+                 : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
+                 : "l"(address), "r"(predicate));
   } else {
     asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\n@p ld.global.v2.u32 {%0, %1}, [%2];\n}"
                  : "+r"(words[0]), "+r"(words[1])
@@ -102,10 +101,10 @@ MASKED_SOFTMAX_DEVICE void store_vector_if(bool condition, void* p, const V& vec
   const auto predicate = static_cast<unsigned>(condition);
   const size_t address = __cvta_generic_to_global(p);
   if constexpr (sizeof(V) == 16) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p st.global.v4.u32 [%4], {%0, %1, %2, %3};\n}" ::"r"(
-                     words[0]),
-                 "r"(words[1]), "r"(words[2]), "r"(words[3]), "l"(address), "r"(predicate)
-                 : "memory");
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p st.global.v4.u32 [%4], {%0, %1, %2, %3};\n}" ::"r"(words[0]),
+        "r"(words[1]), "r"(words[2]), "r"(words[3]), "l"(address), "r"(predicate)
+        : "memory");
   } else {
     asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\n@p st.global.v2.u32 [%2], {%0, %1};\n}" ::"r"(words[0]),
                  "r"(words[1]), "l"(address), "r"(predicate)
@@ -392,15 +391,6 @@ Status launch(void (*kernel)(Argument), const LaunchPlan& plan, Stream stream, c
   }
   const LaunchConfig config(plan, stream);
   return cudaLaunchKernelEx(config.get(), kernel, argument);
-}
-
-inline Status current_device(int& device) { return cudaGetDevice(&device); }
-
-// Sets the number of SMs of the current device.
-inline Status count_sms(int& count) {
-  int device = 0;
-  const Status status = current_device(device);
-  return status == kSuccess ? cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) : status;
 }
 
 // Sets `support`, for clusters of that plan, on the current device. Where the runtime cannot tell how many run at a
