@@ -392,26 +392,22 @@ class LaunchConfig {
   cudaLaunchConfig_t config_ = {};
 };
 
+// Lets the kernel have the plan's shared memory, which may be more than the runtime allows by itself.
+template <class Argument>
+Status allow_shared_memory(void (*kernel)(Argument), const LaunchPlan& plan) {
+  return plan.shared_bytes == 0 ? kSuccess
+                                : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                       static_cast<int>(plan.shared_bytes));
+}
+
 template <class Argument>
 Status launch(void (*kernel)(Argument), const LaunchPlan& plan, Stream stream, const Argument& argument) {
-  if (plan.shared_bytes > 0) {
-    const Status status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes));
-    if (status != kSuccess) {
-      return status;
-    }
+  const Status status = allow_shared_memory(kernel, plan);
+  if (status != kSuccess) {
+    return status;
   }
   const LaunchConfig config(plan, stream);
   return cudaLaunchKernelEx(config.get(), kernel, argument);
-}
-
-inline Status current_device(int& device) { return cudaGetDevice(&device); }
-
-// Sets the number of SMs of the current device.
-inline Status count_sms(int& count) {
-  int device = 0;
-  const Status status = current_device(device);
-  return status == kSuccess ? cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) : status;
 }
 
 // Sets `support`, for clusters of that plan, on the current device. Where the runtime cannot tell how many run at a
@@ -436,7 +432,8 @@ Status query_cluster_kernel(void (*kernel)(Argument), const LaunchPlan& plan, Cl
   support.ptx_version = attributes.ptxVersion;
   const LaunchConfig config(plan, /*stream=*/nullptr);
   if (support.device_has_clusters &&
-      cudaOccupancyMaxActiveClusters(&support.max_active_clusters, kernel, config.get()) != cudaSuccess) {
+      (allow_shared_memory(kernel, plan) != kSuccess ||
+       cudaOccupancyMaxActiveClusters(&support.max_active_clusters, kernel, config.get()) != kSuccess)) {
     support.max_active_clusters = 0;
     cudaGetLastError();  // or the caller's next check would report this error
   }

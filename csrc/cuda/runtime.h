@@ -1,4 +1,4 @@
-// The types of the CUDA runtime that launch.h names.
+// What code without kernels uses of the CUDA runtime.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,5 +9,14 @@ using Stream = cudaStream_t;
 using Status = cudaError_t;
 constexpr Status kSuccess = cudaSuccess;
 constexpr Status kInvalidLaunch = cudaErrorInvalidConfiguration;
+
+inline Status current_device(int& device) { return cudaGetDevice(&device); }
+
+// Sets the number of SMs of the current device.
+inline Status count_sms(int& count) {
+  int device = 0;
+  const Status status = current_device(device);
+  return status == kSuccess ? cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) : status;
+}
 
 }  // namespace masked_softmax::cuda

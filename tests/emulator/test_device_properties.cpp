@@ -20,14 +20,14 @@ Strategy strategy_for_long_rows(const DeviceProperties& device) {
   return plan_launch(shape, device).strategy;
 }
 
-// Makes the emulated device another one, which has not been asked before.
-EmulatedDevice& new_device(const ClusterSupport& clusters, unsigned active_blocks) {
-  static int number = 100;
-  emulated_device = EmulatedDevice();
-  emulated_device.number = ++number;
-  emulated_device.clusters = clusters;
-  emulated_device.active_blocks = active_blocks;
-  return emulated_device;
+// Makes a device the current one that has not been asked before.
+EmulatedClusters& new_device(const ClusterSupport& support, unsigned active_blocks) {
+  static int devices = 0;
+  emulated_device = ++devices;
+  emulated_clusters = EmulatedClusters();
+  emulated_clusters.support = support;
+  emulated_clusters.active_blocks = active_blocks;
+  return emulated_clusters;
 }
 
 }  // namespace
@@ -47,6 +47,7 @@ TEST("plan: clusters only where the device has them, the binary has their kernel
       {"PTX of 9.0 on 12.0", {true, 120, 90, 16}, true},
       {"10.0 on 10.0", {true, 100, 100, 16}, true},
       {"12.0 on 12.0", {true, 120, 120, 1}, true},
+      {"12.0, compiled from 10.0's PTX, on 12.0", {true, 120, 100, 1}, true},
       {"9.0 on 9.0 that has no clusters", {false, 90, 90, 16}, false},
       {"9.0 on 9.0 that fits none", {true, 90, 90, 0}, false},
       {"nothing is known", {}, false},
@@ -82,7 +83,7 @@ TEST("plan: rows that a block cannot hold are split where clusters cannot run") 
 }
 
 TEST("plan: the runtime is asked once for each device, by any number of threads, and again after an error") {
-  EmulatedDevice& device = new_device({true, 90, 90, 0}, kMaxClusterBlocks);
+  EmulatedClusters& clusters = new_device({true, 90, 90, 0}, kMaxClusterBlocks);
   const auto properties = [] {
     DeviceProperties found;
     CHECK(get_device_properties(found) == kSuccess, "a query");
@@ -99,17 +100,17 @@ TEST("plan: the runtime is asked once for each device, by any number of threads,
   for (char result : found) {
     CHECK(result == 1, "every thread finds clusters");
   }
-  CHECK(device.queries == 1, device.queries << " queries");
+  CHECK(clusters.queries == 1, clusters.queries << " queries");
 
-  const int first = device.number;
+  const int first = emulated_device;
   new_device({true, 90, 80, 0}, kMaxClusterBlocks);
-  CHECK(!properties() && device.queries == 1, "another device: " << device.queries << " queries");
-  device.number = first;
-  CHECK(properties() && device.queries == 1, "the first device again: " << device.queries << " queries");
+  CHECK(!properties() && clusters.queries == 1, "another device: " << clusters.queries << " queries");
+  emulated_device = first;
+  CHECK(properties() && clusters.queries == 1, "the first device again: " << clusters.queries << " queries");
 
   new_device({true, 90, 90, 0}, kMaxClusterBlocks).status = kInvalidLaunch;
   DeviceProperties unknown;
   CHECK(get_device_properties(unknown) == kInvalidLaunch && !unknown.has_clusters, "an error");
-  device.status = kSuccess;
-  CHECK(properties() && device.queries == 2, "after an error: " << device.queries << " queries");
+  clusters.status = kSuccess;
+  CHECK(properties() && clusters.queries == 2, "after an error: " << clusters.queries << " queries");
 }

@@ -178,6 +178,44 @@ for version, cuda, with_cuda in {list(labels)}:
     assert run_after_setup(code) == list(labels.values())
 
 
+def test_cuda_architectures() -> None:
+    """Those asked for, or of the GPUs present, or the default of the nvcc found."""
+    cases = [  # TORCH_CUDA_ARCH_LIST, capabilities of the GPUs, nvcc, architectures
+        ("7.5;8.6;8.9", [(9, 0)], "13.0", "7.5;8.6;8.9"),
+        ("", [(9, 0), (7, 5), (9, 0)], "13.0", "7.5;9.0+PTX"),
+        ("", [], "13.0", "8.0;9.0;10.0+PTX;12.0"),
+        ("", [], "12.8", "8.0;9.0;10.0+PTX;12.0"),
+        ("", [], "12.6", "8.0;9.0+PTX"),
+    ]
+    code = f"""
+import os
+architectures = setup["cuda_architectures"]
+for os.environ["TORCH_CUDA_ARCH_LIST"], present, version, _ in {cases}:
+    architectures.__globals__["nvcc_version"] = lambda: version
+    print(architectures(SimpleNamespace(cuda=SimpleNamespace(
+        is_available=lambda: bool(present),
+        device_count=lambda: len(present),
+        get_device_capability=lambda i: present[i],
+    ))))
+"""
+    assert run_after_setup(code) == [case[-1] for case in cases]
+
+
+def test_nvcc_compiles_for_the_default_architectures() -> None:
+    """Machine code for each of them, and PTX."""
+    architectures, *options = run_after_setup("""
+print(setup["DEFAULT_ARCHITECTURES"], *setup["DEFAULT_GENCODE"], sep="\\n")
+""")
+    expected = set()
+    for architecture in architectures.split(";"):
+        number = architecture.removesuffix("+PTX").replace(".", "")
+        expected.add(f"sm_{number}")
+        if architecture.endswith("+PTX"):
+            expected.add(f"compute_{number}")
+    pattern = r"-gencode=arch=compute_\d+,code=(\w+)"
+    assert {match[1] for match in map(re.compile(pattern).fullmatch, options) if match} == expected
+
+
 def test_each_torch_has_its_own_objects() -> None:
     """After an upgrade of torch, objects compiled for the old version must not be linked."""
     code = """

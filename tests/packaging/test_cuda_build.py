@@ -29,7 +29,8 @@ def test_build_info_has_cuda_version_and_architectures() -> None:
     info = build_info()
     assert torch.version.cuda is not None
     assert info["cuda"].split(".")[0] == torch.version.cuda.split(".")[0]
-    assert re.fullmatch(r"[\d.;a]+(\+PTX)?", info["cuda_architectures"])
+    architecture = r"\d+\.\d+[af]?(\+PTX)?"
+    assert re.fullmatch(f"{architecture}(;{architecture})*", info["cuda_architectures"])
 
 
 @pytest.mark.parametrize(

@@ -203,32 +203,21 @@ Status launch(void (*kernel)(Argument), const LaunchPlan& plan, Stream /*stream*
                       [&] { kernel(argument); });
 }
 
-// The device that the functions below report, and how often it was asked. Tests change it.
-struct EmulatedDevice {
-  int number = 0;
-  ClusterSupport clusters;     // but for max_active_clusters
+// What query_cluster_kernel() reports, and how often it was asked. Tests change it.
+struct EmulatedClusters {
+  ClusterSupport support;      // but for max_active_clusters
   unsigned active_blocks = 0;  // of a cluster kernel, at a time
   Status status = kSuccess;
   int queries = 0;
 };
-inline EmulatedDevice emulated_device;
-
-inline Status current_device(int& device) {
-  device = emulated_device.number;
-  return kSuccess;
-}
-
-inline Status count_sms(int& count) {
-  count = 0;
-  return kSuccess;
-}
+inline EmulatedClusters emulated_clusters;
 
 template <class Argument>
 Status query_cluster_kernel(void (* /*kernel*/)(Argument), const LaunchPlan& plan, ClusterSupport& support) {
-  ++emulated_device.queries;
-  support = emulated_device.clusters;
-  support.max_active_clusters = static_cast<int>(emulated_device.active_blocks / plan.cluster_size);
-  return emulated_device.status;
+  ++emulated_clusters.queries;
+  support = emulated_clusters.support;
+  support.max_active_clusters = static_cast<int>(emulated_clusters.active_blocks / plan.cluster_size);
+  return emulated_clusters.status;
 }
 
 }  // namespace masked_softmax::cuda

@@ -3,8 +3,6 @@
 #include <map>
 #include <mutex>
 
-#include "cuda/device.cuh"
-
 namespace masked_softmax::cuda {
 
 // Defined in held_rows.cuh.
