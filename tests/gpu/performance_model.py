@@ -1,9 +1,10 @@
-"""Runs compiled kernels in the SASS interpreter, and counts what they issue for a call of given shape and lengths.
+"""Runs compiled kernels in the SASS interpreter, and counts what they issue for a call of given
+shape and lengths.
 
-A case is one call. launches.py tells which kernels it launches, with which grid and argument; the interpreter runs a
-few of the blocks, enough for whole rows, on synthetic memory. The rows that come out are compared with float64, so
-that counts of a kernel that went astray, or of an instruction that was misunderstood, are never reported.
-"""
+A case is one call. launches.py tells which kernels it launches, with which grid and argument; the
+interpreter runs a few of the blocks, enough for whole rows, on synthetic memory. The rows that come
+out are compared with float64, so that counts of a kernel that went astray, or of an instruction
+that was misunderstood, are never reported."""
 
 from __future__ import annotations
 
@@ -22,8 +23,9 @@ from sass.memory import Memory, Region
 
 Array = np.ndarray[Any, Any]
 
-# Bytes that a device-to-device copy moves while the GPU issues one warp instruction: 3.0 and 4.3 TB/s, and 4 warp
-# instructions a clock on each of 132 SMs at 1.98 GHz. A kernel that moves fewer is not bound by memory.
+# Bytes that a device-to-device copy moves while the GPU issues one warp instruction: 3.0 and 4.3
+# TB/s, and 4 warp instructions a clock on each of 132 SMs at 1.98 GHz. A kernel that moves fewer is
+# not bound by memory.
 COPY_BYTES_PER_INSTRUCTION = {"H100": 2.9, "H200": 4.1}
 
 ELEMENT_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
@@ -38,10 +40,12 @@ _MIN_UNIFORM_ROWS = 4
 _UNIFORM_ELEMENTS = 2**18
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
-_PERIOD_BYTES = 16 * 65537  # of an input's values: a prime number of vectors, so that no two rows are alike
+_PERIOD_BYTES = (
+    16 * 65537
+)  # of an input's values: a prime number of vectors, so that no two rows are alike
 
-# In constant bank 0, by the major compute capability: where kernels find the size of a block, of the grid and of a
-# cluster. The arguments come after.
+# In constant bank 0, by the major compute capability: where kernels find the size of a block, of
+# the grid and of a cluster. The arguments come after.
 _CONSTANT_BYTES = 8192
 
 
@@ -79,7 +83,9 @@ class Shape:
 
     @property
     def row_strides(self) -> list[int]:
-        strides = [math.prod(self.row_sizes[dim + 1 :]) * self.cols for dim in range(len(self.row_sizes))]
+        strides = [
+            math.prod(self.row_sizes[dim + 1 :]) * self.cols for dim in range(len(self.row_sizes))
+        ]
         return [*strides[:-1], 1] if self.is_column else strides
 
     @property
@@ -152,7 +158,9 @@ class KernelRun:
     kernel: Kernel
     issued: Counter[int]  # warp instructions, by address
     blocks_per_sm: int
-    loads_in_flight: int  # 16-byte loads that a thread has issued before it waits for one of them, at most
+    loads_in_flight: (
+        int  # 16-byte loads that a thread has issued before it waits for one of them, at most
+    )
     bytes_in_flight: int  # on an SM
 
     @property
@@ -280,7 +288,9 @@ class _InterpretedCall:
             Region(f"input {k}", values, elements * ELEMENT_BYTES[case.input_type])
             for k, values in enumerate(_input_values(case))
         ]
-        self._output = Region("output", np.zeros(elements * ELEMENT_BYTES[case.output_type], np.uint8))
+        self._output = Region(
+            "output", np.zeros(elements * ELEMENT_BYTES[case.output_type], np.uint8)
+        )
         self._lengths = _lengths_of(case)
         self._length_region = Region("lengths", self._lengths)
         for region in (*self._inputs, self._output, self._length_region):
@@ -296,7 +306,9 @@ class _InterpretedCall:
         def dims(values: Sequence[int]) -> Any:
             return (ctypes.c_int64 * launches.DIMS)(*values)
 
-        def operand(region: Region, element_type: str, row_strides: list[int]) -> launches.CallOperand:
+        def operand(
+            region: Region, element_type: str, row_strides: list[int]
+        ) -> launches.CallOperand:
             return launches.CallOperand(
                 region.address, element_type.encode(), shape.col_stride, dims(row_strides)
             )
@@ -332,25 +344,32 @@ class _InterpretedCall:
         return range(-(-wanted_rows // rows_per_block))
 
     def checked_figures(self, strategy: str, runs: list[KernelRun]) -> Figures:
-        """Raises unless each row that was touched has the right values, each written once, and no padding was read."""
+        """Raises unless each row that was touched has the right values, each written once, and no
+        padding was read.
+        """
         case, shape = self._case, self._case.shape
         written = _elements(self._output.stores, ELEMENT_BYTES[case.output_type])
         unique = np.unique(written)
         if unique.size != written.size:
             raise WrongResultError(
-                f"{case}: expected each element to be written once, got {written.size - unique.size} more stores"
+                f"{case}: expected each element to be written once, got "
+                f"{written.size - unique.size} more stores"
             )
         rows = np.unique(shape.rows_and_columns(unique)[0])
         if rows.size == 0 or unique.size != rows.size * shape.cols:
             raise WrongResultError(
-                f"{case}: expected whole rows of {shape.cols} elements, got {unique.size} in {rows.size} rows"
+                f"{case}: expected whole rows of {shape.cols} elements, got {unique.size} in "
+                f"{rows.size} rows"
             )
         self._check_loads()
         lengths = self._length_of(rows)
         for row, length in zip(rows.tolist(), lengths.tolist(), strict=True):
             self._check_row(row, length)
         input_bytes = int(lengths.sum()) * ELEMENT_BYTES[case.input_type] * case.inputs
-        accesses = [*self._output.stores, *(load for region in self._inputs for load in region.loads)]
+        accesses = [
+            *self._output.stores,
+            *(load for region in self._inputs for load in region.loads),
+        ]
         return Figures(
             strategy,
             runs,
@@ -372,8 +391,8 @@ class _InterpretedCall:
             is_padding = columns >= self._length_of(rows)
             if is_padding.any():
                 raise WrongResultError(
-                    f"{case}: expected no load of padding, got one of {region.name}, row {rows[is_padding][0]}, "
-                    f"column {columns[is_padding][0]}"
+                    f"{case}: expected no load of padding, got one of {region.name}, "
+                    f"row {rows[is_padding][0]}, column {columns[is_padding][0]}"
                 )
 
     def _check_row(self, row: int, length: int) -> None:
@@ -391,7 +410,8 @@ class _InterpretedCall:
         if not (error <= _TOLERANCES[case.output_type]).all():
             worst = int(np.argmax(np.nan_to_num(error, nan=np.inf)))
             raise WrongResultError(
-                f"{case}: row {row} of length {length}, column {worst}: expected {expected[worst]}, got {got[worst]}"
+                f"{case}: row {row} of length {length}, column {worst}: "
+                f"expected {expected[worst]}, got {got[worst]}"
             )
 
 

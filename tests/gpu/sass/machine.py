@@ -1,9 +1,9 @@
 """Runs blocks of a kernel, all their warps side by side, and counts what they issue.
 
-A warp's lanes that diverge are executed one after the other, as compute capability 7.0 and later does: each part runs
-until it exits or waits (BSYNC, WARPSYNC, BAR), and then the next one. Warps that are at the same instruction execute it
-together, in numpy; the one that is furthest behind goes first. No count depends on this order.
-"""
+A warp's lanes that diverge are executed one after the other, as compute capability 7.0 and later
+does: each part runs until it exits or waits (BSYNC, WARPSYNC, BAR), and then the next one. Warps
+that are at the same instruction execute it together, in numpy; the one that is furthest behind goes
+first. No count depends on this order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from typing import Any
 import numpy as np
 
 from .instructions import Execute, compile_instruction, predicate
-from .listing import INSTRUCTION_BYTES, PREDICATE_TRUE, REGISTER_ZERO, Function, Instruction, SassError
+from .listing import (
+    INSTRUCTION_BYTES,
+    PREDICATE_TRUE,
+    REGISTER_ZERO,
+    Function,
+    Instruction,
+    SassError,
+)
 from .memory import Array, Memory
 
 WARP_LANES = 32
@@ -23,7 +30,8 @@ SCOREBOARDS = 6
 _NOWHERE = 1 << 30  # the address of a warp that cannot run
 _BARRIERS = 16
 
-# What compute capability 9.0 and later adds to an address in shared memory for the block's rank in its cluster.
+# What compute capability 9.0 and later adds to an address in shared memory for the block's rank in
+# its cluster.
 _RANK_SHIFT = 24
 # The upper half of a generic address of shared memory: outside of any region.
 _SHARED_WINDOW = 0xFFFF
@@ -73,7 +81,9 @@ class Program:
     def _decode(self, address: int) -> Decoded:
         number = address // INSTRUCTION_BYTES
         if not 0 <= number < len(self.function.instructions):
-            raise SassError(f"{self.function.name}: expected an instruction at {address:#x}, got none")
+            raise SassError(
+                f"{self.function.name}: expected an instruction at {address:#x}, got none"
+            )
         instruction = self.function.instructions[number]
         guard = instruction.guard
         is_unguarded = guard is None or (guard.number == PREDICATE_TRUE and not guard.is_inverted)
@@ -106,10 +116,14 @@ class Machine:
         self.uniform_predicates = np.zeros((8, self.warps, 1), bool)
         self.predicates[PREDICATE_TRUE] = True
         self.uniform_predicates[PREDICATE_TRUE] = True
-        self.shared = np.zeros((len(launch.blocks), -(-launch.shared_bytes // 16) * 16 + 1024), np.uint8)
+        self.shared = np.zeros(
+            (len(launch.blocks), -(-launch.shared_bytes // 16) * 16 + 1024), np.uint8
+        )
 
         self.block_of_warp = np.repeat(np.arange(len(launch.blocks)), self.warps_per_block)
-        thread = np.arange(self.warps_per_block * WARP_LANES).reshape(self.warps_per_block, WARP_LANES)
+        thread = np.arange(self.warps_per_block * WARP_LANES).reshape(
+            self.warps_per_block, WARP_LANES
+        )
         self.thread = np.tile(thread, (len(launch.blocks), 1)).astype(np.uint32)
         self.live = self.thread < launch.block_threads
         self.cluster_of_block = np.array([b // launch.cluster_blocks for b in launch.blocks])
@@ -184,7 +198,10 @@ class Machine:
                 raise SassError("expected all blocks of a cluster to run together")
         offset = (addresses & np.uint32((1 << _RANK_SHIFT) - 1)).astype(np.int64)
         if (offset + width > self.shared.shape[1]).any():
-            raise SassError(f"expected an address in {self.shared.shape[1]} bytes of shared memory, got {offset.max()}")
+            raise SassError(
+                f"expected an address in {self.shared.shape[1]} bytes of shared memory, "
+                f"got {offset.max()}"
+            )
         if (offset % width).any():
             raise SassError(f"expected accesses at multiples of {width} bytes of shared memory")
         return block, offset
@@ -212,7 +229,9 @@ class Machine:
         return bool(is_shared.any())
 
     def count_load(self, addresses: Array, mask: Array, width: int, scoreboard: int | None) -> None:
-        """Called when a load from global memory is issued. Lanes that load the same bytes count once."""
+        """Called when a load from global memory is issued. Lanes that load the same bytes count
+        once.
+        """
         if scoreboard is None:
             return
         ordered = np.sort(np.where(mask, addresses, np.uint64(0)), axis=1)
@@ -220,8 +239,12 @@ class Machine:
         self._pending_bytes[scoreboard] += distinct * width
         self._pending_loads[scoreboard] += (distinct > 0) & (width == 16)
         self._pending_scoreboards |= 1 << scoreboard
-        np.maximum(self.most_pending_bytes, self._pending_bytes.sum(axis=0), out=self.most_pending_bytes)
-        np.maximum(self.most_pending_loads, self._pending_loads.sum(axis=0), out=self.most_pending_loads)
+        np.maximum(
+            self.most_pending_bytes, self._pending_bytes.sum(axis=0), out=self.most_pending_bytes
+        )
+        np.maximum(
+            self.most_pending_loads, self._pending_loads.sum(axis=0), out=self.most_pending_loads
+        )
 
     def _wait(self, scoreboards: int, mask: Array) -> None:
         warps = mask.any(axis=1)
@@ -240,13 +263,20 @@ class Machine:
             while self._step():
                 steps += 1
                 if steps > max_steps:
-                    raise SassError(f"{self.program.function.name}: expected to end within {max_steps} branches")
+                    raise SassError(
+                        f"{self.program.function.name}: expected to end within {max_steps} branches"
+                    )
         waiting = [w for w in range(self.warps) if self.live[w].any()]
         if waiting:
-            raise SassError(f"{self.program.function.name}: warps {waiting} wait for a barrier that nobody reaches")
+            raise SassError(
+                f"{self.program.function.name}: "
+                f"warps {waiting} wait for a barrier that nobody reaches"
+            )
 
     def _step(self) -> bool:
-        """Runs the warps that are furthest behind, up to the next branch or the next warp's address."""
+        """Runs the warps that are furthest behind, up to the next branch or the next warp's
+        address.
+        """
         address = int(self._address.min())
         if address == _NOWHERE:
             return False
@@ -321,14 +351,18 @@ class Machine:
         arrived = self._barrier_arrived[warp, barrier] & self.live[warp]
         if arrived.any() and not (expected & ~arrived).any():
             self._barrier_arrived[warp, barrier] = False
-            self._make_runnable(warp, Parked(int(self._barrier_target[warp, barrier]), arrived.copy()))
+            self._make_runnable(
+                warp, Parked(int(self._barrier_target[warp, barrier]), arrived.copy())
+            )
 
     def _warps_of(self, mask: Array) -> list[int]:
         return [int(w) for w in np.flatnonzero(mask.any(axis=1))]
 
     def _branch(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
         *conditions, target = instruction.operands
-        if "DIV" in instruction.modifiers:  # taken by a warp whose lanes are not all of the given mask
+        if (
+            "DIV" in instruction.modifiers
+        ):  # taken by a warp whose lanes are not all of the given mask
             (wanted,) = conditions
             bits = self.uniform_registers[wanted.number, :, 0] if wanted.kind == "UR" else None
             if bits is None:
@@ -351,7 +385,9 @@ class Machine:
         for warp in np.flatnonzero(diverged):
             self._split(int(warp), active[warp], target)
 
-    def _indexed_branch(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
+    def _indexed_branch(
+        self, instruction: Instruction, following: int, mask: Array, active: Array
+    ) -> None:
         """BRX and RET: to the address in a register. BRX counts from the next instruction."""
         register, offset = instruction.operands[:2]
         base = following if instruction.opcode == "BRX" else 0
@@ -361,7 +397,9 @@ class Machine:
         targets = targets + offset.number + base
         for warp in self._warps_of(active):
             for target in np.unique(targets[warp][active[warp]]):
-                self._split(warp, active[warp] & (targets[warp] == target) & self._mask[warp], int(target))
+                self._split(
+                    warp, active[warp] & (targets[warp] == target) & self._mask[warp], int(target)
+                )
 
     def _call(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
         self._jump(active, instruction.operands[-1].number)
@@ -377,7 +415,9 @@ class Machine:
             self._release_block(int(self.block_of_warp[warp]))
         self._release_clusters()
 
-    def _set_barrier(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
+    def _set_barrier(
+        self, instruction: Instruction, following: int, mask: Array, active: Array
+    ) -> None:
         name, target = instruction.operands
         barrier = int(name.text[1:])
         warps = active.any(axis=1)
@@ -385,12 +425,15 @@ class Machine:
         self._barrier_arrived[warps, barrier] = False
         self._barrier_target[warps, barrier] = target.number
 
-    def _sync_barrier(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
+    def _sync_barrier(
+        self, instruction: Instruction, following: int, mask: Array, active: Array
+    ) -> None:
         barrier = int(instruction.operands[0].text[1:])
         targets = self._barrier_target[active.any(axis=1), barrier]
         if (targets != following).any():
             raise SassError(
-                f"{instruction}: expected a barrier that was set for {following:#x}, got one for {targets.max():#x}"
+                f"{instruction}: expected a barrier that was set for {following:#x}, "
+                f"got one for {targets.max():#x}"
             )
         # Nothing to do for a warp all of whose lanes arrive together.
         expected = self._barrier_mask[:, barrier] & self.live
@@ -400,7 +443,9 @@ class Machine:
             self._remove(warp, active[warp])
             self._release_barrier(warp, barrier)
 
-    def _break_barrier(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
+    def _break_barrier(
+        self, instruction: Instruction, following: int, mask: Array, active: Array
+    ) -> None:
         barrier = int(instruction.operands[-1].text[1:])
         for condition in instruction.operands[:-1]:
             active = active & predicate(condition)(self)
@@ -408,7 +453,9 @@ class Machine:
             self._barrier_mask[warp, barrier] &= ~active[warp]
             self._release_barrier(warp, barrier)
 
-    def _sync_warp(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
+    def _sync_warp(
+        self, instruction: Instruction, following: int, mask: Array, active: Array
+    ) -> None:
         if "ALL" not in instruction.modifiers:
             (lanes,) = instruction.operands
             if lanes.number & 0xFFFFFFFF != 0xFFFFFFFF or lanes.kind != "integer":
@@ -431,9 +478,13 @@ class Machine:
         self._warp_sync[warp] = []
         self._make_runnable(warp, Parked(waiting[0].address, arrived))
 
-    def _sync_block(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
+    def _sync_block(
+        self, instruction: Instruction, following: int, mask: Array, active: Array
+    ) -> None:
         allowed = {"SYNC", "DEFER_BLOCKING"}
-        if not set(instruction.modifiers) <= allowed or [o.number for o in instruction.operands] != [0]:
+        if not set(instruction.modifiers) <= allowed or [
+            o.number for o in instruction.operands
+        ] != [0]:
             raise SassError(f"the interpreter does not know the instruction {instruction}")
         blocks = set()
         for warp in self._warps_of(active):
@@ -455,11 +506,15 @@ class Machine:
         for warp, parked in waiting:
             self._make_runnable(warp, parked)
 
-    def _arrive_at_cluster(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
+    def _arrive_at_cluster(
+        self, instruction: Instruction, following: int, mask: Array, active: Array
+    ) -> None:
         self._cluster_arrivals += active.any(axis=1)
         self._release_clusters()
 
-    def _wait_for_cluster(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
+    def _wait_for_cluster(
+        self, instruction: Instruction, following: int, mask: Array, active: Array
+    ) -> None:
         for warp in self._warps_of(active):
             self._cluster_waits.append((warp, Parked(following, active[warp].copy())))
             self._remove(warp, active[warp])
