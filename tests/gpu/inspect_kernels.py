@@ -105,8 +105,8 @@ def run_case(model: Model, case: Case, *, shows_profile: bool) -> None:
         print(f"{architecture}: {case}: {figures.strategy}")
         print(
             f"  {figures.instructions_per_row:.1f} warp instructions a row ({figures.rows} rows), "
-            f"{figures.instructions * WARP_THREADS / figures.elements:.2f} of a lane an element, "
-            f"{figures.moved_bytes / figures.instructions:.2f} bytes an instruction; "
+            f"{figures.instructions_per_row * WARP_THREADS / case.shape.cols:.2f} of a lane an element, "
+            f"{figures.bytes_per_row / figures.instructions_per_row:.2f} bytes an instruction; "
             f"of the budget: {budgets}"
         )
         print(

@@ -12,7 +12,7 @@ import ctypes
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import launches
@@ -35,9 +35,12 @@ _SM_COUNT = 132  # of an H100 or H200
 LENGTHS = ("full", "half", "tenth", "uniform")
 
 # Rows that stand for uniformly distributed lengths: fewer where rows are long.
-_UNIFORM_ROWS = 16
+_UNIFORM_ROWS = 32
 _MIN_UNIFORM_ROWS = 4
 _UNIFORM_ELEMENTS = 2**18
+# If blocks loop over more rows: how often they loop in the interpreter.
+_INTERPRETED_ITERATIONS = 2, 4
+_MAX_THREAD_ELEMENTS = 32  # of a row, in a thread
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 _PERIOD_BYTES = (
@@ -93,6 +96,11 @@ class Shape:
         return self.row_sizes[-1] if self.is_column else 1
 
     @property
+    def is_broadcast(self) -> bool:
+        """Whether several rows share a length."""
+        return self.length_dims is not None
+
+    @property
     def length_sizes(self) -> tuple[int, ...]:
         return self.row_sizes[: self.length_dims]
 
@@ -117,6 +125,16 @@ class Shape:
         inner = self.row_sizes[-1]
         outer, rest = np.divmod(elements, self.cols * inner)
         return outer * inner + rest % inner, rest // inner
+
+    def with_about(self, rows: int) -> Shape:
+        """The same with other sizes, in a dimension along which lengths do not matter if there is
+        one.
+        """
+        if self.is_column:
+            inner = self.row_sizes[-1]
+            return replace(self, row_sizes=(max(1, rows // inner), inner))
+        leading = self.row_sizes[:-1]
+        return replace(self, row_sizes=(*leading, max(1, rows // math.prod(leading))))
 
     def __str__(self) -> str:
         if self.is_column:
@@ -156,6 +174,7 @@ class KernelRun:
     """What the interpreted blocks of one launch did."""
 
     kernel: Kernel
+    blocks: int
     issued: Counter[int]  # warp instructions, by address
     blocks_per_sm: int
     loads_in_flight: (
@@ -173,11 +192,16 @@ class Figures:
     """What a case costs, for the rows that its interpreted blocks computed."""
 
     strategy: str
+    blocks_in_grid: int  # of the first launch
     runs: list[KernelRun]
     rows: int
     elements: int
     moved_bytes: int  # that must move: valid elements are read, all elements are written
     narrow_accesses: int  # of a lane, to scores, less than a vector wide
+    # If blocks have more rows in the whole tensor than were interpreted: instructions of a block
+    # that do not recur with its rows, and its rows.
+    block_instructions: float = 0.0
+    rows_per_block: float = 1.0
 
     @property
     def kernels(self) -> list[str]:
@@ -189,7 +213,11 @@ class Figures:
 
     @property
     def instructions_per_row(self) -> float:
-        return self.instructions / self.rows
+        """What a block does once is shared by all rows that it has in the whole tensor."""
+        blocks = sum(run.blocks for run in self.runs)
+        once = blocks * self.block_instructions
+        rows_in_tensor = blocks * self.rows_per_block
+        return (self.instructions - once) / self.rows + once / rows_in_tensor
 
     @property
     def bytes_per_row(self) -> float:
@@ -201,7 +229,7 @@ class Figures:
         return min(self.runs, key=lambda run: run.bytes_in_flight)
 
     def share_of_budget(self, gpu: str) -> float:
-        return self.instructions * COPY_BYTES_PER_INSTRUCTION[gpu] / self.moved_bytes
+        return self.instructions_per_row * COPY_BYTES_PER_INSTRUCTION[gpu] / self.bytes_per_row
 
 
 class Model:
@@ -212,6 +240,7 @@ class Model:
         self._by_name = {(k.architecture, k.mangled): k for k in kernels}
         self._programs: dict[tuple[str, str], Program] = {}
         self._launches = launches.Launches()
+        self._block_instructions: dict[tuple[Case, str], float] = {}
 
     @property
     def architectures(self) -> list[str]:
@@ -221,13 +250,39 @@ class Model:
         self._launches.close()
 
     def run(self, case: Case, architecture: str) -> Figures:
+        plan = self._plan(_InterpretedCall(case), architecture)
+        few_rows = _shapes_of_few_rows(case.shape, plan)
+        if few_rows is None:
+            return self._interpret(case, architecture)
+        figures = self._interpret(replace(case, shape=few_rows[-1]), architecture)
+        if figures.blocks_in_grid != plan.launches[0].blocks:
+            raise RuntimeError(f"{case}: expected the same grid for fewer rows")
+        figures.rows_per_block = case.shape.rows / plan.launches[0].blocks
+        key = replace(case, lengths="full"), architecture
+        if key not in self._block_instructions:
+            self._block_instructions[key] = self._instructions_of_block(few_rows, *key)
+        figures.block_instructions = self._block_instructions[key]
+        return figures
+
+    def _instructions_of_block(
+        self, shapes: tuple[Shape, Shape], case: Case, architecture: str
+    ) -> float:
+        """Those that do not recur with its rows."""
+        few, more = (self._interpret(replace(case, shape=s), architecture) for s in shapes)
+        row = (more.instructions - few.instructions) / (more.rows - few.rows)
+        return few.instructions - few.rows * row
+
+    def _plan(self, call: _InterpretedCall, architecture: str) -> launches.Plan:
+        return self._launches.plan(call.description(architecture))
+
+    def _interpret(self, case: Case, architecture: str) -> Figures:
         call = _InterpretedCall(case)
-        plan = self._launches.plan(call.description(architecture))
+        plan = self._plan(call, architecture)
         if plan.workspace_bytes > 0:
             call.add_workspace(plan.workspace_bytes)
-            plan = self._launches.plan(call.description(architecture))
+            plan = self._plan(call, architecture)
         runs = [self._run_launch(call, launch, architecture) for launch in plan.launches]
-        return call.checked_figures(plan.strategy, runs)
+        return call.checked_figures(plan, runs)
 
     def _run_launch(
         self, call: _InterpretedCall, launch: launches.KernelLaunch, architecture: str
@@ -238,12 +293,13 @@ class Model:
         kernel = self._by_name[key]
         if key not in self._programs:
             self._programs[key] = Program(kernel.function)
+        blocks = call.blocks_to_run(launch)
         machine = Machine(
             self._programs[key],
             Launch(
                 launch.blocks,
                 launch.threads_per_block,
-                call.blocks_to_run(launch),
+                blocks,
                 launch.cluster_size,
                 kernel.shared_bytes,
             ),
@@ -255,11 +311,27 @@ class Model:
         warps = blocks_per_sm * -(-launch.threads_per_block // WARP_THREADS)
         return KernelRun(
             kernel,
+            len(blocks),
             machine.issued,
             blocks_per_sm,
             int(machine.most_pending_loads.max()),
             int(machine.most_pending_bytes.mean() * warps),
         )
+
+
+def _rows_at_once(shape: Shape, launch: launches.KernelLaunch) -> int:
+    """An upper bound of the rows that a block computes at a time, of which it is a multiple."""
+    threads = launch.threads_per_block
+    return 1 << max(1, min(threads, threads * _MAX_THREAD_ELEMENTS // shape.cols)).bit_length() - 1
+
+
+def _shapes_of_few_rows(shape: Shape, plan: launches.Plan) -> tuple[Shape, Shape] | None:
+    """If blocks loop over many rows: shapes for which they loop over a few."""
+    launch = plan.launches[0]
+    few, more = (launch.blocks * _rows_at_once(shape, launch) * n for n in _INTERPRETED_ITERATIONS)
+    if len(plan.launches) > 1 or shape.rows <= more:
+        return None
+    return shape.with_about(few), shape.with_about(more)
 
 
 def _constant_banks(kernel: Kernel, launch: launches.KernelLaunch) -> dict[int, Array]:
@@ -332,18 +404,21 @@ class _InterpretedCall:
     def blocks_to_run(self, launch: launches.KernelLaunch) -> Sequence[int]:
         """A few, and all blocks of the rows that they compute."""
         shape = self._case.shape
+        is_uniform = self._case.lengths == "uniform"
         wanted_rows = 1
-        if self._case.lengths == "uniform":
-            if self._lengths.size < shape.rows:  # a block for each length
-                return range(0, launch.blocks, max(1, launch.blocks // self._lengths.size))
+        if is_uniform:
             wanted_rows = min(_UNIFORM_ROWS, _UNIFORM_ELEMENTS // shape.cols)
             wanted_rows = min(max(_MIN_UNIFORM_ROWS, wanted_rows), shape.rows)
-        if launch.blocks >= shape.rows:
+        if launch.blocks >= shape.rows and not shape.is_broadcast:
             return range(wanted_rows * (launch.blocks // shape.rows))
         rows_per_block = -(-shape.rows // launch.blocks)
+        if is_uniform and shape.is_broadcast:  # rows of every length
+            iterations = max(1, rows_per_block // _rows_at_once(shape, launch))
+            count = max(1, math.prod(shape.length_sizes) // iterations)
+            return range(0, launch.blocks, launch.blocks // count)
         return range(-(-wanted_rows // rows_per_block))
 
-    def checked_figures(self, strategy: str, runs: list[KernelRun]) -> Figures:
+    def checked_figures(self, plan: launches.Plan, runs: list[KernelRun]) -> Figures:
         """Raises unless each row that was touched has the right values, each written once, and no
         padding was read.
         """
@@ -371,7 +446,8 @@ class _InterpretedCall:
             *(load for region in self._inputs for load in region.loads),
         ]
         return Figures(
-            strategy,
+            plan.strategy,
+            plan.launches[0].blocks,
             runs,
             rows.size,
             unique.size,

@@ -1,4 +1,5 @@
-"""What a listing shows without running it: branches around single elements, barriers, local memory."""
+"""What a listing shows without running it: branches around single elements, barriers, local memory.
+"""
 
 from __future__ import annotations
 
