@@ -18,7 +18,7 @@ from typing import Any
 import launches
 import numpy as np
 from kernels import WARP_THREADS, Kernel
-from sass.machine import Launch, Machine, Program
+from sass.machine import LOCAL_BYTES, Launch, Machine, Program
 from sass.memory import Memory, Region
 
 Array = np.ndarray[Any, Any]
@@ -57,13 +57,14 @@ class _LaunchConstants:
     block: int
     grid: int
     cluster: int | None
+    stack: int  # the address where a thread's stack begins
 
 
 _LAUNCH_CONSTANTS = {
-    8: _LaunchConstants(0x0, 0xC, None),
-    9: _LaunchConstants(0x0, 0xC, 0x188),
-    10: _LaunchConstants(0x360, 0x370, 0x2CC),
-    12: _LaunchConstants(0x360, 0x370, 0x2CC),
+    8: _LaunchConstants(0x0, 0xC, None, 0x28),
+    9: _LaunchConstants(0x0, 0xC, 0x188, 0x28),
+    10: _LaunchConstants(0x360, 0x370, 0x2CC, 0x37C),
+    12: _LaunchConstants(0x360, 0x370, 0x2CC, 0x37C),
 }
 
 
@@ -342,6 +343,7 @@ def _constant_banks(kernel: Kernel, launch: launches.KernelLaunch) -> dict[int, 
         words[place // 4 : place // 4 + 3] = (size, 1, 1)
     if places.cluster is not None:
         words[places.cluster // 4] = launch.cluster_size
+    words[places.stack // 4] = LOCAL_BYTES
     argument = np.frombuffer(launch.argument, np.uint8)
     constants[kernel.argument_offset : kernel.argument_offset + argument.size] = argument
     others = {bank: np.frombuffer(data, np.uint8) for bank, data in kernel.constants.items()}

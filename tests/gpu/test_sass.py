@@ -1,5 +1,4 @@
-"""The interpreter of machine code, on listings of a few instructions. Needs neither nvcc nor a GPU.
-"""
+"""The interpreter of machine code, on listings of a few instructions. Needs neither nvcc nor a GPU."""
 
 from __future__ import annotations
 

@@ -1107,9 +1107,15 @@ def _float_to_float(i: Instruction) -> Compiled:
 
 @compiles("I2F", "I2FP", "UI2F", "UI2FP")
 def _integer_to_float(i: Instruction) -> Compiled:
-    allow(i, "F32", "U32", "S32", "U64", "S64", "RP", "RZ", "RM")
+    allow(i, "F32", "U8", "S8", "U16", "S16", "U32", "S32", "U64", "S64", "RP", "RZ", "RM")
     to, source = i.operands
     mode = _mode(i)
+    for name, narrow in (("U8", np.uint8), ("S8", np.int8), ("U16", np.uint16), ("S16", np.int16)):
+        if has(i, name):
+            whole = uint(source)
+            return [to], lambda machine, narrow=narrow: [
+                _round_integers(whole(machine).astype(narrow), mode)
+            ]
     if has(i, "U64", "S64"):
         long = ulong(source)
         view: Any = np.int64 if has(i, "S64") else np.uint64
@@ -1491,39 +1497,62 @@ def _compile_store(i: Instruction) -> Execute:
 _MEMORY_COMPILERS["STG"] = _compile_store
 
 
-def _compile_load_shared(i: Instruction) -> Execute:
-    allow(i, "64", "128", "U8", "S8", "U16", "S16")
+def _compile_load_near(i: Instruction) -> Execute:
+    """From shared or local memory."""
+    allow(i, "64", "128", "U8", "S8", "U16", "S16", "LU")
     to, source = i.operands
     width = _width(i)
     address = shared_address(source)
+    is_local = i.opcode == "LDL"
 
     def execute(machine: Machine, mask: Array) -> None:
         addresses = np.broadcast_to(address(machine), mask.shape)[mask]
-        for k, word in enumerate(machine.load_shared(addresses, width, mask)):
+        load = machine.load_local if is_local else machine.load_shared
+        for k, word in enumerate(load(addresses, width, mask)):
             machine.registers[to.number + k][mask] = extended(i, word)
 
     return execute
 
 
-_MEMORY_COMPILERS["LDS"] = _compile_load_shared
-
-
-def _compile_store_shared(i: Instruction) -> Execute:
-    allow(i, "64", "128", "U8", "U16")
+def _compile_store_near(i: Instruction) -> Execute:
+    allow(i, "64", "128", "U8", "S8", "U16", "S16")
     target, source = i.operands
     width = _width(i)
     address = shared_address(target)
     reads = [_raw(source, k) for k in range(max(1, width // 4))]
+    is_local = i.opcode == "STL"
 
     def execute(machine: Machine, mask: Array) -> None:
         addresses = np.broadcast_to(address(machine), mask.shape)[mask]
         words = [np.broadcast_to(read(machine), mask.shape)[mask] for read in reads]
-        machine.store_shared(addresses, width, words, mask)
+        store = machine.store_local if is_local else machine.store_shared
+        store(addresses, width, words, mask)
 
     return execute
 
 
-_MEMORY_COMPILERS["STS"] = _compile_store_shared
+for _opcode in ("LDS", "LDL"):
+    _MEMORY_COMPILERS[_opcode] = _compile_load_near
+for _opcode in ("STS", "STL"):
+    _MEMORY_COMPILERS[_opcode] = _compile_store_near
+
+
+def _compile_wait(i: Instruction) -> Execute:
+    """DEPBAR.LE SB0, 0x1, {2,3}: waits until a scoreboard has at most 1 pending, and until others have none."""
+    allow(i, "LE")
+    first, most, *others = i.operands
+    scoreboards = [(int(first.text[2:]), most.number)]
+    for other in others:
+        scoreboards += [(int(number), 0) for number in other.text.strip("{}").split(",")]
+
+    def execute(machine: Machine, mask: Array) -> None:
+        for scoreboard, most in scoreboards:
+            machine.wait(scoreboard, mask, most)
+
+    return execute
+
+
+_MEMORY_COMPILERS["DEPBAR"] = _compile_wait
 
 
 def _compile_nothing(i: Instruction) -> Execute:

@@ -76,7 +76,11 @@ class Instruction:
     def operands(self) -> tuple[Operand, ...]:
         # A comma separates operands; RET.REL.NODEC and BRX separate a register and an offset by a
         # space.
-        texts = re.split(r",\s*|(?<=\w)\s+(?=-?0x)", self.operand_text) if self.operand_text else []
+        texts = (
+            re.split(r",\s*(?![^{]*\})|(?<=\w)\s+(?=-?0x)", self.operand_text)
+            if self.operand_text
+            else []
+        )
         return tuple(parse_operand(text) for text in texts)
 
     @cached_property

@@ -1,5 +1,4 @@
-"""What a listing shows without running it: branches around single elements, barriers, local memory.
-"""
+"""What a listing shows without running it: branches around single elements, barriers, local memory."""
 
 from __future__ import annotations
 
