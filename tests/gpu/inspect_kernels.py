@@ -2,16 +2,17 @@
 
     python tests/gpu/inspect_kernels.py [--write FILE.md | --record]
 
-Reads the built extension, for each architecture in it. Fails if a kernel spills or uses local memory, if a block does
-not fit an SM, or if a figure of the performance model is worse than the recorded one (bench/results/cuda_kernels.json).
---write writes the tables to a file, and the figures to FILE.json; --record, to bench/results/cuda_kernels.
+Reads the built extension, for each architecture in it. Fails if a kernel spills or uses local
+memory, if a block does not fit an SM, or if a figure of the performance model is worse than the
+recorded one (bench/results/cuda_kernels.json). --write writes the tables to a file, and the figures
+to FILE.json; --record, to bench/results/cuda_kernels.
 
     python tests/gpu/inspect_kernels.py --cubin FILE... --case float32:512:full [--profile]
 
-Runs single cases, with the kernels of these files. A case is TYPE:SHAPE:LENGTHS[:OPERATION]. TYPE is a dtype, or
-INPUT-OUTPUT; SHAPE a number of columns, `scores` or `column`; LENGTHS full, half, tenth, uniform or all; OPERATION
-softmax, log_softmax, softmax_backward or log_softmax_backward. --profile also prints how often each instruction was
-issued.
+Runs single cases, with the kernels of these files. A case is TYPE:SHAPE:LENGTHS[:OPERATION]. TYPE
+is a dtype, or INPUT-OUTPUT; SHAPE a number of columns, `scores` or `column`; LENGTHS full, half,
+tenth, uniform or all; OPERATION softmax, log_softmax, softmax_backward or log_softmax_backward.
+--profile also prints how often each instruction was issued.
 
 The performance model runs the kernels' machine code in an interpreter: see performance_model.py.
 """
@@ -69,7 +70,10 @@ def inspect_extension(tables: Path, *, is_recording: bool) -> int:
         if nvcc == info["cuda"]:
             problems += performance_table.regressions(recorded, rows)
         else:
-            print(f"not compared with the record: it is of nvcc {nvcc}, and the extension of nvcc {info['cuda']}")
+            print(
+                f"not compared with the record, which is of nvcc {nvcc}: the extension is of nvcc "
+                f"{info['cuda']}"
+            )
     performance_table.write_record(tables.with_suffix(".json"), rows, info["cuda"])
     tables.with_suffix(".md").write_text(performance_table.report(kernels, rows, info["cuda"]))
     print("\n".join(problems))
@@ -95,19 +99,24 @@ def cases_of(text: str) -> list[Case]:
 def run_case(model: Model, case: Case, *, shows_profile: bool) -> None:
     for architecture in model.architectures:
         figures = model.run(case, architecture)
-        budgets = ", ".join(f"{gpu} {figures.share_of_budget(gpu):.2f}" for gpu in COPY_BYTES_PER_INSTRUCTION)
+        budgets = ", ".join(
+            f"{gpu} {figures.share_of_budget(gpu):.2f}" for gpu in COPY_BYTES_PER_INSTRUCTION
+        )
         print(f"{architecture}: {case}: {figures.strategy}")
         print(
             f"  {figures.instructions_per_row:.1f} warp instructions a row ({figures.rows} rows), "
-            f"{figures.instructions * WARP_THREADS / figures.elements:.2f} of a lane an element, "
-            f"{figures.moved_bytes / figures.instructions:.2f} bytes an instruction; of the budget: {budgets}"
+            f"{figures.instructions_per_row * WARP_THREADS / case.shape.cols:.2f} of a lane an element, "
+            f"{figures.bytes_per_row / figures.instructions_per_row:.2f} bytes an instruction; "
+            f"of the budget: {budgets}"
         )
-        print(f"  {figures.narrow_accesses} accesses of single lanes to less than 16 bytes of scores")
+        print(
+            f"  {figures.narrow_accesses} accesses of single lanes to less than 16 bytes of scores"
+        )
         for run in figures.runs:
             print(
                 f"  {run.kernel.name}: {run.instructions / figures.rows:.1f} instructions a row, "
-                f"{run.loads_in_flight} loads of 16 bytes in flight, {run.bytes_in_flight / 1024:.1f} KiB on an SM; "
-                f"{run.kernel.registers} registers, {run.blocks_per_sm} blocks on an SM, "
+                f"{run.loads_in_flight} loads of 16 bytes in flight, "
+                f"{run.bytes_in_flight / 1024:.1f} KiB on an SM; {run.kernel.registers} registers, {run.blocks_per_sm} blocks on an SM, "
                 f"{run.kernel.function.code_bytes} bytes of code"
             )
             if shows_profile:
@@ -120,7 +129,9 @@ def main() -> int:
     )
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--write", type=Path, metavar="FILE.md", help="where to write the tables")
-    target.add_argument("--record", action="store_true", help="write the record, instead of comparing with it")
+    target.add_argument(
+        "--record", action="store_true", help="write the record, instead of comparing with it"
+    )
     target.add_argument("--cubin", nargs="+", metavar="FILE", help="kernels to run cases with")
     parser.add_argument("--case", nargs="+", metavar="CASE", default=[])
     parser.add_argument("--profile", action="store_true")

@@ -1,4 +1,6 @@
-"""The compiled kernels of a library or a cubin file: resources and machine code, as cuobjdump prints them."""
+"""The compiled kernels of a library or a cubin file: resources and machine code, as cuobjdump
+prints them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Which kernels the extension launches for a call, with which grid and argument: asks csrc/cuda/launch.cu itself."""
+"""Which kernels the extension launches for a call, with which grid and argument: asks
+csrc/cuda/launch.cu itself.
+"""
 
 from __future__ import annotations
 

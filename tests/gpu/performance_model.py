@@ -1,9 +1,10 @@
-"""Runs compiled kernels in the SASS interpreter, and counts what they issue for a call of given shape and lengths.
+"""Runs compiled kernels in the SASS interpreter, and counts what they issue for a call of given
+shape and lengths.
 
-A case is one call. launches.py tells which kernels it launches, with which grid and argument; the interpreter runs a
-few of the blocks, enough for whole rows, on synthetic memory. The rows that come out are compared with float64, so
-that counts of a kernel that went astray, or of an instruction that was misunderstood, are never reported.
-"""
+A case is one call. launches.py tells which kernels it launches, with which grid and argument; the
+interpreter runs a few of the blocks, enough for whole rows, on synthetic memory. The rows that come
+out are compared with float64, so that counts of a kernel that went astray, or of an instruction
+that was misunderstood, are never reported."""
 
 from __future__ import annotations
 
@@ -11,19 +12,20 @@ import ctypes
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import launches
 import numpy as np
 from kernels import WARP_THREADS, Kernel
-from sass.machine import Launch, Machine, Program
+from sass.machine import LOCAL_BYTES, Launch, Machine, Program
 from sass.memory import Memory, Region
 
 Array = np.ndarray[Any, Any]
 
-# Bytes that a device-to-device copy moves while the GPU issues one warp instruction: 3.0 and 4.3 TB/s, and 4 warp
-# instructions a clock on each of 132 SMs at 1.98 GHz. A kernel that moves fewer is not bound by memory.
+# Bytes that a device-to-device copy moves while the GPU issues one warp instruction: 3.0 and 4.3
+# TB/s, and 4 warp instructions a clock on each of 132 SMs at 1.98 GHz. A kernel that moves fewer is
+# not bound by memory.
 COPY_BYTES_PER_INSTRUCTION = {"H100": 2.9, "H200": 4.1}
 
 ELEMENT_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
@@ -33,15 +35,20 @@ _SM_COUNT = 132  # of an H100 or H200
 LENGTHS = ("full", "half", "tenth", "uniform")
 
 # Rows that stand for uniformly distributed lengths: fewer where rows are long.
-_UNIFORM_ROWS = 16
+_UNIFORM_ROWS = 32
 _MIN_UNIFORM_ROWS = 4
 _UNIFORM_ELEMENTS = 2**18
+# If blocks loop over more rows: how often they loop in the interpreter.
+_INTERPRETED_ITERATIONS = 2, 4
+_MAX_THREAD_ELEMENTS = 32  # of a row, in a thread
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
-_PERIOD_BYTES = 16 * 65537  # of an input's values: a prime number of vectors, so that no two rows are alike
+_PERIOD_BYTES = (
+    16 * 65537
+)  # of an input's values: a prime number of vectors, so that no two rows are alike
 
-# In constant bank 0, by the major compute capability: where kernels find the size of a block, of the grid and of a
-# cluster. The arguments come after.
+# In constant bank 0, by the major compute capability: where kernels find the size of a block, of
+# the grid and of a cluster. The arguments come after.
 _CONSTANT_BYTES = 8192
 
 
@@ -50,13 +57,14 @@ class _LaunchConstants:
     block: int
     grid: int
     cluster: int | None
+    stack: int  # the address where a thread's stack begins
 
 
 _LAUNCH_CONSTANTS = {
-    8: _LaunchConstants(0x0, 0xC, None),
-    9: _LaunchConstants(0x0, 0xC, 0x188),
-    10: _LaunchConstants(0x360, 0x370, 0x2CC),
-    12: _LaunchConstants(0x360, 0x370, 0x2CC),
+    8: _LaunchConstants(0x0, 0xC, None, 0x28),
+    9: _LaunchConstants(0x0, 0xC, 0x188, 0x28),
+    10: _LaunchConstants(0x360, 0x370, 0x2CC, 0x37C),
+    12: _LaunchConstants(0x360, 0x370, 0x2CC, 0x37C),
 }
 
 
@@ -79,12 +87,19 @@ class Shape:
 
     @property
     def row_strides(self) -> list[int]:
-        strides = [math.prod(self.row_sizes[dim + 1 :]) * self.cols for dim in range(len(self.row_sizes))]
+        strides = [
+            math.prod(self.row_sizes[dim + 1 :]) * self.cols for dim in range(len(self.row_sizes))
+        ]
         return [*strides[:-1], 1] if self.is_column else strides
 
     @property
     def col_stride(self) -> int:
         return self.row_sizes[-1] if self.is_column else 1
+
+    @property
+    def is_broadcast(self) -> bool:
+        """Whether several rows share a length."""
+        return self.length_dims is not None
 
     @property
     def length_sizes(self) -> tuple[int, ...]:
@@ -111,6 +126,16 @@ class Shape:
         inner = self.row_sizes[-1]
         outer, rest = np.divmod(elements, self.cols * inner)
         return outer * inner + rest % inner, rest // inner
+
+    def with_about(self, rows: int) -> Shape:
+        """The same with other sizes, in a dimension along which lengths do not matter if there is
+        one.
+        """
+        if self.is_column:
+            inner = self.row_sizes[-1]
+            return replace(self, row_sizes=(max(1, rows // inner), inner))
+        leading = self.row_sizes[:-1]
+        return replace(self, row_sizes=(*leading, max(1, rows // math.prod(leading))))
 
     def __str__(self) -> str:
         if self.is_column:
@@ -150,9 +175,12 @@ class KernelRun:
     """What the interpreted blocks of one launch did."""
 
     kernel: Kernel
+    blocks: int
     issued: Counter[int]  # warp instructions, by address
     blocks_per_sm: int
-    loads_in_flight: int  # 16-byte loads that a thread has issued before it waits for one of them, at most
+    loads_in_flight: (
+        int  # 16-byte loads that a thread has issued before it waits for one of them, at most
+    )
     bytes_in_flight: int  # on an SM
 
     @property
@@ -165,11 +193,16 @@ class Figures:
     """What a case costs, for the rows that its interpreted blocks computed."""
 
     strategy: str
+    blocks_in_grid: int  # of the first launch
     runs: list[KernelRun]
     rows: int
     elements: int
     moved_bytes: int  # that must move: valid elements are read, all elements are written
     narrow_accesses: int  # of a lane, to scores, less than a vector wide
+    # If blocks have more rows in the whole tensor than were interpreted: instructions of a block
+    # that do not recur with its rows, and its rows.
+    block_instructions: float = 0.0
+    rows_per_block: float = 1.0
 
     @property
     def kernels(self) -> list[str]:
@@ -181,7 +214,11 @@ class Figures:
 
     @property
     def instructions_per_row(self) -> float:
-        return self.instructions / self.rows
+        """What a block does once is shared by all rows that it has in the whole tensor."""
+        blocks = sum(run.blocks for run in self.runs)
+        once = blocks * self.block_instructions
+        rows_in_tensor = blocks * self.rows_per_block
+        return (self.instructions - once) / self.rows + once / rows_in_tensor
 
     @property
     def bytes_per_row(self) -> float:
@@ -193,7 +230,7 @@ class Figures:
         return min(self.runs, key=lambda run: run.bytes_in_flight)
 
     def share_of_budget(self, gpu: str) -> float:
-        return self.instructions * COPY_BYTES_PER_INSTRUCTION[gpu] / self.moved_bytes
+        return self.instructions_per_row * COPY_BYTES_PER_INSTRUCTION[gpu] / self.bytes_per_row
 
 
 class Model:
@@ -204,6 +241,7 @@ class Model:
         self._by_name = {(k.architecture, k.mangled): k for k in kernels}
         self._programs: dict[tuple[str, str], Program] = {}
         self._launches = launches.Launches()
+        self._block_instructions: dict[tuple[Case, str], float] = {}
 
     @property
     def architectures(self) -> list[str]:
@@ -213,13 +251,39 @@ class Model:
         self._launches.close()
 
     def run(self, case: Case, architecture: str) -> Figures:
+        plan = self._plan(_InterpretedCall(case), architecture)
+        few_rows = _shapes_of_few_rows(case.shape, plan)
+        if few_rows is None:
+            return self._interpret(case, architecture)
+        figures = self._interpret(replace(case, shape=few_rows[-1]), architecture)
+        if figures.blocks_in_grid != plan.launches[0].blocks:
+            raise RuntimeError(f"{case}: expected the same grid for fewer rows")
+        figures.rows_per_block = case.shape.rows / plan.launches[0].blocks
+        key = replace(case, lengths="full"), architecture
+        if key not in self._block_instructions:
+            self._block_instructions[key] = self._instructions_of_block(few_rows, *key)
+        figures.block_instructions = self._block_instructions[key]
+        return figures
+
+    def _instructions_of_block(
+        self, shapes: tuple[Shape, Shape], case: Case, architecture: str
+    ) -> float:
+        """Those that do not recur with its rows."""
+        few, more = (self._interpret(replace(case, shape=s), architecture) for s in shapes)
+        row = (more.instructions - few.instructions) / (more.rows - few.rows)
+        return few.instructions - few.rows * row
+
+    def _plan(self, call: _InterpretedCall, architecture: str) -> launches.Plan:
+        return self._launches.plan(call.description(architecture))
+
+    def _interpret(self, case: Case, architecture: str) -> Figures:
         call = _InterpretedCall(case)
-        plan = self._launches.plan(call.description(architecture))
+        plan = self._plan(call, architecture)
         if plan.workspace_bytes > 0:
             call.add_workspace(plan.workspace_bytes)
-            plan = self._launches.plan(call.description(architecture))
+            plan = self._plan(call, architecture)
         runs = [self._run_launch(call, launch, architecture) for launch in plan.launches]
-        return call.checked_figures(plan.strategy, runs)
+        return call.checked_figures(plan, runs)
 
     def _run_launch(
         self, call: _InterpretedCall, launch: launches.KernelLaunch, architecture: str
@@ -230,12 +294,13 @@ class Model:
         kernel = self._by_name[key]
         if key not in self._programs:
             self._programs[key] = Program(kernel.function)
+        blocks = call.blocks_to_run(launch)
         machine = Machine(
             self._programs[key],
             Launch(
                 launch.blocks,
                 launch.threads_per_block,
-                call.blocks_to_run(launch),
+                blocks,
                 launch.cluster_size,
                 kernel.shared_bytes,
             ),
@@ -247,11 +312,27 @@ class Model:
         warps = blocks_per_sm * -(-launch.threads_per_block // WARP_THREADS)
         return KernelRun(
             kernel,
+            len(blocks),
             machine.issued,
             blocks_per_sm,
             int(machine.most_pending_loads.max()),
             int(machine.most_pending_bytes.mean() * warps),
         )
+
+
+def _rows_at_once(shape: Shape, launch: launches.KernelLaunch) -> int:
+    """An upper bound of the rows that a block computes at a time, of which it is a multiple."""
+    threads = launch.threads_per_block
+    return 1 << max(1, min(threads, threads * _MAX_THREAD_ELEMENTS // shape.cols)).bit_length() - 1
+
+
+def _shapes_of_few_rows(shape: Shape, plan: launches.Plan) -> tuple[Shape, Shape] | None:
+    """If blocks loop over many rows: shapes for which they loop over a few."""
+    launch = plan.launches[0]
+    few, more = (launch.blocks * _rows_at_once(shape, launch) * n for n in _INTERPRETED_ITERATIONS)
+    if len(plan.launches) > 1 or shape.rows <= more:
+        return None
+    return shape.with_about(few), shape.with_about(more)
 
 
 def _constant_banks(kernel: Kernel, launch: launches.KernelLaunch) -> dict[int, Array]:
@@ -262,6 +343,7 @@ def _constant_banks(kernel: Kernel, launch: launches.KernelLaunch) -> dict[int, 
         words[place // 4 : place // 4 + 3] = (size, 1, 1)
     if places.cluster is not None:
         words[places.cluster // 4] = launch.cluster_size
+    words[places.stack // 4] = LOCAL_BYTES
     argument = np.frombuffer(launch.argument, np.uint8)
     constants[kernel.argument_offset : kernel.argument_offset + argument.size] = argument
     others = {bank: np.frombuffer(data, np.uint8) for bank, data in kernel.constants.items()}
@@ -280,7 +362,9 @@ class _InterpretedCall:
             Region(f"input {k}", values, elements * ELEMENT_BYTES[case.input_type])
             for k, values in enumerate(_input_values(case))
         ]
-        self._output = Region("output", np.zeros(elements * ELEMENT_BYTES[case.output_type], np.uint8))
+        self._output = Region(
+            "output", np.zeros(elements * ELEMENT_BYTES[case.output_type], np.uint8)
+        )
         self._lengths = _lengths_of(case)
         self._length_region = Region("lengths", self._lengths)
         for region in (*self._inputs, self._output, self._length_region):
@@ -296,7 +380,9 @@ class _InterpretedCall:
         def dims(values: Sequence[int]) -> Any:
             return (ctypes.c_int64 * launches.DIMS)(*values)
 
-        def operand(region: Region, element_type: str, row_strides: list[int]) -> launches.CallOperand:
+        def operand(
+            region: Region, element_type: str, row_strides: list[int]
+        ) -> launches.CallOperand:
             return launches.CallOperand(
                 region.address, element_type.encode(), shape.col_stride, dims(row_strides)
             )
@@ -320,39 +406,50 @@ class _InterpretedCall:
     def blocks_to_run(self, launch: launches.KernelLaunch) -> Sequence[int]:
         """A few, and all blocks of the rows that they compute."""
         shape = self._case.shape
+        is_uniform = self._case.lengths == "uniform"
         wanted_rows = 1
-        if self._case.lengths == "uniform":
-            if self._lengths.size < shape.rows:  # a block for each length
-                return range(0, launch.blocks, max(1, launch.blocks // self._lengths.size))
+        if is_uniform:
             wanted_rows = min(_UNIFORM_ROWS, _UNIFORM_ELEMENTS // shape.cols)
             wanted_rows = min(max(_MIN_UNIFORM_ROWS, wanted_rows), shape.rows)
-        if launch.blocks >= shape.rows:
+        if launch.blocks >= shape.rows and not shape.is_broadcast:
             return range(wanted_rows * (launch.blocks // shape.rows))
         rows_per_block = -(-shape.rows // launch.blocks)
+        if is_uniform and shape.is_broadcast:  # rows of every length
+            iterations = max(1, rows_per_block // _rows_at_once(shape, launch))
+            count = max(1, math.prod(shape.length_sizes) // iterations)
+            return range(0, launch.blocks, launch.blocks // count)
         return range(-(-wanted_rows // rows_per_block))
 
-    def checked_figures(self, strategy: str, runs: list[KernelRun]) -> Figures:
-        """Raises unless each row that was touched has the right values, each written once, and no padding was read."""
+    def checked_figures(self, plan: launches.Plan, runs: list[KernelRun]) -> Figures:
+        """Raises unless each row that was touched has the right values, each written once, and no
+        padding was read.
+        """
         case, shape = self._case, self._case.shape
         written = _elements(self._output.stores, ELEMENT_BYTES[case.output_type])
         unique = np.unique(written)
         if unique.size != written.size:
             raise WrongResultError(
-                f"{case}: expected each element to be written once, got {written.size - unique.size} more stores"
+                f"{case}: expected each element to be written once, got "
+                f"{written.size - unique.size} more stores"
             )
         rows = np.unique(shape.rows_and_columns(unique)[0])
         if rows.size == 0 or unique.size != rows.size * shape.cols:
             raise WrongResultError(
-                f"{case}: expected whole rows of {shape.cols} elements, got {unique.size} in {rows.size} rows"
+                f"{case}: expected whole rows of {shape.cols} elements, got {unique.size} in "
+                f"{rows.size} rows"
             )
         self._check_loads()
         lengths = self._length_of(rows)
         for row, length in zip(rows.tolist(), lengths.tolist(), strict=True):
             self._check_row(row, length)
         input_bytes = int(lengths.sum()) * ELEMENT_BYTES[case.input_type] * case.inputs
-        accesses = [*self._output.stores, *(load for region in self._inputs for load in region.loads)]
+        accesses = [
+            *self._output.stores,
+            *(load for region in self._inputs for load in region.loads),
+        ]
         return Figures(
-            strategy,
+            plan.strategy,
+            plan.launches[0].blocks,
             runs,
             rows.size,
             unique.size,
@@ -372,8 +469,8 @@ class _InterpretedCall:
             is_padding = columns >= self._length_of(rows)
             if is_padding.any():
                 raise WrongResultError(
-                    f"{case}: expected no load of padding, got one of {region.name}, row {rows[is_padding][0]}, "
-                    f"column {columns[is_padding][0]}"
+                    f"{case}: expected no load of padding, got one of {region.name}, "
+                    f"row {rows[is_padding][0]}, column {columns[is_padding][0]}"
                 )
 
     def _check_row(self, row: int, length: int) -> None:
@@ -391,7 +488,8 @@ class _InterpretedCall:
         if not (error <= _TOLERANCES[case.output_type]).all():
             worst = int(np.argmax(np.nan_to_num(error, nan=np.inf)))
             raise WrongResultError(
-                f"{case}: row {row} of length {length}, column {worst}: expected {expected[worst]}, got {got[worst]}"
+                f"{case}: row {row} of length {length}, column {worst}: "
+                f"expected {expected[worst]}, got {got[worst]}"
             )
 
 

@@ -32,7 +32,8 @@ SHAPES = {
     "8192": Shape((8192,), 8192),
     "32768": Shape((4096,), 32768),
     "131072": Shape((64,), 131072),
-    # Attention scores (16, 16, 1024, 1024) with a length for each batch, and dim=1 of (64, 512, 256).
+    # Attention scores (16, 16, 1024, 1024) with a length for each batch, and dim=1 of (64, 512,
+    # 256).
     "scores": Shape((16, 16 * 1024), 1024, length_dims=1),
     "column": Shape((64, 256), 512, is_column=True),
 }
@@ -81,17 +82,22 @@ class Row:
 
     @property
     def where(self) -> str:
-        return f"{' + '.join(self.kernels)} on {self.architecture} ({self.operation}, {self.types}, {self.shape})"
+        case = f"{self.operation}, {self.types}, {self.shape}"
+        return f"{' + '.join(self.kernels)} on {self.architecture} ({case})"
 
     def share_of_budget(self, gpu: str, lengths: str) -> float:
-        return self.instructions[lengths] * COPY_BYTES_PER_INSTRUCTION[gpu] / self.row_bytes[lengths]
+        return (
+            self.instructions[lengths] * COPY_BYTES_PER_INSTRUCTION[gpu] / self.row_bytes[lengths]
+        )
 
 
 def measure_row(
     model: Model, architecture: str, operation: str, element_type: str, shape: Shape
 ) -> Row:
     figures = {
-        lengths: model.run(Case(operation, element_type, element_type, shape, lengths), architecture)
+        lengths: model.run(
+            Case(operation, element_type, element_type, shape, lengths), architecture
+        )
         for lengths in LENGTHS
     }
     full = figures["full"]
@@ -142,8 +148,8 @@ def narrow_accesses(rows: list[Row]) -> Iterator[str]:
     for row in rows:
         if row.narrow_accesses > 0:
             yield (
-                f"{row.where}: expected accesses of {VECTOR_BYTES} bytes to full rows, got {row.narrow_accesses} "
-                "narrower ones."
+                f"{row.where}: expected accesses of {VECTOR_BYTES} bytes to full rows, got "
+                f"{row.narrow_accesses} narrower ones."
             )
 
 
@@ -158,7 +164,8 @@ def regressions(recorded: list[Row], found: list[Row]) -> Iterator[str]:
     architectures = {row.architecture for row in found}
     for key in before.keys() - {row.key for row in found}:
         if key[0] in architectures:
-            yield f"{', '.join(key)}: expected figures, got none; if the case is gone, record with --record."
+            case = ", ".join(key)
+            yield f"{case}: expected figures, got none; if the case is gone, use --record."
 
 
 def _worse(old: Row, now: Row) -> Iterator[str]:
@@ -166,19 +173,23 @@ def _worse(old: Row, now: Row) -> Iterator[str]:
         recorded = old.instructions[lengths]
         if instructions > recorded * (1 + INSTRUCTIONS_TOLERANCE):
             yield (
-                f"issues more warp instructions for a row of lengths {lengths}: recorded {recorded:g}, found "
-                f"{instructions:g}"
+                f"issues more warp instructions for a row of lengths {lengths}: "
+                f"recorded {recorded:g}, found {instructions:g}"
             )
     if now.bytes_in_flight < old.bytes_in_flight * (1 - BYTES_IN_FLIGHT_TOLERANCE):
-        yield f"has fewer bytes in flight on an SM: recorded {old.bytes_in_flight}, found {now.bytes_in_flight}"
+        yield (
+            "has fewer bytes in flight on an SM: "
+            f"recorded {old.bytes_in_flight}, found {now.bytes_in_flight}"
+        )
     if now.registers > old.registers and now.blocks_per_sm < old.blocks_per_sm:
         yield (
-            f"takes more registers, so that fewer blocks fit an SM: recorded {old.registers} registers and "
-            f"{old.blocks_per_sm} blocks, found {now.registers} and {now.blocks_per_sm}"
+            f"takes more registers, so that fewer blocks fit an SM: recorded {old.registers} "
+            f"registers and {old.blocks_per_sm} blocks, found {now.registers} and {now.blocks_per_sm}"
         )
     if now.local_accesses > old.local_accesses:
         yield (
-            f"has more accesses to local memory (LDL, STL): recorded {old.local_accesses}, found {now.local_accesses}"
+            "has more accesses to local memory (LDL, STL): "
+            f"recorded {old.local_accesses}, found {now.local_accesses}"
         )
     if now.barriers > old.barriers:
         yield f"has more memory barriers (MEMBAR): recorded {old.barriers}, found {now.barriers}"
@@ -190,24 +201,26 @@ nvcc {nvcc}. Written by `python tests/gpu/inspect_kernels.py --record`; CI compa
 
 ## The performance model
 
-A kernel is bound by memory only while its warps issue fewer instructions than the GPU can in the time that a copy of
-the same bytes takes. That allows {budgets} for each warp instruction. The columns with a GPU's name are the share of
-that budget which a case takes, on the bytes that must move (valid elements are read, all elements are written): at 1.00
-issuing takes as long as the copy. They are for rows that are all full, half full, a tenth full, and for lengths
-uniformly distributed in 0..cols.
+A kernel is bound by memory only while its warps issue fewer instructions than the GPU can in the
+time that a copy of the same bytes takes. That allows {budgets} for each warp instruction. The
+columns with a GPU's name are the share of that budget which a case takes, on the bytes that must
+move (valid elements are read, all elements are written): at 1.00 issuing takes as long as the copy.
+They are for rows that are all full, half full, a tenth full, and for lengths uniformly distributed
+in 0..cols.
 
-The instructions are counted by running the machine code of a few blocks in an interpreter (tests/gpu/sass), which
-also compares the rows with float64. Instructions: of a warp, for a full row. Loads in flight: of 16 bytes, that a
-thread has issued before it waits for the first of them; KiB in flight: on an SM, with as many blocks as fit it. Of
-several launches, registers, blocks and loads are of the one with the fewest bytes in flight.
+The instructions are counted by running the machine code of a few blocks in an interpreter
+(tests/gpu/sass), which also compares the rows with float64. Instructions: of a warp, for a full
+row. Loads in flight: of 16 bytes, that a thread has issued before it waits for the first of them;
+KiB in flight: on an SM, with as many blocks as fit it. Of several launches, registers, blocks and
+loads are of the one with the fewest bytes in flight.
 
-Targets: {targets} of the {target_gpu}'s budget, and {in_flight:.0f} KiB in flight. What misses its target is bold.
-{model}
-## All kernels
+Targets: {targets} of the {target_gpu}'s budget, and {in_flight:.0f} KiB in flight. What misses its
+target is bold. {model} ## All kernels
 
-Threads: of the largest block, by the launch bounds, which is also the one whose occupancy is shown. Single elements:
-blocks of instructions that a conditional branch skips or reaches, and that access a single element or take a single
-exponential. Where the figures differ, they are of {architectures}.
+Threads: of the largest block, by the launch bounds, which is also the one whose occupancy is shown.
+Single elements: blocks of instructions that a conditional branch skips or reaches, and that access
+a single element or take a single exponential. Where the figures differ, they are of
+{architectures}.
 
 {kernels}
 """
@@ -224,7 +237,9 @@ def report(kernels: list[Kernel], rows: list[Row], nvcc: str) -> str:
     return REPORT.format(
         nvcc=nvcc,
         budgets=" and ".join(f"{b} bytes ({gpu})" for gpu, b in COPY_BYTES_PER_INSTRUCTION.items()),
-        targets=" and ".join(f"{share:.1f} ({lengths})" for lengths, share in TARGET_SHARES.items()),
+        targets=" and ".join(
+            f"{share:.1f} ({lengths})" for lengths, share in TARGET_SHARES.items()
+        ),
         target_gpu=TARGET_GPU,
         in_flight=TARGET_BYTES_IN_FLIGHT / 1024,
         model="".join(sections),
@@ -245,7 +260,15 @@ def _model_table(rows: list[Row]) -> str:
         for gpu in COPY_BYTES_PER_INSTRUCTION
         for lengths in (LENGTHS if gpu == TARGET_GPU else TARGET_SHARES)
     ]
-    heads = ["type", "shape", "kernels", "registers", "blocks per SM", "loads in flight", "KiB in flight"]
+    heads = [
+        "type",
+        "shape",
+        "kernels",
+        "registers",
+        "blocks per SM",
+        "loads in flight",
+        "KiB in flight",
+    ]
     heads += ["instructions", *(f"{gpu} {lengths}" for gpu, lengths in shares)]
 
     def cells(row: Row) -> list[str]:

@@ -27,14 +27,16 @@ def flush(values: Array) -> Array:
 
 
 def _add_to_odd(a: Array, b: Array) -> Array:
-    """a + b in float64, rounded to odd: rounded again to fewer bits, it is as if it had been rounded once."""
+    """a + b in float64, rounded to odd: rounded again to fewer bits, it is as if it had been
+    rounded once.
+    """
     total = a + b
     part = total - a
     error = (a - (total - part)) + (b - part)
     bits = total.view(np.int64)
     is_inexact = (error != 0) & np.isfinite(total) & (bits & 1 == 0)
-    # A step toward the error's sign: away from zero if the total has the same sign, else toward zero. Where the
-    # total is even, either neighbour is odd.
+    # A step toward the error's sign: away from zero if the total has the same sign, else toward
+    # zero. Where the total is even, either neighbour is odd.
     step = np.where((error > 0) == (total > 0), 1, -1)
     return np.where(is_inexact, bits + step, bits).view(np.float64)
 
@@ -59,12 +61,14 @@ def fused_multiply_add(a: Array, b: Array, c: Array, mode: str = "") -> Array:
     product = a.astype(np.float64) * b.astype(np.float64)  # exact
     addend = c.astype(np.float64)
     total = product + addend
-    # Rounding twice differs from rounding once only where the first rounding gives a tie of the second one, or a
-    # number that is subnormal in float32.
+    # Rounding twice differs from rounding once only where the first rounding gives a tie of the
+    # second one, or a number that is subnormal in float32.
     fraction = total.view(np.uint64) & np.uint64(0x1FFFFFFF)
     is_doubtful = (fraction == 0x10000000) | (np.abs(total) < SMALLEST_NORMAL)
     if mode or is_doubtful.any():
-        total = _add_to_odd(np.broadcast_to(product, total.shape), np.broadcast_to(addend, total.shape))
+        total = _add_to_odd(
+            np.broadcast_to(product, total.shape), np.broadcast_to(addend, total.shape)
+        )
     return to_float32(total, mode)
 
 

@@ -1,9 +1,8 @@
 """What each instruction computes, for all lanes at once.
 
-A function for each opcode takes an instruction and returns one that reads its operands from a machine's registers and
-returns the results, one for each destination. Lanes that are not active compute too; their results are not written.
-Control flow is machine.py's.
-"""
+A function for each opcode takes an instruction and returns one that reads its operands from a
+machine's registers and returns the results, one for each destination. Lanes that are not active
+compute too; their results are not written. Control flow is machine.py's."""
 
 from __future__ import annotations
 
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
 
 Read = Callable[["Machine"], Array]
 Execute = Callable[["Machine", Array], None]
-# Returns the values of the destinations, each uint32, float32, bool, or 64 bits for a pair of registers.
+# Returns the values of the destinations, each uint32, float32, bool, or 64 bits for a pair of
+# registers.
 Compute = Callable[["Machine"], Sequence[Array]]
 Compiled = tuple[Sequence[Operand], Compute]
 
@@ -38,7 +38,8 @@ def compile_instruction(instruction: Instruction) -> Execute:
     opcode = instruction.opcode
     if opcode in _MEMORY_COMPILERS:
         return _MEMORY_COMPILERS[opcode](instruction)
-    # The uniform datapath computes the same, once for a warp: its registers have one lane, which numpy broadcasts.
+    # The uniform datapath computes the same, once for a warp: its registers have one lane, which
+    # numpy broadcasts.
     compiler = _COMPILERS.get(opcode) or _COMPILERS.get(opcode.removeprefix("U"))
     if compiler is None:
         raise unknown(instruction)
@@ -80,7 +81,9 @@ def _writer(to: Operand) -> Callable[[Machine, Array, Array], None]:
         if number == REGISTER_ZERO:
             return lambda machine, value, mask: None
         if to.kind == "R":
-            return lambda machine, value, mask: write_register(machine.registers, number, value, mask)
+            return lambda machine, value, mask: write_register(
+                machine.registers, number, value, mask
+            )
         return lambda machine, value, mask: write_register(
             machine.uniform_registers, number, _uniform(value), mask.any(axis=1, keepdims=True)
         )
@@ -88,9 +91,13 @@ def _writer(to: Operand) -> Callable[[Machine, Array, Array], None]:
         if number == PREDICATE_TRUE:
             return lambda machine, value, mask: None
         if to.kind == "P":
-            return lambda machine, value, mask: np.copyto(machine.predicates[number], value, where=mask)
+            return lambda machine, value, mask: np.copyto(
+                machine.predicates[number], value, where=mask
+            )
         return lambda machine, value, mask: np.copyto(
-            machine.uniform_predicates[number], _uniform(value), where=mask.any(axis=1, keepdims=True)
+            machine.uniform_predicates[number],
+            _uniform(value),
+            where=mask.any(axis=1, keepdims=True),
         )
     raise SassError(f"expected a register as a destination, got {to.text}")
 
@@ -120,7 +127,9 @@ def _constant_array(bits: int) -> Array:
 
 
 def _raw(operand: Operand, offset: int = 0) -> Read:
-    """The 32 bits of a register, or of the one `offset` after it, or of an immediate; without modifiers."""
+    """The 32 bits of a register, or of the one `offset` after it, or of an immediate; without
+    modifiers.
+    """
     if operand.kind in ("R", "UR"):
         number = operand.number if operand.number == REGISTER_ZERO else operand.number + offset
         if operand.kind == "R":
@@ -214,7 +223,9 @@ def halves(operand: Operand, is_bfloat16: bool) -> tuple[Read, Read]:
     if operand.suffix in (".H1_H1", ".H1"):
         return read(16), read(16)
     if operand.suffix in (".F32",):
-        full = single(Operand(operand.kind, operand.text, operand.number, operand.value, operand.is_negative))
+        full = single(
+            Operand(operand.kind, operand.text, operand.number, operand.value, operand.is_negative)
+        )
         return full, full
     if operand.suffix:
         raise SassError(f"the interpreter does not know the operand {operand.text}")
@@ -239,7 +250,9 @@ def is_predicate(operand: Operand) -> bool:
 
 
 def destinations_first(instruction: Instruction) -> tuple[list[Operand], list[Operand]]:
-    """Destinations and sources. A destination comes first, and predicates right after it are destinations too."""
+    """Destinations and sources. A destination comes first, and predicates right after it are
+    destinations too.
+    """
     operands = list(instruction.operands)
     count = 1
     while count < len(operands) and is_predicate(operands[count]):
@@ -300,7 +313,9 @@ def _read_first_active(read: Read) -> Callable[[Machine, Array], Array]:
         first = mask.argmax(axis=1)
         chosen = np.take_along_axis(values, first[:, None], axis=1)
         if ((values != chosen) & mask).any():
-            raise SassError("expected the same value in all active lanes, to move it to a uniform register")
+            raise SassError(
+                "expected the same value in all active lanes, to move it to a uniform register"
+            )
         return chosen
 
     return value
@@ -391,11 +406,22 @@ def _add(i: Instruction) -> Compiled:
         if any(not (o.number == PREDICATE_TRUE) for o in to[1:]) or carries_in:
             raise unknown(i)
         longs = [ulong(o) for o in addends]
-        return to[:1], lambda machine: [sum((read(machine) for read in longs), np.zeros((1, 1), np.uint64))]
+        return to[:1], lambda machine: [
+            sum((read(machine) for read in longs), np.zeros((1, 1), np.uint64))
+        ]
     is_extended = has(i, "X")
     # Two's complement: -a is ~a + 1, whose carry counts.
     plain = [
-        uint(Operand(o.kind, o.text, o.number, is_inverted=o.is_negative or o.is_inverted, suffix=o.suffix, parts=o.parts))
+        uint(
+            Operand(
+                o.kind,
+                o.text,
+                o.number,
+                is_inverted=o.is_negative or o.is_inverted,
+                suffix=o.suffix,
+                parts=o.parts,
+            )
+        )
         for o in addends
     ]
     ones = np.uint64(sum(o.is_negative for o in addends))
@@ -479,7 +505,9 @@ def _scaled_add(i: Instruction) -> Compiled:
     shift = np.uint64(operands.pop().number)
     a, b, *rest = operands
     is_high = has(i, "HI")
-    read_b = uint(Operand(b.kind, b.text, b.number, is_inverted=b.is_negative or b.is_inverted, parts=b.parts))
+    read_b = uint(
+        Operand(b.kind, b.text, b.number, is_inverted=b.is_negative or b.is_inverted, parts=b.parts)
+    )
     one = np.uint64(b.is_negative)
     if rest:
         low, high = uint(a), uint(rest[0])
@@ -537,7 +565,9 @@ def _compare_integers(i: Instruction) -> Compiled:
     else:
         read_a, read_b = sint(a), sint(b)
     condition = predicate(combined)
-    is_always_true = combined.number == PREDICATE_TRUE and not combined.is_inverted and has(i, "AND")
+    is_always_true = (
+        combined.number == PREDICATE_TRUE and not combined.is_inverted and has(i, "AND")
+    )
     if has(i, "EX"):  # the high words, after a comparison of the low words
         low = predicate(sources[3])
         strictly = {operator.le: operator.lt, operator.ge: operator.gt}.get(compare, compare)
@@ -558,7 +588,9 @@ def _compare_integers(i: Instruction) -> Compiled:
     return to, _two_predicates(to, compared, combine, None if is_always_true else condition)
 
 
-def _two_predicates(to: list[Operand], compared: Read, combine: Any, condition: Read | None) -> Compute:
+def _two_predicates(
+    to: list[Operand], compared: Read, combine: Any, condition: Read | None
+) -> Compute:
     """The second destination is the complement, combined in the same way."""
 
     def compute(machine: Machine) -> list[Array]:
@@ -591,7 +623,9 @@ def _min_max(i: Instruction) -> Compiled:
 
 
 def _compile_long_min_max(i: Instruction, rest: list[Operand]) -> Compiled:
-    """Of 64 bits, on sm_120: two predicates, a register, two operands, whether it is the minimum, and a predicate."""
+    """Of 64 bits, on sm_120: two predicates, a register, two operands, whether it is the minimum,
+    and a predicate.
+    """
     p, q, to, a, b, is_minimum_, r = rest
     if any(o.number != PREDICATE_TRUE for o in (p, q, r)):
         raise unknown(i)
@@ -706,7 +740,9 @@ def _lookup_bits(table: int) -> Callable[[Array, Array, Array], Array]:
         result = np.zeros(np.broadcast_shapes(a.shape, b.shape, c.shape), a.dtype)
         for entry in range(8):
             if table >> entry & 1:
-                result |= (a if entry & 4 else ~a) & (b if entry & 2 else ~b) & (c if entry & 1 else ~c)
+                result |= (
+                    (a if entry & 4 else ~a) & (b if entry & 2 else ~b) & (c if entry & 1 else ~c)
+                )
         return result
 
     return combine
@@ -788,7 +824,13 @@ def _reverse_bits(i: Instruction) -> Compiled:
 
     def compute(machine: Machine) -> list[Array]:
         bits = read(machine)
-        for by, pattern in ((1, 0x55555555), (2, 0x33333333), (4, 0x0F0F0F0F), (8, 0x00FF00FF), (16, 0xFFFF)):
+        for by, pattern in (
+            (1, 0x55555555),
+            (2, 0x33333333),
+            (4, 0x0F0F0F0F),
+            (8, 0x00FF00FF),
+            (16, 0xFFFF),
+        ):
             by_, pattern_ = np.uint32(by), np.uint32(pattern)
             bits = (bits >> by_ & pattern_) | (bits & pattern_) << by_
         return [bits]
@@ -807,7 +849,11 @@ def _sign_extend(i: Instruction) -> Compiled:
         kept = np.minimum(bits(machine), np.uint32(32)).astype(np.uint64)
         value = read(machine).astype(np.uint64) << (np.uint64(64) - np.maximum(kept, np.uint64(1)))
         by = np.uint64(64) - np.maximum(kept, np.uint64(1))
-        shifted = value >> by if is_unsigned else (value.view(np.int64) >> by.view(np.int64)).view(np.uint64)
+        shifted = (
+            value >> by
+            if is_unsigned
+            else (value.view(np.int64) >> by.view(np.int64)).view(np.uint64)
+        )
         return [np.where(kept == 0, np.uint64(0), shifted).astype(np.uint32)]
 
     return [to], compute
@@ -888,7 +934,9 @@ def _pairs_of_floats(i: Instruction) -> Compiled:
 
     def compute(machine: Machine) -> list[Array]:
         low, high = (
-            finish(compute_one(*(pair[k](machine) for pair in pairs))).view(np.uint32).astype(np.uint64)
+            finish(compute_one(*(pair[k](machine) for pair in pairs)))
+            .view(np.uint32)
+            .astype(np.uint64)
             for k in (0, 1)
         )
         return [low | high << np.uint64(32)]
@@ -908,7 +956,11 @@ def _float_min_max(i: Instruction) -> Compiled:
     def compute(machine: Machine) -> list[Array]:
         x, y = read_a(machine), read_b(machine)
         result = arithmetic.minimum_or_maximum(x, y, is_minimum(machine))
-        return [np.where(np.isnan(x) | np.isnan(y), np.float32(np.nan), result) if propagates else result]
+        return [
+            np.where(np.isnan(x) | np.isnan(y), np.float32(np.nan), result)
+            if propagates
+            else result
+        ]
 
     return to[:1], compute
 
@@ -924,7 +976,9 @@ def _float_min_max_of_three(i: Instruction) -> Compiled:
         condition = is_minimum(machine)
         x, y, z = (read(machine) for read in reads)
         return [
-            arithmetic.minimum_or_maximum(arithmetic.minimum_or_maximum(x, y, condition), z, condition)
+            arithmetic.minimum_or_maximum(
+                arithmetic.minimum_or_maximum(x, y, condition), z, condition
+            )
         ]
 
     return to[:1], compute
@@ -1053,9 +1107,15 @@ def _float_to_float(i: Instruction) -> Compiled:
 
 @compiles("I2F", "I2FP", "UI2F", "UI2FP")
 def _integer_to_float(i: Instruction) -> Compiled:
-    allow(i, "F32", "U32", "S32", "U64", "S64", "RP", "RZ", "RM")
+    allow(i, "F32", "U8", "S8", "U16", "S16", "U32", "S32", "U64", "S64", "RP", "RZ", "RM")
     to, source = i.operands
     mode = _mode(i)
+    for name, narrow in (("U8", np.uint8), ("S8", np.int8), ("U16", np.uint16), ("S16", np.int16)):
+        if has(i, name):
+            whole = uint(source)
+            return [to], lambda machine, narrow=narrow: [
+                _round_integers(whole(machine).astype(narrow), mode)
+            ]
     if has(i, "U64", "S64"):
         long = ulong(source)
         view: Any = np.int64 if has(i, "S64") else np.uint64
@@ -1078,7 +1138,9 @@ def _round_integers(values: Array, mode: str) -> Array:
     for index, value in enumerate(exact):
         rounded = int(result.flat[index])
         toward = {"RP": np.inf, "RM": -np.inf, "RZ": 0.0}[mode]
-        is_off = {"RP": rounded < value, "RM": rounded > value, "RZ": abs(rounded) > abs(value)}[mode]
+        is_off = {"RP": rounded < value, "RM": rounded > value, "RZ": abs(rounded) > abs(value)}[
+            mode
+        ]
         if is_off:
             result.flat[index] = np.nextafter(result.flat[index], np.float32(toward))
     return result
@@ -1093,7 +1155,11 @@ def _float_to_integer(i: Instruction) -> Compiled:
     is_unsigned = has(i, "U32", "U64")
     low, high = (0, 2**bits - 1) if is_unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     to_whole = next(
-        (f for name, f in (("TRUNC", np.trunc), ("FLOOR", np.floor), ("CEIL", np.ceil)) if has(i, name)),
+        (
+            f
+            for name, f in (("TRUNC", np.trunc), ("FLOOR", np.floor), ("CEIL", np.ceil))
+            if has(i, name)
+        ),
         np.rint,
     )
 
@@ -1114,12 +1180,16 @@ def _half_arguments(i: Instruction) -> tuple[bool, Callable[[Array], Array]]:
 
 def _merge_half_immediates(i: Instruction) -> list[Operand]:
     """Two immediates, the high and the low half, are one operand."""
-    is_bfloat16, narrow = _half_arguments(i)
+    _, narrow = _half_arguments(i)
     merged: list[Operand] = []
     operands = list(i.operands)
     while operands:
         operand = operands.pop(0)
-        if operand.kind in ("float", "integer") and operands and operands[0].kind in ("float", "integer"):
+        if (
+            operand.kind in ("float", "integer")
+            and operands
+            and operands[0].kind in ("float", "integer")
+        ):
             other = operands.pop(0)
             high, low = (
                 int(narrow(np.array([o.value if o.kind == "float" else o.number], np.float32))[0])
@@ -1182,7 +1252,9 @@ def _compile_shuffle(i: Instruction) -> Execute:
         else:
             source = LANES + by
         signed = source.view(np.int32)
-        is_inside = signed >= highest.view(np.int32) if mode == "UP" else signed <= highest.view(np.int32)
+        is_inside = (
+            signed >= highest.view(np.int32) if mode == "UP" else signed <= highest.view(np.int32)
+        )
         source = np.broadcast_to(np.where(is_inside, source, LANES), mask.shape).astype(np.int64)
         if (mask & ~np.take_along_axis(mask, source, axis=1)).any():
             raise SassError(f"{i}: expected to read active lanes only")
@@ -1271,7 +1343,15 @@ def constant_address(operand: Operand) -> Read:
 
 def _width(i: Instruction) -> int:
     """Bytes for each lane."""
-    for name, width in (("256", 32), ("128", 16), ("64", 8), ("U16", 2), ("S16", 2), ("U8", 1), ("S8", 1)):
+    for name, width in (
+        ("256", 32),
+        ("128", 16),
+        ("64", 8),
+        ("U16", 2),
+        ("S16", 2),
+        ("U8", 1),
+        ("S8", 1),
+    ):
         if has(i, name):
             return width
     return 4
@@ -1350,7 +1430,22 @@ def shared_address(operand: Operand) -> Read:
     return address
 
 
-_GLOBAL_MODIFIERS = ("E", "64", "128", "U8", "S8", "U16", "S16", "CONSTANT", "EF", "EL", "LU", "EU", "NA", "STRONG")
+_GLOBAL_MODIFIERS = (
+    "E",
+    "64",
+    "128",
+    "U8",
+    "S8",
+    "U16",
+    "S16",
+    "CONSTANT",
+    "EF",
+    "EL",
+    "LU",
+    "EU",
+    "NA",
+    "STRONG",
+)
 _GLOBAL_MODIFIERS += ("WEAK", "SM", "GPU", "SYS", "LTC64B", "LTC128B", "LTC256B", "CI", "EN")
 
 
@@ -1367,7 +1462,9 @@ def _compile_load(i: Instruction) -> Execute:
         addresses = np.broadcast_to(address(machine), mask.shape)
         active = addresses[mask]
         if is_generic and machine.is_shared(active):
-            words = machine.load_shared((active & np.uint64(0xFFFFFFFF)).astype(np.uint32), width, mask)
+            words = machine.load_shared(
+                (active & np.uint64(0xFFFFFFFF)).astype(np.uint32), width, mask
+            )
         else:
             words = machine.memory.load(active, width)
             machine.count_load(addresses, mask, width, i.control.write_scoreboard)
@@ -1400,39 +1497,62 @@ def _compile_store(i: Instruction) -> Execute:
 _MEMORY_COMPILERS["STG"] = _compile_store
 
 
-def _compile_load_shared(i: Instruction) -> Execute:
-    allow(i, "64", "128", "U8", "S8", "U16", "S16")
+def _compile_load_near(i: Instruction) -> Execute:
+    """From shared or local memory."""
+    allow(i, "64", "128", "U8", "S8", "U16", "S16", "LU")
     to, source = i.operands
     width = _width(i)
     address = shared_address(source)
+    is_local = i.opcode == "LDL"
 
     def execute(machine: Machine, mask: Array) -> None:
         addresses = np.broadcast_to(address(machine), mask.shape)[mask]
-        for k, word in enumerate(machine.load_shared(addresses, width, mask)):
+        load = machine.load_local if is_local else machine.load_shared
+        for k, word in enumerate(load(addresses, width, mask)):
             machine.registers[to.number + k][mask] = extended(i, word)
 
     return execute
 
 
-_MEMORY_COMPILERS["LDS"] = _compile_load_shared
-
-
-def _compile_store_shared(i: Instruction) -> Execute:
-    allow(i, "64", "128", "U8", "U16")
+def _compile_store_near(i: Instruction) -> Execute:
+    allow(i, "64", "128", "U8", "S8", "U16", "S16")
     target, source = i.operands
     width = _width(i)
     address = shared_address(target)
     reads = [_raw(source, k) for k in range(max(1, width // 4))]
+    is_local = i.opcode == "STL"
 
     def execute(machine: Machine, mask: Array) -> None:
         addresses = np.broadcast_to(address(machine), mask.shape)[mask]
         words = [np.broadcast_to(read(machine), mask.shape)[mask] for read in reads]
-        machine.store_shared(addresses, width, words, mask)
+        store = machine.store_local if is_local else machine.store_shared
+        store(addresses, width, words, mask)
 
     return execute
 
 
-_MEMORY_COMPILERS["STS"] = _compile_store_shared
+for _opcode in ("LDS", "LDL"):
+    _MEMORY_COMPILERS[_opcode] = _compile_load_near
+for _opcode in ("STS", "STL"):
+    _MEMORY_COMPILERS[_opcode] = _compile_store_near
+
+
+def _compile_wait(i: Instruction) -> Execute:
+    """DEPBAR.LE SB0, 0x1, {2,3}: waits until a scoreboard has at most 1 pending, and until others have none."""
+    allow(i, "LE")
+    first, most, *others = i.operands
+    scoreboards = [(int(first.text[2:]), most.number)]
+    for other in others:
+        scoreboards += [(int(number), 0) for number in other.text.strip("{}").split(",")]
+
+    def execute(machine: Machine, mask: Array) -> None:
+        for scoreboard, most in scoreboards:
+            machine.wait(scoreboard, mask, most)
+
+    return execute
+
+
+_MEMORY_COMPILERS["DEPBAR"] = _compile_wait
 
 
 def _compile_nothing(i: Instruction) -> Execute:

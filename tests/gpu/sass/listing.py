@@ -12,7 +12,8 @@ INSTRUCTION_BYTES = 16
 _FUNCTION = re.compile(r"^\s*Function : (\S+)\s*$", re.MULTILINE)
 _ARCHITECTURE = re.compile(r"^\s*code for (sm_\d+)\w*\s*$", re.MULTILINE)
 _INSTRUCTION = re.compile(
-    r"/\*([0-9a-f]{4,})\*/\s+([^;/]+?)\s*;(?:[ \t]*/\* 0x([0-9a-f]{16}) \*/\s+/\* 0x([0-9a-f]{16}) \*/)?"
+    r"/\*([0-9a-f]{4,})\*/\s+([^;/]+?)\s*;"
+    r"(?:[ \t]*/\* 0x([0-9a-f]{16}) \*/\s+/\* 0x([0-9a-f]{16}) \*/)?"
 )
 _OPCODE = re.compile(r"[A-Z][\w.]*")
 _ADDRESS = re.compile(r"(?:desc\[(?P<descriptor>UR\w+)\])?\[(?P<sum>[^\]]*)\]")
@@ -26,16 +27,18 @@ PREDICATE_TRUE = 7  # PT and UPT
 
 
 class SassError(Exception):
-    """The listing has something that the interpreter does not know, or a program did what it must not."""
+    """The listing has something that the interpreter does not know, or a program did what it must
+    not.
+    """
 
 
 @dataclass(frozen=True)
 class Operand:
     """One operand.
 
-    `kind`: R, UR, P or UP, a register with its number; `integer` or `float`, an immediate value; `constant`, a constant
-    bank, and `memory`, an address: a sum of `parts`; `word`, anything else, such as a special register.
-    """
+    `kind`: R, UR, P or UP, a register with its number; `integer` or `float`, an immediate value;
+    `constant`, a constant bank, and `memory`, an address: a sum of `parts`; `word`, anything else,
+    such as a special register."""
 
     kind: str
     text: str
@@ -54,7 +57,9 @@ class Control:
 
     stall_cycles: int
     write_scoreboard: int | None  # the scoreboard that is released when the result has been written
-    wait_scoreboards: int  # a bit for each scoreboard that must be free before this instruction is issued
+    wait_scoreboards: (
+        int  # a bit for each scoreboard that must be free before this instruction is issued
+    )
 
 
 @dataclass
@@ -69,8 +74,13 @@ class Instruction:
 
     @cached_property
     def operands(self) -> tuple[Operand, ...]:
-        # A comma separates operands; RET.REL.NODEC and BRX separate a register and an offset by a space.
-        texts = re.split(r",\s*|(?<=\w)\s+(?=-?0x)", self.operand_text) if self.operand_text else []
+        # A comma separates operands; RET.REL.NODEC and BRX separate a register and an offset by a
+        # space.
+        texts = (
+            re.split(r",\s*(?![^{]*\})|(?<=\w)\s+(?=-?0x)", self.operand_text)
+            if self.operand_text
+            else []
+        )
         return tuple(parse_operand(text) for text in texts)
 
     @cached_property
@@ -100,7 +110,8 @@ class Function:
         for number, instruction in enumerate(parsed):
             if instruction.address != number * INSTRUCTION_BYTES:
                 raise SassError(
-                    f"{self.name}: expected an instruction at {number * INSTRUCTION_BYTES:#x}, got {instruction}"
+                    f"{self.name}: expected an instruction at {number * INSTRUCTION_BYTES:#x}, "
+                    f"got {instruction}"
                 )
         return parsed
 
@@ -143,16 +154,16 @@ def parse_instruction(text: str, address: int = 0, encoding: int | None = None) 
     if not _OPCODE.fullmatch(opcode):
         raise SassError(f"expected an instruction, got {text!r}")
     name, *modifiers = opcode.split(".")
-    return Instruction(
-        address, text, guard, name, tuple(modifiers), operands.strip(), encoding
-    )
+    return Instruction(address, text, guard, name, tuple(modifiers), operands.strip(), encoding)
 
 
 def parse_operand(text: str) -> Operand:
     original = text = text.strip()
     if found := _CONSTANT.fullmatch(text.lstrip("-|~").rstrip("|")):
         sign = _signs(text)
-        return Operand("constant", original, int(found["bank"], 16), parts=_parts(found["sum"]), **sign)
+        return Operand(
+            "constant", original, int(found["bank"], 16), parts=_parts(found["sum"]), **sign
+        )
     if found := _ADDRESS.fullmatch(text):
         return Operand("memory", original, parts=_parts(found["sum"]))
     bare = text.replace("|", "").lstrip("-~!")

@@ -1,9 +1,9 @@
 """Runs blocks of a kernel, all their warps side by side, and counts what they issue.
 
-A warp's lanes that diverge are executed one after the other, as compute capability 7.0 and later does: each part runs
-until it exits or waits (BSYNC, WARPSYNC, BAR), and then the next one. Warps that are at the same instruction execute it
-together, in numpy; the one that is furthest behind goes first. No count depends on this order.
-"""
+A warp's lanes that diverge are executed one after the other, as compute capability 7.0 and later
+does: each part runs until it exits or waits (BSYNC, WARPSYNC, BAR), and then the next one. Warps
+that are at the same instruction execute it together, in numpy; the one that is furthest behind goes
+first. No count depends on this order."""
 
 from __future__ import annotations
 
@@ -14,8 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from .instructions import Execute, compile_instruction, predicate
-from .listing import INSTRUCTION_BYTES, PREDICATE_TRUE, REGISTER_ZERO, Function, Instruction, SassError
+from .instructions import Execute, compile_instruction, predicate, uint, unknown
+from .listing import (
+    INSTRUCTION_BYTES,
+    PREDICATE_TRUE,
+    REGISTER_ZERO,
+    Function,
+    Instruction,
+    SassError,
+)
 from .memory import Array, Memory
 
 WARP_LANES = 32
@@ -23,7 +30,10 @@ SCOREBOARDS = 6
 _NOWHERE = 1 << 30  # the address of a warp that cannot run
 _BARRIERS = 16
 
-# What compute capability 9.0 and later adds to an address in shared memory for the block's rank in its cluster.
+LOCAL_BYTES = 1024  # of a lane; the stack grows down from here
+
+# What compute capability 9.0 and later adds to an address in shared memory for the block's rank in
+# its cluster.
 _RANK_SHIFT = 24
 # The upper half of a generic address of shared memory: outside of any region.
 _SHARED_WINDOW = 0xFFFF
@@ -46,6 +56,14 @@ class Parked:
 
     address: int
     mask: Array
+
+
+@dataclass
+class _PendingLoad:
+    """A load from global memory that was issued, and not waited for."""
+
+    bytes_of_warp: Array
+    width: int
 
 
 @dataclass
@@ -73,7 +91,9 @@ class Program:
     def _decode(self, address: int) -> Decoded:
         number = address // INSTRUCTION_BYTES
         if not 0 <= number < len(self.function.instructions):
-            raise SassError(f"{self.function.name}: expected an instruction at {address:#x}, got none")
+            raise SassError(
+                f"{self.function.name}: expected an instruction at {address:#x}, got none"
+            )
         instruction = self.function.instructions[number]
         guard = instruction.guard
         is_unguarded = guard is None or (guard.number == PREDICATE_TRUE and not guard.is_inverted)
@@ -85,6 +105,22 @@ class Program:
             control.wait_scoreboards,
             control.write_scoreboard,
         )
+
+
+def _load_words(data: Array, rows: Array, offsets: Array, width: int) -> list[Array]:
+    """Words of 4 bytes, or of `width` bytes if that is less."""
+    word_bytes = min(width, 4)
+    words = data.view(f"u{word_bytes}")
+    first = offsets // word_bytes
+    return [words[rows, first + k].astype(np.uint32) for k in range(max(1, width // 4))]
+
+
+def _store_words(data: Array, rows: Array, offsets: Array, width: int, values: list[Array]) -> None:
+    word_bytes = min(width, 4)
+    words = data.view(f"u{word_bytes}")
+    first = offsets // word_bytes
+    for k, value in enumerate(values):
+        words[rows, first + k] = value.astype(words.dtype)
 
 
 class Machine:
@@ -106,10 +142,16 @@ class Machine:
         self.uniform_predicates = np.zeros((8, self.warps, 1), bool)
         self.predicates[PREDICATE_TRUE] = True
         self.uniform_predicates[PREDICATE_TRUE] = True
-        self.shared = np.zeros((len(launch.blocks), -(-launch.shared_bytes // 16) * 16 + 1024), np.uint8)
+        self.shared = np.zeros(
+            (len(launch.blocks), -(-launch.shared_bytes // 16) * 16 + 1024), np.uint8
+        )
+
+        self._local = np.zeros((self.warps * WARP_LANES, LOCAL_BYTES), np.uint8)  # by lane
 
         self.block_of_warp = np.repeat(np.arange(len(launch.blocks)), self.warps_per_block)
-        thread = np.arange(self.warps_per_block * WARP_LANES).reshape(self.warps_per_block, WARP_LANES)
+        thread = np.arange(self.warps_per_block * WARP_LANES).reshape(
+            self.warps_per_block, WARP_LANES
+        )
         self.thread = np.tile(thread, (len(launch.blocks), 1)).astype(np.uint32)
         self.live = self.thread < launch.block_threads
         self.cluster_of_block = np.array([b // launch.cluster_blocks for b in launch.blocks])
@@ -120,15 +162,14 @@ class Machine:
         self._barrier_mask = np.zeros((self.warps, _BARRIERS, WARP_LANES), bool)
         self._barrier_arrived = np.zeros((self.warps, _BARRIERS, WARP_LANES), bool)
         self._barrier_target = np.zeros((self.warps, _BARRIERS), np.int64)
-        self._warp_sync: list[list[Parked]] = [[] for _ in range(self.warps)]
+        self._warp_sync: list[list[tuple[Parked, Array]]] = [[] for _ in range(self.warps)]
         self._block_sync: list[list[tuple[int, Parked]]] = [[] for _ in launch.blocks]
         self._cluster_arrivals = np.zeros(self.warps, np.int64)
         self._cluster_waits: list[tuple[int, Parked]] = []
 
         self.issued: Counter[int] = Counter()  # warp instructions, by address
-        # Loads from global memory that were issued and whose scoreboards nobody has waited for.
-        self._pending_bytes = np.zeros((SCOREBOARDS, self.warps), np.int64)
-        self._pending_loads = np.zeros((SCOREBOARDS, self.warps), np.int64)
+        # By scoreboard.
+        self._pending: list[list[_PendingLoad]] = [[] for _ in range(SCOREBOARDS)]
         self._pending_scoreboards = 0
         self.most_pending_bytes = np.zeros(self.warps, np.int64)
         self.most_pending_loads = np.zeros(self.warps, np.int64)  # of 16 bytes
@@ -184,25 +225,33 @@ class Machine:
                 raise SassError("expected all blocks of a cluster to run together")
         offset = (addresses & np.uint32((1 << _RANK_SHIFT) - 1)).astype(np.int64)
         if (offset + width > self.shared.shape[1]).any():
-            raise SassError(f"expected an address in {self.shared.shape[1]} bytes of shared memory, got {offset.max()}")
+            raise SassError(
+                f"expected an address in {self.shared.shape[1]} bytes of shared memory, "
+                f"got {offset.max()}"
+            )
         if (offset % width).any():
             raise SassError(f"expected accesses at multiples of {width} bytes of shared memory")
         return block, offset
 
     def load_shared(self, addresses: Array, width: int, mask: Array) -> list[Array]:
-        block, offset = self._shared_places(addresses, width, mask)
-        word_bytes = min(width, 4)
-        words = self.shared.view(f"u{word_bytes}")
-        first = offset // word_bytes
-        return [words[block, first + k].astype(np.uint32) for k in range(max(1, width // 4))]
+        return _load_words(self.shared, *self._shared_places(addresses, width, mask), width)
 
     def store_shared(self, addresses: Array, width: int, values: list[Array], mask: Array) -> None:
-        block, offset = self._shared_places(addresses, width, mask)
-        word_bytes = min(width, 4)
-        words = self.shared.view(f"u{word_bytes}")
-        first = offset // word_bytes
-        for k, value in enumerate(values):
-            words[block, first + k] = value.astype(words.dtype)
+        _store_words(self.shared, *self._shared_places(addresses, width, mask), width, values)
+
+    def _local_places(self, addresses: Array, width: int, mask: Array) -> tuple[Array, Array]:
+        offset = addresses.astype(np.int64)
+        if (offset + width > LOCAL_BYTES).any() or (offset % width).any():
+            raise SassError(
+                f"expected addresses in {LOCAL_BYTES} bytes of local memory, at multiples of {width}"
+            )
+        return np.flatnonzero(mask), offset
+
+    def load_local(self, addresses: Array, width: int, mask: Array) -> list[Array]:
+        return _load_words(self._local, *self._local_places(addresses, width, mask), width)
+
+    def store_local(self, addresses: Array, width: int, values: list[Array], mask: Array) -> None:
+        _store_words(self._local, *self._local_places(addresses, width, mask), width, values)
 
     def is_shared(self, addresses: Array) -> bool:
         """Whether generic addresses are in shared memory."""
@@ -212,25 +261,32 @@ class Machine:
         return bool(is_shared.any())
 
     def count_load(self, addresses: Array, mask: Array, width: int, scoreboard: int | None) -> None:
-        """Called when a load from global memory is issued. Lanes that load the same bytes count once."""
+        """Called when a load from global memory is issued. Lanes that load the same bytes count
+        once.
+        """
         if scoreboard is None:
             return
         ordered = np.sort(np.where(mask, addresses, np.uint64(0)), axis=1)
         distinct = (np.diff(ordered, axis=1, prepend=np.uint64(0)) != 0).sum(axis=1)
-        self._pending_bytes[scoreboard] += distinct * width
-        self._pending_loads[scoreboard] += (distinct > 0) & (width == 16)
+        self._pending[scoreboard].append(_PendingLoad(distinct * width, width))
         self._pending_scoreboards |= 1 << scoreboard
-        np.maximum(self.most_pending_bytes, self._pending_bytes.sum(axis=0), out=self.most_pending_bytes)
-        np.maximum(self.most_pending_loads, self._pending_loads.sum(axis=0), out=self.most_pending_loads)
+        pending = [load for loads in self._pending for load in loads]
+        in_flight = np.sum([load.bytes_of_warp for load in pending], axis=0)
+        np.maximum(self.most_pending_bytes, in_flight, out=self.most_pending_bytes)
+        wide = [load.bytes_of_warp > 0 for load in pending if load.width == 16]
+        if wide:
+            np.maximum(self.most_pending_loads, np.sum(wide, axis=0), out=self.most_pending_loads)
 
-    def _wait(self, scoreboards: int, mask: Array) -> None:
-        warps = mask.any(axis=1)
-        for scoreboard in range(SCOREBOARDS):
-            if scoreboards >> scoreboard & 1:
-                self._pending_bytes[scoreboard, warps] = 0
-                self._pending_loads[scoreboard, warps] = 0
-                if not self._pending_bytes[scoreboard].any():
-                    self._pending_scoreboards &= ~(1 << scoreboard)
+    def wait(self, scoreboard: int, mask: Array, most: int = 0) -> None:
+        """The warps of active lanes wait until at most so many loads of a scoreboard are pending."""
+        remaining = np.where(mask.any(axis=1), most, _NOWHERE)
+        for load in reversed(self._pending[scoreboard]):
+            is_pending = load.bytes_of_warp > 0
+            load.bytes_of_warp[is_pending & (remaining == 0)] = 0
+            remaining -= is_pending & (remaining > 0)
+        self._pending[scoreboard] = [l for l in self._pending[scoreboard] if l.bytes_of_warp.any()]
+        if not self._pending[scoreboard]:
+            self._pending_scoreboards &= ~(1 << scoreboard)
 
     # Execution
 
@@ -240,13 +296,20 @@ class Machine:
             while self._step():
                 steps += 1
                 if steps > max_steps:
-                    raise SassError(f"{self.program.function.name}: expected to end within {max_steps} branches")
+                    raise SassError(
+                        f"{self.program.function.name}: expected to end within {max_steps} branches"
+                    )
         waiting = [w for w in range(self.warps) if self.live[w].any()]
         if waiting:
-            raise SassError(f"{self.program.function.name}: warps {waiting} wait for a barrier that nobody reaches")
+            raise SassError(
+                f"{self.program.function.name}: "
+                f"warps {waiting} wait for a barrier that nobody reaches"
+            )
 
     def _step(self) -> bool:
-        """Runs the warps that are furthest behind, up to the next branch or the next warp's address."""
+        """Runs the warps that are furthest behind, up to the next branch or the next warp's
+        address.
+        """
         address = int(self._address.min())
         if address == _NOWHERE:
             return False
@@ -260,7 +323,9 @@ class Machine:
             decoded = program[address]
             issued[address] += warp_count
             if decoded.waits & self._pending_scoreboards:
-                self._wait(decoded.waits & self._pending_scoreboards, mask)
+                for scoreboard in range(SCOREBOARDS):
+                    if decoded.waits >> scoreboard & 1:
+                        self.wait(scoreboard, mask)
             active = mask if decoded.guard is None else mask & decoded.guard(self)
             if decoded.execute is None:
                 self._control(decoded.instruction, address, chosen, mask, active)
@@ -321,23 +386,27 @@ class Machine:
         arrived = self._barrier_arrived[warp, barrier] & self.live[warp]
         if arrived.any() and not (expected & ~arrived).any():
             self._barrier_arrived[warp, barrier] = False
-            self._make_runnable(warp, Parked(int(self._barrier_target[warp, barrier]), arrived.copy()))
+            self._make_runnable(
+                warp, Parked(int(self._barrier_target[warp, barrier]), arrived.copy())
+            )
 
     def _warps_of(self, mask: Array) -> list[int]:
         return [int(w) for w in np.flatnonzero(mask.any(axis=1))]
 
     def _branch(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
         *conditions, target = instruction.operands
-        if "DIV" in instruction.modifiers:  # taken by a warp whose lanes are not all of the given mask
+        if (
+            "DIV" in instruction.modifiers
+        ):  # taken by a warp whose lanes are not all of the given mask
             (wanted,) = conditions
             bits = self.uniform_registers[wanted.number, :, 0] if wanted.kind == "UR" else None
             if bits is None:
-                raise SassError(f"the interpreter does not know the instruction {instruction}")
+                raise unknown(instruction)
             weights = np.uint64(1) << np.arange(WARP_LANES, dtype=np.uint64)
             have = (mask * weights).sum(axis=1).astype(np.uint32)
             active = active & (have != bits)[:, None]
         elif not set(instruction.modifiers) <= {"U"}:
-            raise SassError(f"the interpreter does not know the instruction {instruction}")
+            raise unknown(instruction)
         else:
             for condition in conditions:
                 active = active & predicate(condition)(self)
@@ -351,7 +420,9 @@ class Machine:
         for warp in np.flatnonzero(diverged):
             self._split(int(warp), active[warp], target)
 
-    def _indexed_branch(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
+    def _indexed_branch(
+        self, instruction: Instruction, following: int, mask: Array, active: Array
+    ) -> None:
         """BRX and RET: to the address in a register. BRX counts from the next instruction."""
         register, offset = instruction.operands[:2]
         base = following if instruction.opcode == "BRX" else 0
@@ -361,7 +432,9 @@ class Machine:
         targets = targets + offset.number + base
         for warp in self._warps_of(active):
             for target in np.unique(targets[warp][active[warp]]):
-                self._split(warp, active[warp] & (targets[warp] == target) & self._mask[warp], int(target))
+                self._split(
+                    warp, active[warp] & (targets[warp] == target) & self._mask[warp], int(target)
+                )
 
     def _call(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
         self._jump(active, instruction.operands[-1].number)
@@ -377,7 +450,9 @@ class Machine:
             self._release_block(int(self.block_of_warp[warp]))
         self._release_clusters()
 
-    def _set_barrier(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
+    def _set_barrier(
+        self, instruction: Instruction, following: int, mask: Array, active: Array
+    ) -> None:
         name, target = instruction.operands
         barrier = int(name.text[1:])
         warps = active.any(axis=1)
@@ -385,12 +460,15 @@ class Machine:
         self._barrier_arrived[warps, barrier] = False
         self._barrier_target[warps, barrier] = target.number
 
-    def _sync_barrier(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
+    def _sync_barrier(
+        self, instruction: Instruction, following: int, mask: Array, active: Array
+    ) -> None:
         barrier = int(instruction.operands[0].text[1:])
         targets = self._barrier_target[active.any(axis=1), barrier]
         if (targets != following).any():
             raise SassError(
-                f"{instruction}: expected a barrier that was set for {following:#x}, got one for {targets.max():#x}"
+                f"{instruction}: expected a barrier that was set for {following:#x}, "
+                f"got one for {targets.max():#x}"
             )
         # Nothing to do for a warp all of whose lanes arrive together.
         expected = self._barrier_mask[:, barrier] & self.live
@@ -400,7 +478,9 @@ class Machine:
             self._remove(warp, active[warp])
             self._release_barrier(warp, barrier)
 
-    def _break_barrier(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
+    def _break_barrier(
+        self, instruction: Instruction, following: int, mask: Array, active: Array
+    ) -> None:
         barrier = int(instruction.operands[-1].text[1:])
         for condition in instruction.operands[:-1]:
             active = active & predicate(condition)(self)
@@ -408,33 +488,45 @@ class Machine:
             self._barrier_mask[warp, barrier] &= ~active[warp]
             self._release_barrier(warp, barrier)
 
-    def _sync_warp(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
-        if "ALL" not in instruction.modifiers:
-            (lanes,) = instruction.operands
-            if lanes.number & 0xFFFFFFFF != 0xFFFFFFFF or lanes.kind != "integer":
-                raise SassError(f"the interpreter does not know the instruction {instruction}")
-        is_apart = (self.live != active).any(axis=1)
+    def _sync_warp(
+        self, instruction: Instruction, following: int, mask: Array, active: Array
+    ) -> None:
+        expected = self.live.copy()
+        if instruction.modifiers != ("ALL",):
+            if instruction.modifiers:
+                raise unknown(instruction)
+            bits = np.broadcast_to(uint(instruction.operands[0])(self), active.shape)
+            chosen = np.where(active, bits, 0).max(axis=1)
+            if ((bits != chosen[:, None]) & active).any():
+                raise SassError(f"{instruction}: expected the same mask in all lanes")
+            expected &= (chosen[:, None] >> np.arange(WARP_LANES, dtype=np.uint32) & 1).astype(bool)
+        # Nothing to do for a warp whose lanes arrive together.
+        is_apart = (expected & ~active).any(axis=1)
         for warp in self._warps_of(active & is_apart[:, None]):
-            self._warp_sync[warp].append(Parked(following, active[warp].copy()))
+            self._warp_sync[warp].append((Parked(following, active[warp].copy()), expected[warp]))
             self._remove(warp, active[warp])
             self._release_warp_sync(warp)
 
     def _release_warp_sync(self, warp: int) -> None:
         waiting = self._warp_sync[warp]
-        if not waiting:
-            return
-        arrived = np.logical_or.reduce([parked.mask for parked in waiting])
-        if (self.live[warp] & ~arrived).any():
-            return
-        if len({parked.address for parked in waiting}) > 1:
-            raise SassError("expected the lanes of a warp to meet at one WARPSYNC")
-        self._warp_sync[warp] = []
-        self._make_runnable(warp, Parked(waiting[0].address, arrived))
+        for address in {parked.address for parked, _ in waiting}:
+            here = [
+                (parked.mask, expected) for parked, expected in waiting if parked.address == address
+            ]
+            arrived = np.logical_or.reduce([mask for mask, _ in here]) & self.live[warp]
+            if not (here[0][1] & self.live[warp] & ~arrived).any():
+                self._warp_sync[warp] = [w for w in waiting if w[0].address != address]
+                self._make_runnable(warp, Parked(address, arrived))
+                return
 
-    def _sync_block(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
+    def _sync_block(
+        self, instruction: Instruction, following: int, mask: Array, active: Array
+    ) -> None:
         allowed = {"SYNC", "DEFER_BLOCKING"}
-        if not set(instruction.modifiers) <= allowed or [o.number for o in instruction.operands] != [0]:
-            raise SassError(f"the interpreter does not know the instruction {instruction}")
+        if not set(instruction.modifiers) <= allowed or [
+            o.number for o in instruction.operands
+        ] != [0]:
+            raise unknown(instruction)
         blocks = set()
         for warp in self._warps_of(active):
             block = int(self.block_of_warp[warp])
@@ -455,11 +547,15 @@ class Machine:
         for warp, parked in waiting:
             self._make_runnable(warp, parked)
 
-    def _arrive_at_cluster(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
+    def _arrive_at_cluster(
+        self, instruction: Instruction, following: int, mask: Array, active: Array
+    ) -> None:
         self._cluster_arrivals += active.any(axis=1)
         self._release_clusters()
 
-    def _wait_for_cluster(self, instruction: Instruction, following: int, mask: Array, active: Array) -> None:
+    def _wait_for_cluster(
+        self, instruction: Instruction, following: int, mask: Array, active: Array
+    ) -> None:
         for warp in self._warps_of(active):
             self._cluster_waits.append((warp, Parked(following, active[warp].copy())))
             self._remove(warp, active[warp])

@@ -28,14 +28,17 @@ class Region:
         self.stores: list[tuple[Array, int]] = []
         self.loads: list[tuple[Array, int]] = []
         if self.is_periodic and self.data.size % 16 != 0:
-            raise ValueError(f"expected a period of whole 16-byte accesses, got {self.data.size} bytes")
+            raise ValueError(
+                f"expected a period of whole 16-byte accesses, got {self.data.size} bytes"
+            )
 
     def offsets(self, addresses: Array, width: int) -> Array:
         offsets = addresses - np.uint64(self.address)
         if (offsets > np.uint64(self.size_bytes - width)).any():
             bad = int(offsets[offsets > np.uint64(self.size_bytes - width)][0])
             raise SassError(
-                f"{self.name}: expected an access within {self.size_bytes} bytes, got offset {bad}, {width} bytes"
+                f"{self.name}: expected an access within {self.size_bytes} bytes, "
+                f"got offset {bad}, {width} bytes"
             )
         if (offsets % np.uint64(width)).any():
             raise SassError(f"{self.name}: expected accesses at multiples of {width} bytes")

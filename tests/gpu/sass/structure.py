@@ -19,8 +19,9 @@ def count_opcodes(function: Function) -> Counter[str]:
 
 
 def branches_around_single_elements(function: Function) -> int:
-    """Blocks of instructions that a conditional branch skips or reaches, and that access a single element of global
-    memory or take a single exponential."""
+    """Blocks of instructions that a conditional branch skips or reaches, and that access a single
+    element of global memory or take a single exponential.
+    """
     return sum(
         _has_one_access(block) or _has_one_exponential(block)
         for block in _conditional_blocks(function.instructions)
