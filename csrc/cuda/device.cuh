@@ -235,16 +235,6 @@ MASKED_SOFTMAX_DEVICE unsigned cluster_size() {
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
   return size;
 }
-MASKED_SOFTMAX_DEVICE unsigned cluster_index() {
-  unsigned index;
-  asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
-  return index;
-}
-MASKED_SOFTMAX_DEVICE unsigned grid_clusters() {
-  unsigned count;
-  asm("mov.u32 %0, %%nclusterid.x;" : "=r"(count));
-  return count;
-}
 // The cluster-wide barrier in two steps. Every thread arrives, does other work, and waits for all others to arrive.
 // After the wait, writes that any thread of the cluster made before its arrive with release semantics are visible. A
 // relaxed arrive orders no writes: it says that the thread has no more use for the other blocks' shared memory.
@@ -280,8 +270,6 @@ MASKED_SOFTMAX_DEVICE T load_from_block(const T* shared, unsigned rank) {
 #else
 MASKED_SOFTMAX_DEVICE unsigned cluster_rank() { return 0; }
 MASKED_SOFTMAX_DEVICE unsigned cluster_size() { return 1; }
-MASKED_SOFTMAX_DEVICE unsigned cluster_index() { return block_index(); }
-MASKED_SOFTMAX_DEVICE unsigned grid_clusters() { return grid_blocks(); }
 MASKED_SOFTMAX_DEVICE void sync_cluster() {}
 MASKED_SOFTMAX_DEVICE void cluster_arrive_relaxed() {}
 MASKED_SOFTMAX_DEVICE void cluster_wait_acquire() {}

@@ -458,42 +458,44 @@ plain_lanes(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   }
 }
 
-// A block, or a cluster of blocks, holds a row. A block loads the length of its next row ahead; a cluster has one row.
-template <bool kForward, class input_t, class output_t, int kVectors, class Group>
-MASKED_SOFTMAX_DEVICE void compute_plain_rows(const KernelProblem& kernel_problem, unsigned first, unsigned step) {
-  constexpr int kInputs = kForward ? 1 : 2;
-  const Group group;
-  const auto absent = absent_value<kForward, input_t>(kernel_problem);
-  PlainRow next(kernel_problem, first);
-  for (unsigned row = first; row < kernel_problem.plain_rows.rows; row += step) {
-    HeldRows<input_t, output_t, kInputs, 1, kVectors, Group, true> rows(group);
-    rows.begin_loads(group, kernel_problem, 0, next, absent);
-    if constexpr (!Group::kHasChunks) {
-      next = PlainRow(kernel_problem, row + step);
-    }
-    rows.finish_loads();
-    compute_rows<kForward, false>(group, kernel_problem, rows);
-    group.sync();
-  }
+// A group of threads holds a row. `next` is the row, and finds the following one while the loads are in flight.
+template <bool kForward, class input_t, class output_t, int kVectors, class Group, class FindNext>
+MASKED_SOFTMAX_DEVICE void compute_plain_row(const Group& group, const KernelProblem& kernel_problem, PlainRow& next,
+                                             const FindNext& find_next) {
+  HeldRows<input_t, output_t, kForward ? 1 : 2, 1, kVectors, Group, true> rows(group);
+  rows.begin_loads(group, kernel_problem, 0, next, absent_value<kForward, input_t>(kernel_problem));
+  find_next();
+  rows.finish_loads();
+  compute_rows<kForward, false>(group, kernel_problem, rows);
+  group.sync();
 }
 
+// A block holds a row. The length of the next row is loaded ahead.
 template <bool kForward, class input_t, class output_t>
 MASKED_SOFTMAX_KERNEL(plain_threads_per_sm(kMaxThreadElems), 1)
 plain_block(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   using Types = RowTypes<input_t, output_t>;
   constexpr int kVectors = held_vectors(Types::kElems, kForward ? 1 : 2);
-  compute_plain_rows<kForward, input_t, output_t, kVectors, BlockGroup<typename Types::acc_t>>(
-      kernel_problem, block_index(), grid_blocks());
+  const BlockGroup<typename Types::acc_t> group;
+  PlainRow next(kernel_problem, block_index());
+  for (unsigned row = block_index(); row < kernel_problem.plain_rows.rows; row += grid_blocks()) {
+    compute_plain_row<kForward, input_t, output_t, kVectors>(
+        group, kernel_problem, next,
+        [&]() MASKED_SOFTMAX_DEVICE_LAMBDA { next = PlainRow(kernel_problem, row + grid_blocks()); });
+  }
 }
 
+// A cluster of blocks holds a row: one cluster for each row.
 template <bool kForward, class input_t, class output_t>
 MASKED_SOFTMAX_KERNEL(plain_threads_per_sm(kMaxThreadElems), 1)
 plain_cluster(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
 #if MASKED_SOFTMAX_HAS_CLUSTERS
   using Types = RowTypes<input_t, output_t>;
   constexpr int kVectors = cluster_vectors(Types::kElems, kForward ? 1 : 2);
-  compute_plain_rows<kForward, input_t, output_t, kVectors, ClusterGroup<typename Types::acc_t>>(
-      kernel_problem, cluster_index(), grid_clusters());
+  const ClusterGroup<typename Types::acc_t> group;
+  PlainRow row(kernel_problem, block_index() >> kernel_problem.cluster_shift);
+  compute_plain_row<kForward, input_t, output_t, kVectors>(group, kernel_problem, row,
+                                                           []() MASKED_SOFTMAX_DEVICE_LAMBDA {});
 #endif
 }
 
@@ -511,9 +513,9 @@ any_held_rows(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
                          : order_threads == kWarpThreads ? block_threads() / kWarpThreads
                                                          : 1;
   const int64_t count = kernel_problem.pass == Pass::kAll ? problem.rows : problem.rows * kernel_problem.split_chunks;
-  const int64_t step = grid_clusters() * groups;
+  const int64_t step = (grid_blocks() >> kernel_problem.cluster_shift) * groups;
   // All lanes of a warp leave the loop together.
-  for (int64_t first = cluster_index() * groups; first < count; first += step) {
+  for (int64_t first = (block_index() >> kernel_problem.cluster_shift) * groups; first < count; first += step) {
     const int64_t number = first + (groups > 1 ? thread_index() / order_threads : 0);
     const AnyGroup<acc_t> group(kernel_problem, number);
     const Row row = find_row<kInputs>(kernel_problem, group.row());

@@ -88,6 +88,9 @@ KernelProblem make_kernel_problem(const Problem& problem, const LaunchPlan& plan
     }
   }
   result.order = plan.order;
+  while ((1u << result.cluster_shift) < plan.cluster_size) {
+    ++result.cluster_shift;
+  }
   result.split_chunks = plan.split_chunks;
   result.workspace = workspace;
   for (int dim = 0; dim < problem.row_ndim; ++dim) {

@@ -71,9 +71,10 @@ struct KernelProblem {
   RowConstants<double> constants_double;
 
   SumOrder order;
-  Pass pass = Pass::kAll;     // of a split row
-  int64_t split_chunks = 1;   // the plan's
-  void* workspace = nullptr;  // see groups.cuh
+  unsigned cluster_shift = 0;  // a cluster has 2^cluster_shift blocks
+  Pass pass = Pass::kAll;      // of a split row
+  int64_t split_chunks = 1;    // the plan's
+  void* workspace = nullptr;   // see groups.cuh
 };
 
 static_assert(sizeof(KernelProblem) <= 4096 - 64, "kernels take at most 4 KiB of arguments; 64 bytes to spare");

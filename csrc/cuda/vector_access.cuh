@@ -12,8 +12,9 @@
 // part by a shuffle. Accesses at the ends, which reach into other memory, go element by element: no byte outside of the
 // elements is read or written.
 //
-// Loads come in two steps. begin_loads() issues a thread's whole accesses without a branch between them, so that all
-// are in flight together; finish_loads() reads the elements at the ends.
+// Loads come in two steps. begin_loads() issues a thread's whole aligned accesses without a branch between them, so
+// that all are in flight together; finish_loads() reads the elements at the ends, and everything else that is not
+// aligned.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -147,14 +148,10 @@ class VectorLoads {
     end_ = count > 0 ? count + skipped_ : 0;
     share_ = share;
     absent_ = absent;
-    const T* const p = first_access_ + share.begin;
-    const auto otherwise = VectorType::filled(absent);
-    MASKED_SOFTMAX_UNROLL
-    for (int k = 0; k < kVectors; ++k) {
-      low_[k] = load_vector_if(is_whole(begin(k)), p + k * share.stride, otherwise);
-      if constexpr (!kIsAligned) {
-        high_[k] =
-            load_vector_if(skipped_ > 0 && is_whole(begin(k) + kElems), p + k * share.stride + kElems, otherwise);
+    if constexpr (kIsAligned) {
+      MASKED_SOFTMAX_UNROLL
+      for (int k = 0; k < kVectors; ++k) {
+        vectors_[k] = load_whole(k * share_.stride);
       }
     }
   }
@@ -162,35 +159,56 @@ class VectorLoads {
   MASKED_SOFTMAX_DEVICE void finish_loads() {
     const int tail = end_ % kElems;
     const bool has_head = skipped_ > 0 && end_ > 0;
-    if (tail != 0 && !(has_head && end_ < kElems)) {
-      keep(end_ - tail, load_tail(first_access_ + (end_ - tail), tail));
-    }
-    if constexpr (!kIsAligned) {
+    const bool has_tail = tail != 0 && !(has_head && end_ < kElems);
+    const int tail_begin = end_ - tail;
+    if constexpr (kIsAligned) {
+      if (has_tail) {
+        const auto vector = load_tail(first_access_ + tail_begin, tail);
+        MASKED_SOFTMAX_UNROLL
+        for (int k = 0; k < kVectors; ++k) {
+          vectors_[k] = begin(k) == tail_begin ? vector : vectors_[k];
+        }
+      }
+    } else {
+      auto head_vector = VectorType::filled(absent_);
+      auto tail_vector = head_vector;
+      if (has_tail) {
+        tail_vector = load_tail(first_access_ + tail_begin, tail);
+      }
       if (has_head) {
-        auto head = VectorType::filled(absent_);
         MASKED_SOFTMAX_UNROLL
         for (int i = 0; i < kElems; ++i) {
           if (i >= skipped_ && i < end_) {
-            head.set_elem(i, in_device_memory(first_access_)[i]);
+            head_vector.set_elem(i, in_device_memory(first_access_)[i]);
           }
         }
-        keep(0, head);
-        MASKED_SOFTMAX_UNROLL
-        for (int k = 0; k < kVectors; ++k) {
-          low_[k] = join(low_[k], high_[k], skipped_);
+      }
+      // The vector that begins there, whether or not an access reads it as a whole.
+      const auto load = [&](int offset) MASKED_SOFTMAX_DEVICE_LAMBDA {
+        const auto vector = load_whole(offset);
+        const int access = share_.begin + offset;
+        return has_tail && access == tail_begin ? tail_vector : has_head && access == 0 ? head_vector : vector;
+      };
+      MASKED_SOFTMAX_UNROLL
+      for (int k = 0; k < kVectors; ++k) {
+        vectors_[k] = load(k * share_.stride);
+        if (skipped_ > 0) {
+          vectors_[k] = join(vectors_[k], load(k * share_.stride + kElems), skipped_);
         }
       }
     }
   }
 
-  MASKED_SOFTMAX_DEVICE const VectorType& vector(int k) const { return low_[k]; }
+  MASKED_SOFTMAX_DEVICE const VectorType& vector(int k) const { return vectors_[k]; }
 
  private:
   // Offsets are in elements from first_access_. Vector k's first access begins at:
   MASKED_SOFTMAX_DEVICE int begin(int k) const { return share_.begin + k * share_.stride; }
-  // Whether the access that begins there reads nothing but elements.
-  MASKED_SOFTMAX_DEVICE bool is_whole(int begin) const {
-    return (kIsAligned || begin >= skipped_) && begin + kElems <= end_;
+  // The access `offset` elements behind the thread's first one, if it reads nothing but elements.
+  MASKED_SOFTMAX_DEVICE VectorType load_whole(int offset) const {
+    const int begin = share_.begin + offset;
+    const bool is_whole = (kIsAligned || begin >= skipped_) && begin + kElems <= end_;
+    return load_vector_if(is_whole, first_access_ + share_.begin + offset, VectorType::filled(absent_));
   }
 
   // The `count` elements at p, fewer than a vector has, in one access for each power of two.
@@ -220,24 +238,12 @@ class VectorLoads {
     return vector;
   }
 
-  // Takes a vector that all threads have loaded, if this thread holds elements of the access that begins there.
-  MASKED_SOFTMAX_DEVICE void keep(int access_begin, const VectorType& vector) {
-    MASKED_SOFTMAX_UNROLL
-    for (int k = 0; k < kVectors; ++k) {
-      low_[k] = begin(k) == access_begin ? vector : low_[k];
-      if constexpr (!kIsAligned) {
-        high_[k] = begin(k) + kElems == access_begin ? vector : high_[k];
-      }
-    }
-  }
-
   const T* first_access_;
   int skipped_;  // elements of the first access before the first one
   int end_;
   VectorShare share_;
   T absent_;
-  VectorType low_[kVectors];
-  VectorType high_[kIsAligned ? 1 : kVectors];
+  VectorType vectors_[kVectors];
 };
 
 // The vector of the previous lane.

@@ -141,8 +141,6 @@ __attribute__((always_inline)) inline T narrow(acc_t value) {
 
 inline unsigned cluster_rank() { return simt::this_thread().cluster_rank; }
 inline unsigned cluster_size() { return simt::this_thread().cluster_size; }
-inline unsigned cluster_index() { return block_index() / cluster_size(); }
-inline unsigned grid_clusters() { return grid_blocks() / cluster_size(); }
 inline void cluster_arrive_release(simt::Location location = simt::Location::current()) {
   simt::arrive_at_cluster(simt::Arrive::kRelease, location);
 }
