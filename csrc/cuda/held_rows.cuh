@@ -424,7 +424,9 @@ MASKED_SOFTMAX_DEVICE input_t absent_value(const KernelProblem& kernel_problem) 
 
 // kStep of kLanesSteps lanes hold a row. The lengths of the next rows are loaded ahead.
 template <bool kForward, class input_t, class output_t, size_t kStep>
-MASKED_SOFTMAX_KERNEL(kLanesThreads, plain_threads_per_sm(kLanesSteps[kStep].elems_per_thread) / kLanesThreads)
+MASKED_SOFTMAX_KERNEL(kLanesThreads,
+                      plain_threads_per_sm(kLanesSteps[kStep].threads_per_row, kLanesSteps[kStep].elems_per_thread) /
+                          kLanesThreads)
 plain_lanes(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   constexpr int kInputs = kForward ? 1 : 2;
   constexpr LanesStep kLanes = kLanesSteps[kStep];
@@ -472,7 +474,7 @@ MASKED_SOFTMAX_DEVICE void compute_plain_row(const Group& group, const KernelPro
 
 // A block holds a row. The length of the next row is loaded ahead.
 template <bool kForward, class input_t, class output_t>
-MASKED_SOFTMAX_KERNEL(plain_threads_per_sm(kMaxThreadElems), 1)
+MASKED_SOFTMAX_KERNEL(plain_threads_per_sm(kWarpThreads, kMaxThreadElems), 1)
 plain_block(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   using Types = RowTypes<input_t, output_t>;
   constexpr int kVectors = held_vectors(Types::kElems, kForward ? 1 : 2);
@@ -487,7 +489,7 @@ plain_block(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
 
 // A cluster of blocks holds a row: one cluster for each row.
 template <bool kForward, class input_t, class output_t>
-MASKED_SOFTMAX_KERNEL(plain_threads_per_sm(kMaxThreadElems), 1)
+MASKED_SOFTMAX_KERNEL(plain_threads_per_sm(kWarpThreads, kMaxThreadElems), 1)
 plain_cluster(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
 #if MASKED_SOFTMAX_HAS_CLUSTERS
   using Types = RowTypes<input_t, output_t>;

@@ -146,7 +146,9 @@ constexpr int rows_per_group(int elems_per_thread, int inputs) {
 }
 
 // Threads of plain rows on an SM: as many as have the registers for their elements.
-constexpr int plain_threads_per_sm(int elems_per_thread) { return elems_per_thread <= 8 ? 896 : 640; }
+constexpr int plain_threads_per_sm(int threads_per_row, int elems_per_thread) {
+  return elems_per_thread > 8 ? 640 : threads_per_row > 1 ? 896 : 768;
+}
 
 constexpr int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -155,9 +157,10 @@ constexpr unsigned limited_blocks(int64_t blocks) {
 }
 
 // The blocks that run at once on the device, or `blocks` if it is less.
-constexpr unsigned persistent_blocks(int64_t blocks, int block_threads, int elems_per_thread,
+constexpr unsigned persistent_blocks(int64_t blocks, int block_threads, const SumOrder& order,
                                      const DeviceProperties& device) {
-  const int64_t resident = int64_t{device.sm_count} * (plain_threads_per_sm(elems_per_thread) / block_threads);
+  const int threads = plain_threads_per_sm(order.threads, order.vectors * order.elems);
+  const int64_t resident = int64_t{device.sm_count} * (threads / block_threads);
   return limited_blocks(resident > 0 && resident < blocks ? resident : blocks);
 }
 
@@ -219,21 +222,19 @@ constexpr LaunchPlan plan_strategy(Strategy strategy, const SumOrder& order, con
   plan.strategy = strategy;
   plan.order = order;
   plan.threads_per_block = static_cast<unsigned>(order.threads);
-  const int elems_per_thread = order.vectors * order.elems;
   plan.is_plain = shape.is_plain && holds_rows(strategy) && strategy != Strategy::kSplit;
   switch (strategy) {
     case Strategy::kAutomatic: break;
     case Strategy::kLanes: {
-      const int rows = plan.is_plain ? rows_per_group(elems_per_thread, shape.inputs) : 1;
+      const int rows = plan.is_plain ? rows_per_group(order.vectors * order.elems, shape.inputs) : 1;
       const int64_t blocks = ceil_divide(shape.rows, kLanesThreads / order.threads * rows);
       plan.threads_per_block = kLanesThreads;
-      plan.blocks =
-          plan.is_plain ? persistent_blocks(blocks, kLanesThreads, elems_per_thread, device) : limited_blocks(blocks);
+      plan.blocks = plan.is_plain ? persistent_blocks(blocks, kLanesThreads, order, device) : limited_blocks(blocks);
       break;
     }
     case Strategy::kBlock:
-      plan.blocks = plan.is_plain ? persistent_blocks(shape.rows, order.threads, elems_per_thread, device)
-                                  : limited_blocks(shape.rows);
+      plan.blocks =
+          plan.is_plain ? persistent_blocks(shape.rows, order.threads, order, device) : limited_blocks(shape.rows);
       break;
     case Strategy::kCluster:
       plan.cluster_size = cluster_size_for(shape);
