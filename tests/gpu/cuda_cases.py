@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from cases import generator
+from kernels import Kernels
 from torch import Tensor
 
 # Around the widths where a strategy, its threads or its vectors change, for any type: powers of
@@ -77,6 +79,17 @@ def mixed_lengths(rows: int, cols: int, seed: int) -> Tensor:
     lengths = torch.randint(0, cols + 1, (rows,), generator=generator(seed))
     lengths[0:1], lengths[2:3], lengths[4:5] = cols, 0, 1
     return lengths
+
+
+def chosen_strategies(kernels: Kernels) -> set[str]:
+    """Those that plans choose by themselves for some size and layout."""
+    chosen = set()
+    for layout, cols, dtype in product(LAYOUTS, COLS, (torch.float32, torch.bfloat16)):
+        x = layout.place(torch.empty(layout.rows(cols), cols, dtype=dtype, device="meta"))
+        output = torch.empty(x.shape, dtype=dtype, device="meta")
+        for operation, inputs in (("softmax", [x]), ("softmax_backward", [x, x])):
+            chosen.add(kernels.plan(operation, inputs, output, cols, layout.dim).strategy)
+    return chosen
 
 
 def on_device(tensor: Tensor, device: str) -> Tensor:

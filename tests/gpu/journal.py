@@ -71,8 +71,12 @@ class Journal:
             os._exit(RESTART)  # at once: destructors would call CUDA
 
     def records(self) -> list[Record]:
-        """The last record of each case, in their order; a case that broke off is "begun"."""
-        return list({record["case"]: record for record in self._records}.values())
+        """The last record of each case, in their order."""
+        last = {record["case"]: record for record in self._records}
+        return [
+            {**record, "status": "broke off"} if record["status"] == "begun" else record
+            for record in last.values()
+        ]
 
     @property
     def failures(self) -> list[Record]:

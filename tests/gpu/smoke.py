@@ -25,7 +25,16 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1] / "helpers"))
 
 from cases import as_rows, generator, poisoned, row_shape, short_name
-from cuda_cases import COLS, FEW_COLS, LAYOUTS, MAX_INNER_COLS, Layout, mixed_lengths, on_device
+from cuda_cases import (
+    COLS,
+    FEW_COLS,
+    LAYOUTS,
+    MAX_INNER_COLS,
+    Layout,
+    chosen_strategies,
+    mixed_lengths,
+    on_device,
+)
 from journal import Journal
 from kernel_call import OPERATIONS, STRATEGIES, TYPE_PAIRS
 from kernels import Kernels
@@ -127,20 +136,11 @@ def small_set(cases: list[SmokeCase]) -> list[SmokeCase]:
     return result
 
 
-def newest_first(kernels: Kernels) -> list[str]:
-    """Strategies that no plan chooses, then the others, each in the order of the table."""
-    chosen = {
-        planned_strategy(kernels, case, "automatic")
-        for layout in LAYOUTS
-        for case in candidates("automatic", layout)
-    }
-    return sorted(STRATEGIES, key=lambda strategy: strategy in chosen)
-
-
 def groups(kernels: Kernels, is_small: bool) -> dict[str, list[SmokeCase]]:
     """The cases of each strategy and layout."""
     result: dict[str, list[SmokeCase]] = {}
-    for strategy in newest_first(kernels):
+    chosen = chosen_strategies(kernels)
+    for strategy in sorted(STRATEGIES, key=lambda name: name in chosen):
         missing = set(MAIN_TRAITS)
         for layout in LAYOUTS:
             cases = taken_cases(kernels, strategy, layout)
