@@ -20,35 +20,16 @@ from torch import Tensor
 
 from bench import machine, names
 from bench.cases import DTYPES, Case, Data, Output
+from bench.formulations import (
+    padding_mask,
+    torch_masked_softmax,
+    torch_private_masked_softmax,
+    unfused_softmax,
+)
 from bench.timing import Call, Run, timed_loop
 from masked_softmax_ext import masked_softmax
 
 Softmax = Callable[..., Tensor]
-
-
-def padding_mask(x: Tensor, lengths: Tensor, dim: int = -1) -> Tensor:
-    """True at padding; broadcasts to x. One length for each element of the first dimension."""
-    dim = dim % x.dim()
-    cols = torch.arange(x.size(dim), device=x.device).view(-1, *[1] * (x.dim() - 1 - dim))
-    return cols >= lengths.view(-1, *[1] * (x.dim() - 1))
-
-
-def unfused_softmax(x: Tensor, lengths: Tensor, dim: int = -1) -> Tensor:
-    """The unfused formulation: a mask from the lengths, masked_fill, softmax."""
-    return torch.softmax(x.masked_fill(padding_mask(x, lengths, dim), float("-inf")), dim)
-
-
-def torch_private_masked_softmax(x: Tensor, lengths: Tensor, dim: int = -1) -> Tensor:
-    """torch._masked_softmax; it takes a mask of x's own shape."""
-    mask = padding_mask(x, lengths, dim).expand(x.shape).contiguous()
-    return torch._masked_softmax(x, mask, dim % x.dim(), 2)
-
-
-def torch_masked_softmax(x: Tensor, lengths: Tensor, dim: int = -1) -> Tensor:
-    """torch.masked.softmax; its mask is True at valid elements."""
-    mask = ~padding_mask(x, lengths, dim)
-    result: Tensor = torch.masked.softmax(x, dim, mask=mask)
-    return result
 
 
 @dataclass

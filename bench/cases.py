@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from bench import names
-from masked_softmax_ext.demo.text import LONGEST_SENTENCE, read_sentences
 
 SEED = 20
 DTYPES = ("float32", "bfloat16", "float16")
@@ -109,9 +108,10 @@ def make_lengths(kind: str, count: int, cols: int, seed: int = SEED) -> Tensor:
         return torch.multinomial(weights, count, replacement=True, generator=generator) + 1
     if kind == "sentences":
         # Scaled so that the longest sentence fills all columns.
-        words = torch.tensor(sentence_lengths())
+        sentences, longest = sentence_lengths()
+        words = torch.tensor(sentences)
         chosen = words[torch.randint(0, len(words), (count,), generator=generator)]
-        return (chosen * cols / LONGEST_SENTENCE).round().long().clamp(1, cols)
+        return (chosen * cols / longest).round().long().clamp(1, cols)
     if kind.endswith("%"):
         # Uniform, symmetric about the mean, and as wide as 0..cols allows.
         mean = float(kind[:-1]) / 100
@@ -122,9 +122,12 @@ def make_lengths(kind: str, count: int, cols: int, seed: int = SEED) -> Tensor:
 
 
 @cache
-def sentence_lengths() -> list[int]:
-    """Words in each sentence of Python's documentation."""
-    return [len(sentence) for sentence in read_sentences()]
+def sentence_lengths() -> tuple[list[int], int]:
+    """Words in each sentence of Python's documentation, and their upper bound."""
+    # Not at the top: gpu_bench.py runs before the extension is built.
+    from masked_softmax_ext.demo.text import LONGEST_SENTENCE, read_sentences
+
+    return [len(sentence) for sentence in read_sentences()], LONGEST_SENTENCE
 
 
 @dataclass

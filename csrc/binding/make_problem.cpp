@@ -3,6 +3,8 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/WrapDimUtils.h>
 
+#include "common/row_dimensions.h"
+
 namespace masked_softmax {
 namespace {
 
@@ -59,45 +61,9 @@ int64_t row_index_stride(const std::optional<at::Tensor>& index, int64_t row_dim
   return index->stride(row_dim);
 }
 
-// How far one step along a row dimension moves in each operand.
-struct RowStrides {
-  int64_t output = 0;
-  int64_t inputs[kMaxInputs] = {};
-  int64_t lengths = 0;
-  int64_t starts = 0;
-};
-
-// Calls visit(row_strides, stride) for each operand of the problem.
-template <class Visit>
-void for_each_operand(Problem& problem, const RowStrides& strides, const Visit& visit) {
-  visit(problem.output.row_strides, strides.output);
-  for (int k = 0; k < problem.input_count; ++k) {
-    visit(problem.inputs[k].row_strides, strides.inputs[k]);
-  }
-  visit(problem.lengths.row_strides, strides.lengths);
-  visit(problem.starts.row_strides, strides.starts);
-}
-
-// Adds a row dimension inside of those that the problem has. It is merged with the last one if that keeps every
-// operand's strides.
 void add_row_dimension(Problem& problem, int64_t size, const RowStrides& strides, const char* name) {
-  problem.rows *= size;
-  if (size == 1) {
-    return;
-  }
-  const int last = problem.row_ndim - 1;
-  bool is_merged = last >= 0;
-  for_each_operand(problem, strides, [&](int64_t* row_strides, int64_t stride) {
-    is_merged = is_merged && row_strides[last] == stride * size;
-  });
-  if (!is_merged) {
-    TORCH_CHECK_VALUE(problem.row_ndim < kMaxRowDims, name, "(): expected at most ", kMaxRowDims,
-                      " dimensions that cannot be merged, but got more");
-    problem.row_sizes[problem.row_ndim++] = 1;
-  }
-  const int dim = problem.row_ndim - 1;
-  problem.row_sizes[dim] *= size;
-  for_each_operand(problem, strides, [&](int64_t* row_strides, int64_t stride) { row_strides[dim] = stride; });
+  TORCH_CHECK_VALUE(add_row_dimension(problem, size, strides), name, "(): expected at most ", kMaxRowDims,
+                    " dimensions that cannot be merged, but got more");
 }
 
 }  // namespace

@@ -4,56 +4,28 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import re
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
+# For scripts that pytest does not start.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "helpers"))
+
+from kernel_call import ELEMENT_TYPES as ELEMENT_TYPES
+from kernel_call import OPERATIONS as OPERATIONS
+from kernel_call import ROOT as ROOT
+from kernel_call import STRATEGIES as STRATEGIES
+from kernel_call import TYPE_PAIRS as TYPE_PAIRS
+from kernel_call import make_call
+from kernel_call import read_table as read_table
+
 BUILD = ROOT / "build" / "emulator" / "python"
-DIMS = 8
-MAX_INPUTS = 3
-INPUT_COUNTS = {"Forward": 1, "Backward": 2, "Jvp": 2, "SecondOrder": 3}  # by signature
-C_TYPES = {
-    "float": torch.float32,
-    "double": torch.float64,
-    "bfloat16_t": torch.bfloat16,
-    "float16_t": torch.float16,
-}
-
-
-def read_table(path: str) -> list[list[str]]:
-    """The rows of a table csrc/*/*.inc."""
-    text = (ROOT / "csrc" / path).read_text()
-    rows = re.findall(r"^MASKED_SOFTMAX_\w+\((.*?)\)", text, re.MULTILINE)
-    return [row.split(", ") for row in rows]
-
-
-@dataclass(frozen=True)
-class Operation:
-    name: str
-    inputs: int
-    is_tuned: bool
-
-
-OPERATIONS = {
-    name: Operation(name, INPUT_COUNTS[signature], kernels == "kTuned")
-    for _, name, signature, kernels in read_table("common/operations.inc")
-}
-# Whether a strategy holds rows in registers, by name.
-STRATEGIES = {name: rows == "kHeld" for _, name, rows in read_table("cuda/strategies.inc")}
-ELEMENT_TYPES = [getattr(torch, name) for _, name, *_ in read_table("common/element_types.inc")]
-TYPE_PAIRS = [
-    (C_TYPES[input_t], C_TYPES[output_t])
-    for input_t, output_t, _ in read_table("common/type_pairs.inc")
-]
-
 
 FLAGS = ["-std=c++17", "-Wno-unknown-pragmas", "-ffp-contract=off", "-fPIC", "-g1", "-O1"]
 # Every load and store is checked. Without these flags, kernels run unchecked.
@@ -61,43 +33,6 @@ CHECKED = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
 
 
 Wide = np.ndarray[Any, Any]
-
-
-class CallOperand(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("type", ctypes.c_char_p),
-        ("col_stride", ctypes.c_int64),
-        ("row_strides", ctypes.c_int64 * DIMS),
-    )
-
-
-class CallIndex(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("type", ctypes.c_char_p),
-        ("value", ctypes.c_int64),
-        ("row_strides", ctypes.c_int64 * DIMS),
-    )
-
-
-class Call(ctypes.Structure):
-    _fields_ = (
-        ("operation", ctypes.c_char_p),
-        ("strategy", ctypes.c_char_p),
-        ("has_clusters", ctypes.c_int32),
-        ("seed", ctypes.c_uint32),
-        ("scale", ctypes.c_double),
-        ("cols", ctypes.c_int64),
-        ("row_ndim", ctypes.c_int32),
-        ("row_sizes", ctypes.c_int64 * DIMS),
-        ("output", CallOperand),
-        ("inputs", CallOperand * MAX_INPUTS),
-        ("lengths", CallIndex),
-        ("starts", CallIndex),
-        ("packed_longest", ctypes.c_int64),
-        ("fills_gaps", ctypes.c_int32),
-    )
 
 
 @dataclass
@@ -146,14 +81,25 @@ class Emulator:
         `fills_gaps`: those rows are along the first dimension, and the elements that they do not
         cover become NaN.
         """
-        call = _call(operation, inputs, output, lengths, starts, scale)
-        call.strategy = strategy.encode()
-        call.has_clusters = has_clusters
-        call.seed = seed
-        call.packed_longest = -1 if packed is None else packed
-        call.fills_gaps = fills_gaps
+        call = make_call(
+            operation,
+            inputs,
+            output,
+            lengths,
+            starts,
+            scale=scale,
+            strategy=strategy,
+            packed=packed,
+            fills_gaps=fills_gaps,
+        )
         message = ctypes.create_string_buffer(4096)
-        ran = self._emulate(ctypes.byref(call), message, ctypes.c_size_t(len(message)))
+        ran = self._emulate(
+            ctypes.byref(call),
+            ctypes.c_int32(has_clusters),
+            ctypes.c_uint32(seed),
+            message,
+            ctypes.c_size_t(len(message)),
+        )
         return Emulation(ran.decode(), message.value.decode())
 
     def expected(
@@ -167,57 +113,11 @@ class Emulator:
         scale: float = 1.0,
     ) -> Expected:
         """What tests/kernel/reference.h expects in `output`, of which only the type is used."""
-        call = _call(operation, inputs, output, lengths, starts, scale)
+        call = make_call(operation, inputs, output, lengths, starts, scale=scale)
         shape = (output.shape[:-1].numel(), output.shape[-1])
         results = [np.zeros(shape, np.longdouble) for _ in range(3)]
         self._expected(ctypes.byref(call), *(ctypes.c_void_p(r.ctypes.data) for r in results))
         return Expected(*results)
-
-
-def _call(
-    operation: str,
-    inputs: list[Tensor],
-    output: Tensor,
-    lengths: int | Tensor,
-    starts: int | Tensor,
-    scale: float,
-) -> Call:
-    rows = output.shape[:-1]
-    return Call(
-        operation=operation.encode(),
-        scale=scale,
-        cols=output.shape[-1],
-        row_ndim=len(rows),
-        row_sizes=(ctypes.c_int64 * DIMS)(*rows),
-        output=_operand(output),
-        inputs=(CallOperand * MAX_INPUTS)(*map(_operand, inputs)),
-        lengths=_index(lengths),
-        starts=_index(starts),
-        packed_longest=-1,
-    )
-
-
-def _type_name(tensor: Tensor) -> bytes:
-    return str(tensor.dtype).removeprefix("torch.").encode()
-
-
-def _operand(tensor: Tensor) -> CallOperand:
-    return CallOperand(
-        data=tensor.data_ptr(),
-        type=_type_name(tensor),
-        col_stride=tensor.stride(-1),
-        row_strides=(ctypes.c_int64 * DIMS)(*tensor.stride()[:-1]),
-    )
-
-
-def _index(index: int | Tensor) -> CallIndex:
-    if isinstance(index, int):
-        return CallIndex(type=b"int64", value=index)
-    return CallIndex(
-        data=index.data_ptr(),
-        type=_type_name(index),
-        row_strides=(ctypes.c_int64 * DIMS)(*index.stride()),
-    )
 
 
 def build(
@@ -232,7 +132,7 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     sources = [kernels / "cuda" / name for name in kernel_files]
     checks = CHECKED if is_checked else []
-    objects = _compile(folder, sources, [*checks, f"-I{kernels}", "-x", "c++"])
+    objects = compile_sources(folder, sources, [*checks, f"-I{kernels}", "-x", "c++"])
     library = folder / "emulator.so"
     _run(
         ["g++", "-shared", *map(str, [*objects, *machine]), "-ldl", "-lpthread", "-o", str(library)]
@@ -245,7 +145,7 @@ def build_machine(folder: Path, *, is_checked: bool = True) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     names = ("fibers", "collectives", "asynchronous", "checker", "tsan_hooks", "emulate", "abi")
     sources = [ROOT / "tests" / "emulator" / f"{name}.cpp" for name in names]
-    return _compile(
+    return compile_sources(
         folder,
         sources,
         [
@@ -262,7 +162,7 @@ def kernel_files(kernels: Path) -> list[str]:
     return sorted(path.name for path in found)
 
 
-def _compile(folder: Path, sources: list[Path], flags: list[str]) -> list[Path]:
+def compile_sources(folder: Path, sources: list[Path], flags: list[str]) -> list[Path]:
     def compile_one(source: Path) -> Path:
         to = folder / f"{source.name}.o"
         own = ROOT / "tests" / "emulator"

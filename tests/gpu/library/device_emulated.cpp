@@ -1,0 +1,23 @@
+#include "device.h"
+#include "simt.h"
+
+namespace kernel_library {
+
+using namespace masked_softmax;
+
+cuda::DeviceProperties device_properties() {
+  cuda::DeviceProperties properties;
+  properties.has_clusters = true;
+  return properties;
+}
+
+std::string error_of_launch(cuda::Status status) {
+  std::string error = simt::error();
+  simt::clear_error();
+  if (error.empty() && status != cuda::kSuccess) {
+    error = "the launch failed: " + std::to_string(status);
+  }
+  return error;
+}
+
+}  // namespace kernel_library

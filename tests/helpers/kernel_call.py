@@ -1,0 +1,145 @@
+"""A call of the kernels as C, and the tables of csrc.
+
+The structures mirror tests/kernel/call.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+DIMS = 8
+MAX_INPUTS = 3
+INPUT_COUNTS = {"Forward": 1, "Backward": 2, "Jvp": 2, "SecondOrder": 3}  # by signature
+C_TYPES = {
+    "float": torch.float32,
+    "double": torch.float64,
+    "bfloat16_t": torch.bfloat16,
+    "float16_t": torch.float16,
+}
+
+
+def read_table(path: str) -> list[list[str]]:
+    """The rows of a table csrc/*/*.inc."""
+    text = (ROOT / "csrc" / path).read_text()
+    rows = re.findall(r"^MASKED_SOFTMAX_\w+\((.*?)\)", text, re.MULTILINE)
+    return [row.split(", ") for row in rows]
+
+
+@dataclass(frozen=True)
+class Operation:
+    name: str
+    inputs: int
+    is_tuned: bool
+
+
+OPERATIONS = {
+    name: Operation(name, INPUT_COUNTS[signature], kernels == "kTuned")
+    for _, name, signature, kernels in read_table("common/operations.inc")
+}
+# Whether a strategy holds a row in registers or shared memory, by name, in the order of preference.
+STRATEGIES = {name: rows == "kHeld" for _, name, rows, *_ in read_table("cuda/strategies.inc")}
+ELEMENT_TYPES = [getattr(torch, name) for _, name, *_ in read_table("common/element_types.inc")]
+TYPE_PAIRS = [
+    (C_TYPES[input_t], C_TYPES[output_t])
+    for input_t, output_t, _ in read_table("common/type_pairs.inc")
+]
+
+
+class CallOperand(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("type", ctypes.c_char_p),
+        ("col_stride", ctypes.c_int64),
+        ("row_strides", ctypes.c_int64 * DIMS),
+    )
+
+
+class CallIndex(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("type", ctypes.c_char_p),
+        ("value", ctypes.c_int64),
+        ("row_strides", ctypes.c_int64 * DIMS),
+    )
+
+
+class Call(ctypes.Structure):
+    _fields_ = (
+        ("operation", ctypes.c_char_p),
+        ("strategy", ctypes.c_char_p),
+        ("scale", ctypes.c_double),
+        ("cols", ctypes.c_int64),
+        ("row_ndim", ctypes.c_int32),
+        ("row_sizes", ctypes.c_int64 * DIMS),
+        ("output", CallOperand),
+        ("inputs", CallOperand * MAX_INPUTS),
+        ("lengths", CallIndex),
+        ("starts", CallIndex),
+        ("packed_longest", ctypes.c_int64),
+        ("fills_gaps", ctypes.c_int32),
+    )
+
+
+def make_call(
+    operation: str,
+    inputs: list[Tensor],
+    output: Tensor,
+    lengths: int | Tensor,
+    starts: int | Tensor = 0,
+    *,
+    scale: float = 1.0,
+    strategy: str = "automatic",
+    packed: int | None = None,
+    fills_gaps: bool = False,
+) -> Call:
+    """Columns are the last dimension; lengths and starts have the rows' shape.
+
+    `packed`: no row is longer, and rows lie end to end, so that all have the same address.
+    `fills_gaps`: those rows are along the first dimension, and the elements that they do not cover
+    become NaN.
+    """
+    rows = output.shape[:-1]
+    return Call(
+        operation=operation.encode(),
+        strategy=strategy.encode(),
+        scale=scale,
+        cols=output.shape[-1],
+        row_ndim=len(rows),
+        row_sizes=(ctypes.c_int64 * DIMS)(*rows),
+        output=_operand(output),
+        inputs=(CallOperand * MAX_INPUTS)(*map(_operand, inputs)),
+        lengths=_index(lengths),
+        starts=_index(starts),
+        packed_longest=-1 if packed is None else packed,
+        fills_gaps=fills_gaps,
+    )
+
+
+def _type_name(tensor: Tensor) -> bytes:
+    return str(tensor.dtype).removeprefix("torch.").encode()
+
+
+def _operand(tensor: Tensor) -> CallOperand:
+    return CallOperand(
+        data=tensor.data_ptr(),
+        type=_type_name(tensor),
+        col_stride=tensor.stride(-1),
+        row_strides=(ctypes.c_int64 * DIMS)(*tensor.stride()[:-1]),
+    )
+
+
+def _index(index: int | Tensor) -> CallIndex:
+    if isinstance(index, int):
+        return CallIndex(type=b"int64", value=index)
+    return CallIndex(
+        data=index.data_ptr(),
+        type=_type_name(index),
+        row_strides=(ctypes.c_int64 * DIMS)(*index.stride()),
+    )
