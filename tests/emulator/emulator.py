@@ -22,10 +22,20 @@ from kernel_call import OPERATIONS as OPERATIONS
 from kernel_call import ROOT as ROOT
 from kernel_call import STRATEGIES as STRATEGIES
 from kernel_call import TYPE_PAIRS as TYPE_PAIRS
+from kernel_call import can_be_held as can_be_held
 from kernel_call import make_call
+from kernel_call import name_of as name_of
 from kernel_call import read_table as read_table
 
 BUILD = ROOT / "build" / "emulator" / "python"
+
+
+def max_cols(strategy: str, operation: str) -> int:
+    """The longest row that a strategy can hold in registers: launch_plan.h."""
+    elems_per_thread = 32 // OPERATIONS[operation].inputs
+    threads = {"lanes": 32, "block": 512, "cluster": 8 * 512}
+    return threads[strategy] * elems_per_thread if strategy in threads else 1 << 40
+
 
 FLAGS = ["-std=c++17", "-Wno-unknown-pragmas", "-ffp-contract=off", "-fPIC", "-g1", "-O1"]
 # Every load and store is checked. Without these flags, kernels run unchecked.
@@ -73,6 +83,7 @@ class Emulator:
         packed: int | None = None,
         fills_gaps: bool = False,
         has_clusters: bool = True,
+        sm_count: int = 0,
         seed: int = 0,
     ) -> Emulation:
         """Fills `output`. Columns are the last dimension; lengths and starts have the rows' shape.
@@ -80,6 +91,7 @@ class Emulator:
         `packed`: no row is longer, and rows lie end to end, so that all have the same address.
         `fills_gaps`: those rows are along the first dimension, and the elements that they do not
         cover become NaN.
+        `sm_count`: the device's, to which some grids are limited; 0: they are not.
         """
         call = make_call(
             operation,
@@ -96,6 +108,7 @@ class Emulator:
         ran = self._emulate(
             ctypes.byref(call),
             ctypes.c_int32(has_clusters),
+            ctypes.c_int32(sm_count),
             ctypes.c_uint32(seed),
             message,
             ctypes.c_size_t(len(message)),

@@ -46,10 +46,18 @@ OPERATIONS = {
 # Whether a strategy holds a row in registers or shared memory, by name, in the order of preference.
 STRATEGIES = {name: rows == "kHeld" for _, name, rows, *_ in read_table("cuda/strategies.inc")}
 ELEMENT_TYPES = [getattr(torch, name) for _, name, *_ in read_table("common/element_types.inc")]
-TYPE_PAIRS = [
-    (C_TYPES[input_t], C_TYPES[output_t])
-    for input_t, output_t, _ in read_table("common/type_pairs.inc")
-]
+# The passes for which CUDA has kernels of held rows, by pair.
+TYPE_PAIRS = {
+    (C_TYPES[input_t], C_TYPES[output_t]): passes
+    for input_t, output_t, passes in read_table("common/type_pairs.inc")
+}
+
+
+def can_be_held(dtypes: tuple[torch.dtype, torch.dtype], operation: str) -> bool:
+    """Whether CUDA has kernels of held rows for an operation and a pair of types."""
+    traits = OPERATIONS[operation]
+    own_pass = "kForward" if traits.inputs == 1 else "kBackward"
+    return traits.is_tuned and TYPE_PAIRS.get(dtypes, "kNone") in (own_pass, "kBoth")
 
 
 class CallOperand(ctypes.Structure):
@@ -122,8 +130,12 @@ def make_call(
     )
 
 
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _type_name(tensor: Tensor) -> bytes:
-    return str(tensor.dtype).removeprefix("torch.").encode()
+    return name_of(tensor.dtype).encode()
 
 
 def _operand(tensor: Tensor) -> CallOperand:
