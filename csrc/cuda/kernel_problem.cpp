@@ -3,6 +3,9 @@
 namespace masked_softmax::cuda {
 namespace {
 
+// The kernels add the rows of a grid to a row's number.
+constexpr int64_t kMaxPlainRows = int64_t{1} << 30;
+
 bool fits_in_32_bits(int64_t value) { return value == static_cast<int32_t>(value); }
 
 // Whether a row's stride in bytes fits in 32 bits, and rows begin at multiples of `alignment_bytes`.
@@ -43,7 +46,7 @@ bool are_plain(const Problem& problem, int elems_per_vector) {
       lengths.data == nullptr ||
       ((lengths.type == ElementType::kInt64 || lengths.type == ElementType::kInt32) &&
        is_plain(problem, lengths.data, size_bytes(lengths.type), lengths.row_strides, size_bytes(lengths.type)));
-  const bool is_small = problem.row_ndim <= 2 && fits_in_32_bits(problem.rows) && fits_in_32_bits(problem.cols) &&
+  const bool is_small = problem.row_ndim <= 2 && problem.rows <= kMaxPlainRows && fits_in_32_bits(problem.cols) &&
                         problem.input_count <= 2;
   const bool has_starts = problem.starts.data != nullptr || problem.starts.value != 0;
   if (!has_plain_lengths || !is_small || has_starts || problem.cols % elems_per_vector != 0 ||
