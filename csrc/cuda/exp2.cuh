@@ -2,7 +2,8 @@
 //
 // float32 results use the polynomial, in fused multiply-adds. For d = scale * (x - max), a result may be off by
 // (4 + |d|) * eps. The GPU's approximate instruction alone may be off by 2 eps, half of the 4; the polynomial is off by
-// 0.02 eps, and has the same bits on every GPU. 16-bit results, rounded to 8 or 11 bits, use the instruction.
+// 0.02 eps, and has the same bits on every GPU. 16-bit results, rounded to 8 or 11 bits, use the instruction, but for
+// log_softmax.
 #pragma once
 
 #include "cuda/groups.cuh"

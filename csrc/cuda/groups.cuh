@@ -275,9 +275,8 @@ MASKED_SOFTMAX_DEVICE Partial reduce_chunks(unsigned chunks, unsigned width, con
 }
 
 // A cluster of blocks, each with a chunk of the row. A block stores its partial in its own shared memory; after a
-// cluster barrier every warp loads all blocks' partials. release() comes after the last
-// reduction of a row, and sync() before a block returns or begins the next row: so no block changes its partials while
-// others load them.
+// cluster barrier every warp loads all blocks' partials. release() comes after the last reduction of a row, and sync()
+// before a block returns or begins the next row: so no block changes its partials while others load them.
 template <class acc_t>
 class ClusterGroup : public BlockGroup<acc_t> {
  public:

@@ -9,8 +9,11 @@
 //   plain_lanes      1, 8 or 32 lanes of a warp hold each of a few plain rows (PlainRows in kernel_problem.h)
 //   plain_block      a block holds a plain row
 //   plain_cluster    a cluster of blocks holds a plain row, each block a chunk of it
-//   any_held_rows    the same for rows of contiguous columns in any place, and rows that a cluster of blocks or several
-//                    launches hold, each block with a chunk of the row
+//   any_held_rows    all of these for contiguous rows in any place; and split rows, plain or not, whose chunks are held
+//                    by the blocks of a launch for each reduction and one for the results
+//
+// plain_lanes and plain_block are launched with as many blocks as run at once. These loop over the rows, and load the
+// lengths of the next ones ahead.
 //
 // Who holds what. A vector is kElems elements, 16 bytes of the widest operand. Thread t of the n that share a chunk
 // holds its vectors t, t + n, t + 2n, ..., counted from the row's first valid column. A warp that holds none but absent

@@ -43,7 +43,7 @@ struct RowConstants {
 };
 
 // kAll: one launch does all of a row's reductions. The others: a launch for each reduction of a split row, and one for
-// the results; see held_rows.cuh.
+// the results: launch_held_rows() in held_rows.cuh.
 enum class Pass : uint8_t { kAll, kMaxima, kSums, kResults };
 
 // Plain rows, the common case, in 32-bit numbers: rows are found in two dimensions, each begins at a multiple of a

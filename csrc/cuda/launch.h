@@ -1,18 +1,19 @@
 // Computes a problem on the GPU. The folder, from the call to the arithmetic:
 //
-//   launch.cu                   the choice of kernels by strategy and types
+//   launch.cu                   the choice of kernels by types and strategy
 //   strategies.inc              the table of strategies
 //   launch_plan.h               strategy, grid and block from a row's size, and the order of its sums
 //   device_properties.h         what the plan must know of the device
 //   kernel_problem.h            a kernel's argument
 //   held_*.cu                   the kernels of held rows for one type pair
-//   held_rows.cuh               held rows, which threads hold in registers: lanes, block, cluster, split
+//   held_rows.cuh               held rows, which threads hold in registers: lanes, block, cluster, split; their launch
 //   strided_rows.cuh            rows of any types and layout: column, strided
 //   packed_gaps.cuh             NaN in the elements that no packed row covers
 //   groups.cuh, row.cuh         threads that share a row; where a row lies
 //   exp2.cuh                    exponentials
 //   vector_access.cuh           16-byte accesses
 //   device.cuh                  the GPU's own instructions
+//   runtime.h                   the CUDA runtime, for code without kernels
 #pragma once
 
 #include "common/problem.h"

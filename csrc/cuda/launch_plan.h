@@ -2,8 +2,8 @@
 //
 // A row is summed in one order (SumOrder): that of the first strategy that can hold a row of its size. It depends on
 // the longest length, the types and the number of inputs; for rows that no block holds, also on whether the device has
-// clusters, and on whether a grid can have a cluster for each row (it can for up to 2^28 rows). It does not depend on
-// the layout: kColumn and kStrided follow it, so a row has the same bits in any layout, and with either of the two
+// clusters, and on whether a grid can have a cluster for each row (it can for fewer than 2^28 rows). It does not depend
+// on the layout: kColumn and kStrided follow it, so a row has the same bits in any layout, and with either of the two
 // forced. Only a forced strategy that holds rows takes its own order.
 #pragma once
 
@@ -117,7 +117,7 @@ struct LaunchPlan {
 constexpr int kPartialWords = 4;
 
 constexpr int kWarpThreads = 32;
-constexpr int kMaxBlockThreads = 512;  // two blocks fit an SM, so that one loads while the other computes
+constexpr int kMaxBlockThreads = 512;  // each may have 128 of an SM's 65536 registers
 constexpr int64_t kMaxBlocks = 0x7fffffff;
 constexpr unsigned kMaxClusterBlocks = 8;  // portable: every device with clusters supports it
 constexpr int kLanesThreads = 128;         // of a block, per strategy

@@ -1,8 +1,8 @@
 // Rows of any types and layout, for every operation, read again in every pass: element by element, as each may be in
 // another cache line.
 //
-//   column_rows      unit row stride (the softmax dimension is not the last): a warp takes 32 rows, and loads 32
-//                    adjacent elements at a time; the block's warps share the columns
+//   column_rows      unit row stride (the softmax dimension is not the last): a block takes 32 rows, one for each lane;
+//                    a warp loads 32 adjacent elements at a time, and the warps share the columns
 //   strided_lanes    everything else, short rows: a part of a warp takes a row
 //   strided_rows     everything else, long rows: a block takes a row
 //

@@ -9,8 +9,8 @@
 //   elements           |- vector 0 ----|- vector 1 ----|- vector 2
 //
 // A load reads both; the neighbouring lane reads one of them too, from cache. For a store, the previous lane passes its
-// part by a shuffle. Accesses at the ends, which reach into other memory, go element by element: no byte outside of the
-// elements is read or written.
+// part by a shuffle. No byte outside of the elements is read or written: where an access would reach into other memory,
+// elements go one by one, but for the loads of a tail, which take an access for each power of two.
 //
 // Loads come in two steps. begin_loads() issues a thread's whole aligned accesses without a branch between them, so
 // that all are in flight together; finish_loads() reads the elements at the ends, and everything else that is not
