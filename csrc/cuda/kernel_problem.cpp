@@ -48,7 +48,7 @@ bool are_plain(const Problem& problem, int elems_per_vector) {
        is_plain(problem, lengths.data, size_bytes(lengths.type), lengths.row_strides, size_bytes(lengths.type)));
   const bool is_small = problem.row_ndim <= 2 && problem.rows <= kMaxPlainRows && fits_in_32_bits(problem.cols) &&
                         problem.input_count <= 2;
-  const bool has_starts = problem.starts.data != nullptr || problem.starts.value != 0;
+  const bool has_starts = problem.packing.is_packed || problem.starts.data != nullptr || problem.starts.value != 0;
   if (!has_plain_lengths || !is_small || has_starts || problem.cols % elems_per_vector != 0 ||
       !has_contiguous_columns(problem)) {
     return false;
