@@ -56,6 +56,7 @@ class RecordedLaunch(ctypes.Structure):
         ("blocks", ctypes.c_uint32),
         ("threads_per_block", ctypes.c_uint32),
         ("cluster_size", ctypes.c_uint32),
+        ("shared_bytes", ctypes.c_uint32),
         ("argument_bytes", ctypes.c_uint32),
         ("argument", ctypes.c_uint8 * 4096),
     )
@@ -77,6 +78,7 @@ class KernelLaunch:
     blocks: int
     threads_per_block: int
     cluster_size: int
+    shared_bytes: int  # dynamic
     argument: bytes
 
 
@@ -112,6 +114,7 @@ class Launches:
                 launch.blocks,
                 launch.threads_per_block,
                 launch.cluster_size,
+                launch.shared_bytes,
                 bytes(launch.argument)[: launch.argument_bytes],
             )
             for launch in recorded.launches[: recorded.launch_count]

@@ -56,15 +56,17 @@ _CONSTANT_BYTES = 8192
 class _LaunchConstants:
     block: int
     grid: int
-    cluster: int | None
     stack: int  # the address where a thread's stack begins
+    cluster: (
+        tuple[int, int, int] | None
+    )  # the inverse of a cluster's size in float32; the number of clusters; the size
 
 
 _LAUNCH_CONSTANTS = {
-    8: _LaunchConstants(0x0, 0xC, None, 0x28),
-    9: _LaunchConstants(0x0, 0xC, 0x188, 0x28),
-    10: _LaunchConstants(0x360, 0x370, 0x2CC, 0x37C),
-    12: _LaunchConstants(0x360, 0x370, 0x2CC, 0x37C),
+    8: _LaunchConstants(0x0, 0xC, 0x28, None),
+    9: _LaunchConstants(0x0, 0xC, 0x28, (0x150, 0x15C, 0x188)),
+    10: _LaunchConstants(0x360, 0x370, 0x37C, (0x2B0, 0x2C0, 0x2CC)),
+    12: _LaunchConstants(0x360, 0x370, 0x37C, (0x2B0, 0x2C0, 0x2CC)),
 }
 
 
@@ -302,21 +304,21 @@ class Model:
                 launch.threads_per_block,
                 blocks,
                 launch.cluster_size,
-                kernel.shared_bytes,
+                kernel.shared_bytes + launch.shared_bytes,
             ),
             call.memory,
             _constant_banks(kernel, launch),
         )
         machine.run()
-        blocks_per_sm = kernel.blocks_per_sm(launch.threads_per_block)
+        blocks_per_sm = kernel.blocks_per_sm(launch.threads_per_block, launch.shared_bytes)
         warps = blocks_per_sm * -(-launch.threads_per_block // WARP_THREADS)
         return KernelRun(
             kernel,
             len(blocks),
             machine.issued,
             blocks_per_sm,
-            int(machine.most_pending_loads.max()),
-            int(machine.most_pending_bytes.mean() * warps),
+            int(machine.in_flight.vectors.max()),
+            int(machine.in_flight.bytes.mean() * warps),
         )
 
 
@@ -342,7 +344,10 @@ def _constant_banks(kernel: Kernel, launch: launches.KernelLaunch) -> dict[int, 
     for place, size in ((places.block, launch.threads_per_block), (places.grid, launch.blocks)):
         words[place // 4 : place // 4 + 3] = (size, 1, 1)
     if places.cluster is not None:
-        words[places.cluster // 4] = launch.cluster_size
+        inverse, count, size = (place // 4 for place in places.cluster)
+        constants.view(np.float32)[inverse] = 1 / launch.cluster_size
+        words[count] = launch.blocks // launch.cluster_size
+        words[size] = launch.cluster_size
     words[places.stack // 4] = LOCAL_BYTES
     argument = np.frombuffer(launch.argument, np.uint8)
     constants[kernel.argument_offset : kernel.argument_offset + argument.size] = argument

@@ -723,8 +723,8 @@ def test_loads_are_in_flight_until_their_scoreboard_is_waited_for(
             5: control(wait=3),
         },
     )
-    assert machine.most_pending_loads.tolist() == [in_flight]
-    assert machine.most_pending_bytes.tolist() == [in_flight * 512]
+    assert machine.in_flight.vectors.tolist() == [in_flight]
+    assert machine.in_flight.bytes.tolist() == [in_flight * 512]
 
 
 def test_lanes_that_load_the_same_bytes_count_once() -> None:
@@ -736,7 +736,7 @@ def test_lanes_that_load_the_same_bytes_count_once() -> None:
         constants=np.full(8, address, np.uint64),
         encodings={1: control(write=0)},
     )
-    assert machine.most_pending_bytes.tolist() == [8]
+    assert machine.in_flight.bytes.tolist() == [8]
 
 
 # What is not known

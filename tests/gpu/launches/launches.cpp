@@ -50,6 +50,7 @@ struct RecordedLaunch {
   uint32_t blocks;
   uint32_t threads_per_block;
   uint32_t cluster_size;
+  uint32_t shared_bytes;  // dynamic
   uint32_t argument_bytes;
   uint8_t argument[4096];
 };
@@ -120,8 +121,7 @@ Problem problem_of(const Call& call) {
 
 namespace launches {
 
-void record(const void* kernel, unsigned blocks, unsigned threads_per_block, unsigned cluster_size,
-            const void* argument, size_t argument_bytes) {
+void record(const void* kernel, const cuda::LaunchPlan& plan, const void* argument, size_t argument_bytes) {
   if (recording->launch_count == kMaxLaunches || argument_bytes > sizeof(RecordedLaunch::argument)) {
     throw std::length_error("more launches, or a larger argument, than Plan holds");
   }
@@ -131,9 +131,10 @@ void record(const void* kernel, unsigned blocks, unsigned threads_per_block, uns
     throw std::runtime_error("a kernel without a name: it must have external linkage");
   }
   std::strncpy(launch.kernel, symbol.dli_sname, sizeof(launch.kernel) - 1);
-  launch.blocks = blocks;
-  launch.threads_per_block = threads_per_block;
-  launch.cluster_size = cluster_size;
+  launch.blocks = plan.blocks;
+  launch.threads_per_block = plan.threads_per_block;
+  launch.cluster_size = plan.cluster_size;
+  launch.shared_bytes = plan.shared_bytes;
   launch.argument_bytes = static_cast<uint32_t>(argument_bytes);
   std::memcpy(launch.argument, argument, argument_bytes);
 }

@@ -12,6 +12,7 @@ Array = np.ndarray[Any, Any]
 
 # Regions begin at multiples of this, so that an address tells its region.
 REGION_BITS = 40
+_VECTOR_BYTES = 16
 
 
 class Region:
@@ -46,6 +47,22 @@ class Region:
 
     def within_data(self, offsets: Array) -> Array:
         return offsets % self.data.size if self.is_periodic else offsets
+
+
+def load_words(data: Array, rows: Array, offsets: Array, width: int) -> list[Array]:
+    """Words of 4 bytes, or of `width` bytes if that is less."""
+    word_bytes = min(width, 4)
+    words = data.view(f"u{word_bytes}")
+    first = offsets // word_bytes
+    return [words[rows, first + k].astype(np.uint32) for k in range(max(1, width // 4))]
+
+
+def store_words(data: Array, rows: Array, offsets: Array, width: int, values: list[Array]) -> None:
+    word_bytes = min(width, 4)
+    words = data.view(f"u{word_bytes}")
+    first = offsets // word_bytes
+    for k, value in enumerate(values):
+        words[rows, first + k] = value.astype(words.dtype)
 
 
 class Memory:
@@ -98,3 +115,15 @@ class Memory:
             chosen = slice(None) if len(groups) == 1 else numbers == number
             result.append((self.regions[number - 1], chosen))
         return result
+
+    def load_bytes(self, address: int, size_bytes: int) -> Array:
+        words = self.load(_vectors(address, size_bytes), _VECTOR_BYTES)
+        return np.stack(words, axis=1).reshape(-1).view(np.uint8)
+
+    def store_bytes(self, address: int, data: Array) -> None:
+        words = data.view(np.uint32).reshape(-1, _VECTOR_BYTES // 4)
+        self.store(_vectors(address, data.size), _VECTOR_BYTES, list(words.T))
+
+
+def _vectors(address: int, size_bytes: int) -> Array:
+    return np.arange(address, address + size_bytes, _VECTOR_BYTES, dtype=np.uint64)

@@ -9,8 +9,8 @@
 namespace launches {
 
 // The kernel's address names it; the argument is what the kernel takes by value.
-void record(const void* kernel, unsigned blocks, unsigned threads_per_block, unsigned cluster_size,
-            const void* argument, size_t argument_bytes);
+void record(const void* kernel, const masked_softmax::cuda::LaunchPlan& plan, const void* argument,
+            size_t argument_bytes);
 
 }  // namespace launches
 
@@ -18,8 +18,7 @@ namespace masked_softmax::cuda {
 
 template <class Argument>
 Status launch(void (*kernel)(Argument), const LaunchPlan& plan, Stream /*stream*/, const Argument& argument) {
-  launches::record(reinterpret_cast<const void*>(kernel), plan.blocks, plan.threads_per_block, plan.cluster_size,
-                   &argument, sizeof(Argument));
+  launches::record(reinterpret_cast<const void*>(kernel), plan, &argument, sizeof(Argument));
   return kSuccess;
 }
 
