@@ -44,15 +44,19 @@ struct Sum {
   acc_t words[kWords] = {0, 0};
 
   MASKED_SOFTMAX_DEVICE void add(acc_t value) { words[1] += add_to_high(value); }
-  // The values are first added to each other, in pairs.
+  // The sum of values in a binary tree.
+  template <int kCount>
+  MASKED_SOFTMAX_DEVICE static acc_t pairwise(const acc_t (&values)[kCount]) {
+    return pairwise_from<0, kCount>(values);
+  }
   template <int kCount>
   MASKED_SOFTMAX_DEVICE void add(const acc_t (&values)[kCount]) {
-    add(pairwise<0, kCount>(values));
+    add(pairwise(values));
   }
   // The same where the sum is 0 before.
   template <int kCount>
   MASKED_SOFTMAX_DEVICE void set(const acc_t (&values)[kCount]) {
-    words[0] = pairwise<0, kCount>(values);
+    words[0] = pairwise(values);
   }
   // a.combine(b) and b.combine(a) give the same bits, as add_to_high() finds the exact error in either order. The two
   // lanes of a shuffle each combine the other's partial with their own, and need the same result.
@@ -73,11 +77,12 @@ struct Sum {
   }
 
   template <int kFirst, int kCount, int kAll>
-  MASKED_SOFTMAX_DEVICE static acc_t pairwise(const acc_t (&values)[kAll]) {
+  MASKED_SOFTMAX_DEVICE static acc_t pairwise_from(const acc_t (&values)[kAll]) {
     if constexpr (kCount == 1) {
       return values[kFirst];
     } else {
-      return pairwise<kFirst, kCount / 2>(values) + pairwise<kFirst + kCount / 2, kCount - kCount / 2>(values);
+      return pairwise_from<kFirst, kCount / 2>(values) +
+             pairwise_from<kFirst + kCount / 2, kCount - kCount / 2>(values);
     }
   }
 };

@@ -337,8 +337,6 @@ class Forward {
     }
   }
 
-  MASKED_SOFTMAX_DEVICE void release() const { group_.release(); }
-
   const Group& group_;
   const KernelProblem& kernel_problem_;
   const RowConstants<acc_t>& constants_;

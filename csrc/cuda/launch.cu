@@ -24,7 +24,9 @@ enum class Directions { kNone, kForward, kBackward, kBoth };
 
 template <class input_t, class output_t, Directions kDirections>
 constexpr TypePair type_pair() {
-  static_assert(RowTypes<input_t, output_t>::kElems <= kMaxVectorElems, "strided rows follow the order of held ones");
+  static_assert(RowTypes<input_t, output_t>::kElems % kTileElems<typename RowTypes<input_t, output_t>::acc_t> == 0 &&
+                    RowTypes<input_t, output_t>::kElems / kTileElems<typename RowTypes<input_t, output_t>::acc_t> <= 2,
+                "strided rows add up a vector of held ones in one or two tiles");
   TypePair pair = {ElementTraits<input_t>::kType, ElementTraits<output_t>::kType, RowTypes<input_t, output_t>::kElems,
                    nullptr, nullptr};
   if constexpr (kDirections == Directions::kForward || kDirections == Directions::kBoth) {

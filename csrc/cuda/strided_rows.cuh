@@ -24,21 +24,22 @@
 
 namespace masked_softmax::cuda {
 
-constexpr int kMaxVectorElems = 8;
-
-// The elements of one of SumOrder's vectors, and zeros after them, which do not change its sum.
+// Elements that a thread loads at a time: a part of one of SumOrder's vectors.
 template <class acc_t>
-using VectorValues = acc_t[kMaxVectorElems];
+constexpr int kTileElems = sizeof(acc_t) == 8 ? 2 : 4;
+
+// Behind a row's last element there are zeros, which do not change a sum.
+template <class acc_t>
+using TileValues = acc_t[kTileElems<acc_t>];
 
 // Loads `count` elements from `offset` on, and zeros after them. The type is dispatched once for all of them, so that
 // their loads overlap.
 template <class acc_t>
-MASKED_SOFTMAX_DEVICE void load_elements(const Operand& operand, int64_t offset, int count,
-                                         VectorValues<acc_t>& values) {
+MASKED_SOFTMAX_DEVICE void load_elements(const Operand& operand, int64_t offset, int count, TileValues<acc_t>& values) {
   visit_element_type(operand.type, [&](auto element) MASKED_SOFTMAX_DEVICE_LAMBDA {
     const auto* first = in_device_memory(static_cast<const decltype(element)*>(operand.data)) + offset;
     MASKED_SOFTMAX_UNROLL
-    for (int i = 0; i < kMaxVectorElems; ++i) {
+    for (int i = 0; i < kTileElems<acc_t>; ++i) {
       values[i] = i < count ? static_cast<acc_t>(widen(first[i * operand.col_stride])) : acc_t{0};
     }
   });
@@ -46,12 +47,12 @@ MASKED_SOFTMAX_DEVICE void load_elements(const Operand& operand, int64_t offset,
 
 template <class acc_t>
 MASKED_SOFTMAX_DEVICE void store_elements(const Operand& operand, int64_t offset, int count,
-                                          const VectorValues<acc_t>& values) {
+                                          const TileValues<acc_t>& values) {
   visit_element_type_of<ElementKind::kFloating>(operand.type, [&](auto element) MASKED_SOFTMAX_DEVICE_LAMBDA {
     using T = decltype(element);
     T* const first = in_device_memory(static_cast<T*>(operand.data)) + offset;
     MASKED_SOFTMAX_UNROLL
-    for (int i = 0; i < kMaxVectorElems; ++i) {
+    for (int i = 0; i < kTileElems<acc_t>; ++i) {
       if (i < count) {
         first[i * operand.col_stride] = narrow<T>(values[i]);
       }
@@ -84,7 +85,7 @@ class StridedRow {
   }
 
  private:
-  using Values = VectorValues<acc_t>;
+  using Values = TileValues<acc_t>;
   static constexpr bool kCanApproximate = std::is_same_v<acc_t, float>;
 
   // Valid columns [first, first + count).
@@ -99,14 +100,14 @@ class StridedRow {
 
   MASKED_SOFTMAX_DEVICE int count_from(int64_t first) const {
     const int64_t rest = row_.length - first;
-    return rest < order_.elems ? static_cast<int>(rest < 0 ? 0 : rest) : order_.elems;
+    return rest < kTileElems<acc_t> ? static_cast<int>(rest < 0 ? 0 : rest) : kTileElems<acc_t>;
   }
 
-  // Calls visit(first, count) for this thread's share of the valid columns, a vector at a time.
+  // Calls visit(first, count) for this thread's share of the valid columns, a tile at a time.
   template <class Visitor>
-  MASKED_SOFTMAX_DEVICE void for_each_vector(const Visitor& visit) const {
-    const int64_t step = int64_t{group_.threads()} * order_.elems;
-    for (int64_t first = int64_t{group_.thread()} * order_.elems; first < row_.length; first += step) {
+  MASKED_SOFTMAX_DEVICE void for_each_tile(const Visitor& visit) const {
+    const int64_t step = int64_t{group_.threads()} * kTileElems<acc_t>;
+    for (int64_t first = int64_t{group_.thread()} * kTileElems<acc_t>; first < row_.length; first += step) {
       visit(first, count_from(first));
     }
   }
@@ -150,10 +151,15 @@ class StridedRow {
       const unsigned order_thread = group_.thread() * count + i;
       Sum<acc_t> sum;
       for (int k = 0; order_thread < static_cast<unsigned>(order_.threads) && k < order_.vectors; ++k) {
-        const int64_t first = chunk_begin + (int64_t{k} * order_.threads + order_thread) * order_.elems;
-        Values terms = {};
-        compute_terms(first, count_from(first), terms);
-        sum.add(terms);
+        const int64_t vector_begin = chunk_begin + (int64_t{k} * order_.threads + order_thread) * order_.elems;
+        acc_t of_vector = 0;
+        for (int first = 0; first < order_.elems; first += kTileElems<acc_t>) {
+          Values terms = {};
+          compute_terms(vector_begin + first, count_from(vector_begin + first), terms);
+          const acc_t of_tile = Sum<acc_t>::pairwise(terms);
+          of_vector = first == 0 ? of_tile : of_vector + of_tile;
+        }
+        sum.add(of_vector);
       }
       tree.add(sum);
     }
@@ -185,11 +191,11 @@ class StridedRow {
 
   MASKED_SOFTMAX_DEVICE void forward() const {
     Max<acc_t> max;
-    for_each_vector([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
+    for_each_tile([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
       Values x;
       load(0, first, count, x);
       MASKED_SOFTMAX_UNROLL
-      for (int i = 0; i < kMaxVectorElems; ++i) {
+      for (int i = 0; i < kTileElems<acc_t>; ++i) {
         if (i < count) {
           max.add(x[i] * constants_.factor);
         }
@@ -213,15 +219,15 @@ class StridedRow {
       Values x;
       load(0, first, count, x);
       MASKED_SOFTMAX_UNROLL
-      for (int i = 0; i < kMaxVectorElems; ++i) {
+      for (int i = 0; i < kTileElems<acc_t>; ++i) {
         terms[i] = i < count ? exponential(x[i] * constants_.factor) : acc_t{0};
       }
     }));
-    for_each_vector([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
+    for_each_tile([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
       Values x;
       load(0, first, count, x);
       MASKED_SOFTMAX_UNROLL
-      for (int i = 0; i < kMaxVectorElems; ++i) {
+      for (int i = 0; i < kTileElems<acc_t>; ++i) {
         x[i] = exponential(x[i] * constants_.factor) * inverse;
       }
       store(first, count, x);
@@ -235,18 +241,18 @@ class StridedRow {
       Values x;
       load(0, first, count, x);
       MASKED_SOFTMAX_UNROLL
-      for (int i = 0; i < kMaxVectorElems; ++i) {
+      for (int i = 0; i < kTileElems<acc_t>; ++i) {
         if (i < count) {
           terms[i] = terms_of.rest_term(x[i] * constants_.factor, max_count);
         }
       }
     });
     const acc_t log_sum = terms_of.value(rest, reduced(max_count).value());
-    for_each_vector([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
+    for_each_tile([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
       Values x;
       load(0, first, count, x);
       MASKED_SOFTMAX_UNROLL
-      for (int i = 0; i < kMaxVectorElems; ++i) {
+      for (int i = 0; i < kTileElems<acc_t>; ++i) {
         x[i] = fused_multiply_add(x[i] * constants_.factor - row_max, constants_.scale, -log_sum);
       }
       store(first, count, x);
@@ -266,7 +272,7 @@ class StridedRow {
     }
     visit_own_operation<false>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
       MASKED_SOFTMAX_UNROLL
-      for (int i = 0; i < kMaxVectorElems; ++i) {
+      for (int i = 0; i < kTileElems<acc_t>; ++i) {
         const acc_t in[kMaxInputs] = {a[i], b[i], c[i]};
         visit(Formula<decltype(operation)::value>(), i, in);
       }
@@ -296,7 +302,7 @@ class StridedRow {
       sums[0] = s == 0 ? total : sums[0];
       sums[1] = total;
     }
-    for_each_vector([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
+    for_each_tile([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
       Values results;
       for_each_input(first, count, [&](auto formula, int i, const acc_t* in) MASKED_SOFTMAX_DEVICE_LAMBDA {
         results[i] = decltype(formula)::result(in, sums, constants_.scale, exp);
@@ -308,7 +314,7 @@ class StridedRow {
   MASKED_SOFTMAX_DEVICE void fill_padding() const {
     Values padding;
     MASKED_SOFTMAX_UNROLL
-    for (int i = 0; i < kMaxVectorElems; ++i) {
+    for (int i = 0; i < kTileElems<acc_t>; ++i) {
       padding[i] = row_.is_valid ? constants_.padding : std::numeric_limits<acc_t>::quiet_NaN();
     }
     for (int64_t col = group_.thread(); col < problem_.cols; col += group_.threads()) {
