@@ -28,19 +28,25 @@ namespace masked_softmax::cuda {
 template <class acc_t>
 constexpr int kTileElems = sizeof(acc_t) == 8 ? 2 : 4;
 
-// Behind a row's last element there are zeros, which do not change a sum.
+// Behind a row's last element there are absent ones: -inf in a forward pass, 0 in a derivative. Their terms are zeros,
+// which do not change a sum.
 template <class acc_t>
 using TileValues = acc_t[kTileElems<acc_t>];
 
-// Loads `count` elements from `offset` on, and zeros after them. The type is dispatched once for all of them, so that
-// their loads overlap.
+// Loads `count` elements from `offset` on, and `absent` after them. The type is dispatched once for all of them, so
+// that their loads overlap.
 template <class acc_t>
-MASKED_SOFTMAX_DEVICE void load_elements(const Operand& operand, int64_t offset, int count, TileValues<acc_t>& values) {
+MASKED_SOFTMAX_DEVICE void load_elements(const Operand& operand, int64_t offset, int count, acc_t absent,
+                                         TileValues<acc_t>& values) {
   visit_element_type(operand.type, [&](auto element) MASKED_SOFTMAX_DEVICE_LAMBDA {
-    const auto* first = in_device_memory(static_cast<const decltype(element)*>(operand.data)) + offset;
+    const auto* p = in_device_memory(static_cast<const decltype(element)*>(operand.data)) + offset;
     MASKED_SOFTMAX_UNROLL
     for (int i = 0; i < kTileElems<acc_t>; ++i) {
-      values[i] = i < count ? static_cast<acc_t>(widen(first[i * operand.col_stride])) : acc_t{0};
+      values[i] = absent;
+      if (i < count) {
+        values[i] = static_cast<acc_t>(widen(*p));
+      }
+      p += operand.col_stride;
     }
   });
 }
@@ -50,12 +56,13 @@ MASKED_SOFTMAX_DEVICE void store_elements(const Operand& operand, int64_t offset
                                           const TileValues<acc_t>& values) {
   visit_element_type_of<ElementKind::kFloating>(operand.type, [&](auto element) MASKED_SOFTMAX_DEVICE_LAMBDA {
     using T = decltype(element);
-    T* const first = in_device_memory(static_cast<T*>(operand.data)) + offset;
+    T* p = in_device_memory(static_cast<T*>(operand.data)) + offset;
     MASKED_SOFTMAX_UNROLL
     for (int i = 0; i < kTileElems<acc_t>; ++i) {
       if (i < count) {
-        first[i * operand.col_stride] = narrow<T>(values[i]);
+        *p = narrow<T>(values[i]);
       }
+      p += operand.col_stride;
     }
   });
 }
@@ -71,7 +78,10 @@ class StridedRow {
         order_(kernel_problem.order),
         constants_(constants_of<acc_t>(kernel_problem)),
         is_approximate_(std::is_same_v<acc_t, float> && kernel_problem.output_is_16_bit),
-        row_(find_row<kMaxInputs>(kernel_problem, row_number)) {}
+        row_(find_row<kMaxInputs>(kernel_problem, row_number)),
+        absent_(!is_forward(problem_.operation) ? acc_t{0}
+                : constants_.factor < 0         ? std::numeric_limits<acc_t>::infinity()
+                                                : -std::numeric_limits<acc_t>::infinity()) {}
 
   MASKED_SOFTMAX_DEVICE void compute() const {
     if (is_forward(problem_.operation)) {
@@ -91,7 +101,7 @@ class StridedRow {
   // Valid columns [first, first + count).
   MASKED_SOFTMAX_DEVICE void load(int k, int64_t first, int count, Values& values) const {
     const Operand& operand = problem_.inputs[k];
-    load_elements(operand, row_.input_offsets[k] + (row_.start + first) * operand.col_stride, count, values);
+    load_elements(operand, row_.input_offsets[k] + (row_.start + first) * operand.col_stride, count, absent_, values);
   }
   MASKED_SOFTMAX_DEVICE void store(int64_t first, int count, const Values& values) const {
     const Operand& operand = problem_.output;
@@ -119,8 +129,8 @@ class StridedRow {
     return partials[0];
   }
 
-  // The sum over the valid columns. compute_terms(first, count, terms) sets the first `count` terms; the others are
-  // zeros. All threads of a block run equally many iterations, whatever their rows.
+  // The sum over the valid columns. compute_terms(first, count, terms) sets the terms of a tile. All threads of a block
+  // run equally many iterations, whatever their rows.
   template <class ComputeTerms>
   MASKED_SOFTMAX_DEVICE acc_t sum(const ComputeTerms& compute_terms) const {
     if constexpr (Group::kHasOneChunk) {
@@ -152,9 +162,12 @@ class StridedRow {
       Sum<acc_t> sum;
       for (int k = 0; order_thread < static_cast<unsigned>(order_.threads) && k < order_.vectors; ++k) {
         const int64_t vector_begin = chunk_begin + (int64_t{k} * order_.threads + order_thread) * order_.elems;
+        if (vector_begin >= row_.length) {
+          break;
+        }
         acc_t of_vector = 0;
         for (int first = 0; first < order_.elems; first += kTileElems<acc_t>) {
-          Values terms = {};
+          Values terms;
           compute_terms(vector_begin + first, count_from(vector_begin + first), terms);
           const acc_t of_tile = Sum<acc_t>::pairwise(terms);
           of_vector = first == 0 ? of_tile : of_vector + of_tile;
@@ -196,9 +209,7 @@ class StridedRow {
       load(0, first, count, x);
       MASKED_SOFTMAX_UNROLL
       for (int i = 0; i < kTileElems<acc_t>; ++i) {
-        if (i < count) {
-          max.add(x[i] * constants_.factor);
-        }
+        max.add(x[i] * constants_.factor);
       }
     });
     const acc_t row_max = reduced(max).value();
@@ -220,7 +231,7 @@ class StridedRow {
       load(0, first, count, x);
       MASKED_SOFTMAX_UNROLL
       for (int i = 0; i < kTileElems<acc_t>; ++i) {
-        terms[i] = i < count ? exponential(x[i] * constants_.factor) : acc_t{0};
+        terms[i] = exponential(x[i] * constants_.factor);
       }
     }));
     for_each_tile([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
@@ -242,9 +253,7 @@ class StridedRow {
       load(0, first, count, x);
       MASKED_SOFTMAX_UNROLL
       for (int i = 0; i < kTileElems<acc_t>; ++i) {
-        if (i < count) {
-          terms[i] = terms_of.rest_term(x[i] * constants_.factor, max_count);
-        }
+        terms[i] = terms_of.rest_term(x[i] * constants_.factor, max_count);
       }
     });
     const acc_t log_sum = terms_of.value(rest, reduced(max_count).value());
@@ -294,9 +303,7 @@ class StridedRow {
           static_assert(kSums <= 2, "`sums` has two");
           acc_t of_element[kSums];
           decltype(formula)::terms(in, exp, of_element);
-          if (i < count) {
-            terms[i] = s == 0 ? of_element[0] : of_element[kSums - 1];
-          }
+          terms[i] = s == 0 ? of_element[0] : of_element[kSums - 1];
         });
       });
       sums[0] = s == 0 ? total : sums[0];
@@ -317,10 +324,12 @@ class StridedRow {
     for (int i = 0; i < kTileElems<acc_t>; ++i) {
       padding[i] = row_.is_valid ? constants_.padding : std::numeric_limits<acc_t>::quiet_NaN();
     }
-    for (int64_t col = group_.thread(); col < problem_.cols; col += group_.threads()) {
-      if (col < row_.start || col >= row_.start + row_.length) {
-        store(col - row_.start, 1, padding);
-      }
+    const int64_t end = row_.start + row_.length;
+    for (int64_t col = group_.thread(); col < row_.start; col += group_.threads()) {
+      store(col - row_.start, 1, padding);
+    }
+    for (int64_t col = end + group_.thread(); col < problem_.cols; col += group_.threads()) {
+      store(col - row_.start, 1, padding);
     }
   }
 
@@ -330,6 +339,7 @@ class StridedRow {
   const RowConstants<acc_t>& constants_;
   const bool is_approximate_;  // RowTypes::kApproximate, for types known at run time
   const Row row_;
+  const acc_t absent_;
 };
 
 template <class acc_t, unsigned kThreads>
