@@ -273,12 +273,12 @@ def cpu_batch() -> Any:
 
 
 def cuda_strategies() -> Any:
-    """The CUDA strategy by number of columns, from csrc/cuda/launch_plan.h with clusters."""
+    """Plain rows' CUDA strategy by number of columns: csrc/cuda/launch_plan.h, with clusters."""
     kinds = (
         ("float32, forward", (1024, 16384, 131072)),
-        ("float32, backward", (512, 16384, 131072)),
+        ("float32, backward", (512, 8192, 131072)),
         ("16 bits, forward", (1024, 16384, 131072)),
-        ("float64, forward", (512, 4096, 32768)),
+        ("16 bits, backward", (1024, 16384, 262144)),
     )
     names = (("lanes", VALID), ("block", RESULT), ("cluster", "#3f9f5f"), ("split", "#9467bd"))
     figure, axes = pyplot.subplots(figsize=(7.6, 2.4))
