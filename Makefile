@@ -69,8 +69,8 @@ mutation-test:
 
 # The CUDA kernels, emulated on the CPU: every strategy, the tests of the emulator, and mutations that must be detected.
 emulator-test: build
-	tests/emulator/run.sh checked machine: checker: plan: lengths: "packed rows"
-	tests/emulator/run.sh sanitizers lengths: "rows at the sizes"
+	tests/emulator/run.sh checked machine: checker: plan: lengths: "plain rows" "packed rows" strategies:
+	tests/emulator/run.sh sanitizers lengths: "plain rows" "rows at the sizes"
 	$(BIN)/python -m pytest tests/emulator
 
 # Builds, links and imports the extension with CUDA, and disassembles its kernels. Needs nvcc and a CUDA build of torch

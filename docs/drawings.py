@@ -273,7 +273,7 @@ def cpu_batch() -> Any:
 
 
 def cuda_strategies() -> Any:
-    """The CUDA strategy by number of columns, from csrc/cuda/launch_plan.h with clusters."""
+    """Plain rows' CUDA strategy by number of columns: csrc/cuda/launch_plan.h, with clusters."""
     kinds = (
         ("float32, forward", (1024, 16384, 131072)),
         ("float32, backward", (512, 8192, 131072)),

@@ -90,6 +90,8 @@ void allow_problem(const Problem& problem) {
   }
 }
 
+int launch_counts[sizeof(cuda::kStrategies) / sizeof(cuda::kStrategies[0])][2];
+
 void set_order(unsigned seed) {
   constexpr simt::Order kOrders[] = {simt::Order::kRandom, simt::Order::kForwards, simt::Order::kBackwards};
   simt::set_order(kOrders[seed % 3], seed);
@@ -100,7 +102,7 @@ void set_order(unsigned seed) {
 Emulation emulate(const Problem& problem, cuda::Strategy forced, const cuda::DeviceProperties& device, unsigned seed) {
   const cuda::LaunchPlan plan = cuda::plan_problem(problem, device, forced);
   if (!plan.is_valid()) {
-    return {plan.strategy, "the strategy cannot compute such rows"};
+    return {plan.strategy, plan.is_plain, "the strategy cannot compute such rows"};
   }
   const auto workspace_bytes = static_cast<size_t>(plan.workspace_bytes);
   std::vector<std::max_align_t> workspace(workspace_bytes / sizeof(std::max_align_t) + 1);
@@ -110,6 +112,7 @@ Emulation emulate(const Problem& problem, cuda::Strategy forced, const cuda::Dev
     simt::allow(workspace.data(), workspace_bytes, simt::kMayRead | simt::kMayWrite | simt::kUninitialized);
   }
   set_order(seed);
+  ++launch_counts[static_cast<size_t>(plan.strategy)][plan.is_plain ? 1 : 0];
   const cuda::Status status = cuda::launch_problem(problem, plan, workspace.data(), nullptr);
   std::string error = simt::error();
   simt::clear_error();
@@ -123,7 +126,11 @@ Emulation emulate(const Problem& problem, cuda::Strategy forced, const cuda::Dev
   if (error.empty() && simt::count_rewritten() > 0 && !may_rewrite) {
     error = std::to_string(simt::count_rewritten()) + " bytes of the output were written again";
   }
-  return {plan.strategy, error};
+  return {plan.strategy, plan.is_plain, error};
+}
+
+int launch_count(cuda::Strategy strategy, bool is_plain) {
+  return launch_counts[static_cast<size_t>(strategy)][is_plain ? 1 : 0];
 }
 
 }  // namespace emulator

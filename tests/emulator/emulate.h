@@ -9,6 +9,7 @@ namespace emulator {
 
 struct Emulation {
   masked_softmax::cuda::Strategy strategy;  // kAutomatic: the forced strategy cannot compute such rows
+  bool is_plain;                            // the kernels of plain rows ran
   std::string error;                        // empty: success
 };
 
@@ -18,5 +19,8 @@ constexpr masked_softmax::cuda::DeviceProperties kWithoutClusters{false};
 // `seed` determines the order in which threads run. Precondition: problem.rows and problem.cols are at least 1.
 Emulation emulate(const masked_softmax::Problem& problem, masked_softmax::cuda::Strategy forced,
                   const masked_softmax::cuda::DeviceProperties& device, unsigned seed);
+
+// The problems that emulate() has computed with a strategy, as plain rows or as others.
+int launch_count(masked_softmax::cuda::Strategy strategy, bool is_plain);
 
 }  // namespace emulator

@@ -37,15 +37,12 @@ void for_each_row(const Problem& problem, int64_t begin, int64_t end, const Visi
   }
 }
 
-int launches[sizeof(cuda::kStrategies) / sizeof(cuda::kStrategies[0])];
-
 void launch(const Problem& problem, Strategy forced) {
   static unsigned seed = 0;
   emulator::Emulation done = emulator::emulate(problem, forced, emulator::kWithClusters, ++seed);
   if (done.strategy == Strategy::kAutomatic) {  // it cannot compute such rows
     done = emulator::emulate(problem, Strategy::kAutomatic, emulator::kWithClusters, seed);
   }
-  ++launches[static_cast<size_t>(done.strategy)];
   CHECK(done.error.empty(), cuda::strategy_name(done.strategy) << ": " << done.error);
 }
 
@@ -90,13 +87,22 @@ void set_cpu_capability(const std::string& name) {
 namespace kernel_tests {
 
 // Linked last: it counts the launches of all other tests.
-TEST("strategies: each was launched") {
+TEST("strategies: each was launched, for plain rows and for others where it has kernels of both") {
   using namespace masked_softmax;
   for (cuda::Strategy strategy : cuda::kStrategies) {
-    const int count = launches[static_cast<size_t>(strategy)];
-    if (strategy != cuda::Strategy::kAutomatic) {
-      CHECK(count > 0, cuda::strategy_name(strategy));
-      std::printf("  %s: %d launches\n", cuda::strategy_name(strategy), count);
+    if (strategy == cuda::Strategy::kAutomatic) {
+      continue;
+    }
+    const bool has_plain_kernels = cuda::holds_rows(strategy) && strategy != cuda::Strategy::kSplit;
+    for (bool is_plain : {false, true}) {
+      const int count = emulator::launch_count(strategy, is_plain);
+      const char* rows = is_plain ? "plain rows" : "any rows";
+      if (!is_plain || has_plain_kernels) {
+        CHECK(count > 0, cuda::strategy_name(strategy) << ", " << rows);
+        std::printf("  %s, %s: %d launches\n", cuda::strategy_name(strategy), rows, count);
+      } else {
+        CHECK(count == 0, cuda::strategy_name(strategy) << " has no kernels of plain rows");
+      }
     }
   }
 }

@@ -27,7 +27,7 @@ from cases import (
     valid_columns,
     valid_like,
 )
-from emulator import OPERATIONS, STRATEGIES, TYPE_PAIRS, Emulator
+from emulator import OPERATIONS, STRATEGIES, TYPE_PAIRS, Emulator, can_be_held, max_cols
 from torch import Tensor
 
 pytest.importorskip("hypothesis", reason="generated cases need hypothesis")
@@ -60,10 +60,13 @@ FORWARD = tuple(o.name for o in OPERATIONS.values() if o.inputs == 1)
 BACKWARD = tuple(o.name for o in OPERATIONS.values() if o.inputs > 1 and o.is_tuned)
 GENERIC = tuple(o.name for o in OPERATIONS.values() if not o.is_tuned)  # no held rows
 FOR_ANY_ROWS = tuple(name for name, holds_rows in STRATEGIES.items() if not holds_rows)
+# They have kernels of their own for plain rows: csrc/cuda/kernel_problem.h.
+HAVE_PLAIN_ROWS = ("lanes", "block", "cluster")
+MAX_VECTOR_ELEMS = 8
 # The shortest rows, the ends of vectors, and rows that take several blocks or chunks.
 LONG_SIZES = {
     "lanes": [256, 257, 511, 512, 513, 1023, 1024],
-    "block": [256, 511, 1025, 2049, 4096, 7001, 16384],
+    "block": [256, 511, 1025, 2049, 4096, 7001, 8192, 8193, 16384],
     "cluster": [511, 1025, 4097, 9001, 16385, 20011],
     "split": [511, 4095, 4097, 8192, 8193, 16385, 20011],
     "column": [257, 511],
@@ -93,6 +96,7 @@ class Call:
     packed: int | None
     is_checked: bool
     has_clusters: bool
+    sm_count: int
     seed: int
 
     @property
@@ -140,6 +144,7 @@ class Runner:
             strategy=call.strategy,
             packed=call.packed,
             has_clusters=call.has_clusters,
+            sm_count=call.sm_count,
             seed=call.seed,
         )
         assert done.error == ""
@@ -181,16 +186,6 @@ def run(plain_library: Path, library: Path) -> Runner:
 # Calls
 
 
-def max_cols(strategy: str, types: tuple[torch.dtype, torch.dtype], inputs: int) -> int:
-    """The longest row that a strategy can hold in registers: launch_plan.h."""
-    elems = 16 // min(dtype.itemsize for dtype in types)
-    registers = elems * inputs * (2 if torch.float64 in types else 1)
-    if strategy == "lanes":
-        return 32 * elems * max(v for v in (1, 2, 4, 8) if v * registers <= 32)
-    of_block = 1024 * elems * (4 if elems == 4 else 2)
-    return {"block": of_block, "cluster": 8 * of_block}.get(strategy, 1 << 40)
-
-
 @st.composite
 def calls(
     draw: st.DrawFn,
@@ -198,7 +193,7 @@ def calls(
     operations: tuple[str, ...] = (),
     *,
     special: bool = False,
-    types: list[tuple[torch.dtype, torch.dtype]] = TYPE_PAIRS,
+    types: list[tuple[torch.dtype, torch.dtype]] | None = None,
     scales: st.SearchStrategy[float | None] | None = None,
     can_be_packed: bool = True,
 ) -> Call:
@@ -207,18 +202,22 @@ def calls(
     operation = draw(st.sampled_from(operations or every))
     is_forward = operation in FORWARD
     count = OPERATIONS[operation].inputs
-    dtypes = [*draw(st.sampled_from(types))]
-    if takes_any and types is TYPE_PAIRS and draw(st.booleans()):
+    pairs = [pair for pair in types or TYPE_PAIRS if takes_any or can_be_held(pair, operation)]
+    dtypes = [*draw(st.sampled_from(pairs))]
+    if takes_any and types is None and draw(st.booleans()):
         inputs = FLOATING if not is_forward else (*FLOATING, *INTEGER, torch.bool)
         dtypes = [draw(st.sampled_from(inputs)), draw(st.sampled_from(FLOATING))]
     if scales is None:  # held rows have moderate scales
         scales = SCALES if takes_any else MODERATE_SCALES
 
-    longest_held = max_cols(strategy, (dtypes[0], dtypes[1]), count)
+    longest_held = max_cols(strategy, operation)
     sizes = SIZES.filter(bool)
     if draw(st.integers(0, 5)) == 0:
         sizes = st.sampled_from([size for size in LONG_SIZES[strategy] if size <= longest_held])
     longest = draw(sizes.filter(lambda size: size <= longest_held))
+    is_plain = strategy in HAVE_PLAIN_ROWS and draw(st.booleans())
+    if is_plain:
+        longest = -(-longest // MAX_VECTOR_ELEMS) * MAX_VECTOR_ELEMS
     rows: tuple[int, ...] = draw(ROWS)
     if strategy == "lanes" and draw(st.booleans()):
         rows = (*rows, 17)
@@ -229,7 +228,10 @@ def calls(
 
     packed, lengths, starts, cols = None, 0, 0, longest
     is_packed = (
-        can_be_packed and len(rows) > (strategy == "column") and draw(st.integers(0, 4)) == 0
+        can_be_packed
+        and not is_plain
+        and len(rows) > (strategy == "column")
+        and draw(st.integers(0, 4)) == 0
     )
     lengths: int | Tensor
     starts: int | Tensor
@@ -240,13 +242,16 @@ def calls(
         packed, cols = longest, int((starts + lengths).max()) + draw(st.integers(0, 2))
         cols = max(cols, 1)
     else:
-        starts = draw(row_indices(rows, cols)) if draw(st.integers(0, 2)) else 0
+        starts = draw(row_indices(rows, cols)) if not is_plain and draw(st.integers(0, 2)) else 0
         rest = cols - (starts if isinstance(starts, int) else aligned(starts.long(), rows))
         lengths = draw(row_indices(rows, rest))
         if draw(st.integers(0, 9)) == 0:
             lengths = int(lengths.min()) if lengths.numel() else 0
 
     def layout(may_share: bool) -> Layout:
+        if is_plain:
+            strides = torch.empty((*rows, cols), device="meta").stride()
+            return Layout((*rows, cols), strides, MAX_VECTOR_ELEMS * draw(st.integers(0, 2)))
         inner = None if strategy == "strided" else -2 if strategy == "column" else -1
         if not is_packed:
             return draw(layouts((*rows, cols), adjacent=inner, may_share=may_share))
@@ -283,6 +288,7 @@ def calls(
         packed,
         is_checked=draw(st.integers(0, 7)) == 0,
         has_clusters=strategy == "cluster" or draw(st.booleans()),
+        sm_count=draw(st.sampled_from([0, 1])),
         seed=draw(st.integers(0, 999)),
     )
 
