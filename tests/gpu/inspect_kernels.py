@@ -103,11 +103,11 @@ def run_case(model: Model, case: Case, *, shows_profile: bool) -> None:
             f"{gpu} {figures.share_of_budget(gpu):.2f}" for gpu in COPY_BYTES_PER_INSTRUCTION
         )
         print(f"{architecture}: {case}: {figures.strategy}")
+        per_row = figures.instructions_per_row
         print(
-            f"  {figures.instructions_per_row:.1f} warp instructions a row ({figures.rows} rows), "
-            f"{figures.instructions_per_row * WARP_THREADS / case.shape.cols:.2f} of a lane an element, "
-            f"{figures.bytes_per_row / figures.instructions_per_row:.2f} bytes an instruction; "
-            f"of the budget: {budgets}"
+            f"  {per_row:.1f} warp instructions a row ({figures.rows} rows), "
+            f"{per_row * WARP_THREADS / case.shape.cols:.2f} of a lane an element, "
+            f"{figures.bytes_per_row / per_row:.2f} bytes an instruction; of the budget: {budgets}"
         )
         print(
             f"  {figures.narrow_accesses} accesses of single lanes to less than 16 bytes of scores"
@@ -116,7 +116,8 @@ def run_case(model: Model, case: Case, *, shows_profile: bool) -> None:
             print(
                 f"  {run.kernel.name}: {run.instructions / figures.rows:.1f} instructions a row, "
                 f"{run.loads_in_flight} loads of 16 bytes in flight, "
-                f"{run.bytes_in_flight / 1024:.1f} KiB on an SM; {run.kernel.registers} registers, {run.blocks_per_sm} blocks on an SM, "
+                f"{run.bytes_in_flight / 1024:.1f} KiB on an SM; "
+                f"{run.kernel.registers} registers, {run.blocks_per_sm} blocks on an SM, "
                 f"{run.kernel.function.code_bytes} bytes of code"
             )
             if shows_profile:

@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import launches
@@ -431,13 +432,13 @@ class _InterpretedCall:
         """
         case, shape = self._case, self._case.shape
         written = _elements(self._output.stores, ELEMENT_BYTES[case.output_type])
-        unique = np.unique(written)
+        unique = _distinct(written)
         if unique.size != written.size:
             raise WrongResultError(
                 f"{case}: expected each element to be written once, got "
                 f"{written.size - unique.size} more stores"
             )
-        rows = np.unique(shape.rows_and_columns(unique)[0])
+        rows = _distinct(shape.rows_and_columns(unique)[0])
         if rows.size == 0 or unique.size != rows.size * shape.cols:
             raise WrongResultError(
                 f"{case}: expected whole rows of {shape.cols} elements, got {unique.size} in "
@@ -519,13 +520,23 @@ def _reference(case: Case, values: list[Array]) -> tuple[Array, Array]:
 
 
 def _input_values(case: Case) -> Iterator[Array]:
-    generator = np.random.default_rng(7)
     for k in range(case.inputs):
-        values = generator.standard_normal(_PERIOD_BYTES // ELEMENT_BYTES[case.input_type])
         if k == 1:  # the saved result
-            values = np.exp(values) / case.shape.cols
-            values = np.log(values) if case.is_log else values
-        yield _narrow(values, case.input_type)
+            yield _saved_results(case.input_type, case.shape.cols, case.is_log)
+        else:
+            yield _narrow(_normal_values(case.input_type), case.input_type)
+
+
+@cache
+def _normal_values(element_type: str) -> Array:
+    count = _PERIOD_BYTES // ELEMENT_BYTES[element_type]
+    return np.random.default_rng(7).standard_normal(count)
+
+
+@cache
+def _saved_results(element_type: str, cols: int, is_log: bool) -> Array:
+    results = np.exp(_normal_values(element_type)[::-1]) / cols
+    return _narrow(np.log(results) if is_log else results, element_type)
 
 
 def _lengths_of(case: Case) -> Array:
@@ -544,6 +555,12 @@ def _elements(accesses: list[tuple[Array, int]], elem_bytes: int) -> Array:
         for offsets, width in accesses
     ]
     return np.concatenate([np.zeros(0, np.int64), *parts])
+
+
+def _distinct(values: Array) -> Array:
+    """Faster than np.unique()."""
+    ordered = np.sort(values, kind="stable")
+    return ordered[np.diff(ordered, prepend=-1) > 0]
 
 
 def _read(region: Region, elements: Array, element_type: str) -> Array:

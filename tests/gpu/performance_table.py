@@ -19,7 +19,11 @@ from performance_model import (
     Model,
     Shape,
 )
-from sass.structure import branches_around_single_elements, count_opcodes
+from sass.structure import (
+    branches_around_single_elements,
+    count_memory_barriers,
+    count_opcodes,
+)
 
 SHAPES = {
     "4": Shape((2**20,), 4),
@@ -71,7 +75,7 @@ class Row:
     bytes_in_flight: int  # on an SM, full rows
     narrow_accesses: int  # to full rows of whole vectors
     local_accesses: int  # instructions, in all of the kernels
-    barriers: int  # MEMBAR
+    barriers: int  # MEMBAR, beyond the block
     # By lengths:
     instructions: dict[str, float] = field(default_factory=dict)  # of a warp, for a row
     row_bytes: dict[str, float] = field(default_factory=dict)  # that must move
@@ -118,7 +122,7 @@ def measure_row(
         bytes_in_flight=least.bytes_in_flight,
         narrow_accesses=full.narrow_accesses if is_aligned else 0,
         local_accesses=sum(o["LDL"] + o["STL"] for o in opcodes),
-        barriers=sum(o["MEMBAR"] for o in opcodes),
+        barriers=sum(count_memory_barriers(run.kernel.function) for run in full.runs),
         instructions={name: round(f.instructions_per_row, 2) for name, f in figures.items()},
         row_bytes={name: round(f.bytes_per_row, 2) for name, f in figures.items()},
     )
@@ -183,8 +187,9 @@ def _worse(old: Row, now: Row) -> Iterator[str]:
         )
     if now.registers > old.registers and now.blocks_per_sm < old.blocks_per_sm:
         yield (
-            f"takes more registers, so that fewer blocks fit an SM: recorded {old.registers} "
-            f"registers and {old.blocks_per_sm} blocks, found {now.registers} and {now.blocks_per_sm}"
+            "takes more registers, so that fewer blocks fit an SM: "
+            f"recorded {old.registers} registers and {old.blocks_per_sm} blocks, "
+            f"found {now.registers} and {now.blocks_per_sm}"
         )
     if now.local_accesses > old.local_accesses:
         yield (
@@ -202,25 +207,27 @@ nvcc {nvcc}. Written by `python tests/gpu/inspect_kernels.py --record`; CI compa
 ## The performance model
 
 A kernel is bound by memory only while its warps issue fewer instructions than the GPU can in the
-time that a copy of the same bytes takes. That allows {budgets} for each warp instruction. The
-columns with a GPU's name are the share of that budget which a case takes, on the bytes that must
-move (valid elements are read, all elements are written): at 1.00 issuing takes as long as the copy.
-They are for rows that are all full, half full, a tenth full, and for lengths uniformly distributed
-in 0..cols.
+time that a copy of the same bytes takes. That allows {budgets} for each warp
+instruction. The columns with a GPU's name are the share of that budget which a case takes, on the
+bytes that must move (valid elements are read, all elements are written): at 1.00 issuing takes as
+long as the copy. They are for rows that are all full, half full, a tenth full, and for lengths
+uniformly distributed in 0..cols.
 
 The instructions are counted by running the machine code of a few blocks in an interpreter
 (tests/gpu/sass), which also compares the rows with float64. Instructions: of a warp, for a full
-row. Loads in flight: of 16 bytes, that a thread has issued before it waits for the first of them;
+row. Loads in flight: of 16 bytes, that a thread has issued before it waits for the first of them.
 KiB in flight: on an SM, with as many blocks as fit it. Of several launches, registers, blocks and
 loads are of the one with the fewest bytes in flight.
 
-Targets: {targets} of the {target_gpu}'s budget, and {in_flight:.0f} KiB in flight. What misses its
-target is bold. {model} ## All kernels
+Targets: {targets} of the {target_gpu}'s budget, and {in_flight:.0f} KiB in flight.
+What misses its target is bold.
+{model}
+## All kernels
 
 Threads: of the largest block, by the launch bounds, which is also the one whose occupancy is shown.
 Single elements: blocks of instructions that a conditional branch skips or reaches, and that access
-a single element or take a single exponential. Where the figures differ, they are of
-{architectures}.
+a single element or take a single exponential. MEMBAR: those that wait for more than the block.
+Where the figures differ, they are of {architectures}.
 
 {kernels}
 """
@@ -306,7 +313,7 @@ def _kernel_table(kernels: list[Kernel], architectures: list[str]) -> str:
         "shared bytes": lambda k: k.shared_bytes,
         "code KiB": lambda k: round(k.function.code_bytes / 1024),
         "single elements": lambda k: branches_around_single_elements(k.function),
-        "MEMBAR": lambda k: count_opcodes(k.function)["MEMBAR"],
+        "MEMBAR": lambda k: count_memory_barriers(k.function),
     }
 
     def cells(name: str) -> list[str]:

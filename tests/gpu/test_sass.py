@@ -1,4 +1,4 @@
-"""The interpreter of machine code, on listings of a few instructions. Needs neither nvcc nor a GPU."""
+"""The interpreter of machine code, on listings of a few instructions. Needs no nvcc."""
 
 from __future__ import annotations
 
@@ -588,6 +588,23 @@ def test_lanes_that_exit_do_not_wait() -> None:
     assert sum(machine.issued.values()) == 6
 
 
+def test_a_mask_of_lanes_meets() -> None:
+    """The lower half of the lanes meet, in two parts. The upper half goes on alone."""
+    machine = run(
+        """MOV R1, 0xffff
+        @P0 BRA 0x60
+        @P1 BRA 0x40
+        IADD3 R8, R8, 0x1, RZ
+        WARPSYNC R1
+        SHFL.BFLY PT, R9, R8, 0x1, 0x1f
+        IADD3 R8, R8, 0x10, RZ""",
+        predicates={0: np.arange(LANES) >= 16, 1: np.arange(LANES) % 2 == 0},
+    )
+    assert uint32(machine, 8) == [0x10, 0x11] * 8 + [0x10] * 16
+    assert uint32(machine, 9)[:4] == [1, 0, 1, 0]
+    assert issued(machine, "SHFL") == 1
+
+
 def test_a_call_returns_to_the_address_in_a_register() -> None:
     machine = run(
         """MOV R2, 0x30
@@ -737,6 +754,92 @@ def test_lanes_that_load_the_same_bytes_count_once() -> None:
         encodings={1: control(write=0)},
     )
     assert machine.in_flight.bytes.tolist() == [8]
+
+
+def test_a_wait_may_leave_the_latest_copies_in_flight() -> None:
+    """cp.async: three groups of one copy; the second wait leaves one."""
+    memory = Memory()
+    data = np.arange(1024, dtype=np.uint32)
+    machine = run(
+        """LDC.64 R2, c[0x0][0x0]
+        IMAD.WIDE.U32 R2, R0, 0x10, R2
+        IMAD R4, R0, 0x10, RZ
+        LDGSTS.E.BYPASS.128 [R4], desc[UR4][R2.64]
+        LDGDEPBAR
+        LDGSTS.E.BYPASS.128 [R4+0x200], desc[UR4][R2.64+0x200]
+        LDGDEPBAR
+        DEPBAR.LE SB0, 0x1
+        LDGSTS.E.BYPASS.128 [R4+0x400], desc[UR4][R2.64+0x400]
+        LDGDEPBAR
+        DEPBAR.LE SB0, 0x1, {2,1}
+        LDS R8, [R4+0x204]""",
+        {0: np.arange(LANES)},
+        memory=memory,
+        constants=np.full(8, memory.add(Region("input", data)), np.uint64),
+    )
+    assert machine.in_flight.vectors.tolist() == [2]
+    assert machine.in_flight.bytes.tolist() == [2 * 512]
+    assert uint32(machine, 8) == [129 + 4 * lane for lane in range(LANES)]
+
+
+# One thread loads 512 bytes in bulk. All threads wait for them, double them, and one thread stores
+# them in bulk.
+BULK_COPY = """S2R R0, SR_TID.X
+    UMOV UR7, 0x400
+    UMOV UR6, 0x480
+    UMOV UR8, 0x20
+    UMOV UR4, 0x1ffffe
+    ISETP.NE.AND P1, PT, R0, RZ, PT
+    @P1 BRA 0xe0
+    SYNCS.EXCH.64 URZ, [UR7], UR4
+    MOV R1, 0x200
+    SYNCS.ARRIVE.TRANS64 RZ, [UR7], R1
+    ULDC.64 UR10, c[0x0][0x0]
+    ELECT P2, URZ, PT
+    UBLKCP.S.G [UR6], [UR10], UR8
+    @!P2 BRA.U.ANY 0xb0
+    WARPSYNC.ALL
+    BAR.SYNC.DEFER_BLOCKING 0x0
+    SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR7], RZ
+    @!P0 BRA 0x100
+    IMAD.SHL.U32 R2, R0, 0x4, RZ
+    LDS R3, [R2+0x480]
+    IADD3 R3, R3, R3, RZ
+    STS [R2+0x480], R3
+    BAR.SYNC.DEFER_BLOCKING 0x0
+    @P1 EXIT
+    ULDC.64 UR10, c[0x0][0x8]
+    UBLKCP.G.S [UR10], [UR6], UR8
+    UTMACMDFLUSH
+    DEPBAR.LE SB0, 0x0"""
+
+
+def test_bulk_copies_complete_an_mbarrier() -> None:
+    memory = Memory()
+    data, output = np.arange(128, dtype=np.uint32), np.zeros(128, np.uint32)
+    constants = np.zeros(64, np.uint64)
+    constants[:2] = [memory.add(Region("input", data)), memory.add(Region("output", output))]
+    machine = run(BULK_COPY, memory=memory, constants=constants, threads=128)
+    assert output.tolist() == (2 * data).tolist()
+    assert machine.in_flight.bytes.tolist() == [512, 0, 0, 0]
+
+
+def test_a_wait_for_bytes_that_nobody_copies_is_an_error() -> None:
+    memory = Memory()
+    constants = np.full(64, memory.add(Region("input", np.zeros(256, np.uint32))), np.uint64)
+    text = BULK_COPY.replace("MOV R1, 0x200", "MOV R1, 0x210")
+    with pytest.raises(SassError, match="wait for a barrier that nobody reaches"):
+        run(text, memory=memory, constants=constants, threads=128)
+
+
+def test_local_memory_is_a_lanes_own() -> None:
+    machine = run(
+        "STL.64 [R1+-0x10], R2\nIADD3 R4, R1, -0x10, RZ\nLDL.U16 R8, [R4]\nLDL R9, [R4+0x4]",
+        {1: 1024, 2: np.arange(LANES) + (5 << 16), 3: np.arange(LANES) * 7},
+        threads=64,
+    )
+    assert uint32(machine, 8) == list(range(LANES)) * 2
+    assert uint32(machine, 9) == [7 * lane for lane in range(LANES)] * 2
 
 
 # What is not known

@@ -1,4 +1,4 @@
-"""What each instruction does, for all lanes at once; but for control flow, which is machine.py's."""
+"""What each instruction does, for all lanes at once. Control flow is in control.py."""
 
 from __future__ import annotations
 

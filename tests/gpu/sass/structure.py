@@ -1,4 +1,4 @@
-"""What a listing shows without running it: branches around single elements, barriers, local memory."""
+"""What a listing shows without running it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ _POLYNOMIAL_DEGREE = 4
 
 def count_opcodes(function: Function) -> Counter[str]:
     return Counter(i.opcode for i in function.instructions)
+
+
+def count_memory_barriers(function: Function) -> int:
+    """MEMBARs that wait for more than the block's own accesses."""
+    return sum(i.opcode == "MEMBAR" and "CTA" not in i.modifiers for i in function.instructions)
 
 
 def branches_around_single_elements(function: Function) -> int:
