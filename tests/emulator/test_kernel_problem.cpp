@@ -15,7 +15,8 @@ constexpr int kElems = 4;  // float32 in 16 bytes
 constexpr int64_t kOuter = 3;
 constexpr int64_t kInner = 5;
 constexpr int64_t kCols = 8;
-constexpr int64_t kTooFar = int64_t{1} << 31;  // beyond 32 bits, and a multiple of every vector's size
+constexpr int64_t kMostRows = int64_t{1} << 30;  // the kernels add a grid's rows to a row's number
+constexpr int64_t kTooFar = int64_t{1} << 31;    // beyond 32 bits, and a multiple of every vector's size
 
 // What operands and lengths point to. None of it is accessed.
 alignas(64) char memory[64];
@@ -96,7 +97,7 @@ TEST("plan: rows are plain in two dimensions or fewer, with lengths of either ty
                {"the largest stride", [](Problem& p) { p.output.row_strides[0] = kTooFar / 4 - kElems; }},
                {"the most rows",
                 [](Problem& p) {
-                  p.row_sizes[0] = p.rows = std::numeric_limits<int32_t>::max();
+                  p.row_sizes[0] = p.rows = kMostRows;
                   p.row_sizes[1] = 1;
                 }},
                {"the most columns", [](Problem& p) { p.cols = kTooFar - kElems; }},
@@ -133,7 +134,7 @@ TEST("plan: rows are not plain where one of the conditions fails") {
           }},
          {"more rows than 32 bits count",
           [](Problem& p) {
-            p.row_sizes[0] = p.rows = kTooFar;
+            p.row_sizes[0] = p.rows = kMostRows + 1;
             p.row_sizes[1] = 1;
           }},
          {"more columns than 32 bits count", [](Problem& p) { p.cols = kTooFar; }},

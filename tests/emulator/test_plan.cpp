@@ -262,8 +262,8 @@ TEST("plan: plain lanes and blocks are no more than run at once, and as many as 
                 ? 1
                 : kLanesThreads / plan.order.threads * rows_per_group(elems_per_thread, shape.inputs);
         const int64_t needed = (rows + block_rows - 1) / block_rows;
-        const int64_t resident =
-            sm_count * (plain_threads_per_sm(elems_per_thread) / static_cast<int64_t>(plan.threads_per_block));
+        const int64_t resident = sm_count * (plain_threads_per_sm(plan.order.threads, elems_per_thread) /
+                                             static_cast<int64_t>(plan.threads_per_block));
         CHECK(resident >= sm_count, text_of(shape)
                                         << ": a block of " << plan.threads_per_block << " does not fit an SM");
         CHECK(plan.blocks == std::min(needed, resident),
@@ -304,7 +304,7 @@ TEST("plan: 64 rows of 131072 columns fill a GPU: two blocks for every SM, and t
       const LaunchPlan plan = plan_launch(plain_shape(64, 131072, 4, inputs), device);
       CHECK(plan.blocks >= 2 * 132, plan.blocks << " blocks");
       CHECK(int64_t{plan.blocks} * plan.threads_per_block >=
-                132 * plain_threads_per_sm(plan.order.vectors * plan.order.elems),
+                132 * plain_threads_per_sm(plan.order.threads, plan.order.vectors * plan.order.elems),
             plan.blocks << " blocks of " << plan.threads_per_block);
     }
   }
