@@ -388,7 +388,9 @@ Status launch_strategy(StrategyConstant<Strategy::kColumn>, const KernelProblem&
 template <class acc_t>
 Status launch_strategy(StrategyConstant<Strategy::kStrided>, const KernelProblem& kernel_problem,
                        const LaunchPlan& plan, Stream stream) {
-  switch (plan.order.threads) {
+  // Lanes take rows of one chunk. In the order of a forced cluster, a row may have several, of 32 threads each.
+  const bool has_one_chunk = plan.order.chunk_elems() >= kernel_problem.problem.longest();
+  switch (has_one_chunk ? plan.order.threads : kMaxBlockThreads) {
     case 1:
     case 8: return launch(strided_lanes<acc_t, 8>, plan, stream, kernel_problem);
     case kWarpThreads: return launch(strided_lanes<acc_t, kWarpThreads>, plan, stream, kernel_problem);
