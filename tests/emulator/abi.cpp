@@ -31,6 +31,7 @@ struct Call {
   const char* operation;
   const char* strategy;
   int32_t has_clusters;
+  int32_t sm_count;
   uint32_t seed;
   double scale;
   int64_t cols;
@@ -124,9 +125,9 @@ extern "C" {
 
 // Returns the name of the strategy that ran, and the error in `message`.
 const char* masked_softmax_emulate(const Call* call, char* message, size_t message_bytes) {
-  const emulator::Emulation done =
-      emulator::emulate(problem_of(*call), find(cuda::kStrategies, call->strategy, cuda::strategy_name),
-                        call->has_clusters != 0 ? emulator::kWithClusters : emulator::kWithoutClusters, call->seed);
+  const cuda::DeviceProperties device{call->has_clusters != 0, call->sm_count};
+  const emulator::Emulation done = emulator::emulate(
+      problem_of(*call), find(cuda::kStrategies, call->strategy, cuda::strategy_name), device, call->seed);
   std::strncpy(message, done.error.c_str(), message_bytes - 1);
   return cuda::strategy_name(done.strategy);
 }

@@ -1,25 +1,39 @@
 """A small set of cases that reaches every strategy: python battery.py LIBRARY INPUT:OUTPUT...
 
-Prints the first mistake, and exits with 1.
+Prints the first mistake, and exits with 1. With --fault NUMBER: in a library with planted faults,
+runs the cases with each of these faults switched on, and prints the first mistake of each.
 """
 
 from __future__ import annotations
 
+import argparse
+import ctypes
 import itertools
+import json
 import math
+import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from emulator import ELEMENT_TYPES, OPERATIONS, STRATEGIES, Emulator, Wide
+from emulator import (
+    ELEMENT_TYPES,
+    OPERATIONS,
+    STRATEGIES,
+    Emulator,
+    Wide,
+    can_be_held,
+    max_cols,
+)
 from torch import Tensor
 
-MAX_DOUBLES = {"lanes": 128, "block": 4096}  # columns that fit registers
 NOT_FLOATING = [dtype for dtype in ELEMENT_TYPES if not dtype.is_floating_point]
 SHIFT = 200.0  # added to some cases' scores, or subtracted: a maximum may be far below 0
+FAULT_LIMIT_S = 300
 
 
 @dataclass
@@ -28,26 +42,41 @@ class Case:
 
     strategy: str
     cols: int
-    rows: int = 5
+    rows: tuple[int, ...] = (5,)
     offset: int = 0
     has_clusters: bool = True
+    index: torch.dtype | None = None  # of lengths and starts; None: one that holds them
+    has_starts: bool = True  # plain rows (kernel_problem.h) have none
 
 
 def cases() -> Iterator[Case]:
     for cols, offset in itertools.product((1, 7, 31, 64, 65, 260, 500), (0, 3)):
         yield Case("lanes", cols, offset=offset)
-    yield Case("lanes", 40, rows=37)
+    yield Case("lanes", 40, (37,))
+    # Plain rows. Some grids are limited, so that blocks compute several rows one after another.
+    for cols, rows in ((8, (2000,)), (64, (3, 77)), (248, (65,)), (504, (7, 3)), (1024, (9,))):
+        yield Case("lanes", cols, rows, has_starts=False)
+    for cols in (1032, 2600, 8192, 16384):
+        yield Case("block", cols, (3,), has_starts=False)
     for cols, offset in itertools.product((5, 1030, 2600), (0, 1)):
-        yield Case("block", cols, rows=3, offset=offset)
-    yield Case("block", 16000, rows=1)
+        yield Case("block", cols, (3,), offset)
+    yield Case("block", 16000, (1,))
     for cols, offset in itertools.product((9, 2000, 5000), (0, 1)):
-        yield Case("cluster", cols, rows=2, offset=offset)
+        yield Case("cluster", cols, (2,), offset)
+    for cols in (1000, 9000, 40000):
+        yield Case("cluster", cols, (2,), has_starts=False)
     for cols, offset in itertools.product((11, 9000, 18000), (0, 1)):
-        yield Case("split", cols, rows=2, offset=offset, has_clusters=False)
+        yield Case("split", cols, (2,), offset, has_clusters=False)
     for cols in (3, 70, 1100):
-        yield Case("column", cols, rows=45)
+        yield Case("column", cols, (45,))
     for cols in (3, 70, 1100, 9000):
-        yield Case("strided", cols, rows=3)
+        yield Case("strided", cols, (3,))
+    for strategy in STRATEGIES:
+        inner = (33,) if strategy == "column" else (5,)
+        # Lengths above 127, which a signed byte does not hold.
+        yield Case(strategy, 240, inner, index=torch.uint8)
+        # Rows in several dimensions, in an order of their own; sizes that are not powers of two.
+        yield Case(strategy, 20, (3, 2, 5, *inner))
 
 
 @dataclass
@@ -69,14 +98,38 @@ def packed_cases() -> Iterator[Packed]:
 
 
 def make_rows(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Shape (*rows, cols)."""
+    rows, cols = case.rows, case.cols
     if case.strategy == "column":
-        return torch.randn(case.cols, case.rows, generator=generator).to(dtype).t()
+        memory = torch.randn(*rows[:-1], cols, rows[-1], generator=generator).to(dtype)
+        return memory.transpose(-1, -2)
     if case.strategy == "strided":
-        return torch.randn(case.rows, case.cols, 3, generator=generator).to(dtype)[..., 1]
-    whole = torch.randn(case.rows * case.cols + 16, generator=generator).to(dtype)
+        return torch.randn(*rows, cols, 3, generator=generator).to(dtype)[..., 1]
+    count = math.prod(rows)
+    whole = torch.randn(count * cols + 16, generator=generator).to(dtype)
     aligned = -whole.data_ptr() // whole.element_size() % (16 // whole.element_size())
     first = aligned + case.offset
-    return whole[first : first + case.rows * case.cols].view(case.rows, case.cols)
+    contiguous = whole[first : first + count * cols]
+    # The dimensions lie in memory in reverse order.
+    return contiguous.view(*reversed(rows), cols).permute(*reversed(range(len(rows))), -1)
+
+
+def cancel(inputs: list[Tensor], generator: torch.Generator) -> None:
+    """Makes the terms of a derivative's sums of very different magnitudes, and cancel.
+
+    Then a sum consists of its rounding errors, and shows in which order its terms were added.
+    """
+    *others, y = inputs
+    cols = y.shape[-1]
+    order = torch.randperm(cols, generator=generator)
+    half = (cols - 1) // 2
+    left, right = order[:half], order[half : 2 * half]
+    y[..., right] = y[..., left]
+    magnitudes = 10 ** (8 * torch.rand(half, generator=generator) - 7)
+    for x in others:
+        x[..., left] *= magnitudes.to(x.dtype)
+        x[..., right] = -x[..., left]
+        x[..., order[2 * half :]] *= 1e-6
 
 
 def make_inputs(
@@ -91,26 +144,38 @@ def make_inputs(
         inputs[-1].abs_().neg_()
         if not operation.startswith("log_"):
             inputs[-1].exp_()
+        else:  # some probabilities are far below the smallest normal number
+            inputs[-1][..., 2::7] -= 200
+        if not STRATEGIES[case.strategy]:
+            cancel(inputs, generator)
     return inputs
 
 
 def bounds_of(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A full row, short ones, an empty one, and one whose length is invalid."""
-    lengths = torch.randint(0, case.cols + 1, (case.rows,), generator=generator)
-    lengths[0] = case.cols
+    """A full row, short ones, an empty one; lengths that are invalid alone, or with their start."""
+    count, cols = math.prod(case.rows), case.cols
+    lengths = torch.randint(0, cols + 1, (count,), generator=generator)
+    lengths[0] = cols
     starts = torch.zeros_like(lengths)
-    for row in range(1, case.rows):
-        starts[row] = int(
-            torch.randint(0, case.cols + 1 - int(lengths[row]), (), generator=generator)
-        )
-    if case.rows > 3:
+    for row in range(1, count if case.has_starts else 0):
+        starts[row] = int(torch.randint(0, cols + 1 - int(lengths[row]), (), generator=generator))
+    if count > 3:
         lengths[2] = 0
-        lengths[3] = -3 if case.offset == 0 else case.cols + 5
-    return lengths, starts
+        is_signed = case.index is None or case.index.is_signed
+        lengths[3] = -3 if case.offset == 0 and is_signed else cols + 5
+    if count > 4 and not case.has_starts:
+        lengths[4] = cols + 1
+    elif count > 4:
+        lengths[4], starts[4] = cols // 2 + 1, cols - cols // 2
+    return lengths.view(case.rows), starts.view(case.rows)
 
 
 def index_dtype(case: Case, seed: int) -> torch.dtype:
     """An integer type that holds the lengths of bounds_of()."""
+    if case.index is not None:
+        return case.index
+    if not case.has_starts:
+        return (torch.int32, torch.int64)[seed // 2 % 2]
     fitting = [
         dtype
         for dtype in NOT_FLOATING
@@ -134,40 +199,79 @@ def check(
     lengths, starts = bounds_of(case, generator)
     lengths, starts = (index.to(index_dtype(case, seed)) for index in (lengths, starts))
     inputs = make_inputs(case, dtypes[0], operation, generator)
+    nan_row = -1
     if len(inputs) == 1 and dtypes[0].is_floating_point:
         inputs[0] += SHIFT * (seed % 3 - 1)
+        if seed % 4 == 0 and math.prod(case.rows) > 1 and lengths.flatten()[1] > 0:
+            nan_row = 1
+            at = np.unravel_index(nan_row, case.rows)
+            inputs[0][(*at, int(starts[at]))] = math.nan
     output = make_rows(case, dtypes[1], generator)
     ran = emulate(
         operation,
         inputs,
         output,
         lengths,
-        starts,
+        starts if case.has_starts else 0,
         scale=scale,
         strategy=case.strategy,
         has_clusters=case.has_clusters,
+        sm_count=seed % 2,
         seed=seed,
     )
     if ran.error:
         return ran.error
     if ran.strategy != case.strategy:
         return f"{ran.strategy} ran"
-    is_valid = torch.zeros(output.shape, dtype=torch.bool)
+    is_valid = torch.zeros(output.shape, dtype=torch.bool).flatten(0, -2)
     padding = torch.full(output.shape, -math.inf if operation == "log_softmax" else 0.0).double()
-    for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+    padding = padding.flatten(0, -2)
+    flat = zip(starts.flatten().tolist(), lengths.flatten().tolist(), strict=True)
+    for row, (start, length) in enumerate(flat):
         if length < 0 or start + length > case.cols:
             padding[row] = math.nan
         else:
             is_valid[row, start : start + length] = True
     want = emulate.expected(operation, inputs, output, lengths, starts, scale=scale)
-    got = output.double().numpy()
+    got = output.double().flatten(0, -2).numpy()
     is_right = np.abs(got - want.values) <= want.tolerances + want.roundings
     is_right = np.where(is_valid, is_right, bits_of(got) == bits_of(padding.numpy()))
     is_right |= np.isnan(padding.numpy()) & np.isnan(got)
+    if nan_row >= 0:
+        is_right[nan_row] |= is_valid[nan_row].numpy() & np.isnan(got[nan_row])
     if not is_right.all():
         row, col = np.argwhere(~is_right)[0]
         expected = want.values[row, col] if is_valid[row, col] else padding[row, col]
         return f"row {row}, column {col}: {got[row, col]}, not {expected}"
+    if not STRATEGIES[case.strategy]:
+        return compare_bits(emulate, operation, inputs, output, lengths, starts, scale, seed)
+    return ""
+
+
+def compare_bits(
+    emulate: Emulator,
+    operation: str,
+    inputs: list[Tensor],
+    output: Tensor,
+    lengths: Tensor,
+    starts: Tensor,
+    scale: float,
+    seed: int,
+) -> str:
+    """Contiguous rows have the same bits, whichever strategy computes them."""
+    contiguous = torch.empty(output.shape, dtype=output.dtype)
+    inputs = [x.contiguous() for x in inputs]
+    ran = emulate(operation, inputs, contiguous, lengths, starts, scale=scale, seed=seed)
+    if ran.error:
+        return ran.error
+    got, same = (x.double().flatten(0, -2).numpy() for x in (output, contiguous))
+    differs = (bits_of(got) != bits_of(same)) & ~(np.isnan(got) & np.isnan(same))
+    if differs.any():
+        row, col = np.argwhere(differs)[0]
+        return (
+            f"row {row}, column {col}: {got[row, col]!r}, "
+            f"but {ran.strategy} computes other bits, {same[row, col]!r}"
+        )
     return ""
 
 
@@ -218,17 +322,115 @@ def bits_of(x: Wide) -> Wide:
     return x.view(np.int64)
 
 
+# Rows whose sums and exponentials come near to the bounds, unless they are computed with care.
+
+
+@dataclass
+class HardRow:
+    name: str
+    scores: Tensor
+    scale: float = 1.0
+
+
+# scale * log2(e) lies almost half a unit in the last place of float32 above 1. Without its second
+# part, the exponents of terms at a distance d would be off by d * eps / 2.
+HARD_SCALE = (1 + 0.999 * 2.0**-24) / math.log2(math.e)
+
+
+def hard_rows(cols: int) -> Iterator[HardRow]:
+    """Rows of float32 scores."""
+    position = torch.arange(cols)
+    yield HardRow("equal", torch.full((cols,), 1.25))
+    yield HardRow("falling", -20.0 * position / cols)
+    yield HardRow("random", torch.randn(cols, generator=torch.Generator().manual_seed(cols)))
+    beside = torch.full((cols,), -16.0) + position % 3 * 0.01
+    beside[cols // 3] = 0
+    yield HardRow("small terms beside a large one", beside)
+    # Many equal terms, whose exponentials have the same error: it is their sum's too. If the
+    # difference to the maximum is rounded, it is so by half a unit of its last place.
+    for distance in (8.25, 11.5):
+        equal = torch.full((cols,), -(2.0**-22))
+        equal[cols // 5] = distance
+        yield HardRow(f"equal terms, {distance} below the maximum", equal)
+        yield HardRow(f"equal terms, {distance} below, hard scale", equal / HARD_SCALE, HARD_SCALE)
+    # Results around the smallest normal number and far below, and a distance beyond every number.
+    far = -80.0 - position % 50
+    far[::7] *= 1e3
+    far[0], far[-1] = 0, -3e38
+    yield HardRow("results below the smallest normal number", far)
+    yield HardRow("distances that overflow", torch.where(position % 2 == 0, 3e38, -3e38))
+    for large in (5e4, -3e5, 1e7):
+        yield HardRow(f"scores around {large}", large + position % 9 * 1.0)
+
+
+def check_hard_row(
+    emulate: Emulator,
+    row: HardRow,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    operation: str,
+    has_clusters: bool,
+    strategy: str,
+) -> str:
+    limits = torch.finfo(dtypes[0])
+    x = row.scores.double().clamp(limits.min, limits.max).to(dtypes[0])[None]
+    output = torch.empty(x.shape, dtype=dtypes[1])
+    cols = x.shape[1]
+    ran = emulate(
+        operation,
+        [x],
+        output,
+        cols,
+        scale=row.scale,
+        strategy=strategy,
+        has_clusters=has_clusters,
+    )
+    if ran.error:
+        return ran.error
+    want = emulate.expected(operation, [x], output, cols, scale=row.scale)
+    got = output.double().numpy()
+    is_right = np.abs(got - want.values) <= want.tolerances + want.roundings
+    is_right |= (np.abs(want.values) > torch.finfo(dtypes[1]).max) & (got == -np.inf)
+    if not is_right.all():
+        _, col = np.argwhere(~is_right)[0]
+        off = abs(got[0, col] - want.values[0, col])
+        return (
+            f"{ran.strategy}, column {col}: {got[0, col]}, not {want.values[0, col]}, off by "
+            f"{float(off / (want.tolerances[0, col] + want.roundings[0, col])):.2f} of the bound"
+        )
+    if operation == "softmax" and dtypes[1] in (torch.float32, torch.float64):
+        eps = torch.finfo(dtypes[1]).eps
+        if abs(float(output.double().sum()) - 1) > 8 * eps:
+            return f"{ran.strategy}: the row sums to {float(output.double().sum())!r}"
+    return ""
+
+
+def find_inaccuracy(emulate: Emulator, input_dtype: torch.dtype, output_dtype: torch.dtype) -> str:
+    """Returns the first result that is off by more than its bound, or an empty string."""
+    dtypes = (input_dtype, output_dtype)
+    longest = 2**20 if dtypes == (torch.float32, torch.float32) else 2**16
+    sizes = (50, 3000, 2**14, longest)
+    for cols, operation in itertools.product(sizes, ("softmax", "log_softmax")):
+        for number, row in enumerate(hard_rows(cols)):
+            # The order of a row's sum is the same with all other strategies.
+            strategy = "strided" if number % 4 == 0 else "automatic"
+            has_clusters = number % 3 > 0
+            wrong = check_hard_row(emulate, row, dtypes, operation, has_clusters, strategy)
+            if wrong:
+                return f"{row.name}, {cols} columns, {dtypes}, {operation}: {wrong}"
+    return ""
+
+
 def find_mistake(emulate: Emulator, input_dtype: torch.dtype, output_dtype: torch.dtype) -> str:
     """Runs all cases of a pair of types. Returns the first mistake, or an empty string."""
     seed = 0
-    for case in cases():
-        if torch.float64 in (input_dtype, output_dtype) and case.cols > MAX_DOUBLES.get(
-            case.strategy, case.cols
-        ):
-            continue
+    dtypes = (input_dtype, output_dtype)
+    # The smallest first: they find most mistakes.
+    for case in sorted(cases(), key=lambda case: math.prod(case.rows) * case.cols):
         for operation, traits in OPERATIONS.items():
             holds_rows = STRATEGIES[case.strategy]
-            if holds_rows and not traits.is_tuned:
+            if holds_rows and (
+                not can_be_held(dtypes, operation) or case.cols > max_cols(case.strategy, operation)
+            ):
                 continue
             input_dtypes = [input_dtype]
             if traits.inputs == 1 and not holds_rows and case.cols == 70:
@@ -241,20 +443,50 @@ def find_mistake(emulate: Emulator, input_dtype: torch.dtype, output_dtype: torc
                     return f"{case}, {dtype} to {output_dtype}, {operation}: {wrong}"
     for packed in packed_cases():
         seed += 1
-        wrong = check_packed(emulate, packed, (input_dtype, output_dtype), seed)
+        wrong = check_packed(emulate, packed, dtypes, seed)
         if wrong:
-            return f"{packed}, {input_dtype} to {output_dtype}: {wrong}"
+            return f"{packed}, {dtypes}: {wrong}"
     return ""
 
 
+def in_child(find: Callable[[], str]) -> str:
+    """Calls find() in a child process, which a fault may end or hold up."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(FAULT_LIMIT_S)
+        os.write(writing, find().encode()[:4000])
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        found = pipe.read().decode()
+    _, status = os.waitpid(child, 0)
+    return found if status == 0 else f"ended by signal {os.waitstatus_to_exitcode(status)}"
+
+
 def main() -> int:
-    emulate = Emulator(Path(sys.argv[1]))
-    for pair in sys.argv[2:]:
-        input_dtype, output_dtype = (getattr(torch, name) for name in pair.split(":"))
-        wrong = find_mistake(emulate, input_dtype, output_dtype)
-        if wrong:
-            print(wrong)
-            return 1
+    parser = argparse.ArgumentParser()
+    parser.add_argument("library", type=Path)
+    parser.add_argument("pairs", nargs="+")
+    parser.add_argument("--fault", type=int, action="append")
+    parser.add_argument("--accuracy", action="store_true", help="run the accuracy's hard rows")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    emulate = Emulator(arguments.library)
+    pairs = [[getattr(torch, name) for name in pair.split(":")] for pair in arguments.pairs]
+    find_in_pair = find_inaccuracy if arguments.accuracy else find_mistake
+
+    def find() -> str:
+        return next((wrong for pair in pairs if (wrong := find_in_pair(emulate, *pair))), "")
+
+    if not arguments.fault:
+        wrong = find()
+        print(wrong)
+        return 1 if wrong else 0
+    planted = ctypes.c_int.in_dll(ctypes.CDLL(str(arguments.library)), "planted_fault")
+    for number in arguments.fault:
+        planted.value = number
+        print(json.dumps([number, in_child(find)]), flush=True)
     return 0
 
 

@@ -49,10 +49,25 @@ OPERATIONS = {
 # Whether a strategy holds rows in registers, by name.
 STRATEGIES = {name: rows == "kHeld" for _, name, rows in read_table("cuda/strategies.inc")}
 ELEMENT_TYPES = [getattr(torch, name) for _, name, *_ in read_table("common/element_types.inc")]
-TYPE_PAIRS = [
-    (C_TYPES[input_t], C_TYPES[output_t])
-    for input_t, output_t, _ in read_table("common/type_pairs.inc")
-]
+# The passes that have kernels of held rows, by pair.
+TYPE_PAIRS = {
+    (C_TYPES[input_t], C_TYPES[output_t]): passes
+    for input_t, output_t, passes in read_table("common/type_pairs.inc")
+}
+
+
+def can_be_held(dtypes: tuple[torch.dtype, torch.dtype], operation: str) -> bool:
+    """Whether an operation has kernels of held rows for a pair of types."""
+    traits = OPERATIONS[operation]
+    own_pass = "kForward" if traits.inputs == 1 else "kBackward"
+    return traits.is_tuned and TYPE_PAIRS.get(dtypes, "kNone") in (own_pass, "kBoth")
+
+
+def max_cols(strategy: str, operation: str) -> int:
+    """The longest row that a strategy can hold in registers: launch_plan.h."""
+    elems_per_thread = 32 // OPERATIONS[operation].inputs
+    threads = {"lanes": 32, "block": 512, "cluster": 8 * 512}
+    return threads[strategy] * elems_per_thread if strategy in threads else 1 << 40
 
 
 FLAGS = ["-std=c++17", "-Wno-unknown-pragmas", "-ffp-contract=off", "-fPIC", "-g1", "-O1"]
@@ -86,6 +101,7 @@ class Call(ctypes.Structure):
         ("operation", ctypes.c_char_p),
         ("strategy", ctypes.c_char_p),
         ("has_clusters", ctypes.c_int32),
+        ("sm_count", ctypes.c_int32),
         ("seed", ctypes.c_uint32),
         ("scale", ctypes.c_double),
         ("cols", ctypes.c_int64),
@@ -138,6 +154,7 @@ class Emulator:
         packed: int | None = None,
         fills_gaps: bool = False,
         has_clusters: bool = True,
+        sm_count: int = 0,
         seed: int = 0,
     ) -> Emulation:
         """Fills `output`. Columns are the last dimension; lengths and starts have the rows' shape.
@@ -145,10 +162,12 @@ class Emulator:
         `packed`: no row is longer, and rows lie end to end, so that all have the same address.
         `fills_gaps`: those rows are along the first dimension, and the elements that they do not
         cover become NaN.
+        `sm_count`: the device's, to which some grids are limited; 0: they are not.
         """
         call = _call(operation, inputs, output, lengths, starts, scale)
         call.strategy = strategy.encode()
         call.has_clusters = has_clusters
+        call.sm_count = sm_count
         call.seed = seed
         call.packed_longest = -1 if packed is None else packed
         call.fills_gaps = fills_gaps
@@ -197,8 +216,12 @@ def _call(
     )
 
 
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _type_name(tensor: Tensor) -> bytes:
-    return str(tensor.dtype).removeprefix("torch.").encode()
+    return name_of(tensor.dtype).encode()
 
 
 def _operand(tensor: Tensor) -> CallOperand:

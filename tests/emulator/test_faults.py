@@ -1,37 +1,40 @@
 """Promise: a mistake in a kernel is found. Each test plants a fault, and the battery must fail.
 
-A fault that is no longer found is a gap in the emulator or in the battery.
+A fault that is no longer found is a gap in the emulator or in the battery. All faults are compiled
+into one library, in which a variable switches one of them on.
 """
 
 from __future__ import annotations
 
-import ctypes
+import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import emulator
 import pytest
-import torch
-from battery import find_mistake
-from emulator import BUILD
+from emulator import BUILD, name_of
 
 BATTERY = Path(__file__).with_name("battery.py")
-# Enough to reach every strategy, and quick to compile.
-TYPE_PAIRS = "MASKED_SOFTMAX_TYPE_PAIR(float, float)\n"
-FILES = ["held_float32_float32.cu", "launch.cu", "kernel_problem.cpp"]
+WORKERS = 2
 
 
 @dataclass
 class Fault:
+    """Replaces `old`, where it first occurs after `after`. In `new`, IS_ON is whether it is on."""
+
     name: str
     file: str
-    old: str  # its first occurrence after `after`
+    old: str
     new: str
-    found_by: str | tuple[str, ...]  # a part of the battery's message
+    found_by: str | tuple[str, ...] = ""  # a part of the battery's message
     after: str = ""
+    is_accuracy: bool = False  # found by the rows that come near to the accuracy's bounds
+    pair: str = "float32:float32"  # with which it is looked for
 
 
 # Which error comes first depends on which thread runs first.
@@ -40,220 +43,362 @@ RACE = ("race with another thread's", "not initialized", "out of bounds")
 IS_MAX, IS_SUM, IS_COUNT = (f"Partial::kFirstWord == {word}" for word in (0, 1, 3))
 FAULTS = [
     # Missing synchronization.
-    Fault("block max without its barrier", "groups.cuh", "sync_block();",
-          f"if (!({IS_MAX})) {{ sync_block(); }}", RACE, after="warp_partials_.store("),
-    Fault("block sum without its barrier", "groups.cuh", "sync_block();",
-          f"if (!({IS_SUM})) {{ sync_block(); }}", RACE, after="warp_partials_.store("),
-    Fault("block count without its barrier", "groups.cuh", "sync_block();",
-          f"if (!({IS_COUNT})) {{ sync_block(); }}", RACE, after="warp_partials_.store("),
+    *(
+        Fault(f"{group} {kind} without its barrier", "groups.cuh", barrier,
+              f"if (!(IS_ON && {is_kind})) {{ {barrier} }}", RACE, after)
+        for group, barrier, after in (
+            ("block", "sync_block();", "warp_partials_.store("),
+            ("cluster", "sync_cluster();", "block_partials_.store("),
+            ("column", "sync_block();", "store(thread_index(), "),
+        )
+        for kind, is_kind in (("max", IS_MAX), ("sum", IS_SUM), ("count", IS_COUNT))
+    ),
     Fault("block barrier weakened to the warp's", "groups.cuh", "sync_block();",
-          "shuffle_xor(partial.words[0], 1, 32);", RACE, after="warp_partials_.store("),
-    Fault("cluster max without its barrier", "groups.cuh", "sync_cluster();",
-          f"if (!({IS_MAX})) {{ sync_cluster(); }}", RACE, after="block_partials_.store("),
-    Fault("cluster sum without its barrier", "groups.cuh", "sync_cluster();",
-          f"if (!({IS_SUM})) {{ sync_cluster(); }}", RACE, after="block_partials_.store("),
+          "if (IS_ON) { shuffle_xor(partials[0].words[0], 1); } else { sync_block(); }", RACE,
+          after="warp_partials_.store("),
     Fault("cluster barrier weakened to the block's", "groups.cuh", "sync_cluster();",
-          f"{IS_COUNT} ? sync_block() : sync_cluster();", RACE, after="block_partials_.store("),
-    Fault("block leaves the cluster while others read", "held_rows.cuh", "group.sync();", "",
-          "may have returned", after="block_index() / cluster_size();"),
-    Fault("column max without its barrier", "groups.cuh", "sync_block();",
-          f"if (!({IS_MAX})) {{ sync_block(); }}", RACE, after="store(thread_index(), "),
-    Fault("column sum without its barrier", "groups.cuh", "sync_block();",
-          f"if (!({IS_SUM})) {{ sync_block(); }}", RACE, after="store(thread_index(), "),
-    Fault("partials' memory used again too early", "strided_rows.cuh", "group_.sync();", "", RACE),
-    Fault("every thread publishes the chunk's partial", "split_rows.cuh", "thread_index() == 0",
-          "thread_index() < 40", RACE, after="void publish("),
+          f"if (IS_ON && {IS_COUNT}) {{ sync_block(); }} else {{ sync_cluster(); }}", RACE,
+          after="block_partials_.store("),
+    Fault("block leaves the cluster while others read", "held_rows.cuh", "group.sync();",
+          "if (!IS_ON) { group.sync(); }", ("may have returned", "not waited"),
+          after="any_held_rows("),
+    Fault("partials' memory used again too early", "strided_rows.cuh", "group_.sync();",
+          "if (!IS_ON) { group_.sync(); }", RACE),
+    Fault("every thread publishes the chunk's partial", "groups.cuh", "thread_index() == 0",
+          "thread_index() < (IS_ON ? 40 : 1)", RACE, after="void publish("),
     # Threads that wait for others that do not arrive.
     Fault("barrier in a branch", "groups.cuh", "sync_block();",
-          "if (thread_index() < kWarpThreads) { sync_block(); }", "",
+          "if (!IS_ON || thread_index() < kWarpThreads) { sync_block(); }",
           after="warp_partials_.store("),
-    Fault("lanes without a row do not take part", "held_rows.cuh",
-          "compute_row<", "if (row < kernel_problem.problem.rows) compute_row<", "shuffle",
-          after="lanes_per_row("),
+    Fault("cluster's block begins the next row while others read", "groups.cuh",
+          "cluster_wait_acquire();", "if (!IS_ON) { cluster_wait_acquire(); }",
+          ("may have returned", "not waited"), after="class ClusterGroup"),
+    Fault("cluster's block says too early that it has read", "held_rows.cuh",
+          "reduce_or_load<kHasPasses>(group_, kernel_problem_, max_count);",
+          "if (IS_ON) { group_.release(); } "
+          "reduce_or_load<kHasPasses>(group_, kernel_problem_, max_count);", "waited"),
+    Fault("lanes without a row do not take part", "held_rows.cuh", "compute_rows<",
+          "if (!IS_ON || warp_first + thread_index() % kWarpThreads / kLanes.threads_per_row < "
+          "kernel_problem.plain_rows.rows) compute_rows<", "shuffle", after="plain_lanes("),
     # Values exchanged with the wrong thread.
-    Fault("max over half of the lanes", "groups.cuh", "distance < kWidth",
-          f"distance < ({IS_MAX} ? kWidth / 2 : kWidth)", "column", after="Partial reduce_lanes("),
-    Fault("sum over half of the lanes", "groups.cuh", "distance < kWidth",
-          f"distance < ({IS_SUM} ? kWidth / 2 : kWidth)", "column", after="Partial reduce_lanes("),
-    Fault("previous packet from two lanes off", "vector_access.cuh", "words[i], 1, width",
-          "words[i], 2, width", "column"),
+    Fault("max over half of the lanes", "groups.cuh", "distance < width",
+          f"distance < (IS_ON && {IS_MAX} ? width / 2 : width)", "column",
+          after="void reduce_lanes("),
+    Fault("sum over half of the lanes", "groups.cuh", "distance <",
+          f"(IS_ON && {IS_SUM} ? 2 : 1) * distance <", "column", after="void reduce_lanes("),
+    Fault("previous vector from two lanes off", "vector_access.cuh", "words[i], 1)",
+          "words[i], IS_ON ? 2 : 1)", "column"),
     Fault("every block reads the first one's sum", "groups.cuh", "word), rank)",
-          f"word), {IS_SUM} ? 0 : rank)", "column"),
-    Fault("a warp's partial is not read", "groups.cuh", "lane < block_threads()",
-          f"lane + ({IS_MAX} ? 1 : 0) < block_threads()", ""),
+          f"word), IS_ON && {IS_SUM} ? 0 : rank)", "column"),
+    Fault("a warp's partial is not read", "groups.cuh", "warp < block_threads()",
+          f"warp + (IS_ON && {IS_MAX} ? 1 : 0) < block_threads()"),
     Fault("one warp's partial too many", "groups.cuh", "block_threads() / kWarpThreads;",
-          f"block_threads() / kWarpThreads + ({IS_MAX} ? 1 : 0);", "not initialized",
+          f"block_threads() / kWarpThreads + (IS_ON && {IS_MAX} ? 1 : 0);", "not initialized",
           after="has_warp ="),
-    Fault("shared memory for half of the warps", "groups.cuh", "kMaxBlockThreads / kWarpThreads;",
-          "kMaxBlockThreads / kWarpThreads / 2;", RACE, after="kMaxWarps ="),
-    Fault("another row's slot among the columns", "groups.cuh", "warp * kWarpThreads +",
-          "warp * kWarpThreads + 1 -", ""),
+    Fault("shared memory for half of the warps", "groups.cuh", "shared_slots<acc_t, kMaxWarps>();",
+          "IS_ON ? shared_slots<acc_t, kMaxWarps / 2>() : shared_slots<acc_t, kMaxWarps>();",
+          RACE),
+    Fault("another row's slot among the columns", "groups.cuh", "thread_index() % kWarpThreads",
+          "(thread_index() + (IS_ON ? 1 : 0)) % kWarpThreads", after="tree.add(partials_"),
     # Accesses to other memory.
-    Fault("vector load past the valid end", "vector_access.cuh", "* kElems <= count",
-          "* kElems <= count + 1", "out of bounds"),
-    Fault("vector load before the valid start", "vector_access.cuh", "begin >= skipped &&",
-          "begin + kElems >= skipped &&", "out of bounds"),
-    Fault("vector load that is not aligned", "vector_access.cuh", "first + begin - skipped;",
-          "first + begin;", "misaligned"),
-    Fault("one element past the valid end is read", "vector_access.cuh", "begin + i < count",
-          "begin + i <= count", "out of bounds"),
-    Fault("vector store past the row's end", "vector_access.cuh", "at + kElems <= end", "at < end",
-          ""),
-    Fault("vector store over the padding", "vector_access.cuh", "if (rest >= kElems)",
-          "if (rest > 0)", ""),
-    Fault("one element too many is stored", "vector_access.cuh", "i < to)", "i <= to)", ""),
-    Fault("invalid lengths are used", "row.cuh", "if (!row.is_valid) {", "if (false) {", ""),
-    Fault("an element past the strided row's end", "strided_rows.cuh",
-          "i < count ?", "i <= count ?", "out of bounds", after="void load_elements("),
+    Fault("vector load past the valid end", "vector_access.cuh", "begin + kElems <= end_",
+          "begin + kElems <= end_ + (IS_ON ? 1 : 0)", "out of bounds"),
+    Fault("vector load before the valid start", "vector_access.cuh", "begin >= skipped_",
+          "begin + (IS_ON ? kElems : 0) >= skipped_", "out of bounds"),
+    Fault("vector load that is not aligned", "vector_access.cuh", "first_access_ + share.begin;",
+          "first_access_ + share.begin + (IS_ON ? skipped_ : 0);", "misaligned"),
+    Fault("one element past the valid end is read", "vector_access.cuh", "end_ - tail), tail)",
+          "end_ - tail), tail + (IS_ON ? 1 : 0))", ("out of bounds", "column")),
+    Fault("one element past a short row's end is read", "vector_access.cuh", "i < end_)",
+          "i < end_ + (IS_ON ? 1 : 0))", "out of bounds"),
+    Fault("one element before the valid start is read", "vector_access.cuh", "i >= skipped_ &&",
+          "i + (IS_ON ? 1 : 0) >= skipped_ &&", "out of bounds"),
+    Fault("a tail's half is not shifted", "vector_access.cuh", "vector.words[2] = vector.words[0];",
+          "if (!IS_ON) { vector.words[2] = vector.words[0]; }", "column"),
+    Fault("vector store past the row's end", "vector_access.cuh", "to - from == kElems",
+          "(IS_ON || to - from == kElems)"),
+    Fault("vector store over the padding", "vector_access.cuh", "begin + kElems <= count",
+          "begin + kElems <= count + (IS_ON ? 1 : 0)", after="void store_vector("),
+    Fault("one element too many is stored", "vector_access.cuh", "i < to)",
+          "i < to + (IS_ON ? 1 : 0))"),
+    Fault("a vector past the plain row's end is stored", "held_rows.cuh",
+          "k * share_.stride < cols", "k * share_.stride < cols + (IS_ON ? 1 : 0)"),
+    Fault("a row past the last one is stored", "held_rows.cuh", "lengths_[row] == kNoRow",
+          "lengths_[row] == kNoRow && !IS_ON"),
+    Fault("invalid lengths are used", "row.cuh", "if (!row.is_valid) {",
+          "if (!row.is_valid && !IS_ON) {"),
+    Fault("invalid lengths of plain rows are used", "row.cuh",
+          "is_valid ? static_cast<int>(value)", "is_valid || IS_ON ? static_cast<int>(value)"),
+    Fault("start and length are not checked together", "row.cuh",
+          "bounds_are_valid(problem, row.start, row.length)",
+          "bounds_are_valid(problem, IS_ON ? 0 : row.start, row.length)"),
+    Fault("a packed length is not checked against the longest", "row.cuh",
+          "bounds_are_valid(problem, row.start, row.length)",
+          "(IS_ON ? bounds_are_valid(row.start, row.length, problem.cols) : "
+          "bounds_are_valid(problem, row.start, row.length))"),
+    Fault("an unsigned byte is read as a signed one", "row.cuh", "[offset];",
+          "[offset]; if (IS_ON && bounds.type == ElementType::kUInt8) "
+          "{ value = static_cast<int8_t>(value); }", after="int64_t load_row_index("),
+    Fault("an element past the strided row's end", "strided_rows.cuh", "i < count ?",
+          "i < count + (IS_ON ? 1 : 0) ?", "out of bounds", after="void load_elements("),
     Fault("the strided row's column stride forgotten", "strided_rows.cuh",
-          "first[i * operand.col_stride]", "first[i]", "", after="void load_elements("),
+          "i * operand.col_stride", "i * (IS_ON ? 1 : operand.col_stride)",
+          after="void load_elements("),
     # Memory that is uninitialized, or not written.
     Fault("the row's tail is not written", "vector_access.cuh", "if (is_last_lane) {",
-          "if (false) {", "were not written"),
+          "if (is_last_lane && !IS_ON) {", "were not written"),
     Fault("the padding's tail is not written", "vector_access.cuh", "at < end; at +=",
-          "at + kElems <= end; at +=", "were not written"),
-    Fault("padding begins one column late", "held_rows.cuh",
-          "row_.start + row_.length, problem",
-          "row_.start + row_.length + 1, problem", "were not written"),
-    Fault("every block leaves a row out", "held_rows.cuh", "block_threads() / kThreads;",
-          "block_threads() / kThreads + 1;", "were not written"),
-    Fault("the chunks' maxima are never computed", "split_rows.cuh",
-          "status = launch(split_maxima<input_t, output_t, kVectors>, plan, stream, "
-          "kernel_problem);", "", "not initialized"),
-    Fault("a chunk too many is read", "split_rows.cuh", "chunk < chunks(); chunk +=",
-          "chunk <= chunks(); chunk +=", ""),
+          "at + (IS_ON ? kElems : 1) <= end; at +=", "were not written"),
+    Fault("padding begins one column late", "held_rows.cuh", "row.start + row.length, problem",
+          "row.start + row.length + (IS_ON ? 1 : 0), problem", "were not written"),
+    Fault("the plain row's padding is not set", "held_rows.cuh", "if (!is_absent_padding &&",
+          "if (!IS_ON && !is_absent_padding &&", "column"),
+    Fault("absent elements of every row become padding", "held_rows.cuh", "inverse - inverse == 0",
+          "IS_ON || inverse - inverse == 0", "column"),
+    Fault("a vector with a few valid elements is skipped", "held_rows.cuh", "< lengths_[row];",
+          "+ (IS_ON ? kElems : 0) < lengths_[row];", "column", after="bool is_active("),
+    Fault("blocks leave rows out", "held_rows.cuh", "* kGroups * kRows;",
+          "* kGroups * kRows + (IS_ON ? 1 : 0);", "were not written",
+          after="const unsigned step ="),
+    Fault("the chunks' maxima are never computed", "held_rows.cuh", "pass != Pass::kMaxima)",
+          "pass != Pass::kMaxima) && !(IS_ON && pass == Pass::kMaxima)", "not initialized"),
+    Fault("a chunk too many is read", "groups.cuh", "chunk < chunks_; chunk +=",
+          "chunk < chunks_ + (IS_ON ? 1 : 0); chunk +="),
     # Packed rows.
     Fault("the gap behind the last packed row is left", "packed_gaps.cuh",
-          "row == rows ? problem.cols", "row == rows ? 0", "were not written"),
+          "row == rows ? problem.cols", "row == rows ? (IS_ON ? 0 : problem.cols)",
+          "were not written"),
     Fault("only the first block's gaps are filled", "packed_gaps.cuh",
-          "int64_t{block_index()} * kGapThreads", "int64_t{0}", "were not written"),
-    Fault("packed rows are filled before they are computed", "packed_gaps.cuh",
-          "start + length};", "start};", "written again"),
-    Fault("gaps are filled before all are found", "packed_gaps.cuh", "sync_block();", "", RACE),
-    Fault("a packed row is longer than the longest", "../common/problem.h",
-          "&& length <= problem.longest()", "", ""),
+          "int64_t{block_index()} * kGapThreads",
+          "int64_t{block_index()} * (IS_ON ? 0 : kGapThreads)", "were not written"),
+    Fault("packed rows are filled before they are computed", "packed_gaps.cuh", "start + length};",
+          "IS_ON ? start : start + length};", "written again"),
+    Fault("gaps are filled before all are found", "packed_gaps.cuh", "sync_block();",
+          "if (!IS_ON) { sync_block(); }", RACE),
     # Arithmetic.
     Fault("the maximum begins at 0", "groups.cuh", "{-std::numeric_limits<acc_t>::infinity()}",
-          "{0}", ""),
-    Fault("absent elements are zeros to the maximum", "held_rows.cuh",
-          "scaling_.factor : kAbsent;", "scaling_.factor : acc_t{0};", ""),
+          "{IS_ON ? acc_t{0} : -std::numeric_limits<acc_t>::infinity()}"),
+    Fault("absent elements are zeros to the maximum", "held_rows.cuh", "narrow<input_t>(kForward",
+          "narrow<input_t>(kForward && !IS_ON"),
     Fault("scale forgotten in the gradient", "../common/formulas.h", "return scale * in[1] *",
-          "return in[1] *", "column"),
-    Fault("starts read with the lengths' offset", "row.cuh",
-          "load_row_index(problem.starts, start_offset)", "load_row_index(problem.starts, 0)", ""),
-    Fault("bytes of a misaligned packet in the wrong order", "vector_access.cuh", "skipped & 8",
-          "skipped & 4", "column"),
-    Fault("an invalid length gives zeros", "row.cuh", "row.is_valid ? static_cast",
-          "true ? static_cast", "not nan"),
+          "return (IS_ON ? N(1) : scale) * in[1] *", "column"),
+    Fault("starts read with the lengths' offset", "row.cuh", "problem.starts, start_offset)",
+          "problem.starts, IS_ON ? 0 : start_offset)"),
+    Fault("bytes of a misaligned vector in the wrong order", "vector_access.cuh",
+          "(skipped_bytes & 8)", "(skipped_bytes & (IS_ON ? 4 : 8))", "column"),
+    Fault("an invalid length gives zeros", "row.cuh", "return is_valid ?",
+          "return is_valid || IS_ON ?", "not nan"),
+    Fault("a divisor's multiplier rounded down", "kernel_problem.cpp", "power + divisor - 1",
+          "power + (IS_ON ? 0 : divisor - 1)"),
+    Fault("a row's vectors are summed in another order", "strided_rows.cuh",
+          "group_.thread() * count + i;",
+          "IS_ON ? group_.thread() + i * group_.threads() : group_.thread() * count + i;",
+          "computes other bits"),
+    Fault("the column group's threads are summed in another order", "groups.cuh",
+          "load<Partial>(warp *", "load<Partial>((IS_ON ? (warp + 1) % kWarps : warp) *",
+          "computes other bits"),
+    # Accuracy.
+    Fault("the low words lost when two sums are added", "groups.cuh", "words[1] = lows +",
+          "words[1] = (IS_ON ? acc_t{0} : lows) +", "of the bound", is_accuracy=True),
+    Fault("the exponent's correction dropped", "exp2.cuh", "fused_multiply_add(a, params_.low,",
+          "fused_multiply_add(IS_ON ? acc_t{0} : a, params_.low,", "of the bound",
+          is_accuracy=True),
+    Fault("results below the smallest normal number not flushed", "exp2.cuh",
+          "select(rounded < params_.zero_below", "select(!IS_ON && rounded < params_.zero_below",
+          "of the bound", is_accuracy=True),
+    Fault("exponentials of saved results not flushed", "exp2.cuh", "select(n < E::kMinExponent",
+          "select(!IS_ON && n < E::kMinExponent", "column"),
+    Fault("large maxima take no offset", "exp2.cuh", "has_offset = is_single ||",
+          "has_offset = is_single || !IS_ON &&", "of the bound", is_accuracy=True),
+    Fault("log_softmax keeps its terms' common factor", "exp2.cuh",
+          "exponential_.inverse_factor()", "(IS_ON ? acc_t{1} : exponential_.inverse_factor())",
+          "of the bound", is_accuracy=True),
 ]  # fmt: skip
 
 
-def of_each_row_of_the_tables() -> list[tuple[str, str, str, str, str]]:
-    """A fault for each row: name, file, after, old, and new, in which `is_on` plants the fault."""
+def of_each_row_of_the_tables() -> list[Fault]:
     faults = []
     for name, _, signature, _ in emulator.read_table("common/operations.inc"):
         if signature == "Forward":
-            new = f"* (is_on && kOperation == Operation::k{name} ? 2 : 1);"
-            faults.append((name, "cuda/held_rows.cuh", "row_sum =", ";", new))
+            after, old = f"finish(OperationConstant<Operation::k{name}>", "rows_.store("
+            new = f"if (!IS_ON) {old}"
+            faults.append(Fault(name, "held_rows.cuh", old, new, after=after))
             continue
-        after, file = f"Formula<Operation::k{name}>", "common/formulas.h"
+        after, file = f"Formula<Operation::k{name}>", "../common/formulas.h"
         old = "terms[0] = "
-        faults.append((f"{name}: terms", file, after, old, f"{old}N(is_on ? 2 : 1) * "))
+        faults.append(Fault(f"{name}: terms", file, old, f"{old}N(IS_ON ? 2 : 1) * ", after=after))
         old = "return "
-        faults.append((f"{name}: result", file, after, old, f"{old}N(is_on ? 1 : 0) + "))
-    for name, _, _, _, kind in emulator.read_table("common/element_types.inc"):
-        is_type = f"is_on && ElementTraits<decltype(element)>::kType == ElementType::k{name}"
+        faults.append(Fault(f"{name}: result", file, old, f"{old}N(IS_ON ? 1 : 0) + ", after=after))
+    for name, dtype, _, _, kind in emulator.read_table("common/element_types.inc"):
+        pair = f"{dtype}:{dtype}" if kind == "kFloating" else "float32:float32"
+        is_type = f"IS_ON && ElementTraits<decltype(element)>::kType == ElementType::k{name}"
         after, old = "void load_elements(", "widen(first[i * operand.col_stride])"
         new = f"{old} * ({is_type} ? 2 : 1)"
-        faults.append((f"{name}: elements", "cuda/strided_rows.cuh", after, old, new))
+        faults.append(
+            Fault(f"{name}: elements", "strided_rows.cuh", old, new, after=after, pair=pair)
+        )
         if kind == "kInteger":
             after, old = "int64_t load_row_index(", "offset];"
             new = f"{is_type} ? 0 : {old}"
-            faults.append((f"{name}: lengths", "cuda/row.cuh", after, old, new))
-    for input_t, output_t in emulator.read_table("common/type_pairs.inc"):
-        is_pair = f"std::is_same_v<input_t, {input_t}> && std::is_same_v<output_t, {output_t}>"
-        after, old = "Status launch_held_rows(", "return is_forward"
-        new = f"if (is_on && {is_pair}) {{ return kSuccess; }} {old}"
-        name = f"{input_t} to {output_t}"
-        faults.append((name, "cuda/launch_held_rows.cuh", after, old, new))
+            faults.append(Fault(f"{name}: lengths", "row.cuh", old, new, after=after))
+    for input_t, output_t, passes in emulator.read_table("common/type_pairs.inc"):
+        if passes != "kNone":
+            is_pair = f"std::is_same_v<input_t, {input_t}> && std::is_same_v<output_t, {output_t}>"
+            after, old = "Status launch_held_rows(", "if (plan.is_plain)"
+            new = f"if (IS_ON && {is_pair}) {{ return kSuccess; }} {old}"
+            name = f"{input_t} to {output_t}"
+            pair = ":".join(name_of(emulator.C_TYPES[t]) for t in (input_t, output_t))
+            faults.append(Fault(name, "held_rows.cuh", old, new, after=after, pair=pair))
     for name, _, _ in emulator.read_table("cuda/strategies.inc"):
         after, old = "Status launch_problem(", "const KernelProblem"
-        new = f"if (is_on && plan.strategy == Strategy::k{name}) {{ return kSuccess; }} {old}"
-        faults.append((name, "cuda/launch.cu", after, old, new))
+        new = f"if (IS_ON && plan.strategy == Strategy::k{name}) {{ return kSuccess; }} {old}"
+        faults.append(Fault(name, "launch.cu", old, new, after=after))
     return faults
 
 
 TABLE_FAULTS = of_each_row_of_the_tables()
 
+# Which fault is on; 0 is none. The read is not an access of the kernel's.
+SWITCH = """once
+inline int planted_fault = 0;
+__attribute__((no_sanitize("thread"))) inline bool is_planted(int number) { return planted_fault == number; }
+"""  # noqa: E501
 
-def plant(fault: Fault, folder: Path) -> Path:
-    """A copy of csrc/ with the fault."""
+
+def plant(faults: list[Fault], folder: Path) -> Path:
+    """A copy of csrc/ with the faults, numbered from 1."""
     kernels = folder / "csrc"
     shutil.rmtree(kernels, ignore_errors=True)
     shutil.copytree(emulator.ROOT / "csrc", kernels)
-    (kernels / "common" / "type_pairs.inc").write_text(TYPE_PAIRS)
-    replace(kernels / "cuda" / fault.file, fault.after, fault.old, fault.new)
+    # Backwards: the faults for rows of a table replace the text that others look for.
+    for number, fault in reversed(list(enumerate(faults, 1))):
+        path = kernels / "cuda" / fault.file
+        text = path.read_text()
+        at = text.find(fault.old, text.find(fault.after)) if fault.after in text else -1
+        assert at >= 0, f"{fault.file} has changed: it has no place for {fault}"
+        new = fault.new.replace("IS_ON", f"is_planted({number})")
+        path.write_text(text[:at] + new + text[at + len(fault.old) :])
+    switch = kernels / "common" / "inline.h"
+    switch.write_text(switch.read_text().replace("once", SWITCH, 1))
     return kernels
 
 
-def replace(path: Path, after: str, old: str, new: str) -> None:
-    text = path.read_text()
-    at = text.index(old, text.index(after))
-    path.write_text(text[:at] + new + text[at + len(old) :])
+# Enough to reach every strategy, and quick to compile.
+ONE_PAIR = "MASKED_SOFTMAX_TYPE_PAIR(float, float, kBoth)\n"
+FILES_OF_ONE_PAIR = ["held_float32_float32.cu", "launch.cu", "kernel_problem.cpp"]
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_fault_is_found(fault: Fault, machine: list[Path]) -> None:
-    folder = BUILD / "fault"
-    library = emulator.build(folder, plant(fault, folder), FILES, machine)
-    done = subprocess.run(
-        [sys.executable, str(BATTERY), str(library), "float32:float32"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    print(done.stdout, done.stderr)
-    assert done.returncode == 1, "nothing was found"
-    expected = (fault.found_by,) if isinstance(fault.found_by, str) else fault.found_by
-    assert any(part in done.stdout for part in expected), done.stdout
+def build_with_faults(folder: Path, machine: list[Path], *, is_checked: bool) -> Path:
+    kernels = plant(FAULTS, folder)
+    (kernels / "common" / "type_pairs.inc").write_text(ONE_PAIR)
+    return emulator.build(folder, kernels, FILES_OF_ONE_PAIR, machine, is_checked=is_checked)
 
 
-def test_without_a_fault_nothing_is_found(machine: list[Path]) -> None:
-    folder = BUILD / "fault"
-    none = Fault("none", "row.cuh", "", "", "")
-    library = emulator.build(folder, plant(none, folder), FILES, machine)
-    done = subprocess.run(
-        [sys.executable, str(BATTERY), str(library), "float32:float32"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def library_with_faults(machine: list[Path]) -> Path:
+    return build_with_faults(BUILD / "faults", machine, is_checked=True)
+
+
+@pytest.fixture(scope="module")
+def plain_library_with_faults(plain_machine: list[Path]) -> Path:
+    """Unchecked, for the long rows of the accuracy tests."""
+    return build_with_faults(BUILD / "plain_faults", plain_machine, is_checked=False)
 
 
 @pytest.fixture(scope="module")
 def library_with_table_faults(plain_machine: list[Path]) -> Path:
-    """All kernels, with a fault for each row of the tables; a variable switches one of them on."""
+    """All kernels, with a fault for each row of the tables."""
     folder = BUILD / "table_faults"
-    kernels = folder / "csrc"
-    shutil.rmtree(kernels, ignore_errors=True)
-    shutil.copytree(emulator.ROOT / "csrc", kernels)
-    for number, (_, file, after, old, new) in reversed(list(enumerate(TABLE_FAULTS, 1))):
-        replace(kernels / file, after, old, new.replace("is_on", f"planted_fault == {number}"))
-    replace(
-        kernels / "common" / "inline.h", "#pragma", "once", "once\ninline int planted_fault = 0;"
-    )
+    kernels = plant(TABLE_FAULTS, folder)
     files = emulator.kernel_files(kernels)
     return emulator.build(folder, kernels, files, plain_machine, is_checked=False)
 
 
-def test_a_fault_in_each_row_of_the_tables_is_found(library_with_table_faults: Path) -> None:
-    emulate = emulator.Emulator(library_with_table_faults)
-    planted = ctypes.c_int.in_dll(ctypes.CDLL(str(library_with_table_faults)), "planted_fault")
-    missed = []
-    for number, (name, *_) in enumerate(TABLE_FAULTS, 1):
-        planted.value = number
-        if not any(find_mistake(emulate, *pair) for pair in emulator.TYPE_PAIRS):
-            missed.append(name)
-    assert not missed
-    planted.value = 0
-    assert find_mistake(emulate, torch.float32, torch.float32) == ""
+def find_faults(
+    library: Path, faults: list[Fault], numbers: list[int], *options: str
+) -> dict[int, str]:
+    """What the battery finds with each fault, by number; 0 is no fault."""
+
+    def find(task: tuple[str, list[int]]) -> str:
+        pair, share = task
+        command = [sys.executable, str(BATTERY), str(library), pair, *options]
+        for number in share:
+            command += ["--fault", str(number)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    by_pair: dict[str, list[int]] = {"float32:float32": [0]}
+    for number in numbers:
+        by_pair.setdefault(faults[number - 1].pair, []).append(number)
+    tasks = [(pair, share[i::WORKERS]) for pair, share in by_pair.items() for i in range(WORKERS)]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        outputs = list(pool.map(find, [task for task in tasks if task[1]]))
+    return dict(json.loads(line) for output in outputs for line in output.splitlines())
+
+
+def selected(request: pytest.FixtureRequest, test: str) -> list[int]:
+    """The numbers of the faults whose tests run."""
+    return [
+        item.callspec.params["number"]
+        for item in request.session.items
+        if getattr(item, "originalname", "") == test
+    ]
+
+
+@pytest.fixture(scope="module")
+def found(request: pytest.FixtureRequest, library_with_faults: Path) -> dict[int, str]:
+    numbers = selected(request, "test_fault_is_found")
+    return find_faults(library_with_faults, FAULTS, numbers)
+
+
+@pytest.fixture(scope="module")
+def found_inaccurate(
+    request: pytest.FixtureRequest, plain_library_with_faults: Path
+) -> dict[int, str]:
+    numbers = selected(request, "test_inaccuracy_is_found")
+    return find_faults(plain_library_with_faults, FAULTS, numbers, "--accuracy")
+
+
+@pytest.fixture(scope="module")
+def found_in_tables(
+    request: pytest.FixtureRequest, library_with_table_faults: Path
+) -> dict[int, str]:
+    numbers = selected(request, "test_fault_in_a_row_of_a_table_is_found")
+    return find_faults(library_with_table_faults, TABLE_FAULTS, numbers)
+
+
+def of_faults(faults: list[Fault], *, is_accuracy: bool = False) -> Any:
+    return pytest.mark.parametrize(
+        "number",
+        [n for n, fault in enumerate(faults, 1) if fault.is_accuracy == is_accuracy],
+        ids=lambda number: faults[number - 1].name,
+    )
+
+
+def assert_found(fault: Fault, found: str) -> None:
+    print(found)
+    assert found, "nothing was found"
+    expected = (fault.found_by,) if isinstance(fault.found_by, str) else fault.found_by
+    assert any(part in found for part in expected), found
+
+
+@of_faults(FAULTS)
+def test_fault_is_found(number: int, found: dict[int, str]) -> None:
+    assert_found(FAULTS[number - 1], found[number])
+
+
+@of_faults(FAULTS, is_accuracy=True)
+def test_inaccuracy_is_found(number: int, found_inaccurate: dict[int, str]) -> None:
+    assert_found(FAULTS[number - 1], found_inaccurate[number])
+
+
+@of_faults(TABLE_FAULTS)
+def test_fault_in_a_row_of_a_table_is_found(number: int, found_in_tables: dict[int, str]) -> None:
+    assert_found(TABLE_FAULTS[number - 1], found_in_tables[number])
+
+
+def test_without_a_fault_nothing_is_found(
+    found: dict[int, str], found_inaccurate: dict[int, str], found_in_tables: dict[int, str]
+) -> None:
+    assert [found[0], found_inaccurate[0], found_in_tables[0]] == ["", "", ""]

@@ -27,7 +27,7 @@ from cases import (
     valid_columns,
     valid_like,
 )
-from emulator import OPERATIONS, STRATEGIES, TYPE_PAIRS, Emulator
+from emulator import OPERATIONS, STRATEGIES, TYPE_PAIRS, Emulator, can_be_held, max_cols
 from torch import Tensor
 
 pytest.importorskip("hypothesis", reason="generated cases need hypothesis")
@@ -60,6 +60,7 @@ FORWARD = tuple(o.name for o in OPERATIONS.values() if o.inputs == 1)
 BACKWARD = tuple(o.name for o in OPERATIONS.values() if o.inputs > 1 and o.is_tuned)
 GENERIC = tuple(o.name for o in OPERATIONS.values() if not o.is_tuned)  # no held rows
 FOR_ANY_ROWS = tuple(name for name, holds_rows in STRATEGIES.items() if not holds_rows)
+PAIRS = list(TYPE_PAIRS)
 # The shortest rows, the ends of vectors, and rows that take several blocks or chunks.
 LONG_SIZES = {
     "lanes": [256, 257, 511, 512, 513, 1023, 1024],
@@ -181,16 +182,6 @@ def run(plain_library: Path, library: Path) -> Runner:
 # Calls
 
 
-def max_cols(strategy: str, types: tuple[torch.dtype, torch.dtype], inputs: int) -> int:
-    """The longest row that a strategy can hold in registers: launch_plan.h."""
-    elems = 16 // min(dtype.itemsize for dtype in types)
-    registers = elems * inputs * (2 if torch.float64 in types else 1)
-    if strategy == "lanes":
-        return 32 * elems * max(v for v in (1, 2, 4, 8) if v * registers <= 32)
-    of_block = 1024 * elems * (4 if elems == 4 else 2)
-    return {"block": of_block, "cluster": 8 * of_block}.get(strategy, 1 << 40)
-
-
 @st.composite
 def calls(
     draw: st.DrawFn,
@@ -198,7 +189,7 @@ def calls(
     operations: tuple[str, ...] = (),
     *,
     special: bool = False,
-    types: list[tuple[torch.dtype, torch.dtype]] = TYPE_PAIRS,
+    types: list[tuple[torch.dtype, torch.dtype]] = PAIRS,
     scales: st.SearchStrategy[float | None] | None = None,
     can_be_packed: bool = True,
 ) -> Call:
@@ -207,14 +198,15 @@ def calls(
     operation = draw(st.sampled_from(operations or every))
     is_forward = operation in FORWARD
     count = OPERATIONS[operation].inputs
-    dtypes = [*draw(st.sampled_from(types))]
-    if takes_any and types is TYPE_PAIRS and draw(st.booleans()):
+    fitting = [pair for pair in types if takes_any or can_be_held(pair, operation)]
+    dtypes = [*draw(st.sampled_from(fitting))]
+    if takes_any and types is PAIRS and draw(st.booleans()):
         inputs = FLOATING if not is_forward else (*FLOATING, *INTEGER, torch.bool)
         dtypes = [draw(st.sampled_from(inputs)), draw(st.sampled_from(FLOATING))]
     if scales is None:  # held rows have moderate scales
         scales = SCALES if takes_any else MODERATE_SCALES
 
-    longest_held = max_cols(strategy, (dtypes[0], dtypes[1]), count)
+    longest_held = max_cols(strategy, operation)
     sizes = SIZES.filter(bool)
     if draw(st.integers(0, 5)) == 0:
         sizes = st.sampled_from([size for size in LONG_SIZES[strategy] if size <= longest_held])
