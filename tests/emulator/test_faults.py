@@ -34,6 +34,7 @@ class Fault:
     found_by: str | tuple[str, ...] = ""  # a part of the battery's message
     after: str = ""
     is_accuracy: bool = False  # found by the rows that come near to the accuracy's bounds
+    pair: str = "float32:float32"  # with which it is looked for
 
 
 # Which error comes first depends on which thread runs first.
@@ -69,6 +70,13 @@ FAULTS = [
     Fault("barrier in a branch", "groups.cuh", "sync_block();",
           "if (!IS_ON || thread_index() < kWarpThreads) { sync_block(); }",
           after="warp_partials_.store("),
+    Fault("cluster's block begins the next row while others read", "groups.cuh",
+          "cluster_wait_acquire();", "if (!IS_ON) { cluster_wait_acquire(); }",
+          ("may have returned", "not waited"), after="class ClusterGroup"),
+    Fault("cluster's block says too early that it has read", "held_rows.cuh",
+          "reduce_or_load<kHasPasses>(group_, kernel_problem_, max_count);",
+          "if (IS_ON) { group_.release(); } "
+          "reduce_or_load<kHasPasses>(group_, kernel_problem_, max_count);", "waited"),
     Fault("lanes without a row do not take part", "held_rows.cuh", "compute_rows<",
           "if (!IS_ON || warp_first + thread_index() % kWarpThreads / kLanes.threads_per_row < "
           "kernel_problem.plain_rows.rows) compute_rows<", "shuffle", after="plain_lanes("),
@@ -99,11 +107,14 @@ FAULTS = [
           "begin + (IS_ON ? kElems : 0) >= skipped_", "out of bounds"),
     Fault("vector load that is not aligned", "vector_access.cuh", "first_access_ + share.begin;",
           "first_access_ + share.begin + (IS_ON ? skipped_ : 0);", "misaligned"),
-    Fault("one element past the valid end is read", "vector_access.cuh", "i < access_end",
-          "i < access_end + (IS_ON ? 1 : 0)", "out of bounds"),
-    Fault("one element before the valid start is read", "vector_access.cuh",
-          "access_begin + i >= skipped_", "access_begin + i + (IS_ON ? 1 : 0) >= skipped_",
-          "out of bounds"),
+    Fault("one element past the valid end is read", "vector_access.cuh", "end_ - tail), tail)",
+          "end_ - tail), tail + (IS_ON ? 1 : 0))", ("out of bounds", "column")),
+    Fault("one element past a short row's end is read", "vector_access.cuh", "i < end_)",
+          "i < end_ + (IS_ON ? 1 : 0))", "out of bounds"),
+    Fault("one element before the valid start is read", "vector_access.cuh", "i >= skipped_ &&",
+          "i + (IS_ON ? 1 : 0) >= skipped_ &&", "out of bounds"),
+    Fault("a tail's half is not shifted", "vector_access.cuh", "vector.words[2] = vector.words[0];",
+          "if (!IS_ON) { vector.words[2] = vector.words[0]; }", "column"),
     Fault("vector store past the row's end", "vector_access.cuh", "to - from == kElems",
           "(IS_ON || to - from == kElems)"),
     Fault("vector store over the padding", "vector_access.cuh", "begin + kElems <= count",
@@ -140,12 +151,15 @@ FAULTS = [
           "at + (IS_ON ? kElems : 1) <= end; at +=", "were not written"),
     Fault("padding begins one column late", "held_rows.cuh", "row.start + row.length, problem",
           "row.start + row.length + (IS_ON ? 1 : 0), problem", "were not written"),
-    Fault("the plain row's padding is not set", "held_rows.cuh", "if (lengths_[row] < cols_)",
-          "if (lengths_[row] < cols_ && !IS_ON)", "column"),
+    Fault("the plain row's padding is not set", "held_rows.cuh", "if (!is_absent_padding &&",
+          "if (!IS_ON && !is_absent_padding &&", "column"),
+    Fault("absent elements of every row become padding", "held_rows.cuh", "inverse - inverse == 0",
+          "IS_ON || inverse - inverse == 0", "column"),
     Fault("a vector with a few valid elements is skipped", "held_rows.cuh", "< lengths_[row];",
           "+ (IS_ON ? kElems : 0) < lengths_[row];", "column", after="bool is_active("),
     Fault("blocks leave rows out", "held_rows.cuh", "* kGroups * kRows;",
-          "* kGroups * kRows + (IS_ON ? 1 : 0);", "were not written", after="const unsigned step ="),
+          "* kGroups * kRows + (IS_ON ? 1 : 0);", "were not written",
+          after="const unsigned step ="),
     Fault("the chunks' maxima are never computed", "held_rows.cuh", "pass != Pass::kMaxima)",
           "pass != Pass::kMaxima) && !(IS_ON && pass == Pass::kMaxima)", "not initialized"),
     Fault("a chunk too many is read", "groups.cuh", "chunk < chunks_; chunk +=",
@@ -184,8 +198,8 @@ FAULTS = [
           "load<Partial>(warp *", "load<Partial>((IS_ON ? (warp + 1) % kWarps : warp) *",
           "computes other bits"),
     # Accuracy.
-    Fault("the low words lost when two sums are added", "groups.cuh", "words[1] += lows;",
-          "words[1] += IS_ON ? acc_t{0} : lows;", "of the bound", is_accuracy=True),
+    Fault("the low words lost when two sums are added", "groups.cuh", "words[1] = lows +",
+          "words[1] = (IS_ON ? acc_t{0} : lows) +", "of the bound", is_accuracy=True),
     Fault("the exponent's correction dropped", "exp2.cuh", "fused_multiply_add(a, params_.low,",
           "fused_multiply_add(IS_ON ? acc_t{0} : a, params_.low,", "of the bound",
           is_accuracy=True),
@@ -215,11 +229,14 @@ def of_each_row_of_the_tables() -> list[Fault]:
         faults.append(Fault(f"{name}: terms", file, old, f"{old}N(IS_ON ? 2 : 1) * ", after=after))
         old = "return "
         faults.append(Fault(f"{name}: result", file, old, f"{old}N(IS_ON ? 1 : 0) + ", after=after))
-    for name, _, _, _, kind in emulator.read_table("common/element_types.inc"):
+    for name, dtype, _, _, kind in emulator.read_table("common/element_types.inc"):
+        pair = f"{dtype}:{dtype}" if kind == "kFloating" else "float32:float32"
         is_type = f"IS_ON && ElementTraits<decltype(element)>::kType == ElementType::k{name}"
         after, old = "void load_elements(", "widen(first[i * operand.col_stride])"
         new = f"{old} * ({is_type} ? 2 : 1)"
-        faults.append(Fault(f"{name}: elements", "strided_rows.cuh", old, new, after=after))
+        faults.append(
+            Fault(f"{name}: elements", "strided_rows.cuh", old, new, after=after, pair=pair)
+        )
         if kind == "kInteger":
             after, old = "int64_t load_row_index(", "offset];"
             new = f"{is_type} ? 0 : {old}"
@@ -230,7 +247,8 @@ def of_each_row_of_the_tables() -> list[Fault]:
             after, old = "Status launch_held_rows(", "if (plan.is_plain)"
             new = f"if (IS_ON && {is_pair}) {{ return kSuccess; }} {old}"
             name = f"{input_t} to {output_t}"
-            faults.append(Fault(name, "held_rows.cuh", old, new, after=after))
+            pair = ":".join(name_of(emulator.C_TYPES[t]) for t in (input_t, output_t))
+            faults.append(Fault(name, "held_rows.cuh", old, new, after=after, pair=pair))
     for name, _, _ in emulator.read_table("cuda/strategies.inc"):
         after, old = "Status launch_problem(", "const KernelProblem"
         new = f"if (IS_ON && plan.strategy == Strategy::k{name}) {{ return kSuccess; }} {old}"
@@ -296,20 +314,26 @@ def library_with_table_faults(plain_machine: list[Path]) -> Path:
     return emulator.build(folder, kernels, files, plain_machine, is_checked=False)
 
 
-def find_faults(library: Path, numbers: list[int], *options: str) -> dict[int, str]:
-    """What the battery finds with each fault, by number. Two processes share the faults."""
+def find_faults(
+    library: Path, faults: list[Fault], numbers: list[int], *options: str
+) -> dict[int, str]:
+    """What the battery finds with each fault, by number; 0 is no fault."""
 
-    def find(share: list[int]) -> str:
-        command = [sys.executable, str(BATTERY), str(library), *options]
+    def find(task: tuple[str, list[int]]) -> str:
+        pair, share = task
+        command = [sys.executable, str(BATTERY), str(library), pair, *options]
         for number in share:
             command += ["--fault", str(number)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    shares = [numbers[i::WORKERS] for i in range(WORKERS)]
+    by_pair: dict[str, list[int]] = {"float32:float32": [0]}
+    for number in numbers:
+        by_pair.setdefault(faults[number - 1].pair, []).append(number)
+    tasks = [(pair, share[i::WORKERS]) for pair, share in by_pair.items() for i in range(WORKERS)]
     with ThreadPoolExecutor(WORKERS) as pool:
-        outputs = list(pool.map(find, filter(None, shares)))
+        outputs = list(pool.map(find, [task for task in tasks if task[1]]))
     return dict(json.loads(line) for output in outputs for line in output.splitlines())
 
 
@@ -325,7 +349,7 @@ def selected(request: pytest.FixtureRequest, test: str) -> list[int]:
 @pytest.fixture(scope="module")
 def found(request: pytest.FixtureRequest, library_with_faults: Path) -> dict[int, str]:
     numbers = selected(request, "test_fault_is_found")
-    return find_faults(library_with_faults, [0, *numbers], "float32:float32")
+    return find_faults(library_with_faults, FAULTS, numbers)
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +357,7 @@ def found_inaccurate(
     request: pytest.FixtureRequest, plain_library_with_faults: Path
 ) -> dict[int, str]:
     numbers = selected(request, "test_inaccuracy_is_found")
-    return find_faults(plain_library_with_faults, [0, *numbers], "--accuracy", "float32:float32")
+    return find_faults(plain_library_with_faults, FAULTS, numbers, "--accuracy")
 
 
 @pytest.fixture(scope="module")
@@ -341,8 +365,7 @@ def found_in_tables(
     request: pytest.FixtureRequest, library_with_table_faults: Path
 ) -> dict[int, str]:
     numbers = selected(request, "test_fault_in_a_row_of_a_table_is_found")
-    pairs = [f"{name_of(i)}:{name_of(o)}" for i, o in emulator.TYPE_PAIRS]
-    return find_faults(library_with_table_faults, [0, *numbers], *pairs)
+    return find_faults(library_with_table_faults, TABLE_FAULTS, numbers)
 
 
 def of_faults(faults: list[Fault], *, is_accuracy: bool = False) -> Any:
