@@ -33,7 +33,7 @@ import torch
 from cuda_cases import chosen_strategies
 from journal import Journal
 from kernel_call import STRATEGIES
-from kernels import AUTOMATIC, Kernels
+from kernel_library import AUTOMATIC, Kernels
 from torch import Tensor
 
 from bench import names

@@ -12,18 +12,21 @@ from itertools import product
 
 import torch
 from cases import generator
-from kernels import Kernels
+from kernel_library import Kernels
 from torch import Tensor
 
 # Around the widths where a strategy, its threads or its vectors change, for any type: powers of
-# two, and sizes that are no multiple of a vector or of a warp.
+# two; multiples of a vector that are no power of two; and sizes that are neither.
 COLS = (
-    *(1, 2, 3, 5, 8, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 255, 256, 257, 500, 511, 512),
-    *(513, 1000, 1023, 1024, 1025, 2047, 2048, 2049, 3000, 4095, 4096, 4099, 8191, 8192, 8193),
-    *(16384, 16385, 20000, 32769, 65536, 262145),
+    *(1, 2, 3, 5, 8, 17, 31, 32, 33, 40, 63, 64, 65, 100, 127, 128, 129, 255, 256, 257, 500, 511),
+    *(512, 513, 1000, 1023, 1024, 1025, 2047, 2048, 2049, 3000, 4095, 4096, 4099, 8191, 8192, 8193),
+    *(12288, 16384, 16385, 20000, 32768, 32769, 65536, 131072, 262145),
 )
 # Fewer of them, over the same range.
 FEW_COLS = (1, 3, 33, 64, 257, 512, 1025, 4099, 8192, 20000, 65536, 262145)
+# (rows, columns): several times the rows that an H200's multiprocessors hold at a time, so that
+# blocks which loop over rows do so.
+MANY_ROWS = ((100_000, 8), (20_000, 64), (6_000, 512), (3_000, 1104), (1_000, 4096))
 INNER = 40  # rows side by side: more than a warp has lanes
 MAX_INNER_COLS = 5000  # of rows side by side, which are many
 
@@ -37,12 +40,15 @@ class Layout:
         place: Gives a tensor of shape (rows, cols) its place. It needs no values, so that tensors
             on the meta device can be planned.
         rows_step: The number of rows is a multiple of it.
+        has_starts: Whether rows begin at any column. Without, and with aligned rows, kernels are
+            simpler ones.
     """
 
     name: str
     dim: int
     place: Callable[[Tensor], Tensor]
     rows_step: int = 1
+    has_starts: bool = True
 
     def rows(self, cols: int) -> int:
         """Several blocks of short rows; few long ones."""
@@ -63,7 +69,7 @@ def _with_gaps(x: Tensor) -> Tensor:
 
 
 LAYOUTS = (
-    Layout("contiguous", -1, lambda x: x),
+    Layout("contiguous", -1, lambda x: x, has_starts=False),
     Layout("off a 16-byte boundary", -1, _shifted),
     # Softmax over the middle of three dimensions: elements of a column are adjacent in the input
     # and in the output, which is contiguous.

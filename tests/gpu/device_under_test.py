@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
-from kernels import AUTOMATIC
+from kernel_library import AUTOMATIC
 from torch.utils._python_dispatch import _disable_current_modes
 
 from masked_softmax_ext import _C

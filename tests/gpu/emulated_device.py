@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from kernel_call import OPERATIONS
-from kernels import AUTOMATIC, Kernels
+from kernel_library import AUTOMATIC, Kernels
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -61,10 +61,12 @@ class EmulatedDevice(TorchDispatchMode):
         dim, lengths, starts = (arguments[name] for name in ("dim", "lengths", "starts"))
         longest = arguments.get("packed")
         if longest is not None:
-            output.fill_(float("nan"))
             longest = int(lengths.max()) if longest < 0 and lengths.numel() > 0 else longest
             longest = min(longest, output.shape[dim])
-        if output.numel() == 0 or (longest is not None and longest <= 0):
+            if longest <= 0 or lengths.numel() == 0:
+                output.fill_(float("nan"))
+                return
+        if output.numel() == 0:
             return
         plan = self._kernels.compute(
             operation,

@@ -83,7 +83,7 @@ def gpu_steps(out: Path) -> list[Step]:
     tests = "tests/gpu/test_cuda.py"
     return [
         Step("environment", 15, [sys.executable, "-c", ENVIRONMENT]),
-        Step("kernels", 40, [sys.executable, "tests/gpu/build_kernels.py"]),
+        Step("kernels", 40, [sys.executable, "tests/gpu/build_kernel_library.py"]),
         journaled("copy", 20, benchmark("--set", "copy"), out),
         journaled("strategies", 45, smoke(), out),
         journaled("benchmark", 130, benchmark("--set", "main", "--seconds", "110"), out),
@@ -106,7 +106,7 @@ def rehearsal_steps(out: Path) -> list[Step]:
     tests.env.update(on_cpu)
     return [
         Step("environment", 60, [sys.executable, "-c", ENVIRONMENT]),
-        Step("kernels", 300, [sys.executable, "tests/gpu/build_kernels.py", "--emulated"]),
+        Step("kernels", 300, [sys.executable, "tests/gpu/build_kernel_library.py", "--emulated"]),
         Step("strategies_plan", 120, smoke("--plan", *emulated)),
         Step("benchmark_plan", 120, benchmark("--plan", *emulated)),
         Step("more_benchmark_plan", 120, benchmark("--plan", "--set", "more", *emulated)),

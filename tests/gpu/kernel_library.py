@@ -1,4 +1,4 @@
-"""The CUDA kernels without the extension, through the library of build_kernels.py.
+"""The CUDA kernels without the extension, through the library of build_kernel_library.py.
 
 On a GPU they take tensors of that GPU. Emulated, they take tensors of the CPU, and plans are an
 H200's. Plans need no memory, so tensors on the meta device have plans, too.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "helpers"))
 
-import build_kernels
+import build_kernel_library
 from kernel_call import Call, make_call
 
 AUTOMATIC = "automatic"
@@ -37,9 +37,11 @@ class Kernels:
     def __init__(self, device: str) -> None:
         """`device`: "cuda", or "cpu" for the emulator."""
         if device == "cuda":
-            library = build_kernels.build_for_gpu(build_kernels.present_architecture())
+            library = build_kernel_library.build_for_gpu(
+                build_kernel_library.present_architecture()
+            )
         else:
-            library = build_kernels.build_emulated()
+            library = build_kernel_library.build_emulated()
         loaded = ctypes.CDLL(str(library))
         self._plan = loaded.masked_softmax_plan
         self._plan.restype = ctypes.c_char_p
@@ -65,8 +67,9 @@ class Kernels:
     ) -> Plan:
         """Fills `output` as the operator `masked_<operation>` does, on the current stream.
 
-        `packed`: as in the operators; lengths and starts have one element for each row along `dim`.
-        Raises ValueError, with the operator's message, if the forced strategy cannot do it.
+        `packed`: as in the operators; lengths and starts have one element for each row along `dim`,
+        and elements that no row covers become NaN. Raises ValueError, with the operator's message,
+        if the forced strategy cannot compute such rows.
         """
         call = _make_call(
             operation,
@@ -124,6 +127,7 @@ def _make_call(
         _broadcast(lengths, output.shape[:-1]),
         _broadcast(starts, output.shape[:-1]),
         packed=packed,
+        fills_gaps=packed is not None,
         **options,
     )
 

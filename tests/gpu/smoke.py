@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
@@ -29,6 +29,7 @@ from cuda_cases import (
     COLS,
     FEW_COLS,
     LAYOUTS,
+    MANY_ROWS,
     MAX_INNER_COLS,
     Layout,
     chosen_strategies,
@@ -37,7 +38,7 @@ from cuda_cases import (
 )
 from journal import Journal
 from kernel_call import OPERATIONS, STRATEGIES, TYPE_PAIRS
-from kernels import Kernels
+from kernel_library import AUTOMATIC, Kernels
 from tolerances import assert_derivative, assert_forward
 
 Traits = tuple[torch.dtype, torch.dtype, str]  # input, output, operation
@@ -49,7 +50,8 @@ MAIN_TRAITS: list[Traits] = [
         (torch.float32, torch.bfloat16), ("softmax", "softmax_backward")
     )
 ]
-MAX_SMALL_COLS = 40000  # compute-sanitizer makes kernels slow
+MAX_ANY_COLS = 70_000  # of strategies that hold no rows: they loop in any case
+MAX_SMALL_ELEMS = 100_000  # compute-sanitizer makes kernels slow
 MAX_FAILURES = 5  # printed of a group
 THREADS = 8
 
@@ -59,6 +61,7 @@ class SmokeCase:
     strategy: str
     layout: Layout
     traits: Traits
+    rows: int
     cols: int
 
     @property
@@ -68,10 +71,6 @@ class SmokeCase:
     @property
     def input_count(self) -> int:
         return OPERATIONS[self.operation].inputs
-
-    @property
-    def rows(self) -> int:
-        return self.layout.rows(self.cols)
 
     @property
     def seed(self) -> int:
@@ -101,11 +100,14 @@ def traits_of_size(index: int, cols: int) -> Iterator[Traits]:
 
 
 def candidates(strategy: str, layout: Layout) -> Iterator[SmokeCase]:
+    max_cols = MAX_INNER_COLS if layout.rows_step > 1 else max(COLS)
+    if not STRATEGIES[strategy]:
+        max_cols = min(max_cols, MAX_ANY_COLS)
     for index, cols in enumerate(COLS):
-        if layout.rows_step == 1 or cols <= MAX_INNER_COLS:
+        if cols <= max_cols:
             for traits in traits_of_size(index, cols):
                 if OPERATIONS[traits[2]].is_tuned or traits[0] == traits[1] == torch.float32:
-                    yield SmokeCase(strategy, layout, traits, cols)
+                    yield SmokeCase(strategy, layout, traits, layout.rows(cols), cols)
 
 
 def planned_strategy(kernels: Kernels, case: SmokeCase, strategy: str) -> str:
@@ -119,19 +121,27 @@ def planned_strategy(kernels: Kernels, case: SmokeCase, strategy: str) -> str:
     return plan.strategy
 
 
-def taken_cases(kernels: Kernels, strategy: str, layout: Layout) -> list[SmokeCase]:
-    return [
-        case
-        for case in candidates(strategy, layout)
-        if planned_strategy(kernels, case, strategy) == strategy
-    ]
+def taken(kernels: Kernels, cases: Iterable[SmokeCase]) -> list[SmokeCase]:
+    return [c for c in cases if planned_strategy(kernels, c, c.strategy) == c.strategy]
+
+
+def many_rows(kernels: Kernels, strategy: str, is_chosen: bool) -> Iterator[SmokeCase]:
+    """Of the strategy that a plan chooses for them, and of strategies that none chooses."""
+    for (rows, cols), traits in product(MANY_ROWS, MAIN_TRAITS):
+        case = SmokeCase(strategy, LAYOUTS[0], traits, rows, cols)
+        if not is_chosen or planned_strategy(kernels, case, AUTOMATIC) == strategy:
+            yield case
 
 
 def small_set(cases: list[SmokeCase]) -> list[SmokeCase]:
     """The narrowest, a middle one and the widest of each main trait."""
     result: list[SmokeCase] = []
     for traits in MAIN_TRAITS:
-        found = [c for c in cases if c.traits == traits and c.cols <= MAX_SMALL_COLS]
+        found = [
+            case
+            for case in cases
+            if case.traits == traits and case.rows * case.cols <= MAX_SMALL_ELEMS
+        ]
         result += dict.fromkeys(found[i] for i in (0, len(found) // 2, -1) if found)
     return result
 
@@ -143,10 +153,13 @@ def groups(kernels: Kernels, is_small: bool) -> dict[str, list[SmokeCase]]:
     for strategy in sorted(STRATEGIES, key=lambda name: name in chosen):
         missing = set(MAIN_TRAITS)
         for layout in LAYOUTS:
-            cases = taken_cases(kernels, strategy, layout)
+            cases = taken(kernels, candidates(strategy, layout))
             missing -= {case.traits for case in cases}
             if cases:
                 result[f"{strategy}, {layout.name}"] = small_set(cases) if is_small else cases
+        cases = taken(kernels, many_rows(kernels, strategy, strategy in chosen))
+        if cases and not is_small:
+            result[f"{strategy}, many rows"] = cases
         if missing:
             raise AssertionError(
                 f"expected {strategy} to take a layout and a size of cuda_cases.py, but it takes "
@@ -178,7 +191,10 @@ def run(kernels: Kernels, case: SmokeCase, device: str, is_output_set: bool) -> 
     index_shape = row_shape(inputs[0].shape, dim)
     index_dtype = (torch.int32, torch.int64)[case.seed % 2]
     lengths = mixed_lengths(rows, case.cols, case.seed)
-    starts = (torch.rand(rows, generator=generator(case.seed)) * (case.cols + 1 - lengths)).long()
+    starts = torch.zeros_like(lengths)
+    if case.layout.has_starts:
+        room = case.cols - lengths
+        starts = (torch.rand(rows, generator=generator(case.seed)) * (room + 1)).long()
     for x in inputs:
         x.copy_(poisoned(x, lengths.view(index_shape), dim, starts.view(index_shape)))
     given = lengths.clone()
@@ -191,7 +207,9 @@ def run(kernels: Kernels, case: SmokeCase, device: str, is_output_set: bool) -> 
         on_gpu,
         on_device(given.view(index_shape).to(index_dtype), device),
         dim,
-        starts=on_device(starts.view(index_shape).to(index_dtype), device),
+        starts=on_device(starts.view(index_shape).to(index_dtype), device)
+        if case.layout.has_starts
+        else 0,
         scale=case.scale,
         strategy=case.strategy,
     )

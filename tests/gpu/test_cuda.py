@@ -543,6 +543,17 @@ def test_invalid_packed_rows_are_nan() -> None:
         packed_softmax(values, offsets, validate=True)
 
 
+@pytest.mark.parametrize(
+    ("offsets", "max_length"), [([0], None), ([0, 8], 0), ([0, 8], 7), ([0, -3, 8], None)], ids=str
+)
+def test_without_a_valid_packed_row_all_values_are_nan(
+    offsets: list[int], max_length: int | None
+) -> None:
+    values = torch.zeros(8, 3, device=DEVICE)
+    got = packed_softmax(values, torch.tensor(offsets, device=DEVICE), max_length=max_length)
+    assert bool(got.isnan().all())
+
+
 def test_jagged_rows_match_dense_rows(log: bool) -> None:
     """A jagged input knows its own lengths: they are None."""
     rows = [random_input((n, 4), torch.float32, seed=n).to(DEVICE) for n in (3, 1, 9)]

@@ -1,5 +1,8 @@
 #include <cuda_runtime_api.h>
 
+#include <stdexcept>
+
+#include "cuda/device_properties.h"
 #include "device.h"
 
 namespace kernel_library {
@@ -7,12 +10,11 @@ namespace kernel_library {
 using namespace masked_softmax;
 
 cuda::DeviceProperties device_properties() {
-  int device = 0;
-  int major = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cuda::DeviceProperties properties;
-  properties.has_clusters = major >= 9;
+  const cuda::Status status = cuda::get_device_properties(properties);
+  if (status != cudaSuccess) {
+    throw std::runtime_error(cudaGetErrorString(status));
+  }
   return properties;
 }
 

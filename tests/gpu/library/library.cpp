@@ -1,5 +1,5 @@
-// The CUDA kernels as a small C library, for Python without the extension (../kernels.py). It is built for a GPU with
-// nvcc, or for the emulator with g++ (../build_kernels.py).
+// The CUDA kernels as a small C library, for Python without the extension (../kernel_library.py). It is built for a GPU
+// with nvcc, or for the emulator with g++ (../build_kernel_library.py).
 #include <string>
 
 #include "call.h"

@@ -1,6 +1,6 @@
 """Builds the CUDA kernels as a small library, without torch: for the GPU, or for the emulator.
 
-    python tests/gpu/build_kernels.py [--architecture 90] [--emulated]
+    python tests/gpu/build_kernel_library.py [--architecture 90] [--emulated]
 
 Prints the library's path. Without --architecture, it is that of the first GPU, or 90 if there is
 none. A library that was built from the same sources is kept, so it can be built on one machine and
