@@ -17,7 +17,7 @@ $(1)/bin/python -m pip install --quiet --requirement $(1)/$(firstword $(2)).txt 
 endef
 
 .PHONY: demo test bench bench-quick bench-mxnet docs dist lint kernel-test sanitizer-test fuzz build-test mutation-test \
-	emulator-test cuda-test build clean
+	emulator-test cuda-test gpu-kernels gate-rehearsal build clean
 
 demo: build
 	$(BIN)/python -m masked_softmax_ext
@@ -73,6 +73,17 @@ emulator-test: build
 	tests/emulator/run.sh sanitizers lengths: "plain rows" "rows at the sizes"
 	$(BIN)/python -m pytest tests/emulator
 
+# What tests/gpu/gate.sh runs on a GPU, without one: the same scripts with the CUDA kernels emulated, and the plans of all
+# cases for an H200.
+gate-rehearsal: build
+	PYTHON=$(abspath $(BIN)/python) tests/gpu/gate.sh --rehearse
+
+# The kernels of tests/gpu/gate.sh, to be carried with build/gpu to a machine with a GPU of GPU_ARCHITECTURE. Needs nvcc,
+# but no torch.
+GPU_ARCHITECTURE ?= 90
+gpu-kernels:
+	$(PYTHON) tests/gpu/build_kernel_library.py --architecture $(GPU_ARCHITECTURE)
+
 # Builds, links and imports the extension with CUDA, and disassembles its kernels. Needs nvcc and a CUDA build of torch
 # (5 GB), but no GPU.
 cuda-test:
@@ -80,7 +91,7 @@ cuda-test:
 	$(CUDA_BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	$(call pip-install,$(CUDA_VENV),build,"$(CUDA_TORCH)" pytest numpy)
 	MASKED_SOFTMAX_EXT_CUDA=1 $(CUDA_BIN)/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
-	$(CUDA_BIN)/pytest tests/packaging/test_cuda_build.py tests/numerics/test_article.py
+	$(CUDA_BIN)/pytest tests/packaging/test_cuda_build.py tests/numerics/test_article.py tests/gpu/test_triton.py
 	$(CUDA_BIN)/python tests/gpu/inspect_kernels.py --write build/cuda_kernels.md
 
 # Builds and checks the source distribution and the wheel for TORCH, in dist/. Another torch needs a separate

@@ -15,6 +15,7 @@ tests this script. --plan shows the strategy of every case, for an H200 if the k
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import statistics
 import sys
@@ -304,10 +305,10 @@ class Turn:
             with torch.cuda.stream(stream):
                 for call in calls:  # compiles and loads what the calls need
                     call()
-            stream.synchronize()
+            torch.cuda.synchronize()
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.stream(stream):  # torch.cuda.graph() would collect garbage first
-                self._graph.capture_begin()
+                self._graph.capture_begin(capture_error_mode="thread_local")
                 self._outputs = [call() for call in calls]
                 self._graph.capture_end()
             self.seconds_per_call()
@@ -355,6 +356,7 @@ def measure(
     expected = expected_of(buffers)
     found = candidates(kernels, buffers, optional)
     turns: dict[str, Turn] = {}
+    gc.collect()  # not while a graph is captured, where destructors may call what it does not allow
     for name, compute in found.items():
         is_masked = name != names.COPY and (name != names.TORCH_SOFTMAX or case.lengths == "full")
         try:
@@ -432,10 +434,12 @@ def main() -> int:
     synchronize = torch.cuda.synchronize if device == "cuda" else None
     torch.manual_seed(0)
     if arguments.set == "copy":
+        print(table_line(["copy of", "GB/s"]))
+        print(table_line(["---"] * 2))
         for size in COPIED_BYTES:
-            with journal.case(f"copy of {size >> 20} MiB", CASE_LIMIT_S, synchronize) as record:
+            with journal.case(f"{size >> 20} MiB", CASE_LIMIT_S, synchronize) as record:
                 measure_copy(size, device, record)
-                print(f"{record['case']}: {record['bytes_per_second'] / 1e9:.0f} GB/s")
+                print(table_line([record["case"], f"{record['bytes_per_second'] / 1e9:.0f}"]))
         return 1 if journal.failures else 0
     kernels = Kernels(device)
     planned = list(cases(arguments.set, "cuda"))
@@ -448,8 +452,11 @@ def main() -> int:
                 f"{label(case)}: {', '.join([planned_strategy(kernels, case, AUTOMATIC), *taken])}"
             )
         return 0
+    if import_triton_softmax() is None:
+        print("SKIPPED: Triton is not installed")
     print(table_line((*HEADER, *COLUMNS)))
     print(table_line(["---"] * len((*HEADER, *COLUMNS))))
+    gc.disable()
     for case in cases(arguments.set, device):
         if journal.has(label(case)):
             continue

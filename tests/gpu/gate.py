@@ -26,9 +26,13 @@ MAX_RESTARTS = 8
 NOTHING_COLLECTED = 5  # pytest's exit status
 SANITIZER_ERRORS = 9  # compute-sanitizer's, as told to it
 ENVIRONMENT = """
-import platform, torch
+import platform, subprocess, torch
+commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
 gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else "no GPU"
-print(f"Python {platform.python_version()}, torch {torch.__version__}, {gpu}")
+print(
+    f"Commit {commit.stdout.strip() or 'unknown'}, Python {platform.python_version()}, "
+    f"torch {torch.__version__}, CUDA {torch.version.cuda}, {gpu}"
+)
 """
 
 
@@ -73,7 +77,11 @@ def sanitized(tool: str, limit_s: float, *options: str) -> Step:
 
     Every tensor has an allocation of its own, so that accesses past its end are seen.
     """
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(SANITIZER_ERRORS)]
+    toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    folders = (os.environ["PATH"], f"{toolkit}/bin", f"{toolkit}/compute-sanitizer")
+    program = shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
+    command = [program or "compute-sanitizer", "--tool", tool]
+    command += ["--error-exitcode", str(SANITIZER_ERRORS)]
     command += smoke("--small", "--limit", str(limit_s), *options)
     return Step(tool, limit_s, command, env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 

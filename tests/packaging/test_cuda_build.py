@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from kernel_call import STRATEGIES
 
 from masked_softmax_ext import _C, build_info
 
@@ -33,14 +34,13 @@ def test_build_info_has_cuda_version_and_architectures() -> None:
     assert re.fullmatch(f"{architecture}(;{architecture})*", info["cuda_architectures"])
 
 
-@pytest.mark.parametrize(
-    "strategy", ["lanes", "block", "cluster", "split", "column", "strided", "automatic"]
-)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "automatic"])
 def test_a_strategy_can_be_forced(strategy: str) -> None:
     _C.set_cuda_strategy(strategy)
     _C.set_cuda_strategy("automatic")
 
 
 def test_an_unknown_strategy_raises() -> None:
-    with pytest.raises(ValueError, match=r"lanes, block, cluster.*but got 'warp'"):
+    known = ", ".join(["automatic", *STRATEGIES])
+    with pytest.raises(ValueError, match=f"out of {known}, but got 'warp'"):
         _C.set_cuda_strategy("warp")
