@@ -54,7 +54,7 @@ ROTATING_BYTES = 512 << 20
 MAX_BUFFERS = {"cuda": 16, "cpu": 2}
 ROUNDS = {"cuda": 11, "cpu": 2}
 TURN_SECONDS = 0.004
-CASE_LIMIT_S = 60
+CASE_LIMIT_S = 40
 COPIED_BYTES = (64 << 20, 256 << 20, 1 << 30, 4 << 30)
 COLUMNS = (
     names.UNFUSED,
@@ -277,16 +277,20 @@ def expected_of(buffers: Buffers) -> Expected:
     g, y = wide
     terms = g * y
     value = terms - y * terms.sum(dim, keepdim=True)
-    return Expected(value, terms.abs_() + y * terms.sum(dim, keepdim=True))
+    terms.abs_()
+    return Expected(value, terms + y * terms.sum(dim, keepdim=True))
 
 
 def check(name: str, got: Tensor, expected: Expected, dtype: str) -> None:
-    tolerance = (OUR_TOLERANCES if name.startswith(names.OURS) else TOLERANCES)[dtype]
-    error = (got.double().nan_to_num_(0.0) - expected.value).abs_()
-    smallest = torch.finfo(got.dtype).smallest_normal
-    wrong = int((error > tolerance * expected.magnitude + smallest).sum())
-    if wrong > 0:
-        raise AssertionError(f"{name}: {wrong} of {got.numel()} elements are wrong")
+    is_ours = name.startswith(names.OURS)
+    wide = got.double()
+    if not is_ours:
+        wide.nan_to_num_(0.0)  # of empty rows, for which torch has no zeros
+    tolerance = (OUR_TOLERANCES if is_ours else TOLERANCES)[dtype]
+    bound = tolerance * expected.magnitude + torch.finfo(got.dtype).smallest_normal
+    right = int(((wide - expected.value).abs_() <= bound).sum())  # NaN is not
+    if right < got.numel():
+        raise AssertionError(f"{name}: {got.numel() - right} of {got.numel()} elements are wrong")
 
 
 # Times

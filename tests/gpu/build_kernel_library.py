@@ -16,6 +16,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "tests" / "gpu" / "library"
 BUILD = ROOT / "build" / "gpu"
 DEFAULT_ARCHITECTURE = "90"
+SOURCE_FOLDERS = ("csrc/common", "csrc/cuda", "tests/gpu/library")
 
 
 def kernel_files() -> list[Path]:
@@ -58,18 +60,18 @@ def present_architecture() -> str:
     return printed.split("\n")[0].strip().replace(".", "") or DEFAULT_ARCHITECTURE
 
 
-def fingerprint(*parts: str) -> str:
-    """Of the sources, and of whatever else the library depends on."""
+def fingerprint(folders: tuple[str, ...], *parts: str) -> str:
+    """Of the sources in these folders, and of whatever else the library depends on."""
     result = hashlib.sha256("\n".join(parts).encode())
-    for path in sorted(fingerprinted_files()):
+    for path in sorted(sources_in(folders)):
         result.update(path.relative_to(ROOT).as_posix().encode())
         result.update(path.read_bytes())
     return result.hexdigest()
 
 
-def fingerprinted_files() -> Iterator[Path]:
+def sources_in(folders: tuple[str, ...]) -> Iterator[Path]:
     yield ROOT / "tests" / "kernel" / "call.h"
-    for folder in ("csrc/common", "csrc/cuda", "tests/emulator", "tests/gpu/library"):
+    for folder in folders:
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".h", ".cpp", ".cu", ".cuh", ".inc"):
                 yield path
@@ -95,30 +97,30 @@ def run(command: list[str]) -> None:
 
 
 def build_for_gpu(architecture: str) -> Path:
-    folder = BUILD / f"sm_{architecture}"
-    library = folder / "masked_softmax_kernels.so"
-    arguments = [
+    library = BUILD / f"sm_{architecture}" / "masked_softmax_kernels.so"
+    options = [
         *nvcc_arguments(),
         "-std=c++17",
         f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
-        f"-I{ROOT / 'csrc'}",
-        f"-I{ROOT / 'tests' / 'kernel'}",
         "-Xcompiler=-fPIC",
     ]
-    expected = fingerprint(architecture, *nvcc_arguments())
+    expected = fingerprint(SOURCE_FOLDERS, *options)
     if is_current(library, expected):
         return library
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def compile_one(source: Path) -> str:
-        to = str(folder / f"{source.name}.o")
-        run([nvcc(), *arguments, "-c", str(source), "-o", to])
-        return to
-
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'kernel'}"]
     sources = [*kernel_files(), LIBRARY / "library.cpp", LIBRARY / "device_cuda.cpp"]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        objects = list(pool.map(compile_one, sources))
-    run([nvcc(), "-shared", arguments[-4], *objects, "-o", str(library)])
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory() as objects,
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+    ):
+
+        def compile_one(source: Path) -> str:
+            to = f"{objects}/{source.name}.o"
+            run([nvcc(), *options, *includes, "-c", str(source), "-o", to])
+            return to
+
+        run([nvcc(), "-shared", *options, *pool.map(compile_one, sources), "-o", str(library)])
     library.with_suffix(".fingerprint").write_text(expected)
     return library
 
@@ -129,7 +131,7 @@ def build_emulated() -> Path:
 
     folder = BUILD / "emulated"
     library = folder / "emulator.so"
-    expected = fingerprint()
+    expected = fingerprint((*SOURCE_FOLDERS, "tests/emulator"))
     if is_current(library, expected):
         return library
     sources = [LIBRARY / "library.cpp", LIBRARY / "device_emulated.cpp"]

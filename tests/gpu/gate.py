@@ -93,8 +93,8 @@ def gpu_steps(out: Path) -> list[Step]:
         Step("environment", 15, [sys.executable, "-c", ENVIRONMENT]),
         Step("kernels", 40, [sys.executable, "tests/gpu/build_kernel_library.py"]),
         journaled("copy", 20, benchmark("--set", "copy"), out),
-        journaled("strategies", 45, smoke(), out),
-        journaled("benchmark", 130, benchmark("--set", "main", "--seconds", "110"), out),
+        journaled("strategies", 60, smoke("--limit", "15"), out),
+        journaled("benchmark", 120, benchmark("--set", "main", "--seconds", "100"), out),
         Step("build", 60, []),
         tested("tests", 75, pytest("-m", "not large", tests), out),
         sanitized("memcheck", 30),
@@ -102,7 +102,7 @@ def gpu_steps(out: Path) -> list[Step]:
         sanitized("synccheck", 15),
         sanitized("initcheck", 25, "--uninitialized"),
         tested("large_tests", 20, pytest("-m", "large", tests), out),
-        journaled("more_benchmark", 35, benchmark("--set", "more", "--seconds", "20"), out),
+        journaled("more_benchmark", 30, benchmark("--set", "more", "--seconds", "15"), out),
     ]
 
 

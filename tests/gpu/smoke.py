@@ -82,9 +82,8 @@ class SmokeCase:
 
     def __str__(self) -> str:
         types = " to ".join(short_name(dtype) for dtype in self.traits[:2])
-        return (
-            f"{self.strategy}, {self.layout.name}, {self.operation}, {self.cols} columns, {types}"
-        )
+        rows = f"{self.rows} rows of {self.cols} columns"
+        return f"{self.strategy}, {self.layout.name}, {self.operation}, {rows}, {types}"
 
 
 # Which cases
@@ -237,8 +236,8 @@ def run_group(run_case: Callable[[SmokeCase], None], cases: list[SmokeCase], thr
 
     with ThreadPoolExecutor(threads) as pool:
         failures = list(filter(None, pool.map(failure_of, cases)))
-    print("\n".join(failures[:MAX_FAILURES]))
     if failures:
+        print("\n".join(failures[:MAX_FAILURES]))
         raise AssertionError(f"{len(failures)} cases failed, the first: {failures[0]}")
 
 
