@@ -15,14 +15,29 @@ from pathlib import Path
 
 from sass.listing import Function, parse_listing
 
-# Limits of an SM of compute capability 8.0, 9.0 and 10.0.
-SM_REGISTERS = 65536
-SM_WARPS = 64
-SM_BLOCKS = 32
-SM_SHARED_BYTES = 227 * 1024
 WARP_THREADS = 32
 REGISTERS_PER_ALLOCATION = 256  # granularity, per warp
 BLOCK_RESERVED_BYTES = 1024  # shared memory that CUDA reserves in each block
+
+
+@dataclass(frozen=True)
+class SmLimits:
+    warps: int
+    blocks: int
+    shared_bytes: int
+    registers: int = 65536
+
+
+# By compute capability: the CUDA C++ Programming Guide's technical specifications.
+SM_LIMITS = {
+    "sm_75": SmLimits(32, 16, 64 * 1024),
+    "sm_80": SmLimits(64, 32, 164 * 1024),
+    "sm_86": SmLimits(48, 16, 100 * 1024),
+    "sm_89": SmLimits(48, 24, 100 * 1024),
+    "sm_90": SmLimits(64, 32, 228 * 1024),
+    "sm_100": SmLimits(64, 32, 228 * 1024),
+    "sm_120": SmLimits(48, 24, 100 * 1024),
+}
 
 
 @dataclass
@@ -42,11 +57,15 @@ class Kernel:
 
     def blocks_per_sm(self, block_threads: int | None = None, dynamic_shared_bytes: int = 0) -> int:
         """Occupancy; with the widest block unless told otherwise."""
+        limits = SM_LIMITS[self.architecture]
         warps = -(-(block_threads or self.max_block_threads) // WARP_THREADS)
         allocations = -(-self.registers * WARP_THREADS // REGISTERS_PER_ALLOCATION)
-        by_registers = SM_REGISTERS // (allocations * REGISTERS_PER_ALLOCATION) // warps
-        shared_bytes = self.shared_bytes + dynamic_shared_bytes + BLOCK_RESERVED_BYTES
-        return min(by_registers, SM_SHARED_BYTES // shared_bytes, SM_WARPS // warps, SM_BLOCKS)
+        by_registers = limits.registers // (allocations * REGISTERS_PER_ALLOCATION) // warps
+        shared_bytes = self.shared_bytes + dynamic_shared_bytes
+        if int(self.architecture[3:]) < 90:  # later, cuobjdump counts what CUDA reserves
+            shared_bytes += BLOCK_RESERVED_BYTES
+        by_shared = limits.shared_bytes // max(shared_bytes, BLOCK_RESERVED_BYTES)
+        return min(by_registers, by_shared, limits.warps // warps, limits.blocks)
 
 
 def find_cuobjdump() -> str:
@@ -76,7 +95,7 @@ def demangled(names: list[str]) -> dict[str, str]:
     clean = []
     for line in lines:
         name = re.sub(r"masked_softmax::(cuda::)?", "", line.removeprefix("void "))
-        clean.append(re.sub(r"\(KernelProblem\)|(?<=\d)u(?=[,>])", "", name))
+        clean.append(re.sub(r"\(KernelProblem\)|(?<=\d)ul?(?=[,>])", "", name))
     return dict(zip(names, clean, strict=True))
 
 

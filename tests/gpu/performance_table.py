@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -260,6 +260,11 @@ def _table(heads: list[str], lines: Iterable[list[str]]) -> str:
     return "\n".join([rows[0], "|---" * len(heads) + "|", *rows[1:]])
 
 
+def _counted(kernels: list[str]) -> list[str]:
+    counts = Counter(kernels)
+    return [f"{count} x `{k}`" if count > 1 else f"`{k}`" for k, count in counts.items()]
+
+
 def _model_table(rows: list[Row]) -> str:
     """Of one architecture and operation."""
     shares = [
@@ -290,7 +295,7 @@ def _model_table(rows: list[Row]) -> str:
         return [
             row.types,
             row.shape,
-            ", ".join(f"`{k}`" for k in row.kernels),
+            ", ".join(_counted(row.kernels)),
             str(row.registers),
             str(row.blocks_per_sm),
             str(row.loads_in_flight),

@@ -605,6 +605,12 @@ def test_a_mask_of_lanes_meets() -> None:
     assert issued(machine, "SHFL") == 1
 
 
+def test_the_return_address_holds_a_value() -> None:
+    """The compiler uses it to save a register."""
+    machine = run("RPCMOV.32 Rpc.LO, R0\nMOV R0, RZ\nRPCMOV.32 R8, Rpc.LO", {0: np.arange(LANES)})
+    assert uint32(machine, 8) == list(range(LANES))
+
+
 def test_a_call_returns_to_the_address_in_a_register() -> None:
     machine = run(
         """MOV R2, 0x30

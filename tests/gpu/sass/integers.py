@@ -35,9 +35,9 @@ computations: Opcodes[Computation] = Opcodes()
 ONE = np.uint32(1)
 
 
-@computations("MOV")
+@computations("MOV", "RPCMOV")
 def _move(i: Instruction) -> Computation:
-    allow(i, "64", "SPILL")
+    allow(i, "32", "64", "SPILL")
     read = ulong(i.operands[1]) if has(i, "64") else uint(i.operands[1])
     return i.operands[:1], lambda machine: [read(machine)]
 

@@ -22,6 +22,8 @@ _REGISTER = re.compile(r"(?P<file>U?[RP])(?P<number>\d+|Z|T)(?P<suffix>(?:\.\w+)
 _INTEGER = re.compile(r"-?0x[0-9a-f]+")
 _FLOAT = re.compile(r"[+-]?(?:\d+(?:\.\d*)?(?:e[+-]?\d+)?|INF|QNAN|SNAN)", re.IGNORECASE)
 
+_RETURN_ADDRESS = ("Rpc.LO", "Rpc.HI")
+
 REGISTER_ZERO = 255  # RZ and URZ
 PREDICATE_TRUE = 7  # PT and UPT
 
@@ -36,9 +38,10 @@ class SassError(Exception):
 class Operand:
     """One operand.
 
-    `kind`: R, UR, P or UP, a register with its number; `integer` or `float`, an immediate value;
+    `kind`: R, UR, P, UP or Rpc, a register with its number; `integer` or `float`, an immediate;
     `constant`, a constant bank, and `memory`, an address: a sum of `parts`; `word`, anything else,
-    such as a special register."""
+    such as a special register.
+    """
 
     kind: str
     text: str
@@ -172,6 +175,8 @@ def parse_operand(text: str) -> Operand:
         number = int(found["number"]) if found["number"].isdigit() else special
         suffix = found["suffix"].replace(".reuse", "")
         return Operand(found["file"], original, number, suffix=suffix, **_signs(text))
+    if text in _RETURN_ADDRESS:
+        return Operand("Rpc", original, _RETURN_ADDRESS.index(text))
     if _INTEGER.fullmatch(text):
         return Operand("integer", original, int(text, 16))
     if _FLOAT.fullmatch(text):

@@ -95,6 +95,7 @@ class Machine:
         shape = (self.warps, WARP_LANES)
         self.registers = np.zeros((256, *shape), np.uint32)
         self.uniform_registers = np.zeros((256, self.warps, 1), np.uint32)
+        self.return_address = np.zeros((2, *shape), np.uint32)  # Rpc
         self.predicates = np.zeros((8, *shape), bool)
         self.uniform_predicates = np.zeros((8, self.warps, 1), bool)
         self.predicates[PREDICATE_TRUE] = True

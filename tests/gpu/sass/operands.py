@@ -81,6 +81,10 @@ def writer(to: Operand) -> Write:
         return lambda machine, value, mask: _write_register(
             machine.uniform_registers, number, _uniform(value), mask.any(axis=1, keepdims=True)
         )
+    if to.kind == "Rpc":
+        return lambda machine, value, mask: _write_register(
+            machine.return_address, number, value, mask
+        )
     if to.kind in ("P", "UP"):
         if number == PREDICATE_TRUE:
             return lambda machine, value, mask: None
@@ -142,6 +146,8 @@ def raw_bits(operand: Operand, offset: int = 0) -> Read:
         if operand.kind == "R":
             return lambda machine: machine.registers[number]
         return lambda machine: machine.uniform_registers[number]
+    if operand.kind == "Rpc":
+        return lambda machine: machine.return_address[operand.number]
     if operand.kind == "integer":
         array = np.array([[operand.number >> 32 * offset & 0xFFFFFFFF]], np.uint32)
         return lambda machine: array
