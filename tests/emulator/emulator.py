@@ -17,6 +17,7 @@ from torch import Tensor
 # For scripts that pytest does not start.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "helpers"))
 
+from kernel_call import C_TYPES as C_TYPES
 from kernel_call import ELEMENT_TYPES as ELEMENT_TYPES
 from kernel_call import OPERATIONS as OPERATIONS
 from kernel_call import ROOT as ROOT

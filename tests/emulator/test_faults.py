@@ -81,8 +81,8 @@ FAULTS = [
           "if (!IS_ON || warp_first + thread_index() % kWarpThreads / kLanes.threads_per_row < "
           "kernel_problem.plain_rows.rows) compute_rows<", "shuffle", after="plain_lanes("),
     # Values exchanged with the wrong thread.
-    Fault("max over half of the lanes", "groups.cuh", "distance < width",
-          f"distance < (IS_ON && {IS_MAX} ? width / 2 : width)", "column",
+    Fault("max over half of the lanes", "groups.cuh", "distance >= width",
+          f"distance >= (IS_ON && {IS_MAX} ? width / 2 : width)", "column",
           after="void reduce_lanes("),
     Fault("sum over half of the lanes", "groups.cuh", "distance <",
           f"(IS_ON && {IS_SUM} ? 2 : 1) * distance <", "column", after="void reduce_lanes("),
@@ -92,9 +92,9 @@ FAULTS = [
           f"word), IS_ON && {IS_SUM} ? 0 : rank)", "column"),
     Fault("a warp's partial is not read", "groups.cuh", "warp < block_threads()",
           f"warp + (IS_ON && {IS_MAX} ? 1 : 0) < block_threads()"),
-    Fault("one warp's partial too many", "groups.cuh", "block_threads() / kWarpThreads;",
-          f"block_threads() / kWarpThreads + (IS_ON && {IS_MAX} ? 1 : 0);", "not initialized",
-          after="has_warp ="),
+    Fault("one warp's partial too many", "groups.cuh", "block_threads() / kWarpThreads ?",
+          f"block_threads() / kWarpThreads + (IS_ON && {IS_MAX} ? 1 : 0) ?", "not initialized",
+          after="partials[0] = warp <"),
     Fault("shared memory for half of the warps", "groups.cuh", "shared_slots<acc_t, kMaxWarps>();",
           "IS_ON ? shared_slots<acc_t, kMaxWarps / 2>() : shared_slots<acc_t, kMaxWarps>();",
           RACE),
@@ -105,10 +105,11 @@ FAULTS = [
           "begin + kElems <= end_ + (IS_ON ? 1 : 0)", "out of bounds"),
     Fault("vector load before the valid start", "vector_access.cuh", "begin >= skipped_",
           "begin + (IS_ON ? kElems : 0) >= skipped_", "out of bounds"),
-    Fault("vector load that is not aligned", "vector_access.cuh", "first_access_ + share.begin;",
-          "first_access_ + share.begin + (IS_ON ? skipped_ : 0);", "misaligned"),
-    Fault("one element past the valid end is read", "vector_access.cuh", "end_ - tail), tail)",
-          "end_ - tail), tail + (IS_ON ? 1 : 0))", ("out of bounds", "column")),
+    Fault("vector load that is not aligned", "vector_access.cuh",
+          "share_.begin + offset, VectorType",
+          "share_.begin + offset + (IS_ON ? skipped_ : 0), VectorType", "misaligned"),
+    Fault("one element past the valid end is read", "vector_access.cuh", "tail_begin, tail);",
+          "tail_begin, tail + (IS_ON ? 1 : 0));", ("out of bounds", "column")),
     Fault("one element past a short row's end is read", "vector_access.cuh", "i < end_)",
           "i < end_ + (IS_ON ? 1 : 0))", "out of bounds"),
     Fault("one element before the valid start is read", "vector_access.cuh", "i >= skipped_ &&",
@@ -139,10 +140,10 @@ FAULTS = [
     Fault("an unsigned byte is read as a signed one", "row.cuh", "[offset];",
           "[offset]; if (IS_ON && bounds.type == ElementType::kUInt8) "
           "{ value = static_cast<int8_t>(value); }", after="int64_t load_row_index("),
-    Fault("an element past the strided row's end", "strided_rows.cuh", "i < count ?",
-          "i < count + (IS_ON ? 1 : 0) ?", "out of bounds", after="void load_elements("),
+    Fault("an element past the strided row's end", "strided_rows.cuh", "i < count)",
+          "i < count + (IS_ON ? 1 : 0))", "out of bounds", after="void load_elements("),
     Fault("the strided row's column stride forgotten", "strided_rows.cuh",
-          "i * operand.col_stride", "i * (IS_ON ? 1 : operand.col_stride)",
+          "p += operand.col_stride", "p += IS_ON ? 1 : operand.col_stride",
           after="void load_elements("),
     # Memory that is uninitialized, or not written.
     Fault("the row's tail is not written", "vector_access.cuh", "if (is_last_lane) {",
@@ -162,8 +163,8 @@ FAULTS = [
           after="const unsigned step ="),
     Fault("the chunks' maxima are never computed", "held_rows.cuh", "pass != Pass::kMaxima)",
           "pass != Pass::kMaxima) && !(IS_ON && pass == Pass::kMaxima)", "not initialized"),
-    Fault("a chunk too many is read", "groups.cuh", "chunk < chunks_; chunk +=",
-          "chunk < chunks_ + (IS_ON ? 1 : 0); chunk +="),
+    Fault("a chunk too many is read", "groups.cuh", "rest < kMaxClusterBlocks ? rest",
+          "rest + (IS_ON ? 1 : 0) <= kMaxClusterBlocks ? rest + (IS_ON ? 1 : 0)"),
     # Packed rows.
     Fault("the gap behind the last packed row is left", "packed_gaps.cuh",
           "row == rows ? problem.cols", "row == rows ? (IS_ON ? 0 : problem.cols)",
@@ -199,7 +200,7 @@ FAULTS = [
           "computes other bits"),
     # Accuracy.
     Fault("the low words lost when two sums are added", "groups.cuh", "words[1] = lows +",
-          "words[1] = (IS_ON ? acc_t{0} : lows) +", "of the bound", is_accuracy=True),
+          "words[1] = (IS_ON ? acc_t{0} : lows) +", "a sum that cancels", is_accuracy=True),
     Fault("the exponent's correction dropped", "exp2.cuh", "fused_multiply_add(a, params_.low,",
           "fused_multiply_add(IS_ON ? acc_t{0} : a, params_.low,", "of the bound",
           is_accuracy=True),
@@ -232,7 +233,7 @@ def of_each_row_of_the_tables() -> list[Fault]:
     for name, dtype, _, _, kind in emulator.read_table("common/element_types.inc"):
         pair = f"{dtype}:{dtype}" if kind == "kFloating" else "float32:float32"
         is_type = f"IS_ON && ElementTraits<decltype(element)>::kType == ElementType::k{name}"
-        after, old = "void load_elements(", "widen(first[i * operand.col_stride])"
+        after, old = "void load_elements(", "widen(*p)"
         new = f"{old} * ({is_type} ? 2 : 1)"
         faults.append(
             Fault(f"{name}: elements", "strided_rows.cuh", old, new, after=after, pair=pair)
