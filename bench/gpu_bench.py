@@ -441,7 +441,10 @@ def main() -> int:
         print(table_line(["copy of", "GB/s"]))
         print(table_line(["---"] * 2))
         for size in COPIED_BYTES:
-            with journal.case(f"{size >> 20} MiB", CASE_LIMIT_S, synchronize) as record:
+            name = f"{size >> 20} MiB"
+            if journal.has(name):
+                continue
+            with journal.case(name, CASE_LIMIT_S, synchronize) as record:
                 measure_copy(size, device, record)
                 print(table_line([record["case"], f"{record['bytes_per_second'] / 1e9:.0f}"]))
         return 1 if journal.failures else 0

@@ -37,6 +37,8 @@ class Kernels:
     def __init__(self, device: str) -> None:
         """`device`: "cuda", or "cpu" for the emulator."""
         if device == "cuda":
+            if not torch.cuda.is_available():
+                raise RuntimeError("expected a GPU, but torch sees none; --device cpu emulates one")
             library = build_kernel_library.build_for_gpu(
                 build_kernel_library.present_architecture()
             )
