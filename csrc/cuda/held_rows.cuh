@@ -6,7 +6,7 @@
 //
 // Four kernels, by the group of threads and the layout of the rows:
 //
-//   plain_lanes      1, 8 or 32 lanes of a warp hold each of a few plain rows (PlainRows in kernel_problem.h)
+//   plain_lanes      up to 32 lanes of a warp hold a plain row, or each of a few (PlainRows in kernel_problem.h)
 //   plain_block      a block holds a plain row
 //   plain_cluster    a cluster of blocks holds a plain row, each block a chunk of it
 //   any_held_rows    all of these for contiguous rows in any place; and split rows, plain or not, whose chunks are held

@@ -137,7 +137,7 @@ struct LanesStep {
   int threads_per_row;
   int elems_per_thread;
 };
-constexpr LanesStep kLanesSteps[] = {{1, 8}, {8, 8}, {32, 8}, {32, 16}, {32, kMaxThreadElems}};
+constexpr LanesStep kLanesSteps[] = {{1, 8}, {4, 16}, {16, 16}, {32, 16}, {32, kMaxThreadElems}};
 
 // Plain rows that a group of lanes takes at a time, so that the loads of all are in flight together.
 constexpr int rows_per_group(int elems_per_thread, int inputs) {
@@ -147,7 +147,7 @@ constexpr int rows_per_group(int elems_per_thread, int inputs) {
 
 // Threads of plain rows on an SM: as many as have the registers for their elements.
 constexpr int plain_threads_per_sm(int threads_per_row, int elems_per_thread) {
-  return elems_per_thread > 8 ? 640 : threads_per_row > 1 ? 896 : 768;
+  return elems_per_thread > 16 ? 640 : threads_per_row > 1 ? 896 : 768;
 }
 
 constexpr int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }

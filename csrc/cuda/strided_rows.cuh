@@ -390,12 +390,13 @@ Status launch_strategy(StrategyConstant<Strategy::kStrided>, const KernelProblem
                        const LaunchPlan& plan, Stream stream) {
   // Lanes take rows of one chunk. In the order of a forced cluster, a row may have several, of 32 threads each.
   const bool has_one_chunk = plan.order.chunk_elems() >= kernel_problem.problem.longest();
-  switch (has_one_chunk ? plan.order.threads : kMaxBlockThreads) {
-    case 1:
-    case 8: return launch(strided_lanes<acc_t, 8>, plan, stream, kernel_problem);
-    case kWarpThreads: return launch(strided_lanes<acc_t, kWarpThreads>, plan, stream, kernel_problem);
-    default: return launch(strided_rows<acc_t>, plan, stream, kernel_problem);
+  if (has_one_chunk && plan.order.threads <= 8) {
+    return launch(strided_lanes<acc_t, 8>, plan, stream, kernel_problem);
   }
+  if (has_one_chunk && plan.order.threads <= kWarpThreads) {
+    return launch(strided_lanes<acc_t, kWarpThreads>, plan, stream, kernel_problem);
+  }
+  return launch(strided_rows<acc_t>, plan, stream, kernel_problem);
 }
 
 }  // namespace masked_softmax::cuda
