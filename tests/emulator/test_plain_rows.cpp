@@ -321,7 +321,7 @@ TEST("plain rows: float64, and types without kernels of held rows, are strided, 
         const cuda::LaunchPlan plan = cuda::plan_problem(problem, emulator::kWithClusters, forced);
         CHECK(plan.strategy == Strategy::kStrided && !plan.is_plain, cuda::strategy_name(plan.strategy)
                                                                          << ", forced " << cuda::strategy_name(forced));
-        const int threads = forced == Strategy::kAutomatic || forced == Strategy::kLanes ? 8 : 32;
+        const int threads = forced == Strategy::kAutomatic || forced == Strategy::kLanes ? 4 : 32;
         CHECK(plan.order.threads == threads, cuda::strategy_name(forced) << ": " << plan.order.threads << " threads");
       }
     }
