@@ -366,7 +366,8 @@ class AnyGroup {
     }
   }
 
-  // Sets the partial to the total over the chunks' partials that an earlier launch has published.
+  // Sets the partial to the total over the chunks' partials that an earlier launch has published. The barrier comes
+  // between the loads of the row's ends, which all threads make, and the stores of a result in place.
   template <class Partial>
   MASKED_SOFTMAX_DEVICE void reduce_published(Partial (&partials)[1]) const {
     partials[0] = Partial();
@@ -379,6 +380,7 @@ class AnyGroup {
             return *published_.template address<Partial>(first + chunk, word);
           }));
     }
+    sync_block();
   }
 
  private:
