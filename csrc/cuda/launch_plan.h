@@ -128,8 +128,9 @@ constexpr int kStridedThreads = 256;
 constexpr int kMaxThreadElems = 32;
 
 // The vectors of each input that a thread holds at most. A backward pass keeps its inputs' own bits: 128 bytes of two.
+// float64 is never held; its order has as many elements as float32's.
 constexpr int held_vectors(int elems_per_vector, int inputs) {
-  return inputs == 1 ? kMaxThreadElems / elems_per_vector : 4;
+  return inputs == 1 ? kMaxThreadElems / elems_per_vector : elems_per_vector == 2 ? 8 : 4;
 }
 
 // Lanes per row, and elements per lane, in the order in which they are tried: the first that holds the row is taken.
