@@ -52,7 +52,9 @@ struct ProblemTypes {
 
   explicit ProblemTypes(const Problem& problem)
       : accumulates_in_double(masked_softmax::accumulates_in_double(problem)) {
-    if (!is_tuned(problem.operation) || !input_types_agree(problem) || is_scale_extreme(problem)) {
+    // Held rows tell absent elements by their exponentials, which are 0 only if the scale is not.
+    const bool is_scale_zero = is_forward(problem.operation) && problem.scale == 0;
+    if (!is_tuned(problem.operation) || !input_types_agree(problem) || is_scale_extreme(problem) || is_scale_zero) {
       return;
     }
     for (const TypePair& candidate : kTypePairs) {

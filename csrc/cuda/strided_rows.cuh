@@ -29,7 +29,7 @@ template <class acc_t>
 constexpr int kTileElems = sizeof(acc_t) == 8 ? 2 : 4;
 
 // Behind a row's last element there are absent ones: -inf in a forward pass, 0 in a derivative. Their terms are zeros,
-// which do not change a sum.
+// which do not change a sum. (A scale of 0 would make the exponential of -inf NaN.)
 template <class acc_t>
 using TileValues = acc_t[kTileElems<acc_t>];
 
@@ -231,7 +231,7 @@ class StridedRow {
       load(0, first, count, x);
       MASKED_SOFTMAX_UNROLL
       for (int i = 0; i < kTileElems<acc_t>; ++i) {
-        terms[i] = exponential(x[i] * constants_.factor);
+        terms[i] = select(i < count, exponential(x[i] * constants_.factor), acc_t{0});
       }
     }));
     for_each_tile([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
@@ -253,7 +253,7 @@ class StridedRow {
       load(0, first, count, x);
       MASKED_SOFTMAX_UNROLL
       for (int i = 0; i < kTileElems<acc_t>; ++i) {
-        terms[i] = terms_of.rest_term(x[i] * constants_.factor, max_count);
+        terms[i] = select(i < count, terms_of.rest_term(x[i] * constants_.factor, max_count), acc_t{0});
       }
     });
     const acc_t log_sum = terms_of.value(rest, reduced(max_count).value());
