@@ -7,7 +7,7 @@ from torch import Tensor
 
 def masked_softmax(
     input: Tensor,
-    lengths: Tensor,
+    lengths: Tensor | None,
     dim: int,
     starts: Tensor | None,
     scale: float | None,
@@ -18,7 +18,7 @@ def masked_softmax(
 ) -> Tensor: ...
 def masked_log_softmax(
     input: Tensor,
-    lengths: Tensor,
+    lengths: Tensor | None,
     dim: int,
     starts: Tensor | None,
     scale: float | None,
@@ -29,7 +29,7 @@ def masked_log_softmax(
 ) -> Tensor: ...
 def masked_softmax_(
     input: Tensor,
-    lengths: Tensor,
+    lengths: Tensor | None,
     dim: int,
     starts: Tensor | None,
     scale: float | None,

@@ -15,7 +15,7 @@ __version__ = "0.1.0"  # pyproject.toml reads this line
 
 _C = load_extension()  # registers the operators that the other modules use
 
-from masked_softmax_ext import _vmap, reference  # noqa: E402
+from masked_softmax_ext import _torchscript, _vmap, reference  # noqa: E402
 from masked_softmax_ext.bounds import (  # noqa: E402
     causal_lengths,
     intersect_bounds,
@@ -55,3 +55,5 @@ __all__ = [
     "reference",
     "window",
 ]
+
+_torchscript.register(value for name in __all__ if callable(value := globals()[name]))

@@ -11,9 +11,14 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 Index: TypeAlias = int | Tensor  # lengths or starts
+# The argument lengths: None is every column; a pair is (lengths, starts).
+Lengths: TypeAlias = Index | tuple[Index | None, Index | None] | None
 
 # The types that the operators accept for lengths, starts and offsets.
-INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGER_DTYPES = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint8, torch.uint16, torch.uint32),
+)
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -25,17 +30,38 @@ def is_dtensor(tensor: Tensor) -> bool:
 def convert(
     name: str,
     input: Tensor,
-    lengths: Index | None,
+    lengths: Lengths,
     dim: int,
     starts: Index | None,
     scale: float | None,
     dtype: torch.dtype | type[float] | None,
     validate: bool,
-) -> tuple[Tensor, int, Tensor | None, float | None, torch.dtype | None]:
+) -> tuple[Tensor | None, int, Tensor | None, float | None, torch.dtype | None]:
     """lengths, dim, starts, scale and dtype as the operators take them."""
     dim, scale, dtype = convert_options(name, "input", input, dim, scale, dtype, validate)
-    starts = None if starts is None else _to_tensor(name, "starts", starts, input, dim)
+    lengths, starts = split_pair(name, lengths, starts)
+    starts = _to_tensor(name, "starts", starts, input, dim)
     return _to_tensor(name, "lengths", lengths, input, dim), dim, starts, scale, dtype
+
+
+def split_pair(
+    name: str, lengths: Lengths, starts: Index | None
+) -> tuple[Index | None, Index | None]:
+    """Lengths and starts, where lengths may be the pair of both."""
+    if not isinstance(lengths, tuple):
+        return lengths, starts
+    # Two ints may be meant as the lengths of two rows.
+    if len(lengths) != 2 or all(index is None or _is_int(index) for index in lengths):
+        raise TypeError(
+            f"{name}(): expected lengths to be an int, a tensor of an integer type, or a pair "
+            f"(lengths, starts) with at least one tensor, but got {_describe(lengths)}"
+            + _to_tensor_remedy("lengths", lengths)
+        )
+    if starts is not None:
+        raise TypeError(
+            f"{name}(): expected starts in the pair (lengths, starts) or as starts=, but got both"
+        )
+    return lengths
 
 
 def convert_options(
@@ -71,7 +97,10 @@ def convert_options(
 
 def check_dense(name: str, argument: str, tensor: Tensor) -> None:
     """The operators' check, for tensors that something else would reject or convert before them."""
-    if tensor.is_nested:
+    if isinstance(tensor, torch.masked.MaskedTensor):
+        kind = "a MaskedTensor; its get_data() is one (and lengths_from_mask(its get_mask(), "
+        kind += "ndim=its dim()) makes lengths and starts)"
+    elif tensor.is_nested:
         kind = "a nested tensor (masked_softmax() and masked_log_softmax() take a jagged input)"
     elif tensor.layout != torch.strided:
         kind = "a oneDNN tensor" if tensor.is_mkldnn else "a sparse tensor"
@@ -86,9 +115,13 @@ def convert_scale(prefix: str, argument: str, scale: float | None) -> float | No
         return scale
     # Tensors are refused: the conversion would silently drop their gradient.
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        remedy = ""
+        if isinstance(scale, Tensor):
+            remedy = f" (multiply {argument} by it instead)"
+        elif isinstance(scale, str):
+            remedy = " (float() makes a number of it)"
         raise TypeError(
-            f"{prefix}expected scale to be a number, but got {type(scale).__name__} "
-            f"(multiply {argument} by it instead)"
+            f"{prefix}expected scale to be a number, but got {type(scale).__name__}{remedy}"
         )
     try:
         return float(scale)
@@ -112,15 +145,35 @@ def is_integer_dtype(dtype: torch.dtype) -> bool:
     return not (dtype == torch.bool or dtype.is_floating_point or dtype.is_complex)
 
 
-def _to_tensor(name: str, argument: str, index: Index | None, input: Tensor, dim: int) -> Tensor:
+def _is_int(index: object) -> bool:
+    is_int = isinstance(index, int | torch.SymInt | numbers.Integral)
+    return is_int and not isinstance(index, bool)
+
+
+def _describe(index: object) -> str:
+    kind = type(index).__name__
+    if not isinstance(index, tuple):
+        return kind
+    return f"{kind} of {', '.join(type(item).__name__ for item in index)}"
+
+
+def _to_tensor_remedy(argument: str, index: object) -> str:
+    is_array = isinstance(index, list | tuple) or hasattr(index, "__array__")
+    return f" (torch.tensor({argument}, device=input.device) makes a tensor)" if is_array else ""
+
+
+def _to_tensor(
+    name: str, argument: str, index: Index | None, input: Tensor, dim: int
+) -> Tensor | None:
+    if index is None:
+        return None
     if isinstance(index, Tensor):
         check_dense(name, argument, index)
         return index
-    if isinstance(index, bool) or not isinstance(index, int | torch.SymInt | numbers.Integral):
+    if not _is_int(index):
         raise TypeError(
             f"{name}(): expected {argument} to be an int or a tensor of an integer type, "
-            f"but got {type(index).__name__}"
-            + (" (only a jagged input knows its own lengths)" if index is None else "")
+            f"but got {type(index).__name__}" + _to_tensor_remedy(argument, index)
         )
     is_symbol = isinstance(index, torch.SymInt) or is_dynamo_compiling()
     if not is_symbol and not -(2**63) <= index < 2**63:

@@ -23,11 +23,18 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from masked_softmax_ext._operators import SCORE_TENSORS, find_operator, packed_argument
-from masked_softmax_ext.reference import are_invalid, columns_between, per_row
+from masked_softmax_ext.reference import (
+    accumulation_dtype,
+    are_invalid,
+    autocast_dtype,
+    columns_between,
+    per_row,
+    scaled_difference,
+)
 
 
 def call_operator(
-    name: str, input: Any, lengths: Tensor, dim: int, starts: Tensor | None, **options: Any
+    name: str, input: Any, lengths: Tensor | None, dim: int, starts: Tensor | None, **options: Any
 ) -> Tensor:
     """Calls the operator on a DTensor; lengths that are plain tensors count as replicated."""
     operator = find_operator(name)
@@ -35,7 +42,7 @@ def call_operator(
     # are, whereas a DTensor would wrap them.
     meta = operator(*map(_to_meta, (input, lengths)), dim, _to_meta(starts), **options)
     lengths = _on_mesh(lengths, input.device_mesh)
-    starts = None if starts is None else _on_mesh(starts, input.device_mesh)
+    starts = _on_mesh(starts, input.device_mesh)
     dim %= max(input.dim(), 1)
     is_packed = "packed" in options
     if not is_packed and any(placement.is_shard(dim) for placement in input.placements):
@@ -50,8 +57,8 @@ def _to_meta(tensor: Tensor | None) -> Tensor | None:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
-def _on_mesh(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
-    if isinstance(tensor, DTensor):
+def _on_mesh(tensor: Tensor | None, mesh: DeviceMesh) -> DTensor | None:
+    if tensor is None or isinstance(tensor, DTensor):
         return tensor
     return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
@@ -71,7 +78,8 @@ def _register(name: str, count: int) -> None:
     operator = find_operator(name)
 
     def shardings(*args: Any, **options: Any) -> list[tuple[Any, Any]]:
-        input, lengths = args[0], args[count]
+        input = args[0]
+        lengths = args[count] if len(args) > count else None
         dim = args[count + 1] if len(args) > count + 1 else -1
         starts = args[count + 2] if len(args) > count + 2 else None
         dim %= max(input.ndim, 1)
@@ -85,7 +93,8 @@ def _register(name: str, count: int) -> None:
 
             placements: list[Any] = [None] * len(args)
             placements[:count] = [scores] * count
-            placements[count] = place(lengths)
+            if lengths is not None:
+                placements[count] = place(lengths)
             if starts is not None:
                 placements[count + 2] = place(starts)
             return [scores], placements
@@ -106,7 +115,7 @@ for _name, _count in SCORE_TENSORS.items():
 def _softmax_of_sharded_rows(
     name: str,
     input: DTensor,
-    lengths: DTensor,
+    lengths: DTensor | None,
     dim: int,
     starts: DTensor | None,
     meta: Tensor,
@@ -118,17 +127,17 @@ def _softmax_of_sharded_rows(
     """``meta`` has the result's type, shape and strides, autocast aside."""
     mesh = input.device_mesh
     device = input.device.type
-    is_autocast = dtype is None and torch.is_autocast_enabled(device)
-    dtype = torch.float32 if is_autocast and input.dtype.itemsize == 2 else meta.dtype
+    dtype = meta.dtype if dtype is not None else autocast_dtype(device, meta.dtype)
     placements = [p if p.is_shard() else Replicate() for p in input.placements]
     local = input.redistribute(mesh, placements).to_local()
-    first_column, groups = _local_columns(input.size(dim), dim, mesh, placements)
-    local_lengths = _local_bounds(lengths, dim, placements)
+    cols = input.size(dim)
+    first_column, groups = _local_columns(cols, dim, mesh, placements)
+    local_lengths = cols if lengths is None else _local_bounds(lengths, dim, placements)
     local_starts = 0 if starts is None else _local_bounds(starts, dim, placements)
     rows = _LocalRows(
         per_row("lengths", local_lengths, local, dim),
         per_row("starts", local_starts, local, dim),
-        input.size(dim),
+        cols,
         first_column,
         dim,
     )
@@ -239,15 +248,13 @@ class _ShardedSoftmax(torch.autograd.Function):
         is_log: bool,
     ) -> Tensor:
         dim = rows.dim
-        acc_dtype = torch.promote_types(torch.promote_types(x.dtype, dtype), torch.float32)
-        if not 1e-30 <= abs(scale) <= 1e30:
-            acc_dtype = torch.float64  # in float32 the product with the scale may overflow
+        acc_dtype = accumulation_dtype(x.dtype, dtype, scale)
         padding = rows.padding(x)
         z = (-x.to(acc_dtype) if scale < 0 else x.to(acc_dtype)).masked_fill(padding, -math.inf)
         # Collectives do not agree on the maximum of a NaN, so NaN reaches its row through the sum.
         row_max = _local_max(z.masked_fill(z.isnan(), -math.inf), dim)
         row_max = _all_reduce(row_max, groups, dist.ReduceOp.MAX)
-        z = z.sub_(row_max).mul_(abs(scale))
+        z = scaled_difference(z, row_max, abs(scale))
         exponentials = z.exp().masked_fill_(padding, 0.0)
         if is_log:
             # log(count + rest), with the maxima counted apart from the rest of the sum, so that

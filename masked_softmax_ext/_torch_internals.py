@@ -7,7 +7,8 @@ They work with torch 2.11 to 2.14. For the next release, check that
 - ``torch._dynamo.lookup_backend`` and ``torch._inductor.list_mode_options`` still exist, and
   Inductor's backend still takes ``config_patches``;
 - ``OpOverload._schema`` still lists the arguments with ``name`` and ``kwarg_only``;
-- jagged tensors still have ``_ragged_idx`` and ``_maybe_max_seqlen``.
+- jagged tensors still have ``_ragged_idx`` and ``_maybe_max_seqlen``;
+- ``torch.jit.script`` still calls ``__prepare_scriptable__`` (``_torchscript.py``).
 
 ``test_compile_pass.py``, ``test_packed.py`` and ``test_transforms.py`` fail where one does not.
 
@@ -51,6 +52,8 @@ def uses_tensor_data(graph: Graph) -> bool:
 
 def is_statically_true(condition: bool | torch.SymBool) -> bool:
     """Whether the condition holds for all sizes the program accepts; adds no guard."""
+    if not isinstance(condition, torch.SymBool):
+        return bool(condition)
     # Imported here because it loads sympy.
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 

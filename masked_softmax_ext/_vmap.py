@@ -72,16 +72,18 @@ def _batched_rows(
     scores: Tensor,
     in_dims: tuple[int | None, ...],
     is_packed: bool,
-    lengths: Tensor,
+    lengths: Tensor | None = None,
     dim: int = -1,
     starts: Tensor | None = None,
-) -> tuple[Tensor, int, Tensor | None]:
+) -> tuple[Tensor | None, int, Tensor | None]:
     """lengths, dim and starts for scores whose first dimension is the batch dimension."""
     ndim = scores.dim() - 1
     check_dim(dim, ndim)  # before it is shifted: the message is to name the caller's dim
     batch_dims = dict(zip(("lengths", "dim", "starts"), in_dims, strict=False))
 
-    def batched(name: str, bounds: Tensor) -> Tensor:
+    def batched(name: str, bounds: Tensor | None) -> Tensor | None:
+        if bounds is None:
+            return None
         batch_dim = batch_dims[name]
         if is_packed:
             if batch_dim is not None:
@@ -92,8 +94,4 @@ def _batched_rows(
             return bounds
         return bounds.unsqueeze(0) if batch_dim is None else bounds.movedim(batch_dim, 0)
 
-    return (
-        batched("lengths", lengths),
-        dim % ndim + 1,
-        None if starts is None else batched("starts", starts),
-    )
+    return batched("lengths", lengths), dim % ndim + 1, batched("starts", starts)

@@ -14,17 +14,35 @@ import torch
 from torch import Tensor
 
 from masked_softmax_ext import reference
-from masked_softmax_ext._arguments import Index, check_dense, check_dim, is_integer_dtype
+from masked_softmax_ext._arguments import (
+    Index,
+    Lengths,
+    check_dense,
+    check_dim,
+    is_integer_dtype,
+    split_pair,
+)
+from masked_softmax_ext._torch_internals import is_statically_true
 
 Bounds: TypeAlias = Tensor | tuple[Tensor, Tensor | None]
 
 _INVALID_LENGTH = -1  # marks a row that the softmax must reject
+_ALIGNMENTS = ("lower_right", "upper_left")
 
 
 def lengths_from_mask(
-    mask: Tensor, dim: int = -1, *, validate: bool = False
+    mask: Tensor,
+    dim: int = -1,
+    *,
+    ndim: int | Tensor | None = None,
+    validate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The bounds of a mask whose True columns are contiguous in each row.
+
+    A mask broadcasts as torch's do, from the **last** dimension of the scores on: for scores
+    ``(B, H, Q, K)``, a mask ``(Q, K)`` is the same for every batch and head, and the padding of
+    keys is ``mask[:, None, None, :]``. Lengths align with the **first** dimensions. So the result
+    has all dimensions of the rows, and ``ndim`` says how many those are.
 
     A row whose True columns form several runs raises an error on the CPU, and on CUDA with
     ``validate``. Otherwise, and where values cannot be read (in ``torch.compile``, ``torch.export``
@@ -32,24 +50,41 @@ def lengths_from_mask(
     CPU and returns NaN on CUDA.
 
     Args:
-        mask: bool, any shape; True where a column is valid. (A ``key_padding_mask`` of
-            ``torch.nn.MultiheadAttention`` is True in the padding: pass ``~key_padding_mask``.)
-        dim: the dimension of the columns.
+        mask: bool, any shape that broadcasts to that of the scores; True where a column is valid.
+            (A ``key_padding_mask`` of ``torch.nn.MultiheadAttention`` is True in the padding: pass
+            ``~key_padding_mask``.)
+        dim: the dimension of the columns in ``mask``.
+        ndim: the number of dimensions of the scores, or the scores themselves, to which the mask
+            is then broadcast. Optional for a mask of one dimension.
         validate: on CUDA, raise for rows with several runs, which costs a synchronisation.
 
     Returns:
-        ``(lengths, starts)``: int64, of mask's shape without ``dim``, on its device. An empty row
-        has length 0 and start 0.
+        ``(lengths, starts)``: int64, of ``ndim - 1`` dimensions: mask's shape without ``dim``,
+        after as many dimensions of size 1 as it lacks; on its device. An empty row has length 0
+        and start 0.
 
     Raises:
-        ValueError: a row has several runs; the message names the first such row and its runs.
-        TypeError: ``mask`` is not a bool tensor.
+        ValueError: a row has several runs (the message names the first such row and its runs);
+            scores to which the mask does not broadcast; fewer dimensions than the mask has.
+        TypeError: ``mask`` is not a bool tensor; no ``ndim`` for a mask of several dimensions.
         IndexError: ``dim`` out of range.
 
     Example:
         >>> mask = torch.tensor([[True, True, False], [False, True, True], [False, False, False]])
-        >>> lengths_from_mask(mask)
+        >>> lengths_from_mask(mask, ndim=2)
         (tensor([2, 2, 0]), tensor([0, 1, 0]))
+        >>> lengths, starts = lengths_from_mask(mask, ndim=4)
+        >>> lengths.shape
+        torch.Size([1, 1, 3])
+
+        The pair may stand in place of lengths:
+
+        >>> from masked_softmax_ext import masked_softmax
+        >>> scores = torch.zeros(3, 3)
+        >>> masked_softmax(scores, lengths_from_mask(mask, ndim=scores))
+        tensor([[0.5000, 0.5000, 0.0000],
+                [0.0000, 0.5000, 0.5000],
+                [0.0000, 0.0000, 0.0000]])
     """
     if not isinstance(mask, Tensor):
         raise TypeError(
@@ -59,9 +94,10 @@ def lengths_from_mask(
     if mask.dtype != torch.bool:
         raise TypeError(
             "lengths_from_mask(): expected mask of torch.bool, True where a column is valid, but "
-            f"got {mask.dtype} (mask.bool() is True where mask is not 0)"
+            f"got {mask.dtype} ({_to_bool_remedy(mask)})"
         )
     check_dim(dim, max(mask.dim(), 1))
+    mask, dim = _aligned_mask(mask, dim, ndim)
     rows = mask.unsqueeze(0) if mask.dim() == 0 else mask.movedim(dim, -1)
     cols = rows.size(-1)
     lengths = rows.sum(-1)
@@ -73,51 +109,77 @@ def lengths_from_mask(
     return torch.where(is_run, lengths, _INVALID_LENGTH), starts
 
 
-def mask_from_lengths(lengths: Index, cols: int, starts: Index | None = None) -> Tensor:
+def mask_from_lengths(
+    lengths: Lengths, cols: int, starts: Index | None = None, *, ndim: int | None = None
+) -> Tensor:
     """The mask of the columns ``start <= column < start + length``.
 
     Values are not checked: columns beyond ``cols`` are dropped.
 
     Args:
-        lengths: an int, or a tensor of an integer type, any shape.
+        lengths: an int, or a tensor of an integer type, any shape; or a pair
+            ``(lengths, starts)``. ``None``: every column.
         cols: the number of columns of the mask.
         starts: the first valid column, like ``lengths``; ``None`` is 0. Its shape and that of
             lengths broadcast from the first dimension on: ``(B, 1, Q)`` with ``(B,)``.
+        ndim: the number of dimensions of the mask; ``None`` is one more than lengths have. A mask
+            for scores needs as many as they have, because torch aligns it with their last
+            dimensions: ``(B, 1, 1, K)`` for lengths ``(B,)`` and scores ``(B, H, Q, K)``.
 
     Returns:
-        bool, ``(*shape, cols)`` for lengths (broadcast with starts) of that shape, on their device.
+        bool, ``(*shape, cols)`` for lengths (broadcast with starts) of that shape, on their device;
+        with ``ndim``, ``(*shape, 1, ..., 1, cols)`` of that many dimensions.
 
     Raises:
-        ValueError: shapes that do not broadcast, or a negative ``cols``.
+        ValueError: shapes that do not broadcast, a negative ``cols``, or too small an ``ndim``.
         TypeError: lengths or starts that are not integers.
 
     Example:
         >>> mask_from_lengths(torch.tensor([2, 1]), 3, starts=torch.tensor([1, 0]))
         tensor([[False,  True,  True],
                 [ True, False, False]])
+        >>> mask_from_lengths(torch.tensor([2, 1]), 3, ndim=4).shape
+        torch.Size([2, 1, 1, 3])
     """
+    lengths, starts = split_pair("mask_from_lengths", lengths, starts)
     _check_sizes("mask_from_lengths", cols=cols)
     given = [index for index in (lengths, starts) if isinstance(index, Tensor)]
     for index in given:
         check_dense("mask_from_lengths", "lengths and starts", index)
-    rows = _broadcast("mask_from_lengths", given)[0].shape if given else ()
+    rows = _broadcast("mask_from_lengths", given)[0].shape if given else torch.Size()
+    if ndim is not None:
+        _check_sizes("mask_from_lengths", ndim=ndim)
+        if ndim <= len(rows):
+            raise ValueError(
+                f"mask_from_lengths(): expected ndim of at least {len(rows) + 1}, one more than "
+                f"lengths and starts have, but got {ndim}"
+            )
+        rows = rows + (1,) * (ndim - 1 - len(rows))
     device = given[0].device if given else None
     scores = torch.empty((), device=device).expand(*rows, cols)  # only its shape is used
     return reference.unchecked_mask(scores, lengths, -1, starts)
 
 
 def causal_lengths(
-    queries: int, keys: int, *, ndim: int = 4, device: torch.device | str | None = None
+    queries: int,
+    keys: int,
+    *,
+    align: str = "lower_right",
+    ndim: int = 4,
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """The lengths of causal attention: a query sees itself and the keys before it.
 
-    The last query is aligned with the last key. With more keys than queries (a decoder with cached
-    keys) the first query sees ``keys - queries + 1`` of them; with fewer, the first
-    ``queries - keys`` rows are empty.
+    By default the last query is aligned with the last key. With more keys than queries (a decoder
+    with cached keys) the first query then sees ``keys - queries + 1`` of them; with fewer, the
+    first ``queries - keys`` rows are empty.
 
     Args:
         queries: the number of rows.
         keys: the number of columns.
+        align: ``"lower_right"`` aligns the last query with the last key; ``"upper_left"`` the first
+            query with the first key, as ``is_causal`` of
+            ``torch.nn.functional.scaled_dot_product_attention`` does.
         ndim: the number of dimensions of the scores, ``(..., queries, keys)``.
         device: the device of the result.
 
@@ -126,7 +188,7 @@ def causal_lengths(
         ``(B, H, Q, K)``, that is ``(1, 1, Q)``.
 
     Raises:
-        ValueError: a negative size, or ``ndim`` below 2.
+        ValueError: a negative size, ``ndim`` below 2, or another ``align``.
         TypeError: an argument that is not an int.
 
     Example:
@@ -136,24 +198,33 @@ def causal_lengths(
         tensor([4, 5])
         >>> causal_lengths(4, 2, ndim=2)
         tensor([0, 0, 1, 2])
+        >>> causal_lengths(2, 5, ndim=2, align="upper_left")
+        tensor([1, 2])
     """
-    return _causal_lengths("causal_lengths", queries, keys, ndim, device)
+    return _positions("causal_lengths", queries, keys, align, ndim, device).add(1).clamp(0, keys)
 
 
 def window(
     queries: int,
     keys: int,
-    size: int,
+    size: int | tuple[int | None, int | None],
     *,
+    align: str = "lower_right",
     ndim: int = 4,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The bounds of sliding-window attention: a query sees its key and the ``size - 1`` before it.
 
+    Or, for a ``size`` of ``(left, right)``, its own key, ``left`` keys before it and ``right`` after
+    it.
+
     Args:
         queries: the number of rows; aligned with keys as in :func:`causal_lengths`.
         keys: the number of columns.
-        size: the largest number of keys that a query sees.
+        size: the largest number of keys that a query sees: causal, the same as ``(size - 1, 0)``.
+            Or ``(left, right)``, the numbers of keys on either side of its own; ``None`` is no
+            limit.
+        align: as for :func:`causal_lengths`.
         ndim: the number of dimensions of the scores.
         device: the device of the results.
 
@@ -161,17 +232,22 @@ def window(
         ``(lengths, starts)``, each of the type and shape that :func:`causal_lengths` returns.
 
     Raises:
-        ValueError: a negative size, or ``ndim`` below 2.
+        ValueError: a negative size, ``ndim`` below 2, or another ``align``.
         TypeError: an argument that is not an int.
 
     Example:
         >>> window(4, 4, 2, ndim=2)
         (tensor([1, 2, 2, 2]), tensor([0, 0, 1, 2]))
+        >>> window(4, 4, (1, 2), ndim=2)
+        (tensor([3, 4, 3, 2]), tensor([0, 0, 1, 2]))
     """
-    _check_sizes("window", size=size)
-    ends = _causal_lengths("window", queries, keys, ndim, device)
-    starts = (ends - size).clamp(min=0)
-    return ends - starts, starts
+    left, right = _window_sides(size)
+    positions = _positions("window", queries, keys, align, ndim, device)
+    # No more keys on either side than there are: sums do not overflow, whatever the limits.
+    before, after = positions, keys - 1 - positions
+    starts = (positions - (before if left is None else before.clamp(max=left))).clamp(max=keys)
+    ends = positions + 1 + (after if right is None else after.clamp(max=right))
+    return (ends - starts).clamp(min=0), starts
 
 
 def intersect_bounds(*bounds: Bounds) -> tuple[Tensor, Tensor]:
@@ -232,24 +308,101 @@ def intersect_bounds(*bounds: Bounds) -> tuple[Tensor, Tensor]:
     return torch.where(is_invalid, _INVALID_LENGTH, (end - start).clamp(min=0)), start
 
 
-def _causal_lengths(
-    name: str, queries: int, keys: int, ndim: int, device: torch.device | str | None
+def _aligned_mask(mask: Tensor, dim: int, ndim: int | Tensor | None) -> tuple[Tensor, int]:
+    """The mask with as many dimensions as the scores, and dim as a negative number."""
+    name = "lengths_from_mask"
+    dim = dim if dim < 0 else dim - max(mask.dim(), 1)
+    if ndim is None:
+        if mask.dim() > 1:
+            raise TypeError(
+                f"{name}(): expected ndim=, the number of dimensions of the scores or the scores "
+                f"themselves, with a mask of {mask.dim()} dimensions, but got None (lengths align "
+                "with the first dimensions of the scores, a mask with the last)"
+            )
+        return mask, dim
+    scores = None
+    if isinstance(ndim, Tensor):
+        scores, ndim = ndim, ndim.dim()
+    _check_sizes(name, ndim=ndim)
+    if ndim < mask.dim():
+        raise ValueError(
+            f"{name}(): expected scores of at least as many dimensions as mask, {mask.dim()}, but "
+            f"got {ndim}"
+        )
+    mask = mask[(None,) * (ndim - mask.dim())]
+    if scores is None or ndim == 0:
+        return mask, dim
+    if any(
+        is_statically_true(given != 1) and is_statically_true(given != size)
+        for given, size in zip(mask.shape, scores.shape, strict=True)
+    ):
+        raise ValueError(
+            f"{name}(): expected a mask that broadcasts, from its last dimension on, to scores of "
+            f"shape {list(scores.shape)}, but got one of shape {list(mask.shape)} "
+            "(mask[:, None, None, :] is a mask of batches and keys for scores of batches, heads, "
+            "queries and keys)"
+        )
+    shape = list(mask.shape)
+    shape[dim] = scores.size(dim)
+    return mask.expand(shape), dim
+
+
+def _to_bool_remedy(mask: Tensor) -> str:
+    """How to make a bool mask of this one: an additive mask is 0 where a column is valid."""
+    additive = "mask == 0 is True where an additive mask of 0 and -inf is 0"
+    multiplicative = "mask.bool() is True where a mask of 1 and 0 is 1"
+    if not torch.compiler.is_compiling():
+        try:
+            is_negative, is_positive = bool((mask < 0).any()), bool((mask > 0).any())
+        except RuntimeError:  # values that cannot be read or compared
+            pass
+        else:
+            if is_negative != is_positive:
+                return additive if is_negative else multiplicative
+    return f"{additive}; {multiplicative}"
+
+
+def _positions(
+    name: str, queries: int, keys: int, align: str, ndim: int, device: torch.device | str | None
 ) -> Tensor:
+    """The column of each query's own key, which may lie outside of the columns."""
     _check_sizes(name, queries=queries, keys=keys, ndim=ndim)
     if ndim < 2:
         raise ValueError(f"{name}(): expected ndim of at least 2 (queries, keys), but got {ndim}")
-    ends = torch.arange(keys - queries + 1, keys + 1, device=device).clamp(min=0)
-    return ends.view((1,) * (ndim - 2) + (queries,))
+    if align not in _ALIGNMENTS:
+        raise ValueError(
+            f"{name}(): expected align to be 'lower_right' or 'upper_left', but got {align!r}"
+        )
+    first = keys - queries if align == "lower_right" else 0
+    positions = torch.arange(first, first + queries, device=device)
+    return positions.view((1,) * (ndim - 2) + (queries,))
 
 
-def _check_sizes(name: str, **sizes: int) -> None:
+def _window_sides(size: int | tuple[int | None, int | None]) -> tuple[int | None, int | None]:
+    """The number of keys on the left and on the right of a query's own; None is no limit."""
+    if not isinstance(size, tuple):
+        _check_sizes("window", size=size)
+        return size - 1, 0
+    if len(size) != 2:
+        raise ValueError(
+            f"window(): expected size to be an int or (left, right), but got a tuple of {len(size)}"
+        )
+    for side, count in zip(("left", "right"), size, strict=True):
+        if count is not None:
+            _check_sizes("window", " (None is no limit)", **{side: count})
+    return size
+
+
+def _check_sizes(name: str, remedy: str = "", /, **sizes: int) -> None:
     for argument, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int | torch.SymInt | numbers.Integral):
+            is_number = isinstance(size, Tensor) and size.dim() == 0
             raise TypeError(
                 f"{name}(): expected {argument} to be an int, but got {type(size).__name__}"
+                + (f" ({argument}.item() is a number)" if is_number else "")
             )
         if size < 0:
-            raise ValueError(f"{name}(): expected {argument} of at least 0, but got {size}")
+            raise ValueError(f"{name}(): expected {argument} of at least 0, but got {size}{remedy}")
 
 
 def _is_pair(bounds: object) -> TypeGuard[tuple[Tensor, Tensor | None]]:

@@ -54,7 +54,7 @@ def masked_log_softmax(*args: Any, **options: Any) -> Any:
 def _decompose(
     function: Callable[..., Tensor],
     input: Tensor,
-    lengths: Tensor,
+    lengths: Tensor | None = None,
     dim: int = -1,
     starts: Tensor | None = None,
     *,

@@ -10,7 +10,14 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function_unary
 
 from masked_softmax_ext import _C, decompositions
-from masked_softmax_ext._arguments import Index, check_dense, check_out, convert, is_dtensor
+from masked_softmax_ext._arguments import (
+    Index,
+    Lengths,
+    check_dense,
+    check_out,
+    convert,
+    is_dtensor,
+)
 from masked_softmax_ext._operators import call_operator
 from masked_softmax_ext.packed import jagged_softmax
 
@@ -19,7 +26,7 @@ _MAX_DIMS = 64  # torch's limit; a dim beyond it is out of range, and may not ev
 
 def masked_softmax(
     input: Tensor,
-    lengths: Index | None,
+    lengths: Lengths = None,
     dim: int = -1,
     *,
     starts: Index | None = None,
@@ -44,7 +51,9 @@ def masked_softmax(
         lengths: the number of valid columns in each row: an int, or a tensor of an integer type on
             input's device whose shape broadcasts, from its **first** dimension on, to input's
             shape without ``dim``. For scores ``(B, H, Q, K)``: ``()``, ``(B,)``, ``(B, H)``,
-            ``(B, 1, Q)``, ``(1, 1, Q)``, ``(B, H, Q)``. ``None`` for a jagged input only.
+            ``(B, 1, Q)``, ``(1, 1, Q)``, ``(B, H, Q)``. ``None``: every column of every row. A
+            pair ``(lengths, starts)``, as :func:`lengths_from_mask` and :func:`window` return it,
+            may stand in its place.
         dim: the softmax dimension.
         starts: the first valid column of each row, like ``lengths``; ``None`` is 0.
         scale: a number multiplied into the scores; ``None`` is 1. Not differentiable.
@@ -82,7 +91,7 @@ def masked_softmax(
     # function would take a noticeable part of a small softmax's time.
     if (
         type(input) is Tensor
-        and type(lengths) is Tensor
+        and (lengths is None or type(lengths) is Tensor)
         and type(dim) is int
         and -_MAX_DIMS <= dim < _MAX_DIMS
         and (starts is None or type(starts) is Tensor)
@@ -99,7 +108,7 @@ def masked_softmax(
 
 def masked_log_softmax(
     input: Tensor,
-    lengths: Index | None,
+    lengths: Lengths = None,
     dim: int = -1,
     *,
     starts: Index | None = None,
@@ -118,7 +127,7 @@ def masked_log_softmax(
 
     Args:
         input: the scores; all arguments are those of :func:`masked_softmax`.
-        lengths: the number of valid columns in each row.
+        lengths: the number of valid columns in each row, or a pair ``(lengths, starts)``.
         dim: the softmax dimension.
         starts: the first valid column of each row.
         scale: a number multiplied into the scores.
@@ -140,7 +149,7 @@ def masked_log_softmax(
     """
     if (
         type(input) is Tensor
-        and type(lengths) is Tensor
+        and (lengths is None or type(lengths) is Tensor)
         and type(dim) is int
         and -_MAX_DIMS <= dim < _MAX_DIMS
         and (starts is None or type(starts) is Tensor)
@@ -157,7 +166,7 @@ def masked_log_softmax(
 
 def masked_softmax_(
     input: Tensor,
-    lengths: Index,
+    lengths: Lengths = None,
     dim: int = -1,
     *,
     starts: Index | None = None,
@@ -169,7 +178,7 @@ def masked_softmax_(
     Args:
         input: the scores, of a floating point type; the others are those of
             :func:`masked_softmax`.
-        lengths: the number of valid columns in each row.
+        lengths: the number of valid columns in each row, or a pair ``(lengths, starts)``.
         dim: the softmax dimension.
         starts: the first valid column of each row.
         scale: a number multiplied into the scores.
@@ -201,7 +210,7 @@ def masked_softmax_(
         )
     if (
         type(input) is Tensor
-        and type(lengths) is Tensor
+        and (lengths is None or type(lengths) is Tensor)
         and (starts is None or type(starts) is Tensor)
         and not has_torch_function_unary(input)
     ):
@@ -243,7 +252,7 @@ def cpu_capability() -> str:
 def _call(
     name: str,
     input: Tensor,
-    lengths: Index | None,
+    lengths: Lengths,
     dim: int,
     starts: Index | None,
     scale: float | None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from masked_softmax_ext._arguments import Index
+from masked_softmax_ext._arguments import Index, Lengths
 from masked_softmax_ext.functional import masked_log_softmax, masked_softmax
 
 
@@ -17,7 +17,7 @@ class MaskedSoftmax(nn.Module):
         scale: a number multiplied into the scores; ``None`` is 1.
 
     Shape:
-        - input: any shape; lengths, starts: see the function.
+        - input: any shape; lengths, starts: as for the function.
         - output: input's shape.
 
     Example:
@@ -31,7 +31,9 @@ class MaskedSoftmax(nn.Module):
         self.dim = dim
         self.scale = scale
 
-    def forward(self, input: Tensor, lengths: Index | None, starts: Index | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, lengths: Lengths = None, starts: Index | None = None
+    ) -> Tensor:
         return masked_softmax(input, lengths, self.dim, starts=starts, scale=self.scale)
 
     def extra_repr(self) -> str:
@@ -46,7 +48,7 @@ class MaskedLogSoftmax(nn.Module):
         scale: a number multiplied into the scores; ``None`` is 1.
 
     Shape:
-        - input: any shape; lengths, starts: see the function.
+        - input: any shape; lengths, starts: as for the function.
         - output: input's shape.
 
     Example:
@@ -60,7 +62,9 @@ class MaskedLogSoftmax(nn.Module):
         self.dim = dim
         self.scale = scale
 
-    def forward(self, input: Tensor, lengths: Index | None, starts: Index | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, lengths: Lengths = None, starts: Index | None = None
+    ) -> Tensor:
         return masked_log_softmax(input, lengths, self.dim, starts=starts, scale=self.scale)
 
     def extra_repr(self) -> str:
@@ -125,7 +129,7 @@ class AttentionPooling(nn.Module):
     def forward(
         self,
         input: Tensor,
-        lengths: Index | None,
+        lengths: Lengths = None,
         starts: Index | None = None,
         *,
         return_weights: bool = False,

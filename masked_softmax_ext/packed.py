@@ -11,6 +11,7 @@ from torch import Tensor
 from masked_softmax_ext._arguments import (
     INTEGER_DTYPES,
     Index,
+    Lengths,
     check_dense,
     check_dim,
     convert_options,
@@ -105,7 +106,7 @@ def packed_log_softmax(
 def jagged_softmax(
     name: str,
     input: Any,
-    lengths: Index | None,
+    lengths: Lengths,
     dim: int,
     starts: Index | None,
     scale: float | None,

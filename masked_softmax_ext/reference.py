@@ -12,15 +12,22 @@ import numbers
 import torch
 from torch import Tensor
 
-from masked_softmax_ext._arguments import convert_scale, is_integer_dtype
+from masked_softmax_ext._arguments import (
+    Index,
+    Lengths,
+    convert_scale,
+    is_integer_dtype,
+    split_pair,
+)
+from masked_softmax_ext._torch_internals import is_statically_true
 
 
 def masked_softmax(
     input: Tensor,
-    lengths: int | Tensor,
+    lengths: Lengths = None,
     dim: int = -1,
     *,
-    starts: int | Tensor | None = None,
+    starts: Index | None = None,
     scale: float | None = None,
     dtype: torch.dtype | None = None,
     validate: bool = False,
@@ -38,16 +45,17 @@ def masked_softmax(
         tensor([[0.5000, 0.5000, 0.0000],
                 [0.0000, 0.0000, 0.0000]])
     """
+    lengths, starts = split_pair("masked_softmax", lengths, starts)
     valid = valid_mask(input, lengths, dim, starts)
     return _convert_result(softmax_where(valid, input, dim, scale, dtype), input, dtype, out)
 
 
 def masked_log_softmax(
     input: Tensor,
-    lengths: int | Tensor,
+    lengths: Lengths = None,
     dim: int = -1,
     *,
-    starts: int | Tensor | None = None,
+    starts: Index | None = None,
     scale: float | None = None,
     dtype: torch.dtype | None = None,
     validate: bool = False,
@@ -63,12 +71,13 @@ def masked_log_softmax(
         tensor([[0., -inf, -inf],
                 [-inf, -inf, -inf]])
     """
+    lengths, starts = split_pair("masked_log_softmax", lengths, starts)
     valid = valid_mask(input, lengths, dim, starts)
     return _convert_result(log_softmax_where(valid, input, dim, scale, dtype), input, dtype, out)
 
 
 def valid_mask(
-    input: Tensor, lengths: int | Tensor, dim: int = -1, starts: int | Tensor | None = None
+    input: Tensor, lengths: Index | None, dim: int = -1, starts: Index | None = None
 ) -> Tensor:
     """The mask of the valid columns: ``start <= column < start + length``.
 
@@ -113,15 +122,13 @@ def log_softmax_where(
     return torch.log_softmax(logits, dim).masked_fill(~valid, -math.inf)
 
 
-def unchecked_mask(
-    input: Tensor, lengths: int | Tensor, dim: int, starts: int | Tensor | None
-) -> Tensor:
+def unchecked_mask(input: Tensor, lengths: Index | None, dim: int, starts: Index | None) -> Tensor:
     """:func:`valid_mask` without the check of values."""
     return _mask(input, lengths, dim, starts, checks=False)
 
 
 def _mask(
-    input: Tensor, lengths: int | Tensor, dim: int, starts: int | Tensor | None, checks: bool
+    input: Tensor, lengths: Index | None, dim: int, starts: Index | None, checks: bool
 ) -> Tensor:
     if not isinstance(input, Tensor) or input.is_nested:
         raise TypeError(f"expected input to be a dense Tensor, but got {type(input).__name__}")
@@ -129,7 +136,7 @@ def _mask(
         return _mask(input.unsqueeze(0), lengths, dim, starts, checks).squeeze(0)
     cols = input.size(dim)
     dim = dim % input.dim()
-    length = per_row("lengths", lengths, input, dim)
+    length = per_row("lengths", cols if lengths is None else lengths, input, dim)
     start = per_row("starts", 0 if starts is None else starts, input, dim)
     if checks:
         _check_bounds(length, start, input, dim)
@@ -147,7 +154,7 @@ def are_invalid(length: Tensor, start: Tensor, cols: int) -> Tensor:
     return (start < 0) | (length < 0) | (length > cols - start)
 
 
-def per_row(name: str, index: int | Tensor, input: Tensor, dim: int) -> Tensor:
+def per_row(name: str, index: Index, input: Tensor, dim: int) -> Tensor:
     """Lengths or starts as a tensor that broadcasts with input, of size 1 in ``dim``."""
     rows = input.shape[:dim] + input.shape[dim + 1 :]
     if not isinstance(index, Tensor):
@@ -189,15 +196,32 @@ def _masked_logits(
     input: Tensor, valid: Tensor, dim: int, scale: float | None, dtype: torch.dtype | None
 ) -> Tensor:
     """The scaled scores, -inf in the padding, in the accumulation type: at least float32."""
-    result = _result_dtype(input, dtype)
-    acc_dtype = torch.promote_types(torch.promote_types(input.dtype, result), torch.float32)
-    logits = input.to(acc_dtype)
     scale = convert_scale("", "input", scale)
-    if scale is not None:
-        logits = logits * scale
+    result = _result_dtype(input, dtype)
+    logits = input.to(accumulation_dtype(input.dtype, result, scale))
+    if scale is not None and not is_statically_true(input.numel() == 0):  # amax needs a column
+        if scale < 0:
+            logits = -logits  # so that the maximum is that of scale * x
+        # A constant in the gradient: softmax does not depend on it.
+        row_max = logits.detach().masked_fill(~valid, -math.inf).amax(dim, keepdim=True)
+        logits = scaled_difference(logits, row_max, abs(scale))
     logits = logits.masked_fill(~valid, -math.inf)
     # An empty row of -inf would give NaN, in the gradient too; any finite value avoids that.
     return logits.masked_fill(~valid.any(dim, keepdim=True), 0.0)
+
+
+def accumulation_dtype(input: torch.dtype, result: torch.dtype, scale: float | None) -> torch.dtype:
+    """At least float32; float64 where float32 cannot hold scale and what it multiplies."""
+    is_extreme = scale is not None and not 2.0**-100 <= abs(scale) <= 2.0**100
+    least = torch.float64 if is_extreme else torch.float32
+    return torch.promote_types(torch.promote_types(input, result), least)
+
+
+def scaled_difference(x: Tensor, row_max: Tensor, scale: float) -> Tensor:
+    """``scale * (x - row_max)`` for a scale of at least 0, without overflow on the way."""
+    if scale >= 1:
+        return (x - row_max) * scale  # where the difference overflows, so does the product
+    return (x / 2 - row_max / 2) * (2 * scale)
 
 
 def _result_dtype(input: Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -205,9 +229,15 @@ def _result_dtype(input: Tensor, dtype: torch.dtype | None) -> torch.dtype:
         return dtype
     if not input.is_floating_point():
         raise TypeError(f"expected input of a floating point type, or dtype=; got {input.dtype}")
-    if input.dtype.itemsize == 2 and torch.is_autocast_enabled(input.device.type):
-        return torch.float32  # as torch.softmax on CUDA
-    return input.dtype
+    return autocast_dtype(input.device.type, input.dtype)
+
+
+def autocast_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
+    """The type of the result without ``dtype=``: as torch.softmax, which the CPU leaves alone."""
+    is_16bit = dtype in (torch.float16, torch.bfloat16)
+    if is_16bit and device_type not in ("cpu", "meta") and torch.is_autocast_enabled(device_type):
+        return torch.float32
+    return dtype
 
 
 def _convert_result(

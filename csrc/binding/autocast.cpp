@@ -1,5 +1,6 @@
-// Under autocast the result has the type that torch.softmax has there, float32, unless dtype says otherwise. The kernel
-// itself converts; nothing is cast before it.
+// Under autocast the result has the type that torch.softmax has there, unless dtype says otherwise: float32 on CUDA.
+// The kernel itself converts; nothing is cast before it. On the CPU, torch's autocast leaves softmax and log_softmax
+// alone, so the operators have no kernel for it: the result has the input's type.
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
@@ -8,10 +9,10 @@
 namespace masked_softmax {
 namespace {
 
-template <Operation kOperation, c10::DispatchKey kKey>
+template <Operation kOperation>
 at::Tensor forward(const at::Tensor& input, const RowArguments& rows, OptionalType dtype, bool validate,
                    OptionalInt packed) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{kKey});
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{c10::DispatchKey::AutocastCUDA});
   const bool is_16bit = input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;
   if (!dtype.has_value() && is_16bit) {
     dtype = at::kFloat;
@@ -19,18 +20,14 @@ at::Tensor forward(const at::Tensor& input, const RowArguments& rows, OptionalTy
   return call<kOperation>(input, rows, dtype, validate, packed);
 }
 
-template <c10::DispatchKey kKey>
-void register_all(torch::Library& library) {
+}  // namespace
+
+TORCH_LIBRARY_IMPL(masked_softmax_ext, AutocastCUDA, m) {
   for_each_operation([&](auto operation) {
     if constexpr (is_forward(operation.value)) {
-      library.impl(info_of(operation.value).name, Forward::kernel<forward<operation.value, kKey>>);
+      m.impl(info_of(operation.value).name, Forward::kernel<forward<operation.value>>);
     }
   });
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(masked_softmax_ext, AutocastCPU, m) { register_all<c10::DispatchKey::AutocastCPU>(m); }
-TORCH_LIBRARY_IMPL(masked_softmax_ext, AutocastCUDA, m) { register_all<c10::DispatchKey::AutocastCUDA>(m); }
 
 }  // namespace masked_softmax

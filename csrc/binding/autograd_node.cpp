@@ -24,12 +24,20 @@ auto make_node(Arguments&&... arguments) {
   }
 }
 
+// torch's own error does not say which tensor it is.
+SavedVariable save_bounds(const char* what, const OptionalTensor& bounds, const GradientFormula& formula) {
+  TORCH_CHECK(!bounds.has_value() || !bounds->is_inference(), formula.node_name, ": expected ", what,
+              " that can be saved for backward, but got an inference tensor, made in torch.inference_mode(); ",
+              "outside of it, ", what, ".clone() makes a normal one");
+  return SavedVariable(bounds, false);
+}
+
 }  // namespace
 
 OperatorNode::OperatorNode(const GradientFormula& formula, const CallView& call) : formula_(formula), options_(call) {
   saved_.reserve(5);
-  saved_.push_back({SavedVariable(call.lengths, false), false});
-  saved_.push_back({SavedVariable(call.starts, false), false});
+  saved_.push_back({save_bounds("lengths", call.lengths, formula), false});
+  saved_.push_back({save_bounds("starts", call.starts, formula), false});
 }
 
 OperatorNode* OperatorNode::create(const GradientFormula& formula, const CallView& call,
@@ -67,8 +75,17 @@ std::vector<bool> OperatorNode::needed() const {
 
 variable_list OperatorNode::unpack() {
   variable_list result;
-  for (const Saved& saved : saved_) {
-    result.push_back(saved.is_output ? saved.tensor.unpack(getptr()) : saved.tensor.unpack());
+  for (size_t i = 0; i < saved_.size(); ++i) {
+    try {
+      result.push_back(saved_[i].is_output ? saved_[i].tensor.unpack(getptr()) : saved_[i].tensor.unpack());
+    } catch (c10::Error& error) {
+      // It was changed since: torch's error does not say which tensor it is.
+      if (i < 2) {
+        const std::string what = i == 0 ? "lengths" : "starts";
+        error.add_context("it is " + what + " of " + name() + "; pass " + what + ".clone() if it changes later");
+      }
+      throw;
+    }
   }
   return result;
 }

@@ -24,7 +24,7 @@ struct CallOptions {
 
 // One call's arguments, while they are alive.
 struct CallView : CallOptions {
-  const at::Tensor& lengths;
+  const OptionalTensor& lengths;
   const OptionalTensor& starts;
 
   RowArguments rows() const { return {lengths, dim, starts, scale}; }

@@ -71,11 +71,23 @@ bool broadcasts(c10::ArrayRef<Size> index, c10::ArrayRef<Size> input, int64_t di
   return true;
 }
 
-void check_row_index(const char* what, const at::Tensor& index, const at::Tensor& input, int64_t dim,
+// What makes a tensor of this type one of lengths or starts.
+std::string to_integer_remedy(at::ScalarType type) {
+  if (type == at::kBool) {
+    return "; masked_softmax_ext.lengths_from_mask() makes lengths and starts from a mask";
+  }
+  return at::isComplexType(type) ? "" : "; its long() has one";
+}
+
+void check_row_index(const char* what, const OptionalTensor& optional_index, const at::Tensor& input, int64_t dim,
                      const char* name) {
+  if (!optional_index.has_value()) {
+    return;
+  }
+  const at::Tensor& index = *optional_index;
   TORCH_CHECK_TYPE(is_integer(index.scalar_type()), name, "(): expected ", what,
                    " to be an int or a tensor of an integer type (", names_of(ElementKind::kInteger),
-                   "), but got a tensor of ", index.scalar_type());
+                   "), but got a tensor of ", index.scalar_type(), to_integer_remedy(index.scalar_type()));
   TORCH_CHECK_VALUE(index.device() == input.device(), name, "(): expected ", what, " on the device of input, ",
                     input.device(), ", but got ", what, " on ", index.device());
   const bool symbolic = input.unsafeGetTensorImpl()->has_symbolic_sizes_strides() ||
@@ -93,8 +105,9 @@ void check_row_index(const char* what, const at::Tensor& index, const at::Tensor
 void check_packed_arguments(const at::Tensor& values, const CallArguments& arguments) {
   TORCH_CHECK_VALUE(values.dim() > 0, arguments.name, "(): expected values of at least one dimension, but got a 0-dim ",
                     "tensor");
-  TORCH_CHECK_VALUE(arguments.starts.has_value(), arguments.name, "(): expected starts beside lengths, but got None");
-  for (const at::Tensor* index : {&arguments.lengths, &*arguments.starts}) {
+  TORCH_CHECK_VALUE(arguments.lengths.has_value() && arguments.starts.has_value(), arguments.name,
+                    "(): expected lengths and starts for packed rows, but got None");
+  for (const at::Tensor* index : {&*arguments.lengths, &*arguments.starts}) {
     TORCH_CHECK_TYPE(is_integer(index->scalar_type()), arguments.name, "(): expected offsets of an integer type (",
                      names_of(ElementKind::kInteger), "), but got ", index->scalar_type());
     TORCH_CHECK_VALUE(index->device() == values.device(), arguments.name,
@@ -103,8 +116,8 @@ void check_packed_arguments(const at::Tensor& values, const CallArguments& argum
     TORCH_CHECK_VALUE(index->dim() == 1, arguments.name, "(): expected offsets of one dimension, but got one row's ",
                       "bounds in a tensor of shape ", index->sym_sizes());
   }
-  TORCH_CHECK_VALUE(arguments.lengths.sym_size(0) == arguments.starts->sym_size(0), arguments.name,
-                    "(): expected as many starts as lengths, ", arguments.lengths.sym_size(0), ", but got ",
+  TORCH_CHECK_VALUE(arguments.lengths->sym_size(0) == arguments.starts->sym_size(0), arguments.name,
+                    "(): expected as many starts as lengths, ", arguments.lengths->sym_size(0), ", but got ",
                     arguments.starts->sym_size(0));
 }
 
@@ -135,23 +148,27 @@ std::string row_name(const at::Tensor& input, int64_t dim, int64_t row) {
   return c10::str("row (", c10::Join(", ", position), ")");
 }
 
+// How to make offsets, for a caller who passed lengths instead.
+constexpr const char* kOffsetsRemedy =
+    "; offsets of rows with these lengths: torch.nn.functional.pad(lengths.cumsum(0), (1, 0))";
+
 // Checks that packed rows follow one another from the first column to the last.
 void check_packing(Problem& problem, const at::Tensor& values, const CallArguments& arguments) {
   const int64_t dim = at::maybe_wrap_dim(arguments.dim, values.dim());
-  const int64_t count = arguments.lengths.size(0);
+  const int64_t count = arguments.lengths->size(0);
   int64_t end = 0;
   int64_t longest = 0;
   for (int64_t row = 0; row < count; ++row) {
     const int64_t start = load_index(problem.starts, row * arguments.starts->stride(0));
-    const int64_t length = load_index(problem.lengths, row * arguments.lengths.stride(0));
+    const int64_t length = load_index(problem.lengths, row * arguments.lengths->stride(0));
     TORCH_CHECK_VALUE(start == end && length >= 0 && length <= problem.cols - start, arguments.name,
                       "(): expected offsets that ascend from 0 to ", problem.cols, " (values' size in dimension ", dim,
-                      "), but row ", row, " begins at ", start, " and has length ", length);
+                      "), but row ", row, " begins at ", start, " and has length ", length, kOffsetsRemedy);
     end = start + length;
     longest = std::max(longest, length);
   }
   TORCH_CHECK_VALUE(end == problem.cols, arguments.name, "(): expected offsets that ascend from 0 to ", problem.cols,
-                    " (values' size in dimension ", dim, "), but they end at ", end);
+                    " (values' size in dimension ", dim, "), but they end at ", end, kOffsetsRemedy);
   TORCH_CHECK_VALUE(*arguments.packed < 0 || longest <= *arguments.packed, arguments.name,
                     "(): expected no row longer than max_length, ", *arguments.packed, ", but one has length ",
                     longest);
@@ -162,7 +179,8 @@ void check_packing(Problem& problem, const at::Tensor& values, const CallArgumen
 
 at::ScalarType result_dtype(const char* name, at::ScalarType input, OptionalType dtype) {
   TORCH_CHECK_TYPE(is_floating(input) || is_integer(input) || input == at::kBool, name, "(): expected input of ",
-                   names_of(ElementKind::kFloating), ", or of an integer type, but got ", input);
+                   names_of(ElementKind::kFloating), ", or of an integer type (", names_of(ElementKind::kInteger),
+                   "), but got ", input);
   TORCH_CHECK_TYPE(
       is_floating(input) || dtype.has_value(), name,
       "(): expected input of a floating point type, or dtype= to name the type of the result, but got input of ",
@@ -180,9 +198,7 @@ void check_row_arguments(const at::Tensor& input, const CallArguments& arguments
     return check_packed_arguments(input, arguments);
   }
   check_row_index("lengths", arguments.lengths, input, dim, arguments.name);
-  if (arguments.starts.has_value()) {
-    check_row_index("starts", *arguments.starts, input, dim, arguments.name);
-  }
+  check_row_index("starts", arguments.starts, input, dim, arguments.name);
 }
 
 void check_no_internal_overlap(const at::Tensor& output, const char* name) {
@@ -204,16 +220,15 @@ void check_output(const at::Tensor& output, const at::Tensor& input, at::ScalarT
   }
   output.mutable_data_ptr();  // a lazy clone is materialized now, before its memory is compared
   check_no_internal_overlap(output, arguments.name);
-  const auto check_apart = [&](const char* what, const at::Tensor& other, bool may_be_same) {
-    TORCH_CHECK_VALUE((may_be_same && same_layout(output, other)) || !shares_elements(output, other), arguments.name,
-                      "(): expected the output's memory apart from that of ", what,
-                      may_be_same ? ", or exactly the same" : "", ", but got memory that overlaps it");
+  const auto check_apart = [&](const char* what, const OptionalTensor& other, bool may_be_same) {
+    TORCH_CHECK_VALUE(
+        !other.has_value() || (may_be_same && same_layout(output, *other)) || !shares_elements(output, *other),
+        arguments.name, "(): expected the output's memory apart from that of ", what,
+        may_be_same ? ", or exactly the same" : "", ", but got memory that overlaps it");
   };
   check_apart("input", input, true);
   check_apart("lengths", arguments.lengths, false);
-  if (arguments.starts.has_value()) {
-    check_apart("starts", *arguments.starts, false);
-  }
+  check_apart("starts", arguments.starts, false);
 }
 
 void check_like_output(const char* what, const at::Tensor& tensor, const at::Tensor& output,
@@ -244,6 +259,10 @@ void check_bounds(Problem& problem, const at::Tensor& scores, const CallArgument
                       " (input's size in dimension ", dim, "), but ", row_name(scores, dim, row), " has length ",
                       length);
   }
+  TORCH_CHECK_VALUE(arguments.lengths.has_value(), arguments.name,
+                    "(): expected start 0 beside lengths of None, which ", "is every column of every row, but ",
+                    row_name(scores, dim, row), " has start ", start, "; lengths of input.size(", dim,
+                    ") - starts reach to the last column");
   TORCH_CHECK_VALUE(false, arguments.name, "(): expected 0 <= start, 0 <= length and start + length <= ", problem.cols,
                     " (input's size in dimension ", dim, "), but ", row_name(scores, dim, row), " has start ", start,
                     " and length ", length);

@@ -28,11 +28,11 @@ std::atomic<cuda::Strategy> last_strategy{cuda::Strategy::kAutomatic};    // kAu
 // On copies in host memory.
 void check_bounds_on_host(Operation operation, const at::Tensor& output,
                           std::initializer_list<const at::Tensor*> inputs, const CallArguments& arguments) {
-  const at::Tensor lengths = arguments.lengths.cpu();
-  std::optional<at::Tensor> starts;
-  if (arguments.starts.has_value()) {
-    starts = arguments.starts->cpu();
-  }
+  const auto copy_to_host = [](const OptionalTensor& index) {
+    return index.has_value() ? OptionalTensor(index->cpu()) : std::nullopt;
+  };
+  const OptionalTensor lengths = copy_to_host(arguments.lengths);
+  const OptionalTensor starts = copy_to_host(arguments.starts);
   const CallArguments on_host{{lengths, arguments.dim, starts, arguments.scale},
                               arguments.name,
                               arguments.packed,
@@ -76,7 +76,8 @@ struct Cuda {
     check_alignment(problem, arguments.name);
     const c10::cuda::CUDAGuard guard(output.device());
     if (arguments.packed.has_value() && *arguments.packed < 0) {
-      problem.packing.longest = std::clamp<int64_t>(arguments.lengths.max().item<int64_t>(), 0, problem.cols);
+      problem.packing.longest =
+          std::clamp<int64_t>(arguments.lengths->to(at::kLong).max().item<int64_t>(), 0, problem.cols);
     }
     if (problem.longest() == 0) {
       return fill_uncovered(output, arguments);

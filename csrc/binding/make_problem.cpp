@@ -45,8 +45,9 @@ Operand make_operand(const at::Tensor& tensor, int64_t dim, void* data) {
   return operand;
 }
 
-RowIndex make_row_index(const std::optional<at::Tensor>& tensor) {
+RowIndex make_row_index(const std::optional<at::Tensor>& tensor, int64_t value_of_none) {
   RowIndex index;
+  index.value = value_of_none;
   if (tensor.has_value()) {
     index.data = tensor->const_data_ptr();
     index.type = element_type(tensor->scalar_type());
@@ -74,9 +75,10 @@ Problem make_problem(Operation operation, const at::Tensor& output, std::initial
   for (const at::Tensor* input : inputs) {
     check_memory(*input, arguments.name);
   }
-  check_memory(arguments.lengths, arguments.name);
-  if (arguments.starts.has_value()) {
-    check_memory(*arguments.starts, arguments.name);
+  for (const OptionalTensor* index : {&arguments.lengths, &arguments.starts}) {
+    if (index->has_value()) {
+      check_memory(**index, arguments.name);
+    }
   }
 
   const int64_t ndim = output.dim();
@@ -91,18 +93,18 @@ Problem make_problem(Operation operation, const at::Tensor& output, std::initial
   for (const at::Tensor* input : inputs) {
     problem.inputs[problem.input_count++] = make_operand(*input, dim, const_cast<void*>(input->const_data_ptr()));
   }
-  problem.lengths = make_row_index(arguments.lengths);
-  problem.starts = make_row_index(arguments.starts);
+  problem.lengths = make_row_index(arguments.lengths, problem.cols);
+  problem.starts = make_row_index(arguments.starts, 0);
 
   int64_t row_dim = 0;  // in lengths and starts
   if (arguments.packed.has_value()) {
     const int64_t longest = *arguments.packed >= 0 ? *arguments.packed : problem.cols;
     problem.packing = {true, longest < problem.cols ? longest : problem.cols, output.numel(),
-                       arguments.lengths.size(0)};
+                       arguments.lengths->size(0)};
     RowStrides strides;
-    strides.lengths = arguments.lengths.stride(0);
+    strides.lengths = arguments.lengths->stride(0);
     strides.starts = arguments.starts->stride(0);
-    add_row_dimension(problem, arguments.lengths.size(0), strides, arguments.name);
+    add_row_dimension(problem, arguments.lengths->size(0), strides, arguments.name);
     row_dim = 1;  // the others are broadcast
   }
   for (int64_t d = 0; d < ndim; ++d) {

@@ -38,7 +38,7 @@ using OptionalInt = std::optional<int64_t>;
 // An argument that every operator takes is added here, in OperatorSignature and in the schemas below; in
 // autograd_node.h, which keeps it for the backward pass; and in compiled_autograd.cpp, whose cache key it belongs to.
 struct RowArguments {
-  const at::Tensor& lengths;
+  const OptionalTensor& lengths;  // nullopt: every row has every column
   int64_t dim;
   const OptionalTensor& starts;
   OptionalScale scale;
@@ -53,7 +53,7 @@ struct OperatorSignature;
 
 template <class Result, class... Tensors, class... Options>
 struct OperatorSignature<Result, Scores<Tensors...>, Options...> {
-  using Function = Result(Tensors..., const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
+  using Function = Result(Tensors..., const OptionalTensor& lengths, int64_t dim, const OptionalTensor& starts,
                           OptionalScale scale, Options...);
   using Handle = c10::TypedOperatorHandle<Function>;
 
@@ -63,14 +63,14 @@ struct OperatorSignature<Result, Scores<Tensors...>, Options...> {
 
   // The kernel to register: `function` with the dispatcher's argument list.
   template <Result (*function)(Tensors..., const RowArguments&, Options...)>
-  static Result kernel(Tensors... scores, const at::Tensor& lengths, int64_t dim, const OptionalTensor& starts,
+  static Result kernel(Tensors... scores, const OptionalTensor& lengths, int64_t dim, const OptionalTensor& starts,
                        OptionalScale scale, Options... options) {
     return function(scores..., RowArguments{lengths, dim, starts, scale}, options...);
   }
 };
 
-#define MASKED_SOFTMAX_FORWARD_ROWS "Tensor lengths, int dim=-1, Tensor? starts=None, *, float? scale=None"
-#define MASKED_SOFTMAX_DERIVATIVE_ROWS "Tensor lengths, int dim, Tensor? starts, float? scale"
+#define MASKED_SOFTMAX_FORWARD_ROWS "Tensor? lengths=None, int dim=-1, Tensor? starts=None, *, float? scale=None"
+#define MASKED_SOFTMAX_DERIVATIVE_ROWS "Tensor? lengths, int dim, Tensor? starts, float? scale"
 using InputTensor = const at::Tensor&;
 
 struct Forward : OperatorSignature<at::Tensor, Scores<InputTensor>, OptionalType, bool, OptionalInt> {

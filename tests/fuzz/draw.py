@@ -18,7 +18,6 @@ MAX_ELEMS = 4000
 OTHER = (
     torch.bool,
     torch.complex64,
-    torch.uint16,
     torch.uint64,
     torch.float8_e4m3fn,
     torch.complex32,
@@ -101,7 +100,7 @@ class Draw:
             special = torch.tensor(SPECIAL, dtype=torch.float64)
             which = torch.randint(0, 4 * len(SPECIAL), shape, generator=self.generator)
             x = torch.where(which < len(SPECIAL), special[which % len(SPECIAL)], x)
-        if dtype in (torch.uint8, torch.uint16, torch.uint64, torch.bool):
+        if dtype in (torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool):
             x = x.abs()
         return x.nan_to_num(0, 0, 0).clamp(-99, 99).to(dtype) if dtype in INTEGER else x.to(dtype)
 

@@ -22,7 +22,10 @@ ARCHITECTURES = {
 }
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-INTEGER = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+INTEGER = (
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32),
+)
 
 POISONS = {
     "nan": float("nan"),

@@ -37,6 +37,8 @@ inline real rounding_of(ElementType type, bool accumulates_in_double, real value
     case ElementType::kInt16:
     case ElementType::kInt8:
     case ElementType::kUInt8:
+    case ElementType::kUInt16:
+    case ElementType::kUInt32:
     case ElementType::kBool: break;  // no output has these types
   }
   return 0;
@@ -54,6 +56,8 @@ inline real largest_of(ElementType type) {
     case ElementType::kInt16:
     case ElementType::kInt8:
     case ElementType::kUInt8:
+    case ElementType::kUInt16:
+    case ElementType::kUInt32:
     case ElementType::kBool: break;  // no output has these types
   }
   return 0;

@@ -3,6 +3,7 @@
 #include "common/bounds.h"
 
 #include <algorithm>
+#include <iterator>
 #include <limits>
 
 #include "cases.h"
@@ -36,8 +37,9 @@ struct Integers {
   }
 };
 
-constexpr ElementType kIntegerTypes[] = {ElementType::kInt8, ElementType::kUInt8, ElementType::kInt16,
-                                         ElementType::kInt32, ElementType::kInt64};
+constexpr ElementType kIntegerTypes[] = {ElementType::kInt8,   ElementType::kUInt8, ElementType::kInt16,
+                                         ElementType::kUInt16, ElementType::kInt32, ElementType::kUInt32,
+                                         ElementType::kInt64};
 
 constexpr int64_t kSizes[] = {2, 3, 5};
 
@@ -46,7 +48,7 @@ constexpr int64_t kCols = 400;
 // The sum of two is at most kCols; some need the eighth bit of an unsigned byte.
 Integers random_integers(std::mt19937& random, bool with_invalid) {
   Integers integers;
-  integers.type = kIntegerTypes[random() % 5];
+  integers.type = kIntegerTypes[random() % std::size(kIntegerTypes)];
   const int64_t largest = integers.type == ElementType::kInt8 ? 127 : kCols / 2;
   int64_t step = 1;
   for (int dim = 2; dim >= 0; --dim) {

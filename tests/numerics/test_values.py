@@ -117,9 +117,7 @@ def test_dtype_takes_integer_input(capability: str, output: torch.dtype, log: bo
     cols = 77
     lengths = torch.arange(0, cols + 1, 3)
     for dtype in (*INTEGER, torch.bool):
-        low, high = (
-            (0, 2) if dtype == torch.bool else (0, 120) if dtype == torch.uint8 else (-60, 60)
-        )
+        low, high = (0, 2) if dtype == torch.bool else (-60, 60) if dtype.is_signed else (0, 120)
         x = torch.randint(low, high, (len(lengths), cols), generator=generator(9)).to(dtype)
         y = forward(x, lengths, log=log, dtype=output)
         assert y.dtype == output

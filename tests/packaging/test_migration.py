@@ -226,8 +226,8 @@ def test_minus_1e9_does_not_exist_in_float16() -> None:
 def test_an_additive_mask_of_finfo_min_makes_empty_rows_uniform() -> None:
     additive_mask = torch.full((1, 4), torch.finfo(torch.float32).min)
     assert torch.softmax(torch.randn(1, 4) + additive_mask, -1).tolist() == [[0.25] * 4]
-    lengths, starts = lengths_from_mask(additive_mask == 0)
-    assert masked_softmax(torch.randn(1, 4), lengths, starts=starts).tolist() == [[0.0] * 4]
+    bounds = lengths_from_mask(additive_mask == 0, ndim=2)
+    assert masked_softmax(torch.randn(1, 4), bounds).tolist() == [[0.0] * 4]
 
 
 def test_nan_to_num_does_not_repair_the_gradient() -> None:
@@ -264,7 +264,7 @@ def test_mxnet_temperature_is_a_scale_and_axis_a_dim() -> None:
 
 def test_a_mask_with_holes_has_no_lengths() -> None:
     with pytest.raises(ValueError, match="row 1"):
-        lengths_from_mask(torch.tensor([[True, True, False], [True, False, True]]))
+        lengths_from_mask(torch.tensor([[True, True, False], [True, False, True]]), ndim=2)
 
 
 def test_jax_softmax_agrees_with_the_library() -> None:

@@ -63,7 +63,7 @@ def test_lengths_from_mask(dim: int) -> None:
     mask, lengths, starts = contiguous_mask()
     strided = mask.movedim(-1, dim).contiguous()
     for validate in (False, True):
-        assert_bounds(lengths_from_mask(strided, dim, validate=validate), lengths, starts)
+        assert_bounds(lengths_from_mask(strided, dim, ndim=3, validate=validate), lengths, starts)
 
 
 def test_lengths_from_a_mask_of_any_shape() -> None:
@@ -73,20 +73,23 @@ def test_lengths_from_a_mask_of_any_shape() -> None:
     assert_bounds(lengths_from_mask(torch.tensor([False, True])), one, one)
     for shape in ((0, 5), (3, 0), (0, 0)):
         empty = torch.zeros(shape[0], dtype=torch.int64)
-        assert_bounds(lengths_from_mask(torch.ones(shape, dtype=torch.bool)), empty, empty)
+        full = torch.ones(shape, dtype=torch.bool)
+        assert_bounds(lengths_from_mask(full, ndim=2), empty, empty)
     mask, lengths, starts = contiguous_mask()
     assert_bounds(
-        lengths_from_mask(mask.expand(4, 2, 3, 5)), lengths.expand(4, 2, 3), starts.expand(4, 2, 3)
+        lengths_from_mask(mask.expand(4, 2, 3, 5), ndim=4),
+        lengths.expand(4, 2, 3),
+        starts.expand(4, 2, 3),
     )
 
 
 def test_the_first_row_of_several_runs_is_named() -> None:
     with pytest.raises(ValueError, match=r"contiguous run, but row 1 has 2: 0\.\.0, 2\.\.3$"):
-        lengths_from_mask(mask_with_gaps())
+        lengths_from_mask(mask_with_gaps(), ndim=2)
     with pytest.raises(ValueError, match=r"row 1 has 2: 0\.\.0, 2\.\.3$"):
-        lengths_from_mask(mask_with_gaps().t(), 0)
+        lengths_from_mask(mask_with_gaps().t(), 0, ndim=2)
     with pytest.raises(ValueError, match=r"row \(0, 1\) has 2"):
-        lengths_from_mask(mask_with_gaps().expand(2, 3, 5))
+        lengths_from_mask(mask_with_gaps().expand(2, 3, 5), ndim=3)
     with pytest.raises(ValueError, match=r"row 0 has 5: 0\.\.0, 2\.\.2, 4\.\.4 and 2 more$"):
         lengths_from_mask(torch.arange(9) % 2 == 0)
 
@@ -101,19 +104,21 @@ def test_a_mask_of_a_wrong_type_is_rejected(dtype: torch.dtype) -> None:
         lengths_from_mask(torch.ones(2, 3, dtype=torch.bool), 2)
 
 
+def aligned(mask: Tensor) -> tuple[Tensor, Tensor]:
+    return lengths_from_mask(mask, ndim=mask)
+
+
 TRANSFORMED: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
-    "compile": torch.compile(lengths_from_mask, fullgraph=True, backend="aot_eager"),
-    "compile, dynamic": torch.compile(
-        lengths_from_mask, fullgraph=True, backend="aot_eager", dynamic=True
-    ),
+    "compile": torch.compile(aligned, fullgraph=True, backend="aot_eager"),
+    "compile, dynamic": torch.compile(aligned, fullgraph=True, backend="aot_eager", dynamic=True),
     "export": lambda mask: torch.export.export(LengthsFromMask(), (mask,)).module()(mask),
-    "vmap": vmap(lengths_from_mask),
-}  # fmt: skip
+    "vmap": vmap(lambda mask: lengths_from_mask(mask, ndim=mask.dim())),
+}
 
 
 class LengthsFromMask(torch.nn.Module):
     def forward(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        return lengths_from_mask(mask)
+        return aligned(mask)
 
 
 @pytest.mark.parametrize("transformed", TRANSFORMED.values(), ids=list(TRANSFORMED))
@@ -132,10 +137,10 @@ def test_lengths_from_mask_in_transforms(
 @pytest.mark.parametrize("device", ["meta", "fake"])
 def test_lengths_from_mask_of_meta_and_fake_tensors(device: str) -> None:
     if device == "meta":
-        bounds = lengths_from_mask(torch.empty(2, 3, dtype=torch.bool, device="meta"))
+        bounds = lengths_from_mask(torch.empty(2, 3, dtype=torch.bool, device="meta"), ndim=2)
     else:
         with FakeTensorMode():
-            bounds = lengths_from_mask(torch.empty(2, 3, dtype=torch.bool))
+            bounds = lengths_from_mask(torch.empty(2, 3, dtype=torch.bool), ndim=2)
     assert [tuple(index.shape) for index in bounds] == [(2,), (2,)]
 
 
@@ -345,7 +350,7 @@ def test_round_trip_of_bounds() -> None:
         starts = (torch.rand(rows, generator=gen) * (cols - lengths + 1)).long()
         starts = starts.masked_fill(lengths == 0, 0)
         mask = mask_from_lengths(lengths, cols, starts).movedim(-1, dim)
-        assert_bounds(lengths_from_mask(mask, dim), lengths, starts)
+        assert_bounds(lengths_from_mask(mask, dim, ndim=mask), lengths, starts)
 
     round_trip()
 
@@ -363,9 +368,9 @@ def test_round_trip_of_masks() -> None:
         mask = torch.tensor(rows)
         if first is not None:
             with pytest.raises(ValueError, match=f"row {first} has {runs[first]}:"):
-                lengths_from_mask(mask)
+                lengths_from_mask(mask, ndim=2)
         else:
-            lengths, starts = lengths_from_mask(mask)
+            lengths, starts = lengths_from_mask(mask, ndim=2)
             assert_same_mask(mask_from_lengths(lengths, cols, starts), mask)
 
     round_trip()

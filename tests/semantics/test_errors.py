@@ -145,7 +145,7 @@ def test_every_integer_type_is_checked(index: torch.dtype) -> None:
     assert_raises(
         ValueError, ("row 2", top, 5), forward, scores(), torch.tensor([1, 2, top, 4], dtype=index)
     )
-    if index != torch.uint8:
+    if index.is_signed:
         assert_raises(
             ValueError,
             ("row 2", -1, 5),
@@ -422,13 +422,12 @@ def test_wrong_lengths_get_a_list_of_all_integer_types(call: Call) -> None:
 
 
 @every(FUNCTIONS)
-@pytest.mark.parametrize("wrong", [1.0, [1, 2, 3, 4], "2", None], ids=repr)
+@pytest.mark.parametrize("wrong", [1.0, [1, 2, 3, 4], "2"], ids=repr)
 def test_lengths_that_are_neither_int_nor_tensor(call: Call, wrong: Any) -> None:
     assert_raises(TypeError, ("lengths", "int", type(wrong).__name__), call, scores(), wrong)
-    if wrong is not None:
-        assert_raises(
-            TypeError, ("starts", "int", type(wrong).__name__), call, scores(), 1, starts=wrong
-        )
+    assert_raises(
+        TypeError, ("starts", "int", type(wrong).__name__), call, scores(), 1, starts=wrong
+    )
 
 
 @every(CALLS)

@@ -1,0 +1,46 @@
+"""Errors for TorchScript's tools, which cannot compile Python functions like these.
+
+Without them, ``torch.jit.script`` complains about the syntax of the functions' signatures, and the
+ONNX exporter that is built on TorchScript about an unknown namespace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+import torch
+
+_OPERATORS = ("masked_softmax", "masked_log_softmax", "masked_softmax_")
+
+
+def register(public: Iterable[Callable[..., Any]]) -> None:
+    """Makes TorchScript's tools raise an error that says what to use instead."""
+    for function in public:
+        function.__prepare_scriptable__ = _script_error(function.__name__)  # type: ignore[attr-defined]
+    for name in _OPERATORS:
+        torch.onnx.register_custom_op_symbolic(  # type: ignore[attr-defined]
+            f"masked_softmax_ext::{name}", _onnx_error(name), opset_version=9
+        )
+
+
+def _script_error(name: str) -> Callable[..., NoReturn]:
+    def raise_error(*_: object) -> NoReturn:
+        raise NotImplementedError(
+            f"{name}: torch.jit.script cannot compile it. It compiles the operator "
+            "torch.ops.masked_softmax_ext.masked_softmax(input, lengths, dim) (or "
+            "masked_log_softmax); torch.jit.trace and torch.export take any of the functions and "
+            "modules"
+        )
+
+    return raise_error
+
+
+def _onnx_error(name: str) -> Callable[..., NoReturn]:
+    def raise_error(*_: object) -> NoReturn:
+        raise NotImplementedError(
+            f"{name}(): the exporter of torch.onnx.export(dynamo=False) cannot translate it; "
+            "torch.onnx.export(..., dynamo=True) can"
+        )
+
+    return raise_error
