@@ -215,8 +215,8 @@ def window(
 ) -> tuple[Tensor, Tensor]:
     """The bounds of sliding-window attention: a query sees its key and the ``size - 1`` before it.
 
-    Or, for a ``size`` of ``(left, right)``, its own key, ``left`` keys before it and ``right`` after
-    it.
+    For a ``size`` of ``(left, right)``, it sees its key, ``left`` keys before it and ``right``
+    after it.
 
     Args:
         queries: the number of rows; aligned with keys as in :func:`causal_lengths`.

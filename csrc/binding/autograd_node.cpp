@@ -96,8 +96,10 @@ variable_list OperatorNode::gradients_of(const GradientFormula& formula, const C
   if (!grad.defined()) {
     return variable_list(formula.inputs);
   }
-  const OptionalTensor starts = tensors[1].defined() ? OptionalTensor(tensors[1]) : std::nullopt;
-  return formula.gradients({options, tensors[0], starts}, grad, {tensors.begin() + 2, tensors.end()}, is_needed);
+  const auto bounds = [&](size_t i) { return tensors[i].defined() ? OptionalTensor(tensors[i]) : std::nullopt; };
+  const OptionalTensor lengths = bounds(0);
+  const OptionalTensor starts = bounds(1);
+  return formula.gradients({options, lengths, starts}, grad, {tensors.begin() + 2, tensors.end()}, is_needed);
 }
 
 variable_list OperatorNode::apply(variable_list&& grads) {

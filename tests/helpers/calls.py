@@ -12,7 +12,7 @@ from masked_softmax_ext import masked_log_softmax, masked_softmax
 
 
 def forward(
-    x: Tensor, lengths: int | Tensor, dim: int = -1, *, log: bool = False, **arguments: Any
+    x: Tensor, lengths: Any = None, dim: int = -1, *, log: bool = False, **arguments: Any
 ) -> Tensor:
     function = masked_log_softmax if log else masked_softmax
     return function(x, lengths, dim, **arguments)
@@ -21,7 +21,7 @@ def forward(
 def forward_backward(
     x: Tensor,
     g: Tensor,
-    lengths: int | Tensor,
+    lengths: Any,
     dim: int = -1,
     *,
     log: bool = False,
