@@ -108,6 +108,119 @@ def aligned(mask: Tensor) -> tuple[Tensor, Tensor]:
     return lengths_from_mask(mask, ndim=mask)
 
 
+# Alignment: masks broadcast from the last dimension of the scores on, lengths from the first
+
+
+def masked_fill_softmax(scores: Tensor, mask: Tensor) -> Tensor:
+    """The unfused formulation, with zeros in empty rows."""
+    return torch.softmax(scores.masked_fill(~mask, -torch.inf), -1).masked_fill(~mask, 0.0)
+
+
+MASK_SHAPES = (
+    (4,),
+    (4, 4),
+    (4, 1, 4),
+    (1, 4, 4),
+    (4, 4, 4),
+    (4, 1, 1, 4),
+    (4, 1, 4, 4),
+    (4, 4, 4, 1),
+)
+
+
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
+@pytest.mark.parametrize("ndim", [2, 3, 4])
+def test_bounds_of_a_mask_mean_what_masked_fill_means(shape: tuple[int, ...], ndim: int) -> None:
+    """All sizes are 4, so that no check of shapes can notice a wrong alignment."""
+    scores = random_input((4,) * ndim, torch.float32, seed=4)
+    lengths = torch.randint(1, 5, shape[:-1], generator=generator(5))
+    mask = torch.arange(4) < lengths[..., None]
+    if shape[-1] == 1:
+        mask = (lengths > 2)[..., None]  # one column, which masked_fill expands
+    if len(shape) > ndim:
+        with pytest.raises(ValueError, match=f"at least as many dimensions as mask, {len(shape)}"):
+            lengths_from_mask(mask, ndim=scores)
+        return
+    expected = masked_fill_softmax(scores, mask)
+    bounds = lengths_from_mask(mask, ndim=scores)
+    assert all(index.dim() == ndim - 1 for index in bounds)
+    torch.testing.assert_close(masked_softmax(scores, bounds), expected)
+    if shape[-1] != 1:
+        assert_bounds(lengths_from_mask(mask, ndim=ndim), *bounds)
+        assert_bounds(lengths_from_mask(mask, len(shape) - 1, ndim=ndim), *bounds)
+        strided = lengths_from_mask(mask.movedim(-1, 0), 0, ndim=len(shape))
+        assert_bounds(strided, *lengths_from_mask(mask, ndim=len(shape)))
+
+
+def test_a_mask_of_queries_and_keys_is_the_same_for_every_batch() -> None:
+    """Without ndim, its lengths would be taken for those of the batches."""
+    scores, mask = random_input((4, 4, 4), torch.float32, seed=6), torch.ones(4, 4).tril().bool()
+    lengths, starts = lengths_from_mask(mask, ndim=3)
+    assert lengths.shape == (1, 4)
+    torch.testing.assert_close(
+        masked_softmax(scores, lengths, starts=starts), masked_fill_softmax(scores, mask)
+    )
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (2, 3), (1, 4), (4, 1, 4), (4, 1, 1, 4)], ids=str)
+def test_a_mask_of_several_dimensions_needs_ndim(shape: tuple[int, ...]) -> None:
+    with pytest.raises(TypeError, match=rf"expected ndim=.* a mask of {len(shape)} dimensions"):
+        lengths_from_mask(torch.ones(shape, dtype=torch.bool))
+
+
+def test_ndim_errors() -> None:
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    for ndim, error in ((1, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)):
+        with pytest.raises(error, match=r"ndim|as many dimensions"):
+            lengths_from_mask(mask, ndim=ndim)  # type: ignore[arg-type]
+    for shape in ((2, 3, 4, 5), (3, 5), (2, 4)):
+        with pytest.raises(ValueError, match=r"broadcasts.* scores of shape .*mask\[:, None, None"):
+            lengths_from_mask(mask, ndim=torch.zeros(shape))
+    padding = lengths_from_mask(mask[:, None, None], ndim=torch.zeros(2, 3, 4, 5))
+    assert_bounds(padding, torch.full((2, 1, 1), 5), torch.zeros(2, 1, 1, dtype=torch.int64))
+
+
+def test_masks_of_lengths_align_with_ndim() -> None:
+    """A mask (B, K) of lengths (B,) would be taken for one of queries by scores (B, Q, K)."""
+    scores, lengths = random_input((4, 4, 4), torch.float32, seed=7), torch.tensor([4, 1, 2, 3])
+    mask = mask_from_lengths(lengths, 4, ndim=3)
+    assert mask.shape == (4, 1, 4)
+    torch.testing.assert_close(masked_softmax(scores, lengths), masked_fill_softmax(scores, mask))
+    assert mask_from_lengths(3, 4, ndim=3).shape == (1, 1, 4)
+    starts = torch.zeros(4, 1, dtype=torch.int64)
+    assert mask_from_lengths(lengths, 4, starts, ndim=5).shape == (4, 1, 1, 1, 4)
+    with pytest.raises(ValueError, match=r"ndim of at least 3, .* but got 2"):
+        mask_from_lengths(lengths, 4, starts, ndim=2)
+
+
+ADVICE: dict[str, tuple[Tensor, str | None]] = {
+    "additive": (torch.tensor([0.0, 0.0, -torch.inf]), "mask == 0"),
+    "additive, finfo.min": (torch.tensor([0.0, torch.finfo(torch.float16).min]), "mask == 0"),
+    "additive, all padding": (torch.tensor([-1e9, -1e9]), "mask == 0"),
+    "additive, integers": (torch.tensor([0, -10000]), "mask == 0"),
+    "ones and zeros": (torch.tensor([1.0, 1.0, 0.0]), "mask.bool()"),
+    "integers": (torch.tensor([1, 0]), "mask.bool()"),
+    "bytes": (torch.tensor([1, 0], dtype=torch.uint8), "mask.bool()"),
+    "all zeros": (torch.tensor([0.0, 0.0]), None),
+    "biases": (torch.tensor([0.5, -torch.inf]), None),
+    "meta": (torch.zeros(2, device="meta"), None),
+}
+
+
+@pytest.mark.parametrize("mask", ADVICE)
+def test_the_advice_fits_the_mask(mask: str) -> None:
+    """mask.bool() would invert an additive mask. Where the values do not tell, both are named."""
+    values, advice = ADVICE[mask]
+    with pytest.raises(TypeError, match=r"expected mask of torch\.bool") as caught:
+        lengths_from_mask(values)
+    named = {text for text in ("mask == 0", "mask.bool()") if text in str(caught.value)}
+    assert named == ({"mask == 0", "mask.bool()"} if advice is None else {advice})
+    if advice is not None:
+        lengths, _ = lengths_from_mask(eval(advice, {"mask": values}))
+        valid = values.double() == (0 if advice == "mask == 0" else 1)
+        assert lengths.item() == valid.sum().item()
+
+
 TRANSFORMED: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "compile": torch.compile(aligned, fullgraph=True, backend="aot_eager"),
     "compile, dynamic": torch.compile(aligned, fullgraph=True, backend="aot_eager", dynamic=True),
@@ -238,6 +351,84 @@ def test_window(queries: int, keys: int, size: int) -> None:
     lengths_2d, starts_2d = window(queries, keys, size, ndim=2)
     assert lengths_2d.tolist() == lengths[0, 0].tolist()
     assert starts_2d.tolist() == starts[0, 0].tolist()
+
+
+TWO_SIDED = ((0, 0), (1, 0), (0, 2), (2, 1), (None, 1), (1, None), (None, None), (100, 100))
+
+
+@every_size
+@pytest.mark.parametrize("align", ["lower_right", "upper_left"])
+@pytest.mark.parametrize("size", TWO_SIDED, ids=str)
+def test_two_sided_window(
+    queries: int, keys: int, size: tuple[int | None, int | None], align: str
+) -> None:
+    """torch's tril and triu, with the offset of the aligned corner."""
+    left, right = size
+    offset = keys - queries if align == "lower_right" else 0
+    expected = torch.ones(queries, keys, dtype=torch.bool)
+    if right is not None:
+        expected = expected.tril(offset + right)
+    if left is not None:
+        expected = expected.triu(offset - left)
+    lengths, starts = window(queries, keys, size, align=align)
+    assert lengths.shape == starts.shape == (1, 1, queries)
+    assert_same_mask(mask_from_lengths(lengths, keys, starts)[0, 0], expected)
+    masked_softmax(torch.zeros(2, 3, queries, keys), (lengths, starts))  # are accepted
+
+
+@every_size
+def test_upper_left_causal_lengths(queries: int, keys: int) -> None:
+    """As is_causal of scaled_dot_product_attention."""
+    lengths = causal_lengths(queries, keys, align="upper_left", ndim=2)
+    expected = torch.ones(queries, keys, dtype=torch.bool).tril()
+    assert_same_mask(mask_from_lengths(lengths, keys), expected)
+    for size in (1, 3):
+        bounds = window(queries, keys, size, align="upper_left", ndim=2)
+        windowed = expected.triu(1 - size)
+        assert_same_mask(mask_from_lengths(bounds, keys), windowed)
+    if queries > 0 and keys > 0:
+        q, k = torch.randn(2, queries, 8), torch.randn(2, keys, 8)
+        of_torch = torch.nn.functional.scaled_dot_product_attention(
+            q, k, torch.eye(keys).expand(2, keys, keys), is_causal=True
+        )
+        weights = masked_softmax(q @ k.mT, lengths[None], scale=8**-0.5)
+        torch.testing.assert_close(weights, of_torch)
+
+
+def test_window_sizes_do_not_overflow() -> None:
+    huge = 2**63 - 1
+    unlimited = window(3, 5, (None, None), ndim=2)
+    assert_bounds(window(3, 5, (huge, huge), ndim=2), *unlimited)
+    assert_bounds(window(5, 3, (huge, huge), ndim=2), *window(5, 3, (None, None), ndim=2))
+    assert_bounds(window(3, 5, huge, ndim=2), *window(3, 5, (None, 0), ndim=2))
+
+
+@pytest.mark.parametrize("align", ["lower_right", "upper_left"])
+def test_two_sided_window_compiles(align: str) -> None:
+    def function(x: Tensor) -> Tensor:
+        queries, keys = x.shape[-2:]
+        return masked_softmax(x, window(queries, keys, (1, 2), align=align, ndim=3))
+
+    for dynamic in (False, True):
+        program = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        for size in ((2, 4, 6), (3, 7, 5)):
+            x = random_input(size, torch.float32, seed=1)
+            assert torch.equal(program(x), function(x))
+
+
+def test_window_and_align_errors() -> None:
+    for size, message in (
+        ((-1, 2), r"expected left of at least 0, but got -1 \(None is no limit\)"),
+        ((2, -1), r"expected right of at least 0, but got -1 \(None is no limit\)"),
+        ((1, 2, 3), r"int or \(left, right\), but got a tuple of 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            window(4, 4, size)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expected left to be an int, but got float"):
+        window(4, 4, (1.0, 2))  # type: ignore[arg-type]
+    for function in (causal_lengths, lambda *sizes, **options: window(*sizes, 1, **options)):
+        with pytest.raises(ValueError, match="'lower_right' or 'upper_left', but got 'left'"):
+            function(4, 4, align="left")
 
 
 @pytest.mark.parametrize("name", ["causal_lengths", "window"])

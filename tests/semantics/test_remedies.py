@@ -1,0 +1,301 @@
+"""Promise: where a caller has something else in hand, the error says what to do with it.
+
+Each remedy that a message names is applied, and the call then succeeds.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from calls import forward
+from cases import random_input
+from torch import Tensor, nn
+from torch.masked import MaskedTensor, masked_tensor
+
+import masked_softmax_ext
+from masked_softmax_ext import (
+    AttentionPooling,
+    MaskedLogSoftmax,
+    MaskedSoftmax,
+    causal_lengths,
+    lengths_from_mask,
+    mask_from_lengths,
+    masked_log_softmax,
+    masked_softmax,
+    masked_softmax_,
+    packed_log_softmax,
+    packed_softmax,
+)
+
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "masked_softmax": masked_softmax,
+    "masked_log_softmax": masked_log_softmax,
+    "masked_softmax_": masked_softmax_,
+    "MaskedSoftmax": MaskedSoftmax(),
+    "MaskedLogSoftmax": MaskedLogSoftmax(),
+}
+every_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=list(FUNCTIONS))
+
+LENGTHS = torch.tensor([2, 0, 3])
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # prototypes and deprecations of torch
+        yield
+
+
+def scores() -> Tensor:
+    return random_input((3, 4), torch.float32, seed=1)
+
+
+# Lengths of another kind
+
+
+@every_function
+@pytest.mark.parametrize("argument", ["lengths", "starts"])
+@pytest.mark.parametrize("shape", [(3,), (3, 4), ()], ids=str)
+def test_a_bool_mask_as_lengths(
+    function: Callable[..., Tensor], argument: str, shape: tuple[int, ...]
+) -> None:
+    """Refused before its shape is looked at; an int mask counts as lengths of 0 and 1."""
+    indices = {"lengths": torch.tensor(1), argument: torch.ones(shape, dtype=torch.bool)}
+    with pytest.raises(TypeError, match=rf"expected {argument} .* Bool; .*lengths_from_mask\(\)"):
+        function(scores(), **indices)
+    mask = mask_from_lengths(LENGTHS, 4)
+    assert function(scores(), lengths_from_mask(mask, ndim=2)).shape == (3, 4)
+    ones = torch.ones(3, dtype=torch.int64)
+    assert torch.equal(function(scores(), ones), function(scores(), 1))
+
+
+@every_function
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.uint64])
+@pytest.mark.parametrize("argument", ["lengths", "starts"])
+def test_lengths_that_long_converts(
+    function: Callable[..., Tensor], dtype: torch.dtype, argument: str
+) -> None:
+    indices = {"lengths": torch.tensor(1), argument: LENGTHS.to(dtype)}
+    with pytest.raises(TypeError, match=rf"expected {argument} .*; its long\(\) has one$"):
+        function(scores(), **indices)
+    indices[argument] = indices[argument].long()
+    function(scores(), **indices)
+
+
+@every_function
+@pytest.mark.parametrize("argument", ["lengths", "starts"])
+@pytest.mark.parametrize(
+    "wrong", [[1, 0, 2], (1, 0, 2), np.array([1, 0, 2]), np.zeros(3, np.int8)], ids=repr
+)
+def test_sequences_and_arrays(function: Callable[..., Tensor], argument: str, wrong: Any) -> None:
+    name = type(wrong).__name__
+    remedy = rf"torch\.tensor\({argument}, device=input\.device\)"
+    with pytest.raises(TypeError, match=rf"expected {argument} .* got {name}.*{remedy}"):
+        function(scores(), **{"lengths": 1, argument: wrong})
+    function(scores(), **{"lengths": torch.tensor(1), argument: torch.tensor(wrong)})
+
+
+@pytest.mark.parametrize(
+    "wrong", ["1", 1.0, True, object()], ids=lambda wrong: type(wrong).__name__
+)
+def test_no_remedy_where_there_is_none(wrong: Any) -> None:
+    for arguments in ({"lengths": wrong}, {"lengths": 1, "starts": wrong}):
+        with pytest.raises(TypeError, match="to be an int or a tensor") as caught:
+            masked_softmax(scores(), **arguments)
+        assert "torch.tensor" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "argument"),
+    [
+        (lambda number: mask_from_lengths(LENGTHS, number), "cols"),
+        (lambda number: causal_lengths(number, 3), "queries"),
+        (lambda number: causal_lengths(3, number), "keys"),
+        (lambda number: masked_softmax_ext.window(3, 3, number), "size"),
+        (lambda number: masked_softmax_ext.window(3, 3, (number, 1)), "left"),
+    ],
+)
+def test_a_0_dim_tensor_as_a_size(call: Callable[[Any], Any], argument: str) -> None:
+    remedy = rf"expected {argument} to be an int, but got Tensor \({argument}\.item\(\)"
+    with pytest.raises(TypeError, match=remedy):
+        call(LENGTHS.max())
+    call(LENGTHS.max().item())
+    with pytest.raises(TypeError) as caught:
+        call(LENGTHS)  # item() would not help
+    assert "item()" not in str(caught.value)
+
+
+@pytest.mark.parametrize("function", [packed_softmax, packed_log_softmax])
+@pytest.mark.parametrize("lengths", [[2, 0, 3], [1, 4], [5], [0, 3, 2], [0, 5, 0]], ids=str)
+def test_lengths_as_offsets(function: Callable[..., Tensor], lengths: list[int]) -> None:
+    values = random_input((5,), torch.float32, seed=2)
+    with pytest.raises(ValueError, match="expected offsets that ascend from 0 to 5") as caught:
+        function(values, torch.tensor(lengths))
+    remedy = re.search(r"torch\.nn\.functional\.pad\(.*\)\)", str(caught.value))
+    assert remedy is not None
+    offsets = eval(remedy[0], {"torch": torch, "lengths": torch.tensor(lengths)})
+    rows = [row.softmax(0) for row in values.split(lengths)]
+    got = function(values, offsets)
+    torch.testing.assert_close(
+        got.exp() if function is packed_log_softmax else got, torch.cat(rows)
+    )
+
+
+# Scores and scale of another kind
+
+
+@every_function
+def test_a_masked_tensor(function: Callable[..., Tensor]) -> None:
+    mask = mask_from_lengths(LENGTHS, 4)
+    masked = masked_tensor(scores(), mask)
+    with pytest.raises(NotImplementedError, match=r"a MaskedTensor; its get_data\(\) .*get_mask"):
+        function(masked, LENGTHS)
+    with pytest.raises(NotImplementedError, match=r"input .* a MaskedTensor"):
+        function(masked)
+    bounds = lengths_from_mask(masked.get_mask(), ndim=masked.dim())
+    got = function(masked.get_data(), bounds)
+    assert not isinstance(got, MaskedTensor)
+    assert torch.equal(got, function(scores(), LENGTHS))
+    lengths = masked_tensor(LENGTHS, torch.ones(3, dtype=torch.bool))
+    with pytest.raises(NotImplementedError, match=r"expected lengths .* a MaskedTensor"):
+        function(scores(), lengths)
+
+
+def test_other_functions_of_masked_tensors() -> None:
+    masked = masked_tensor(torch.ones(3), torch.ones(3, dtype=torch.bool))
+    integers = masked_tensor(LENGTHS, torch.ones(3, dtype=torch.bool))
+    for call in (
+        lambda: packed_softmax(masked, torch.tensor([0, 3])),
+        lambda: packed_softmax(torch.ones(3), integers),
+        lambda: mask_from_lengths(integers, 4),
+        lambda: lengths_from_mask(integers),
+    ):
+        with pytest.raises(NotImplementedError, match="MaskedTensor"):
+            call()
+
+
+def test_a_scale_of_another_type() -> None:
+    """Only a tensor can be multiplied into the scores; a str is a number spelled out."""
+    for scale, remedy in (("0.5", r"\(float\(\) makes a number of it\)"), ([0.5], "got list$")):
+        with pytest.raises(TypeError, match=remedy):
+            masked_softmax(scores(), LENGTHS, scale=scale)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"got complex$"):
+        masked_softmax(scores(), LENGTHS, scale=1j)  # type: ignore[arg-type]
+    vector = torch.ones(4, requires_grad=True)
+    with pytest.raises(TypeError, match=r"got Tensor \(multiply input by it instead\)"):
+        masked_softmax(scores(), LENGTHS, scale=vector)  # type: ignore[arg-type]
+
+
+def test_scores_of_a_type_without_kernels() -> None:
+    for dtype in (torch.uint64, torch.complex64, torch.float8_e4m3fn):
+        with pytest.raises(TypeError, match=r"of an integer type \(int64, .* or uint32\), but got"):
+            masked_softmax(scores().to(dtype), LENGTHS, dtype=torch.float32)
+
+
+# TorchScript
+
+
+class Caller(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.softmax = MaskedSoftmax(scale=0.5)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return self.softmax(x, lengths)
+
+
+def calls_the_function(x: Tensor, lengths: Tensor) -> Tensor:
+    return masked_log_softmax(x, lengths)
+
+
+def calls_the_operator(x: Tensor, lengths: Tensor) -> Tensor:
+    return torch.ops.masked_softmax_ext.masked_softmax(x, lengths, -1)
+
+
+def calls_the_operator_without_lengths(x: Tensor) -> Tensor:
+    return torch.ops.masked_softmax_ext.masked_log_softmax(x, None, -1, scale=0.5)
+
+
+@pytest.mark.parametrize(
+    "scripted",
+    [
+        *(masked_softmax, masked_log_softmax, packed_softmax, causal_lengths, calls_the_function),
+        *(MaskedSoftmax(), MaskedLogSoftmax(), AttentionPooling(4), Caller()),
+    ],
+    ids=lambda scripted: getattr(scripted, "__name__", type(scripted).__name__),
+)
+def test_jit_script(scripted: Any) -> None:
+    with pytest.raises(NotImplementedError, match=r"torch\.ops\.masked_softmax_ext.*jit\.trace"):
+        torch.jit.script(scripted)
+
+
+def test_what_jit_script_compiles_instead() -> None:
+    x = scores()
+    script = torch.jit.script(calls_the_operator)
+    assert torch.equal(script(x, LENGTHS), masked_softmax(x, LENGTHS))
+    script = torch.jit.script(calls_the_operator_without_lengths)
+    assert torch.equal(script(x), masked_log_softmax(x, scale=0.5))
+    traced = torch.jit.trace(Caller(), (x, LENGTHS))
+    assert torch.equal(traced(x, LENGTHS), masked_softmax(x, LENGTHS, scale=0.5))
+
+
+@pytest.mark.parametrize("module", [MaskedSoftmax(), MaskedLogSoftmax(), Caller()])
+def test_the_onnx_exporter_of_torchscript(module: nn.Module) -> None:
+    pytest.importorskip("onnx")
+    with pytest.raises(NotImplementedError, match=r"softmax\(\): .*dynamo=True\) can"):
+        torch.onnx.export(module, (scores(), LENGTHS), io.BytesIO(), dynamo=False)
+
+
+# Lengths that the backward pass cannot use
+
+
+@pytest.mark.parametrize("argument", ["lengths", "starts"])
+def test_lengths_made_in_inference_mode(argument: str, log: bool) -> None:
+    with torch.inference_mode():
+        indices = {"lengths": torch.tensor([1]), argument: LENGTHS * 1}
+    indices = {
+        name: index.clone() if name != argument else index for name, index in indices.items()
+    }
+    x = scores().requires_grad_()
+    with pytest.raises(RuntimeError, match=rf"expected {argument} .*inference.* {argument}\.clone"):
+        forward(x, **indices, log=log)
+    with pytest.raises(RuntimeError, match=rf"expected {argument} .* {argument}\.clone"):
+        masked_softmax_(x * 1, **indices)
+    forward(x.detach(), **indices, log=log)  # nothing is saved
+    indices[argument] = indices[argument].clone()
+    forward(x, **indices, log=log).sum().backward()
+
+
+@pytest.mark.parametrize("argument", ["lengths", "starts"])
+def test_lengths_changed_before_the_backward_pass(argument: str, log: bool) -> None:
+    """torch's error names neither the argument nor the function."""
+    x = scores().requires_grad_()
+    indices = {"lengths": torch.ones(3, dtype=torch.int64), argument: LENGTHS.clone()}
+    for second_order in (False, True):
+        y = forward(x, **indices, log=log)
+        if second_order:
+            (y,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        indices[argument].add_(1)
+        words = rf"inplace operation.*it is {argument} of Masked.*pass {argument}\.clone\(\)"
+        with pytest.raises(RuntimeError, match=words):
+            y.square().sum().backward()
+        indices[argument].sub_(1)
+    y = forward(x, **{**indices, argument: indices[argument].clone()}, log=log)
+    indices[argument].add_(1)
+    y.sum().backward()
+
+
+def test_a_changed_result_is_not_called_lengths() -> None:
+    y = masked_softmax(scores().requires_grad_(), LENGTHS)
+    y.add_(1)
+    with pytest.raises(RuntimeError, match="inplace operation") as caught:
+        y.sum().backward()
+    assert "clone()" not in str(caught.value)
