@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from calls import forward
 from cases import assert_same_bits, generator, random_input
+from far_apart import FAR_APART, assert_is_exact
 from tolerances import assert_forward
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -281,6 +282,34 @@ def accuracy_of_sharded_rows(world: int) -> None:
     for scale, log in itertools.product((None, 0.1, -0.5, 10.0, 1e35, -1e-35), (False, True)):
         y = forward(distribute_tensor(x, mesh, [Shard(1)]), 8, scale=scale, log=log)
         assert_forward(y.full_tensor(), x, 8, scale=scale, log=log, what=f"scale {scale}")
+
+
+@check
+def overflow_on_the_way_in_sharded_rows(world: int) -> None:
+    """scale * (x - max) is representable, but x - max or scale * x is not."""
+    mesh = init_device_mesh("cpu", (world,))
+    for case, log in itertools.product(FAR_APART.values(), (False, True)):
+        x = case.scores(torch.float32, 9)
+        y = forward(distribute_tensor(x[None], mesh, [Shard(1)]), 9, scale=case.scale, log=log)
+        assert_is_exact(y.full_tensor()[0], x, case.scale, log=log)
+
+
+@check
+def full_rows_and_pairs(world: int) -> None:
+    """lengths=None, and a pair (lengths, starts), for every placement."""
+    mesh = init_device_mesh("cpu", (world,))
+    pair = (torch.tensor([5, 0, 7, 2, 1])[:, None], torch.tensor([1, 0, 2, 3, 8])[:, None])
+    for placement, lengths in itertools.product(
+        (Shard(0), Shard(1), Shard(2), Replicate()), (None, pair)
+    ):
+        x = distribute_tensor(X, mesh, [placement]).requires_grad_()
+        y = masked_softmax(x, lengths)
+        (gradient,) = torch.autograd.grad(y, x, distribute_tensor(G, mesh, [placement]))
+        leaf = X.clone().requires_grad_()
+        expected = masked_softmax(leaf, lengths)
+        (expected_gradient,) = torch.autograd.grad(expected, leaf, G)
+        torch.testing.assert_close(y.full_tensor(), expected)
+        torch.testing.assert_close(gradient.full_tensor(), expected_gradient)
 
 
 @check

@@ -15,6 +15,7 @@ from cases import (
     row_shape,
     short_name,
 )
+from far_apart import FAR_APART, assert_is_exact
 from tolerances import assert_forward
 from torch import Tensor
 
@@ -230,6 +231,50 @@ def test_nan_gradient_stays_in_its_row(capability: str, dtype: torch.dtype, log:
         assert bool(gradient[1, :cols].isnan().all())
         assert_same_bits(gradient[::2], alone[::2], "other rows")
         assert_same_bits(gradient[:, cols:], torch.zeros(3, 2, dtype=dtype), "padding")
+
+
+# scale * (x[j] - max) is representable, though x[j] - max, or scale * x[j], is not
+
+
+@pytest.mark.parametrize("name", FAR_APART)
+def test_overflow_on_the_way(
+    capability: str,
+    name: str,
+    compared_dtype: torch.dtype,
+    log: bool,
+    request: pytest.FixtureRequest,
+) -> None:
+    dtype, case = compared_dtype, FAR_APART[name]
+    if log and case.difference_overflows and dtype != torch.float16:
+        reason = "the kernels subtract the maximum before they multiply by scale"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+    for cols in SIZES:
+        x = case.scores(dtype, cols)
+        padded = torch.full((3, cols + 2), NAN, dtype=dtype)
+        padded[:, :cols] = x
+        for dim in (-1, 0):
+            y = forward(padded.movedim(-1, dim), cols, dim, scale=case.scale, log=log)
+            for row in y.movedim(dim, -1):
+                assert_is_exact(row[:cols], x, case.scale, log=log, ulps=8 + cols**0.5)
+                assert_same_bits(row[cols:], torch.full((2,), padding_value(log), dtype=dtype))
+
+
+@pytest.mark.parametrize("name", FAR_APART)
+def test_gradient_where_scores_are_far_apart(
+    capability: str, name: str, compared_dtype: torch.dtype, log: bool
+) -> None:
+    """It follows from the result: finite, and that of the result of ordinary scores."""
+    dtype, case = compared_dtype, FAR_APART[name]
+    x, g = case.scores(dtype)[None], random_input((1, 3), dtype, seed=15)
+    if abs(case.scale) > 1e20:
+        return  # the gradient itself overflows
+    y, gradient = forward_backward(x, g, 3, scale=case.scale, log=log)
+    weights = y.double().exp() if log else y.double()
+    terms = g.double() if log else g.double() * weights
+    expected = g.double() - weights * terms.sum() if log else terms - weights * terms.sum()
+    expected = (expected * case.scale).to(dtype)
+    rtol = 16 * torch.finfo(dtype).eps
+    torch.testing.assert_close(gradient, expected, rtol=rtol, atol=rtol * abs(case.scale))
 
 
 # empty tensors, 0-dim tensors, cols == 0

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import assert_same_bits, generator, row_shape
+from cases import FLOATING, assert_same_bits, generator, row_shape, short_name
+from far_apart import FAR_APART, assert_is_exact
+from numpy_reference import HAS_LONG_DOUBLE
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -92,6 +94,67 @@ def test_log_gradient_by_hand() -> None:
     masked_log_softmax(x, 2)[0].backward()
     assert x.grad is not None
     assert_close(x.grad, [3 / 4, -3 / 4, 0])
+
+
+# scale * (x - max) is representable, but x - max or scale * x is not
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("dtype", FLOATING, ids=short_name)
+@pytest.mark.parametrize("name", FAR_APART)
+def test_scores_that_are_far_apart(name: str, dtype: torch.dtype, log: bool) -> None:
+    """With padding that would overflow, and beside an empty row."""
+    if dtype == torch.float64 and not HAS_LONG_DOUBLE:
+        pytest.skip("this platform has no long double wider than float64")
+    case = FAR_APART[name]
+    x = case.scores(dtype)
+    for poison in (NAN, INF, -INF, torch.finfo(dtype).max, torch.finfo(dtype).min):
+        padded = torch.full((2, 5), poison, dtype=dtype)
+        padded[:, 1:4] = x
+        function = masked_log_softmax if log else masked_softmax
+        leaf = padded.requires_grad_()
+        y = function(leaf, torch.tensor([3, 0]), starts=1, scale=case.scale)
+        assert_is_exact(y.detach()[0, 1:4], x, case.scale, log=log)
+        fill = -INF if log else 0.0
+        assert_same(y.detach()[0, [0, 4]], fill)
+        assert_same(y.detach()[1], fill)
+        (y[0, 1:4] * torch.tensor([1.0, 2.0, 4.0], dtype=dtype)).masked_fill(
+            y[0, 1:4].detach().isinf(), 0.0
+        ).sum().backward()
+        assert leaf.grad is not None
+        assert_same(leaf.grad[0, [0, 4]], 0.0)
+        assert_same(leaf.grad[1], 0.0)
+        assert not leaf.grad.isnan().any()
+
+
+@pytest.mark.parametrize("function", [masked_softmax, masked_log_softmax])
+def test_a_scale_of_zero(function: Callable[..., Tensor]) -> None:
+    """All finite scores count the same, whatever they are; padding does not count."""
+    x = torch.tensor([[3e38, -3e38, 1.0, -INF, NAN], [INF, INF, 2.0, 3.0, 4.0]])
+    weights = function(x, torch.tensor([3, 2]), starts=torch.tensor([0, 3]), scale=0.0)
+    log = function is masked_log_softmax
+    third, half = (math.log(1 / 3), math.log(1 / 2)) if log else (1 / 3, 1 / 2)
+    fill = -INF if log else 0.0
+    assert_close(weights, [[third, third, third, fill, fill], [fill, fill, fill, half, half]])
+
+
+def test_scales_agree_with_scores_multiplied_before() -> None:
+    """Values, gradients and second derivatives."""
+    x = torch.randn(3, 5, dtype=torch.float64, generator=generator(8), requires_grad=True)
+    lengths = torch.tensor([5, 0, 3])
+    for function, scale in product((masked_softmax, masked_log_softmax), (0.3, -2.5, 1.0, -0.1)):
+        y, expected = function(x, lengths, scale=scale), function(x * scale, lengths)
+        torch.testing.assert_close(y, expected)
+        g = torch.randn(3, 5, dtype=torch.float64, generator=generator(9))
+        finite = expected.detach().isfinite()
+        got, wanted = (
+            torch.autograd.grad((z.masked_fill(~finite, 0.0) * g).sum(), x, create_graph=True)[0]
+            for z in (y, expected)
+        )
+        torch.testing.assert_close(got, wanted)
+        got, wanted = (torch.autograd.grad((z * g).sum(), x)[0] for z in (got, wanted))
+        torch.testing.assert_close(got, wanted)
+        assert float(wanted.abs().max()) > 1e-3
 
 
 # Against torch.softmax of the valid columns alone, row by row

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import assert_same_bits, generator, random_input
+from far_apart import FAR_APART, assert_is_exact
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -185,6 +186,53 @@ def test_decomposition_of_edges(log: bool) -> None:
         expected = operator(*arguments, **options)
         torch.testing.assert_close(decomposed(*arguments, **options), expected)
     assert decomposed(x[0], torch.tensor([4]), 0, torch.tensor([0]), packed=4) is NotImplemented
+
+
+class Far(nn.Module):
+    def __init__(self, scale: float, log: bool) -> None:
+        super().__init__()
+        self.scale = scale
+        self.log = log
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return softmax_function(self.log)(x, lengths, scale=self.scale)
+
+
+def softmax_function(log: bool) -> Callable[..., Tensor]:
+    return masked_log_softmax if log else masked_softmax
+
+
+@pytest.mark.parametrize("name", FAR_APART)
+def test_decomposition_of_scores_that_are_far_apart(name: str, log: bool) -> None:
+    """scale * (x - max) is representable, but x - max or scale * x is not."""
+    case = FAR_APART[name]
+    x = torch.full((3, 5), float("nan"))
+    x[:, :3] = case.scores(torch.float32)
+    arguments = (x, torch.tensor([3, 0, 3]))
+    program = torch.export.export(
+        Far(case.scale, log),
+        arguments,
+        dynamic_shapes=({0: Dim("rows", min=2)}, {0: Dim("rows", min=2)}),
+    )
+    y = program.run_decompositions(decomposition_table()).module()(*arguments)
+    for row in (0, 2):
+        assert_is_exact(y[row, :3], x[row, :3], case.scale, log=log)
+    assert torch.equal(y[1], torch.full((5,), float("-inf") if log else 0.0))
+
+
+@pytest.mark.parametrize("name", ["difference", "difference, negative scale", "product"])
+def test_onnx_of_scores_that_are_far_apart(name: str, log: bool, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    case = FAR_APART[name]
+    x = case.scores(torch.float32).repeat(2, 1)
+    lengths = torch.tensor([3, 0])
+    program = torch.onnx.export(Far(case.scale, log), (x, lengths), dynamo=True, verbose=False)
+    assert program is not None
+    path = str(tmp_path / "model.onnx")
+    program.save(path)
+    (got,) = load_in_onnx_runtime(path)(x, lengths)
+    assert_is_exact(torch.from_numpy(got)[0], x[0], case.scale, log=log)
 
 
 def load_in_onnx_runtime(path: str) -> Callable[..., list[Any]]:
