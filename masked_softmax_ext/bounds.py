@@ -271,8 +271,8 @@ def intersect_bounds(*bounds: Bounds) -> tuple[Tensor, Tensor]:
 
         >>> from masked_softmax_ext import masked_softmax
         >>> scores = torch.zeros(2, 1, 3, 3)
-        >>> lengths, starts = intersect_bounds(causal_lengths(3, 3), torch.tensor([3, 2]))
-        >>> masked_softmax(scores, lengths, starts=starts)[1, 0]
+        >>> bounds = intersect_bounds(causal_lengths(3, 3), torch.tensor([3, 2]))
+        >>> masked_softmax(scores, bounds)[1, 0]
         tensor([[1.0000, 0.0000, 0.0000],
                 [0.5000, 0.5000, 0.0000],
                 [0.5000, 0.5000, 0.0000]])
@@ -280,9 +280,9 @@ def intersect_bounds(*bounds: Bounds) -> tuple[Tensor, Tensor]:
         And on the left, given a tokenizer's mask:
 
         >>> attention_mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
-        >>> padding = lengths_from_mask(attention_mask.bool())
-        >>> lengths, starts = intersect_bounds(causal_lengths(3, 3), padding)
-        >>> masked_softmax(scores, lengths, starts=starts)[1, 0]
+        >>> padding = lengths_from_mask(attention_mask.bool()[:, None, None], ndim=4)
+        >>> bounds = intersect_bounds(causal_lengths(3, 3), padding)
+        >>> masked_softmax(scores, bounds)[1, 0]
         tensor([[0.0000, 0.0000, 0.0000],
                 [0.0000, 1.0000, 0.0000],
                 [0.0000, 0.5000, 0.5000]])

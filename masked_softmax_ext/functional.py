@@ -57,11 +57,12 @@ def masked_softmax(
         dim: the softmax dimension.
         starts: the first valid column of each row, like ``lengths``; ``None`` is 0.
         scale: a number multiplied into the scores; ``None`` is 1. Not differentiable.
-        dtype: the result's type; the conversion happens in the kernel. ``None`` is input's type
-            (float32 under autocast).
+        dtype: the result's type; the conversion happens in the kernel. ``None`` is input's type, or
+            under autocast the one that ``torch.softmax`` has on that device (float32 on CUDA).
         validate: on CUDA, raise for invalid lengths, which costs a synchronisation. Otherwise
             their rows become NaN. The CPU always raises.
-        out: a tensor to write to, of input's shape and the result's type. May be ``input``.
+        out: a tensor to write to, of input's shape and the result's type; it is not resized. May be
+            ``input``.
 
     Returns:
         A contiguous tensor of input's shape (or ``out``). Differentiable twice in ``input``,

@@ -17,7 +17,7 @@ class MaskedSoftmax(nn.Module):
         scale: a number multiplied into the scores; ``None`` is 1.
 
     Shape:
-        - input: any shape; lengths, starts: as for the function.
+        - input: any shape; lengths, starts: as for the function, by default every column.
         - output: input's shape.
 
     Example:
@@ -48,7 +48,7 @@ class MaskedLogSoftmax(nn.Module):
         scale: a number multiplied into the scores; ``None`` is 1.
 
     Shape:
-        - input: any shape; lengths, starts: as for the function.
+        - input: any shape; lengths, starts: as for the function, by default every column.
         - output: input's shape.
 
     Example:

@@ -46,7 +46,8 @@ def packed_softmax(
             ascending from 0 to ``total``.
         dim: the dimension along which the rows lie.
         scale: a number multiplied into the values; ``None`` is 1. Not differentiable.
-        dtype: the result's type; ``None`` is values' type (float32 under autocast).
+        dtype: the result's type; ``None`` is values' type, or under autocast the one that
+            ``torch.softmax`` has on that device (float32 on CUDA).
         max_length: an upper bound of the rows' lengths. Without it, CUDA synchronises once in the
             forward pass and once in the backward pass. The CPU does not need it.
         validate: on CUDA, raise for invalid offsets, which costs a synchronisation. Otherwise the
