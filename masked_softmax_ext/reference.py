@@ -201,7 +201,7 @@ def _masked_logits(
     logits = input.to(accumulation_dtype(input.dtype, result, scale))
     if scale is not None and not is_statically_true(input.numel() == 0):  # amax needs a column
         if scale < 0:
-            # So that the maximum is that of scale * x. Filled, because the gradient of padding is +0.
+            # So that the maximum is that of scale * x. Filled, so that padding's gradient is +0.
             logits = -logits.masked_fill(~valid, 0.0)
         # A constant in the gradient: softmax does not depend on it.
         row_max = logits.detach().masked_fill(~valid, -math.inf).amax(dim, keepdim=True)

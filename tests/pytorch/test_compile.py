@@ -19,7 +19,15 @@ from operators import (
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from masked_softmax_ext import MaskedSoftmax, masked_log_softmax, masked_softmax, masked_softmax_
+from masked_softmax_ext import (
+    MaskedLogSoftmax,
+    MaskedSoftmax,
+    masked_log_softmax,
+    masked_softmax,
+    masked_softmax_,
+    packed_log_softmax,
+    packed_softmax,
+)
 
 OPERATORS = torch.ops.masked_softmax_ext
 Compiled = Callable[..., Tensor]
@@ -433,3 +441,36 @@ def test_autocast_after_a_linear_layer(capability: str) -> None:
     weights[:, 0].sum().backward()
     assert linear.weight.grad is not None
     assert float(linear.weight.grad.abs().max()) > 0
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=short_name)
+def test_every_call_under_autocast(autocast: torch.dtype, dtype: torch.dtype, log: bool) -> None:
+    """Modules, transforms, jagged and packed rows, compiled and in place: the type of torch."""
+    of_torch = torch.log_softmax if log else torch.softmax
+    x, lengths = random_input((4, 9), dtype, seed=17), random_lengths(4, 9)
+    module = MaskedLogSoftmax() if log else MaskedSoftmax()
+    pack = packed_log_softmax if log else packed_softmax
+    rows = torch.nested.nested_tensor([x[0, :3], x[1, :2]], layout=torch.jagged)
+    outside = {
+        "module": module(x, lengths),
+        "full rows": forward(x, None, log=log),
+        "vmap": torch.vmap(module)(x, lengths),
+        "packed": pack(x[:, 0], torch.tensor([0, 3, 4])),
+        "jagged": forward(rows, None, 1, log=log).values(),
+    }
+    with torch.autocast("cpu", autocast):
+        expected = of_torch(x, -1).dtype
+        inside = {
+            "module": module(x, lengths),
+            "full rows": forward(x, None, log=log),
+            "vmap": torch.vmap(module)(x, lengths),
+            "packed": pack(x[:, 0], torch.tensor([0, 3, 4])),
+            "jagged": forward(rows, None, 1, log=log).values(),
+        }
+        program = compiled(lambda x, lengths: forward(x, lengths, log=log))(x, lengths)
+        in_place = masked_softmax_(x.clone(), lengths)
+    for name, result in outside.items():
+        assert inside[name].dtype == expected == result.dtype, name
+        assert_same_bits(inside[name], result, name)
+    assert_same_bits(program, outside["module"], "compiled")
+    assert in_place.dtype == dtype
