@@ -90,6 +90,27 @@ def test_one_valid_column_has_zero_gradient(capability: str, dtype: torch.dtype,
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
+# equal scores
+
+
+def test_equal_scores_have_equal_weights(capability: str, dtype: torch.dtype, log: bool) -> None:
+    """Of any magnitude and either sign, up to the largest number and down to the smallest."""
+    info = torch.finfo(dtype)
+    values = [0.0, -0.0, 1.0, info.max, info.min, info.max / 2, info.tiny, info.tiny * info.eps]
+    for cols in SIZES:
+        x = torch.tensor(values, dtype=dtype)[:, None].repeat(1, cols + 1)
+        x[:, cols] = info.max  # padding, larger than the row
+        weight = torch.tensor(1 / cols, dtype=torch.float64)
+        expected = (weight.log() if log else weight).to(dtype).expand(len(values), cols)
+        for scale in (None, 0.25, -1.0):
+            for dim in (-1, 0):
+                y = forward(x.movedim(-1, dim), cols, dim, scale=scale, log=log).movedim(dim, -1)
+                rtol = 8 * torch.finfo(dtype).eps
+                torch.testing.assert_close(y[:, :cols], expected, rtol=rtol, atol=0.0)
+                assert bool((y[:, :cols] == y[:, :1]).all())
+                assert bool((y[:, cols] == padding_value(log)).all())
+
+
 # a valid -inf
 
 

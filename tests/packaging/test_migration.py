@@ -216,6 +216,30 @@ def test_d2l_writes_into_its_scores() -> None:
         assert (scores == -1e6).any()
 
 
+def test_attention_over_equal_keys_is_the_mean_of_the_valid_values() -> None:
+    """d2l's own example: of ten values two and six are valid, for one query of each batch."""
+    values = torch.arange(40.0).view(1, 10, 4).expand(2, 10, 4)
+    queries, keys = random_scores(2, 1, 8).float(), torch.ones(2, 10, 8)
+    for valid_lens in (torch.tensor([2, 6]), torch.tensor([[2], [6]])):
+        weights = masked_softmax(queries @ keys.mT, valid_lens, scale=8**-0.5)
+        torch.testing.assert_close(
+            weights @ values,
+            torch.tensor([[[2.0, 3.0, 4.0, 5.0]], [[10.0, 11.0, 12.0, 13.0]]]),
+        )
+
+
+def test_d2l_takes_floats_and_lengths_that_are_too_long() -> None:
+    scores, valid_lens = random_scores(2, Q, K), torch.tensor([3.0, K + 5])
+    expected = d2l_masked_softmax(scores.clone(), valid_lens)
+    with pytest.raises(TypeError, match=r"its long\(\) has one"):
+        masked_softmax(scores, valid_lens)
+    with pytest.raises(ValueError, match=f"row \\(1, 0\\) has length {K + 5}"):
+        masked_softmax(scores, valid_lens.long())
+    got = masked_softmax(scores, valid_lens.long().clamp(max=scores.size(-1)))
+    torch.testing.assert_close(got, expected, **CLOSE)
+    assert torch.equal(masked_softmax(scores, None), masked_softmax(scores, K))
+
+
 def test_minus_1e9_does_not_exist_in_float16() -> None:
     scores = torch.zeros(2, 3, dtype=torch.float16)
     with pytest.raises(RuntimeError, match="overflow"):

@@ -117,6 +117,24 @@ def test_integer_types_and_strides_of_offsets(offset_dtype: torch.dtype, log: bo
     assert_same_bits(packed(values, strided, log=log), expected)
 
 
+@pytest.mark.parametrize("dim", [0, 1, 2, -1, -2, -3])
+def test_rows_of_one_size_are_a_view(dim: int, log: bool) -> None:
+    """Values and gradients of torch's softmax of the rows as a dimension; one row is all of it."""
+    x = random_input((4, 4, 4), torch.float64, seed=15)
+    g = random_input((4, 4, 4), torch.float64, seed=16)
+    of_torch = torch.log_softmax if log else torch.softmax
+    for rows in (1, 2, 4):
+        offsets = torch.arange(0, 5, 4 // rows)
+        leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y = packed(leaf, offsets, dim, log=log)
+        expected = of_torch(other.movedim(dim, 0).unflatten(0, (rows, -1)), 1)
+        expected = expected.flatten(0, 1).movedim(0, dim)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(z, leaf, g)[0] for z, leaf in ((y, leaf), (expected, other)))
+        )
+
+
 @pytest.mark.parametrize("output", FLOATING, ids=short_name)
 def test_dtype_converts_integer_values(output: torch.dtype, log: bool) -> None:
     values = torch.arange(-5, 5)
