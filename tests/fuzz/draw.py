@@ -209,6 +209,13 @@ class Draw:
         index = torch.randint(low, high, rows, generator=self.generator).to(dtype)
         return self.unusual(self.laid_out(index)) if self.one_in(8) else self.laid_out(index)
 
+    def lengths(self, input: Any, dim: Any) -> Any:
+        """Lengths, None, or a pair (lengths, starts)."""
+        if self.one_in(12):
+            return None
+        lengths = self.index(input, dim)
+        return (lengths, self.index(input, dim, 1)) if self.one_in(12) else lengths
+
     def scale(self) -> Any:
         if self.one_in(12):
             return self.anything()

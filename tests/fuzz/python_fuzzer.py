@@ -137,6 +137,10 @@ def compare(
     """The padding is exact, and the rest agrees with the reference."""
     dim = arguments[2] if len(arguments) > 2 else -1
     lengths, starts = arguments[1], options.get("starts")
+    if isinstance(lengths, tuple):
+        lengths, starts = lengths
+    if lengths is None:
+        lengths = result.size(int(dim)) if result.dim() > 0 else 1
     if any(isinstance(index, Tensor) and not is_plain(index) for index in (lengths, starts)):
         return
     valid = valid_like(result, lengths, int(dim), starts)
@@ -195,7 +199,7 @@ def call_masked(draw: Draw, name: str) -> None:
         arguments.append(draw.index(input, dim, half))
         options["starts"] = draw.index(input, dim, cols - half)
     else:
-        arguments.append(draw.index(input, dim))
+        arguments.append(draw.lengths(input, dim))
     if type(dim) is not int or dim != -1 or draw.one_in(2):
         arguments.append(dim)
     in_place = name.endswith("_")
