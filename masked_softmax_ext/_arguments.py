@@ -162,6 +162,13 @@ def _to_tensor_remedy(argument: str, index: object) -> str:
     return f" (torch.tensor({argument}, device=input.device) makes a tensor)" if is_array else ""
 
 
+def to_integer_remedy(dtype: torch.dtype) -> str:
+    """How lengths, starts or offsets of an integer type are made from a tensor of this one."""
+    if dtype == torch.bool:
+        return " (lengths_from_mask() makes lengths and starts from a mask)"
+    return "" if dtype.is_complex else " (its long() has one)"
+
+
 def _to_tensor(
     name: str, argument: str, index: Index | None, input: Tensor, dim: int
 ) -> Tensor | None:

@@ -21,6 +21,7 @@ from masked_softmax_ext._arguments import (
     check_dim,
     is_integer_dtype,
     split_pair,
+    to_integer_remedy,
 )
 from masked_softmax_ext._torch_internals import is_statically_true
 
@@ -419,6 +420,7 @@ def _checked(name: str, index: object) -> Tensor:
     if not is_integer_dtype(index.dtype):
         raise TypeError(
             f"{name}(): expected lengths and starts of an integer type, but got {index.dtype}"
+            + to_integer_remedy(index.dtype)
         )
     return index.long()
 

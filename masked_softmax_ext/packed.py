@@ -16,6 +16,7 @@ from masked_softmax_ext._arguments import (
     check_dim,
     convert_options,
     is_dtensor,
+    to_integer_remedy,
 )
 from masked_softmax_ext._operators import call_operator
 from masked_softmax_ext._torch_internals import cached_max_length, ragged_dim
@@ -173,6 +174,7 @@ def _packed(
         names = ", ".join(str(allowed).removeprefix("torch.") for allowed in INTEGER_DTYPES)
         raise TypeError(
             f"{name}(): expected offsets of an integer type ({names}), but got {offsets.dtype}"
+            + to_integer_remedy(offsets.dtype)
         )
     if offsets.dim() != 1 or offsets.size(0) == 0:
         raise ValueError(

@@ -18,6 +18,7 @@ from masked_softmax_ext._arguments import (
     convert_scale,
     is_integer_dtype,
     split_pair,
+    to_integer_remedy,
 )
 from masked_softmax_ext._torch_internals import is_statically_true
 
@@ -167,7 +168,10 @@ def per_row(name: str, index: Index, input: Tensor, dim: int) -> Tensor:
             raise ValueError(f"expected {name} from 0 to {input.size(dim)}, but got {index}")
         index = torch.full((), index, device=input.device)
     if not is_integer_dtype(index.dtype):
-        raise TypeError(f"expected {name} of an integer type, but got {index.dtype}")
+        raise TypeError(
+            f"expected {name} of an integer type, but got {index.dtype}"
+            + to_integer_remedy(index.dtype)
+        )
     aligned = tuple(index.shape) + (1,) * (len(rows) - index.dim())
     if len(aligned) != len(rows) or any(
         given not in (1, size) for given, size in zip(aligned, rows, strict=True)

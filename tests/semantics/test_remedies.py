@@ -25,6 +25,7 @@ from masked_softmax_ext import (
     MaskedLogSoftmax,
     MaskedSoftmax,
     causal_lengths,
+    intersect_bounds,
     lengths_from_mask,
     mask_from_lengths,
     masked_log_softmax,
@@ -32,6 +33,7 @@ from masked_softmax_ext import (
     masked_softmax_,
     packed_log_softmax,
     packed_softmax,
+    reference,
 )
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
@@ -101,6 +103,25 @@ def test_sequences_and_arrays(function: Callable[..., Tensor], argument: str, wr
     with pytest.raises(TypeError, match=rf"expected {argument} .* got {name}.*{remedy}"):
         function(scores(), **{"lengths": 1, argument: wrong})
     function(scores(), **{"lengths": torch.tensor(1), argument: torch.tensor(wrong)})
+
+
+HELPERS: dict[str, Callable[[Tensor], Any]] = {
+    "mask_from_lengths": lambda index: mask_from_lengths(index, 4),
+    "starts": lambda index: mask_from_lengths(1, 4, index),
+    "intersect_bounds": lambda index: intersect_bounds(causal_lengths(3, 4, ndim=2), index),
+    "a pair": lambda index: intersect_bounds((torch.tensor(1), index)),
+    "reference": lambda index: reference.masked_softmax(torch.zeros(3, 4), index),
+    "offsets": lambda index: packed_softmax(torch.zeros(2), index[[1, 0]]),
+}
+
+
+@pytest.mark.parametrize("helper", HELPERS.values(), ids=list(HELPERS))
+def test_helpers_name_the_same_remedies(helper: Callable[[Tensor], Any]) -> None:
+    with pytest.raises(TypeError, match=r"got torch\.bool \(lengths_from_mask\(\) makes"):
+        helper(LENGTHS > 0)
+    with pytest.raises(TypeError, match=r"got torch\.float64 \(its long\(\) has one\)"):
+        helper(LENGTHS.double())
+    helper(LENGTHS.double().long())
 
 
 @pytest.mark.parametrize(
