@@ -29,6 +29,8 @@ MODERATE_SCALES = st.one_of(
 # give a probability other than 0.
 EXTREME_SCALES = [0.0, -0.0, 1e300, -1e300, 1e-300, 1.2e308, -1.2e308, 5e-324, -5e-324]
 SCALES = st.one_of(MODERATE_SCALES, st.floats(-1e-6, 1e-6), st.sampled_from(EXTREME_SCALES))
+# torch indexes no tensors of these types; others of the same size hold the same bits.
+_INDEXABLE = {torch.uint16: torch.int16, torch.uint32: torch.int32}
 # At least 16 bytes: a vector load that reads past the end meets poison, not the next allocation.
 SLACK_ELEMS = 16
 
@@ -57,7 +59,8 @@ class Layout:
         """A view with these valid values, in memory that is otherwise filled with the poison."""
         memory = torch.zeros(self.elems, dtype=values.dtype)
         memory[:] = poison
-        memory[self.positions()[valid]] = values[valid]
+        bits = _INDEXABLE.get(values.dtype, values.dtype)
+        memory.view(bits)[self.positions()[valid]] = values.view(bits)[valid]
         return self.view(memory)
 
 

@@ -144,7 +144,7 @@ def calls(draw: st.DrawFn, special: bool = False, plain_scale: bool = False) -> 
     max_length = cols if starts is None else cols - aligned(starts.long(), rows)
     lengths: int | Tensor = draw(row_indices(rows, max_length))
     if draw(st.integers(0, 9)) == 0:
-        lengths = int(lengths.min())
+        lengths = int(lengths.long().min())
     x = draw(values(shape, dtype, special=special))
     x = draw(layouts(shape)).place(x, valid_like(x, lengths, dim, starts), poison_of(dtype))
     scale = draw(st.sampled_from([None, 0.5, -1.0])) if plain_scale else draw(SCALES)
