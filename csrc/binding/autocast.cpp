@@ -11,7 +11,7 @@ namespace {
 
 template <Operation kOperation>
 at::Tensor forward(const at::Tensor& input, const RowArguments& rows, OptionalType dtype, bool validate,
-                   OptionalInt packed) {
+                   OptionalSymInt packed) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{c10::DispatchKey::AutocastCUDA});
   const bool is_16bit = input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;
   if (!dtype.has_value() && is_16bit) {

@@ -1,8 +1,11 @@
-// Derivatives in reverse and forward mode: of the two functions, and of their first derivatives. So all second
-// derivatives exist in every mode; third derivatives do not.
+// Derivatives of every order, in reverse and forward mode. Those of the two functions and of their first derivatives are
+// operators with kernels of their own. Those of a second derivative are combinations of these same operators, so they
+// are differentiable too, and no order is the last.
 //
 // A forward node saves its output, lengths and starts, nothing else. Writes are counted one level below (in_place.cpp).
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/add.h>
+#include <c10/core/ScalarType.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -63,10 +66,113 @@ struct DerivativesOf<Operation::kLogSoftmaxJvp> {
   static constexpr auto kJvpWrtY = Operation::kLogSoftmaxJvpJvpWrtY;
 };
 
+// One call of a second derivative d(a, b, y), and operators on its rows.
+struct SecondOrderCall {
+  const at::Tensor& a;
+  const at::Tensor& b;
+  const at::Tensor& y;
+  const RowArguments& rows;
+  const OptionalSymInt& packed;
+
+  template <Operation kSecondOrder>
+  at::Tensor call(const at::Tensor& first, const at::Tensor& second) const {
+    return masked_softmax::call<kSecondOrder>(first, second, y, rows, packed);
+  }
+
+  // u * v on the valid columns, in the accumulation type. 0 in the padding, whatever u and v hold there.
+  at::Tensor product(const at::Tensor& u, const at::Tensor& v) const {
+    const RowArguments unscaled{rows.lengths, rows.dim, rows.starts, std::nullopt};
+    return masked_softmax::call<Operation::kSoftmaxBackwardWrtY>(u, v, zeros(), unscaled, packed);
+  }
+
+  // -scale * (u * <v, w> + v * <u, w>), where <,> is the sum of the products over a row.
+  at::Tensor exchanged_products(const at::Tensor& u, const at::Tensor& v, const at::Tensor& w) const {
+    return at::add(times_sum(u, product(v, w)), times_sum(v, product(u, w))).to(y.scalar_type());
+  }
+
+ private:
+  // -scale * u * <v, 1>
+  at::Tensor times_sum(const at::Tensor& u, const at::Tensor& v) const {
+    return masked_softmax::call<Operation::kLogSoftmaxBackwardWrtY>(u, v, zeros(), rows, packed);
+  }
+
+  // Like y, without memory for each element.
+  at::Tensor zeros() const {
+    const at::ScalarType acc_type = c10::promoteTypes(y.scalar_type(), at::kFloat);
+    return y.new_zeros({}, y.options().dtype(acc_type)).expand_symint(y.sym_sizes());
+  }
+};
+
+// A second derivative d(a, b, y) is linear in a and in b, so its jvp along either is d itself. Its other derivatives:
+//   wrt_a(call, grad), wrt_b, wrt_y    reverse mode
+//   along_y(call, tangent)             forward mode, along a tangent of y
+template <>
+struct DerivativesOf<Operation::kSoftmaxBackwardWrtY> {
+  static constexpr const char* kNodeName = "MaskedSoftmaxExtBackwardWrtOutputBackward";
+  using Call = SecondOrderCall;
+  static at::Tensor wrt_a(const Call& c, const at::Tensor& grad) {
+    return c.call<Operation::kSoftmaxBackwardJvpWrtY>(grad, c.b);
+  }
+  static at::Tensor wrt_b(const Call& c, const at::Tensor& grad) {
+    return c.call<Operation::kSoftmaxBackwardJvpWrtY>(grad, c.a);
+  }
+  static at::Tensor wrt_y(const Call& c, const at::Tensor& grad) { return c.exchanged_products(c.a, c.b, grad); }
+  static at::Tensor along_y(const Call& c, const at::Tensor& tangent) {
+    return c.exchanged_products(c.a, c.b, tangent);
+  }
+};
+template <>
+struct DerivativesOf<Operation::kSoftmaxBackwardJvpWrtY> {
+  static constexpr const char* kNodeName = "MaskedSoftmaxExtBackwardJvpWrtOutputBackward";
+  using Call = SecondOrderCall;
+  static at::Tensor wrt_a(const Call& c, const at::Tensor& grad) {
+    return c.call<Operation::kSoftmaxBackwardWrtY>(grad, c.b);
+  }
+  static at::Tensor wrt_b(const Call& c, const at::Tensor& grad) {
+    return c.call<Operation::kSoftmaxBackwardJvpWrtY>(c.a, grad);
+  }
+  static at::Tensor wrt_y(const Call& c, const at::Tensor& grad) { return c.exchanged_products(c.b, grad, c.a); }
+  static at::Tensor along_y(const Call& c, const at::Tensor& tangent) {
+    return c.exchanged_products(c.a, tangent, c.b);
+  }
+};
+template <>
+struct DerivativesOf<Operation::kLogSoftmaxBackwardWrtY> {
+  static constexpr const char* kNodeName = "MaskedLogSoftmaxExtBackwardWrtOutputBackward";
+  using Call = SecondOrderCall;
+  static at::Tensor wrt_a(const Call& c, const at::Tensor& grad) {
+    return c.call<Operation::kLogSoftmaxBackwardWrtY>(grad, c.b);
+  }
+  static at::Tensor wrt_b(const Call& c, const at::Tensor& grad) {
+    return c.call<Operation::kLogSoftmaxJvpJvpWrtY>(c.a, grad);
+  }
+  static at::Tensor wrt_y(const Call& c, const at::Tensor& grad) {
+    return c.call<Operation::kLogSoftmaxBackwardWrtY>(c.product(c.a, grad), c.b);
+  }
+  static at::Tensor along_y(const Call& c, const at::Tensor& tangent) { return wrt_y(c, tangent); }
+};
+template <>
+struct DerivativesOf<Operation::kLogSoftmaxJvpJvpWrtY> {
+  static constexpr const char* kNodeName = "MaskedLogSoftmaxExtJvpJvpWrtOutputBackward";
+  using Call = SecondOrderCall;
+  static at::Tensor wrt_a(const Call& c, const at::Tensor& grad) {
+    return c.call<Operation::kLogSoftmaxBackwardWrtY>(c.b, grad);
+  }
+  static at::Tensor wrt_b(const Call& c, const at::Tensor& grad) {
+    return c.call<Operation::kLogSoftmaxBackwardWrtY>(c.a, grad);
+  }
+  static at::Tensor wrt_y(const Call& c, const at::Tensor& grad) {
+    return c.call<Operation::kLogSoftmaxBackwardWrtY>(c.product(c.a, c.b), grad);
+  }
+  static at::Tensor along_y(const Call& c, const at::Tensor& tangent) {
+    return c.call<Operation::kLogSoftmaxJvpJvpWrtY>(c.product(c.a, c.b), tangent);
+  }
+};
+
 // d(a, y), of type dtype; but a jvp always has y's type.
 template <Operation kOperation>
 at::Tensor call_derivative(const at::Tensor& a, const at::Tensor& y, const RowArguments& rows, at::ScalarType dtype,
-                           OptionalInt packed) {
+                           OptionalSymInt packed) {
   if constexpr (info_of(kOperation).signature == Signature::kBackward) {
     return call<kOperation>(a, y, rows, dtype, packed);
   } else {
@@ -101,6 +207,24 @@ constexpr GradientFormula kDerivativeFormula = {
       return result;
     }};
 
+template <Operation kSecondOrder>
+constexpr GradientFormula kSecondOrderFormula = {
+    DerivativesOf<kSecondOrder>::kNodeName, 3,
+    // saved: a, b, output
+    [](const CallView& c, const at::Tensor& grad, const variable_list& saved, const std::vector<bool>& is_needed) {
+      using D = DerivativesOf<kSecondOrder>;
+      const RowArguments rows = c.rows();
+      const SecondOrderCall second{saved[0], saved[1], saved[2], rows, c.packed};
+      constexpr decltype(&D::wrt_a) kGradients[] = {D::wrt_a, D::wrt_b, D::wrt_y};
+      variable_list result(3);
+      for (size_t i = 0; i < result.size(); ++i) {
+        if (is_needed[i]) {
+          result[i] = kGradients[i](second, grad);
+        }
+      }
+      return result;
+    }};
+
 at::Tensor tangent_of(const at::Tensor& tensor) { return tensor._fw_grad(/*level=*/0); }
 
 bool has_tangent(const at::Tensor& tensor) { return tangent_of(tensor).defined(); }
@@ -111,13 +235,13 @@ void set_tangent(const at::Tensor& tensor, const at::Tensor& tangent, bool is_in
   tensor._set_fw_grad(tangent, /*level=*/0, is_in_place);
 }
 
-CallView view_of(const RowArguments& rows, OptionalInt packed, at::ScalarType input_dtype) {
+CallView view_of(const RowArguments& rows, OptionalSymInt packed, at::ScalarType input_dtype) {
   return {{rows.dim, rows.scale, packed, input_dtype}, rows.lengths, rows.starts};
 }
 
 template <Operation kForward>
 at::Tensor forward(const at::Tensor& input, const RowArguments& rows, OptionalType dtype, bool validate,
-                   OptionalInt packed) {
+                   OptionalSymInt packed) {
   at::Tensor output;
   {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -142,7 +266,7 @@ at::Tensor forward(const at::Tensor& input, const RowArguments& rows, OptionalTy
 
 template <Operation kDerivative>
 at::Tensor derivative(const at::Tensor& a, const at::Tensor& y, const RowArguments& rows, at::ScalarType dtype,
-                      OptionalInt packed) {
+                      OptionalSymInt packed) {
   at::Tensor result;
   {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -171,8 +295,45 @@ at::Tensor derivative(const at::Tensor& a, const at::Tensor& y, const RowArgumen
 }
 
 template <Operation kJvp>
-at::Tensor jvp(const at::Tensor& tangent, const at::Tensor& output, const RowArguments& rows, OptionalInt packed) {
+at::Tensor jvp(const at::Tensor& tangent, const at::Tensor& output, const RowArguments& rows, OptionalSymInt packed) {
   return derivative<kJvp>(tangent, output, rows, output.scalar_type(), packed);
+}
+
+template <Operation kSecondOrder>
+at::Tensor second_order(const at::Tensor& a, const at::Tensor& b, const at::Tensor& y, const RowArguments& rows,
+                        OptionalSymInt packed) {
+  at::Tensor result;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    result = call<kSecondOrder>(a, b, y, rows, packed);
+  }
+  OperatorNode::Pointer owner;
+  const CallView view = view_of(rows, packed, result.scalar_type());
+  if (OperatorNode* node = OperatorNode::create(kSecondOrderFormula<kSecondOrder>, view, {&a, &b, &y}, owner)) {
+    node->save(a);
+    node->save(b);
+    node->save(y);
+    torch::autograd::set_history(result, owner);
+  }
+  at::Tensor tangent;
+  const auto add = [&](const at::Tensor& term) { tangent = tangent.defined() ? tangent.add(term) : term; };
+  const at::Tensor primal_a = primal_of(a);
+  const at::Tensor primal_b = primal_of(b);
+  const at::Tensor primal_y = primal_of(y);
+  const SecondOrderCall primal{primal_a, primal_b, primal_y, rows, packed};
+  if (has_tangent(a)) {
+    add(primal.call<kSecondOrder>(tangent_of(a), primal_b));
+  }
+  if (has_tangent(b)) {
+    add(primal.call<kSecondOrder>(primal_a, tangent_of(b)));
+  }
+  if (has_tangent(y)) {
+    add(DerivativesOf<kSecondOrder>::along_y(primal, tangent_of(y)));
+  }
+  if (tangent.defined()) {
+    set_tangent(result, tangent.to(result.scalar_type()), /*is_in_place=*/false);
+  }
+  return result;
 }
 
 template <Operation kForward>
@@ -232,9 +393,11 @@ TORCH_LIBRARY_IMPL(masked_softmax_ext, Autograd, m) {
       m.impl(kInfo.name, Forward::kernel<forward<kOperation>>);
     } else if constexpr (kInfo.signature == Signature::kBackward) {
       m.impl(kInfo.name, Backward::kernel<derivative<kOperation>>);
-    } else {
-      static_assert(kInfo.signature == Signature::kJvp, "second derivatives have no derivatives of their own");
+    } else if constexpr (kInfo.signature == Signature::kJvp) {
       m.impl(kInfo.name, Jvp::kernel<jvp<kOperation>>);
+    } else {
+      static_assert(kInfo.signature == Signature::kSecondOrder);
+      m.impl(kInfo.name, SecondOrder::kernel<second_order<kOperation>>);
     }
   });
   m.impl(SoftmaxInPlaceOperator::kName, InPlace::kernel<softmax_in_place>);

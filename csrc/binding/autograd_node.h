@@ -18,7 +18,7 @@ namespace masked_softmax {
 struct CallOptions {
   int64_t dim;
   OptionalScale scale;
-  OptionalInt packed;
+  OptionalSymInt packed;
   at::ScalarType input_dtype;
 };
 

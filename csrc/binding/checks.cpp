@@ -54,8 +54,23 @@ std::vector<c10::SymInt> row_shape(const at::Tensor& input, int64_t dim) {
   return shape;
 }
 
-// Whether `index` is aligned with the leading dimensions of `input` without `dim`, or broadcast to them. Comparing
-// symbolic sizes adds a guard to the compiled program.
+bool is_one(int64_t size) { return size == 1; }
+bool is_one(const c10::SymInt& size) { return TORCH_GUARD_OR_FALSE(size.sym_eq(1)); }
+
+// Comparing symbolic sizes adds a guard to the compiled program. Sizes that only the data know (unbacked symbols) are
+// taken as equal, as in torch's own operators, and the compiled program checks them when it runs.
+bool is_same_size(int64_t a, int64_t b) { return a == b; }
+bool is_same_size(const c10::SymInt& a, const c10::SymInt& b) { return a.sym_eq(b).expect_true(__FILE__, __LINE__); }
+
+bool is_same_shape(const at::Tensor& a, const at::Tensor& b) {
+  const c10::SymIntArrayRef a_sizes = a.sym_sizes();
+  const c10::SymIntArrayRef b_sizes = b.sym_sizes();
+  return a_sizes.size() == b_sizes.size() &&
+         std::equal(a_sizes.begin(), a_sizes.end(), b_sizes.begin(),
+                    [](const c10::SymInt& x, const c10::SymInt& y) { return is_same_size(x, y); });
+}
+
+// Whether `index` is aligned with the leading dimensions of `input` without `dim`, or broadcast to them.
 template <class Size>
 bool broadcasts(c10::ArrayRef<Size> index, c10::ArrayRef<Size> input, int64_t dim) {
   const size_t row_ndim = input.empty() ? 0 : input.size() - 1;
@@ -64,7 +79,7 @@ bool broadcasts(c10::ArrayRef<Size> index, c10::ArrayRef<Size> input, int64_t di
   }
   for (size_t k = 0; k < index.size(); ++k) {
     const Size& size = input[k + (static_cast<int64_t>(k) >= dim ? 1 : 0)];
-    if (!(index[k] == 1) && !(index[k] == size)) {
+    if (!is_one(index[k]) && !is_same_size(index[k], size)) {
       return false;
     }
   }
@@ -116,7 +131,7 @@ void check_packed_arguments(const at::Tensor& values, const CallArguments& argum
     TORCH_CHECK_VALUE(index->dim() == 1, arguments.name, "(): expected offsets of one dimension, but got one row's ",
                       "bounds in a tensor of shape ", index->sym_sizes());
   }
-  TORCH_CHECK_VALUE(arguments.lengths->sym_size(0) == arguments.starts->sym_size(0), arguments.name,
+  TORCH_CHECK_VALUE(is_same_size(arguments.lengths->sym_size(0), arguments.starts->sym_size(0)), arguments.name,
                     "(): expected as many starts as lengths, ", arguments.lengths->sym_size(0), ", but got ",
                     arguments.starts->sym_size(0));
 }
@@ -169,9 +184,9 @@ void check_packing(Problem& problem, const at::Tensor& values, const CallArgumen
   }
   TORCH_CHECK_VALUE(end == problem.cols, arguments.name, "(): expected offsets that ascend from 0 to ", problem.cols,
                     " (values' size in dimension ", dim, "), but they end at ", end, kOffsetsRemedy);
-  TORCH_CHECK_VALUE(*arguments.packed < 0 || longest <= *arguments.packed, arguments.name,
-                    "(): expected no row longer than max_length, ", *arguments.packed, ", but one has length ",
-                    longest);
+  const int64_t bound = arguments.packed_bound();
+  TORCH_CHECK_VALUE(bound < 0 || longest <= bound, arguments.name, "(): expected no row longer than max_length, ",
+                    bound, ", but one has length ", longest);
   problem.packing.longest = longest;
 }
 
@@ -213,7 +228,7 @@ void check_output(const at::Tensor& output, const at::Tensor& input, at::ScalarT
                    output.scalar_type());
   TORCH_CHECK_VALUE(output.device() == input.device(), arguments.name, "(): expected out on the device of input, ",
                     input.device(), ", but got out on ", output.device());
-  TORCH_CHECK_VALUE(output.sym_sizes() == input.sym_sizes(), arguments.name, "(): expected out of input's shape, ",
+  TORCH_CHECK_VALUE(is_same_shape(output, input), arguments.name, "(): expected out of input's shape, ",
                     input.sym_sizes(), ", but got out of shape ", output.sym_sizes());
   if (output.is_meta() || output.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
     return;  // no memory to overlap
@@ -237,7 +252,7 @@ void check_like_output(const char* what, const at::Tensor& tensor, const at::Ten
                    " of a floating point type, but got ", tensor.scalar_type());
   TORCH_CHECK_VALUE(tensor.device() == output.device(), arguments.name, "(): expected ", what, " on ", output.device(),
                     ", but got it on ", tensor.device());
-  TORCH_CHECK_VALUE(tensor.sym_sizes() == output.sym_sizes(), arguments.name, "(): expected ", what, " of shape ",
+  TORCH_CHECK_VALUE(is_same_shape(tensor, output), arguments.name, "(): expected ", what, " of shape ",
                     output.sym_sizes(), ", but got ", tensor.sym_sizes());
 }
 

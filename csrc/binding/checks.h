@@ -11,8 +11,11 @@ namespace masked_softmax {
 
 struct CallArguments : RowArguments {
   const char* name;    // of the function that messages name
-  OptionalInt packed;  // for packed rows, an upper bound of their lengths: see operators.h
-  bool validate;       // CUDA: check bounds before the launch, which synchronizes
+  OptionalSymInt packed;  // for packed rows, an upper bound of their lengths: see operators.h
+  bool validate;          // CUDA: check bounds before the launch, which synchronizes
+
+  // Of a call with data, where sizes are not symbols.
+  int64_t packed_bound() const { return packed->guard_int(__FILE__, __LINE__); }
 };
 
 // Returns the result's type, for an input of type `input` and the caller's dtype=.

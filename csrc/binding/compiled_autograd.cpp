@@ -23,7 +23,9 @@ void OperatorNode::compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args
   args.collect(std::string(formula_.node_name));
   args.collect(options_.dim);
   args.collect(options_.scale);
-  args.collect(options_.packed);
+  // Its value, not a symbol: apply_with_saved() makes it a constant of the program.
+  args.collect(options_.packed.has_value());
+  args.collect(options_.packed.has_value() ? options_.packed->guard_int(__FILE__, __LINE__) : 0);
   args.collect(options_.input_dtype);
   for (const Saved& saved : saved_) {
     args.collect(saved.tensor, saved.is_output);

@@ -75,7 +75,7 @@ struct Cuda {
     }
     check_alignment(problem, arguments.name);
     const c10::cuda::CUDAGuard guard(output.device());
-    if (arguments.packed.has_value() && *arguments.packed < 0) {
+    if (arguments.packed.has_value() && arguments.packed_bound() < 0) {
       problem.packing.longest =
           std::clamp<int64_t>(arguments.lengths->to(at::kLong).max().item<int64_t>(), 0, problem.cols);
     }

@@ -18,7 +18,7 @@ template <class Device>
 struct DeviceOps {
   template <Operation kOperation>
   static at::Tensor forward(const at::Tensor& input, const RowArguments& rows, OptionalType dtype, bool validate,
-                            OptionalInt packed) {
+                            OptionalSymInt packed) {
     constexpr OperationInfo kInfo = info_of(kOperation);
     const CallArguments arguments{rows, packed.has_value() ? kInfo.packed_name : kInfo.name, packed, validate};
     const at::ScalarType type = result_dtype(arguments.name, input.scalar_type(), dtype);
@@ -41,19 +41,19 @@ struct DeviceOps {
 
   template <Operation kOperation>
   static at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, const RowArguments& rows,
-                             at::ScalarType input_dtype, OptionalInt packed) {
+                             at::ScalarType input_dtype, OptionalSymInt packed) {
     return derivative<kOperation>({{"grad_output", &grad_output}}, output, rows, input_dtype, packed);
   }
 
   template <Operation kOperation>
   static at::Tensor jvp(const at::Tensor& tangent, const at::Tensor& output, const RowArguments& rows,
-                        OptionalInt packed) {
+                        OptionalSymInt packed) {
     return derivative<kOperation>({{"tangent", &tangent}}, output, rows, output.scalar_type(), packed);
   }
 
   template <Operation kOperation>
   static at::Tensor second_order(const at::Tensor& tangent, const at::Tensor& grad_output, const at::Tensor& output,
-                                 const RowArguments& rows, OptionalInt packed) {
+                                 const RowArguments& rows, OptionalSymInt packed) {
     return derivative<kOperation>({{"tangent", &tangent}, {"grad_output", &grad_output}}, output, rows,
                                   output.scalar_type(), packed);
   }
@@ -93,7 +93,7 @@ struct DeviceOps {
 
   template <Operation kOperation>
   static at::Tensor derivative(std::initializer_list<NamedTensor> gradients, const at::Tensor& output,
-                               const RowArguments& rows, at::ScalarType dtype, OptionalInt packed) {
+                               const RowArguments& rows, at::ScalarType dtype, OptionalSymInt packed) {
     const CallArguments arguments{rows, info_of(kOperation).name, packed, /*validate=*/false};
     const at::ScalarType type = result_dtype(arguments.name, output.scalar_type(), dtype);
     check_row_arguments(output, arguments);

@@ -98,7 +98,8 @@ Problem make_problem(Operation operation, const at::Tensor& output, std::initial
 
   int64_t row_dim = 0;  // in lengths and starts
   if (arguments.packed.has_value()) {
-    const int64_t longest = *arguments.packed >= 0 ? *arguments.packed : problem.cols;
+    const int64_t bound = arguments.packed_bound();
+    const int64_t longest = bound >= 0 ? bound : problem.cols;
     problem.packing = {true, longest < problem.cols ? longest : problem.cols, output.numel(),
                        arguments.lengths->size(0)};
     RowStrides strides;

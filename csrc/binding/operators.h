@@ -22,6 +22,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/SymInt.h>
 
 #include <optional>
 #include <string>
@@ -33,7 +34,7 @@ namespace masked_softmax {
 using OptionalTensor = std::optional<at::Tensor>;
 using OptionalScale = std::optional<double>;
 using OptionalType = std::optional<at::ScalarType>;
-using OptionalInt = std::optional<int64_t>;
+using OptionalSymInt = std::optional<c10::SymInt>;
 
 // An argument that every operator takes is added here, in OperatorSignature and in the schemas below; in
 // autograd_node.h, which keeps it for the backward pass; and in compiled_autograd.cpp, whose cache key it belongs to.
@@ -73,9 +74,9 @@ struct OperatorSignature<Result, Scores<Tensors...>, Options...> {
 #define MASKED_SOFTMAX_DERIVATIVE_ROWS "Tensor? lengths, int dim, Tensor? starts, float? scale"
 using InputTensor = const at::Tensor&;
 
-struct Forward : OperatorSignature<at::Tensor, Scores<InputTensor>, OptionalType, bool, OptionalInt> {
+struct Forward : OperatorSignature<at::Tensor, Scores<InputTensor>, OptionalType, bool, OptionalSymInt> {
   static constexpr const char* kSchema = "(Tensor input, " MASKED_SOFTMAX_FORWARD_ROWS
-                                         ", ScalarType? dtype=None, bool validate=False, int? packed=None) -> Tensor";
+                                         ", ScalarType? dtype=None, bool validate=False, SymInt? packed=None) -> Tensor";
 };
 struct ForwardOut : OperatorSignature<void, Scores<InputTensor>, OptionalType, bool, at::Tensor&> {
   static constexpr const char* kSchema = "(Tensor input, " MASKED_SOFTMAX_FORWARD_ROWS
@@ -85,18 +86,18 @@ struct InPlace : OperatorSignature<void, Scores<at::Tensor&>, bool> {
   static constexpr const char* kSchema =
       "(Tensor(a!) input, " MASKED_SOFTMAX_FORWARD_ROWS ", bool validate=False) -> ()";
 };
-struct Backward : OperatorSignature<at::Tensor, Scores<InputTensor, InputTensor>, at::ScalarType, OptionalInt> {
+struct Backward : OperatorSignature<at::Tensor, Scores<InputTensor, InputTensor>, at::ScalarType, OptionalSymInt> {
   static constexpr const char* kSchema = "(Tensor grad_output, Tensor output, " MASKED_SOFTMAX_DERIVATIVE_ROWS
-                                         ", ScalarType input_dtype, int? packed=None) -> Tensor";
+                                         ", ScalarType input_dtype, SymInt? packed=None) -> Tensor";
 };
-struct Jvp : OperatorSignature<at::Tensor, Scores<InputTensor, InputTensor>, OptionalInt> {
+struct Jvp : OperatorSignature<at::Tensor, Scores<InputTensor, InputTensor>, OptionalSymInt> {
   static constexpr const char* kSchema =
-      "(Tensor tangent, Tensor output, " MASKED_SOFTMAX_DERIVATIVE_ROWS ", int? packed=None) -> Tensor";
+      "(Tensor tangent, Tensor output, " MASKED_SOFTMAX_DERIVATIVE_ROWS ", SymInt? packed=None) -> Tensor";
 };
-struct SecondOrder : OperatorSignature<at::Tensor, Scores<InputTensor, InputTensor, InputTensor>, OptionalInt> {
+struct SecondOrder : OperatorSignature<at::Tensor, Scores<InputTensor, InputTensor, InputTensor>, OptionalSymInt> {
   static constexpr const char* kSchema =
       "(Tensor tangent, Tensor grad_output, Tensor output, " MASKED_SOFTMAX_DERIVATIVE_ROWS
-      ", int? packed=None) -> Tensor";
+      ", SymInt? packed=None) -> Tensor";
 };
 #undef MASKED_SOFTMAX_FORWARD_ROWS
 #undef MASKED_SOFTMAX_DERIVATIVE_ROWS

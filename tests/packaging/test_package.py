@@ -149,8 +149,9 @@ def test_operators_are_registered() -> None:
 
 def test_operator_schemas() -> None:
     arguments = (
-        "(Tensor input, Tensor? lengths=None, int dim=-1, Tensor? starts=None, *, float? scale=None"
-        ", ScalarType? dtype=None, bool validate=False, int? packed=None) -> Tensor"
+        "(Tensor input, Tensor? lengths=None, int dim=-1, Tensor? starts=None, *, "
+        "float? scale=None, ScalarType? dtype=None, bool validate=False, SymInt? packed=None) "
+        "-> Tensor"
     )
     for name in ("masked_softmax", "masked_log_softmax"):
         schema = str(getattr(torch.ops.masked_softmax_ext, name).default._schema)
