@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 import sys
-from typing import TypeAlias
+from collections.abc import Callable
+from typing import ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
+from torch.overrides import handle_torch_function
+
+from masked_softmax_ext._numbers import (
+    convert_int,
+    is_int,
+    is_traced_int,
+    is_traced_numpy_scalar,
+    numpy_scalar_to_tensor,
+)
+from masked_softmax_ext._torch_internals import is_jit_tracing
 
 Index: TypeAlias = int | Tensor  # lengths or starts
+# The argument scale. What is no float stands for a number in a program that is being traced.
+Scale: TypeAlias = float | torch.SymFloat | torch.SymInt | Tensor | None
 # The argument lengths: None is every column; a pair is (lengths, starts).
 Lengths: TypeAlias = Index | tuple[Index | None, Index | None] | None
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # The types that the operators accept for lengths, starts and offsets.
 INTEGER_DTYPES = (
@@ -33,10 +51,10 @@ def convert(
     lengths: Lengths,
     dim: int,
     starts: Index | None,
-    scale: float | None,
+    scale: Scale,
     dtype: torch.dtype | type[float] | None,
     validate: bool,
-) -> tuple[Tensor | None, int, Tensor | None, float | None, torch.dtype | None]:
+) -> tuple[Tensor | None, int, Tensor | None, Scale, torch.dtype | None]:
     """lengths, dim, starts, scale and dtype as the operators take them."""
     dim, scale, dtype = convert_options(name, "input", input, dim, scale, dtype, validate)
     lengths, starts = split_pair(name, lengths, starts)
@@ -51,7 +69,7 @@ def split_pair(
     if not isinstance(lengths, tuple):
         return lengths, starts
     # Two ints may be meant as the lengths of two rows.
-    if len(lengths) != 2 or all(index is None or _is_int(index) for index in lengths):
+    if len(lengths) != 2 or all(index is None or is_int(index) for index in lengths):
         raise TypeError(
             f"{name}(): expected lengths to be an int, a tensor of an integer type, or a pair "
             f"(lengths, starts) with at least one tensor, but got {_describe(lengths)}"
@@ -69,18 +87,20 @@ def convert_options(
     argument: str,
     input: Tensor,
     dim: int,
-    scale: float | None,
+    scale: Scale,
     dtype: torch.dtype | type[float] | None,
     validate: bool,
-) -> tuple[int, float | None, torch.dtype | None]:
+) -> tuple[int, Scale, torch.dtype | None]:
     """dim, scale and dtype as the operators take them; ``argument`` is the name of ``input``."""
     if not isinstance(input, Tensor):
         raise TypeError(
             f"{name}(): expected {argument} to be a Tensor, but got {type(input).__name__}"
         )
     check_dense(name, argument, input)
-    if isinstance(dim, bool) or not isinstance(dim, numbers.Integral):
+    dim = convert_int(dim)
+    if not is_int(dim) and not is_traced_int(dim):
         raise TypeError(f"{name}(): expected dim to be an int, but got {type(dim).__name__}")
+    dim = int(dim)  # of a symbol too: as in torch.softmax, each dim is a program of its own
     check_dim(dim, max(input.dim(), 1))  # here, because an operator's int has 64 bits
     if not isinstance(validate, bool):
         raise TypeError(
@@ -92,7 +112,7 @@ def convert_options(
         raise TypeError(
             f"{name}(): expected dtype to be a torch.dtype, but got {type(dtype).__name__}"
         )
-    return int(dim), convert_scale(f"{name}(): ", argument, scale), dtype
+    return dim, convert_scale(f"{name}(): ", argument, scale), dtype
 
 
 def check_dense(name: str, argument: str, tensor: Tensor) -> None:
@@ -110,16 +130,15 @@ def check_dense(name: str, argument: str, tensor: Tensor) -> None:
     raise NotImplementedError(f"{name}(): expected {argument} to be a dense tensor, but got {kind}")
 
 
-def convert_scale(prefix: str, argument: str, scale: float | None) -> float | None:
-    if scale is None or isinstance(scale, float):
+def convert_scale(prefix: str, argument: str, scale: Scale) -> Scale:
+    """A float, or what stands for a number that only the traced program knows."""
+    if scale is None or type(scale) is float or isinstance(scale, torch.SymFloat | torch.SymInt):
         return scale
-    # Tensors are refused: the conversion would silently drop their gradient.
+    scale = numpy_scalar_to_tensor(scale)
+    if isinstance(scale, Tensor):
+        return _convert_scale_tensor(prefix, argument, scale)
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
-        remedy = ""
-        if isinstance(scale, Tensor):
-            remedy = f" (multiply {argument} by it instead)"
-        elif isinstance(scale, str):
-            remedy = " (float() makes a number of it)"
+        remedy = " (float() makes a number of it)" if isinstance(scale, str) else ""
         raise TypeError(
             f"{prefix}expected scale to be a number, but got {type(scale).__name__}{remedy}"
         )
@@ -132,6 +151,29 @@ def convert_scale(prefix: str, argument: str, scale: float | None) -> float | No
         ) from None
 
 
+def _convert_scale_tensor(prefix: str, argument: str, scale: Tensor) -> Scale:
+    reason = None
+    if scale.dim() != 0:
+        reason = f"of shape {tuple(scale.shape)}"
+    elif scale.dtype == torch.bool or scale.dtype.is_complex:
+        reason = f"of {scale.dtype}"
+    elif scale.device.type not in ("cpu", "meta"):
+        reason = f"on {scale.device}, whose number takes a synchronisation to read"
+    elif scale.requires_grad or has_tangent(scale):
+        reason = "with a gradient, for which scale is a constant"
+    if reason is not None:
+        raise TypeError(
+            f"{prefix}expected scale to be a number, or a 0-dim tensor on the CPU without gradient,"
+            f" but got a tensor {reason} (multiply {argument} by it instead)"
+        )
+    if torch.compiler.is_compiling() or is_jit_tracing():
+        return scale
+    try:
+        return float(scale)
+    except RuntimeError:  # under vmap, and for fake and meta tensors
+        return scale
+
+
 def check_dim(dim: int, ndim: int) -> None:
     """Raises torch's own message."""
     if not -ndim <= dim < ndim:
@@ -141,13 +183,41 @@ def check_dim(dim: int, ndim: int) -> None:
         )
 
 
-def is_integer_dtype(dtype: torch.dtype) -> bool:
-    return not (dtype == torch.bool or dtype.is_floating_point or dtype.is_complex)
+def tensor_likes(*arguments: object) -> list[object]:
+    """The arguments that have a ``__torch_function__`` but are no Tensors, such as fx's proxies.
+
+    The function must call it, as torch's own functions do. That of a subclass of Tensor, or of a
+    mode, sees the operators instead.
+    """
+    return [
+        argument
+        for argument in arguments
+        if not isinstance(argument, Tensor)
+        and not is_traced_numpy_scalar(argument)
+        and hasattr(type(argument), "__torch_function__")
+    ]
 
 
-def _is_int(index: object) -> bool:
-    is_int = isinstance(index, int | torch.SymInt | numbers.Integral)
-    return is_int and not isinstance(index, bool)
+def has_tangent(tensor: Tensor) -> bool:
+    tangent = forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call]
+    return tangent is not None
+
+
+def overridable(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, or where an argument is only like a tensor, its ``__torch_function__``."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        arguments: list[object] = []
+        for argument in (*args, *kwargs.values()):
+            arguments += argument if isinstance(argument, tuple) else [argument]
+        overriding = tensor_likes(*arguments)
+        if overriding:
+            result: R = handle_torch_function(call, overriding, *args, **kwargs)
+            return result
+        return function(*args, **kwargs)
+
+    return call
 
 
 def _describe(index: object) -> str:
@@ -174,10 +244,12 @@ def _to_tensor(
 ) -> Tensor | None:
     if index is None:
         return None
+    if is_traced_numpy_scalar(index) or is_traced_int(index):
+        return torch.as_tensor(index, device=input.device)
     if isinstance(index, Tensor):
         check_dense(name, argument, index)
         return index
-    if not _is_int(index):
+    if not is_int(index):
         raise TypeError(
             f"{name}(): expected {argument} to be an int or a tensor of an integer type, "
             f"but got {type(index).__name__}" + _to_tensor_remedy(argument, index)

@@ -52,12 +52,54 @@ def uses_tensor_data(graph: Graph) -> bool:
 
 def is_statically_true(condition: bool | torch.SymBool) -> bool:
     """Whether the condition holds for all sizes the program accepts; adds no guard."""
-    if not isinstance(condition, torch.SymBool):
+    if not _may_be_symbolic(condition):
         return bool(condition)
-    # Imported here because it loads sympy.
+    # Imported here, and in the functions below, because it loads sympy.
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(condition)
+
+
+def has_static_value(number: float) -> bool:
+    """Whether no symbol of the program that is being traced stands for the number."""
+    if not torch.compiler.is_dynamo_compiling():
+        return True
+    from torch.fx.experimental import symbolic_shapes
+
+    return symbolic_shapes.has_static_value(number)
+
+
+def check(condition: bool | torch.SymBool) -> None:
+    """Makes the program that is being traced check the condition when it runs."""
+    torch._check(condition)  # type: ignore[no-untyped-call]
+
+
+def is_jit_tracing() -> bool:
+    """Whether torch.jit.trace runs."""
+    return torch._C._get_tracing_state() is not None
+
+
+def guard_or_false(condition: bool | torch.SymBool) -> bool:
+    """The condition, and a guard on it; False where it depends on sizes that only the data know."""
+    if not _may_be_symbolic(condition):
+        return bool(condition)
+    from torch.fx.experimental import symbolic_shapes
+
+    return symbolic_shapes.guard_or_false(condition)
+
+
+def guard_or_true(condition: bool | torch.SymBool) -> bool:
+    """The condition, and a guard on it; True where it depends on sizes that only the data know."""
+    if not _may_be_symbolic(condition):
+        return bool(condition)
+    from torch.fx.experimental import symbolic_shapes
+
+    return symbolic_shapes.guard_or_true(condition)
+
+
+def _may_be_symbolic(condition: bool | torch.SymBool) -> bool:
+    # Inside of Dynamo, a symbolic condition looks like a bool.
+    return isinstance(condition, torch.SymBool) or torch.compiler.is_dynamo_compiling()
 
 
 # Backends of torch.compile

@@ -6,9 +6,8 @@ them with its scores.
 
 from __future__ import annotations
 
-import numbers
 from functools import reduce
-from typing import TypeAlias, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -19,11 +18,20 @@ from masked_softmax_ext._arguments import (
     Lengths,
     check_dense,
     check_dim,
-    is_integer_dtype,
+    overridable,
     split_pair,
     to_integer_remedy,
 )
-from masked_softmax_ext._torch_internals import is_statically_true
+from masked_softmax_ext._numbers import (
+    broadcasts_to,
+    check_not_negative,
+    convert_int,
+    is_int,
+    is_integer_dtype,
+    is_traced_int,
+    numpy_scalar_to_tensor,
+    read_bool,
+)
 
 Bounds: TypeAlias = Tensor | tuple[Tensor, Tensor | None]
 
@@ -31,6 +39,7 @@ _INVALID_LENGTH = -1  # marks a row that the softmax must reject
 _ALIGNMENTS = ("lower_right", "upper_left")
 
 
+@overridable
 def lengths_from_mask(
     mask: Tensor,
     dim: int = -1,
@@ -102,14 +111,16 @@ def lengths_from_mask(
     rows = mask.unsqueeze(0) if mask.dim() == 0 else mask.movedim(dim, -1)
     cols = rows.size(-1)
     lengths = rows.sum(-1)
-    # The first True of each row, 0 if there is none. argmax needs at least one column.
-    starts = rows.to(torch.uint8).argmax(-1) if cols > 0 else lengths
+    # The first True of each row, 0 if there is none. argmax needs at least one column, and only the
+    # data may know whether there is one.
+    starts = torch.nn.functional.pad(rows.to(torch.uint8), (0, 1)).argmax(-1)
     is_run = (mask_from_lengths(lengths, cols, starts) == rows).all(-1)
     if mask.device.type == "cpu" or validate:
         _raise_for_several_runs(is_run, rows)
     return torch.where(is_run, lengths, _INVALID_LENGTH), starts
 
 
+@overridable
 def mask_from_lengths(
     lengths: Lengths, cols: int, starts: Index | None = None, *, ndim: int | None = None
 ) -> Tensor:
@@ -142,25 +153,26 @@ def mask_from_lengths(
         >>> mask_from_lengths(torch.tensor([2, 1]), 3, ndim=4).shape
         torch.Size([2, 1, 1, 3])
     """
-    lengths, starts = split_pair("mask_from_lengths", lengths, starts)
-    _check_sizes("mask_from_lengths", cols=cols)
-    given = [index for index in (lengths, starts) if isinstance(index, Tensor)]
+    length, start = map(numpy_scalar_to_tensor, split_pair("mask_from_lengths", lengths, starts))
+    (cols,) = _convert_sizes("mask_from_lengths", cols=cols)
+    given = [index for index in (length, start) if isinstance(index, Tensor)]
     for index in given:
         check_dense("mask_from_lengths", "lengths and starts", index)
-    rows = _broadcast("mask_from_lengths", given)[0].shape if given else torch.Size()
+    rows = [*_broadcast("mask_from_lengths", given)[0].shape] if given else []
     if ndim is not None:
-        _check_sizes("mask_from_lengths", ndim=ndim)
+        (ndim,) = _convert_sizes("mask_from_lengths", ndim=ndim)
         if ndim <= len(rows):
             raise ValueError(
                 f"mask_from_lengths(): expected ndim of at least {len(rows) + 1}, one more than "
                 f"lengths and starts have, but got {ndim}"
             )
-        rows = rows + (1,) * (ndim - 1 - len(rows))
+        rows += [1] * (ndim - 1 - len(rows))
     device = given[0].device if given else None
     scores = torch.empty((), device=device).expand(*rows, cols)  # only its shape is used
-    return reference.unchecked_mask(scores, lengths, -1, starts)
+    return reference.unchecked_mask(scores, length, -1, start)
 
 
+@overridable
 def causal_lengths(
     queries: int,
     keys: int,
@@ -202,9 +214,11 @@ def causal_lengths(
         >>> causal_lengths(2, 5, ndim=2, align="upper_left")
         tensor([1, 2])
     """
-    return _positions("causal_lengths", queries, keys, align, ndim, device).add(1).clamp(0, keys)
+    positions, keys = _positions("causal_lengths", queries, keys, align, ndim, device)
+    return (positions + 1).clamp(min=0).clamp(max=keys)
 
 
+@overridable
 def window(
     queries: int,
     keys: int,
@@ -243,7 +257,7 @@ def window(
         (tensor([3, 4, 3, 2]), tensor([0, 0, 1, 2]))
     """
     left, right = _window_sides(size)
-    positions = _positions("window", queries, keys, align, ndim, device)
+    positions, keys = _positions("window", queries, keys, align, ndim, device)
     # No more keys on either side than there are: sums do not overflow, whatever the limits.
     before, after = positions, keys - 1 - positions
     starts = (positions - (before if left is None else before.clamp(max=left))).clamp(max=keys)
@@ -251,6 +265,7 @@ def window(
     return (ends - starts).clamp(min=0), starts
 
 
+@overridable
 def intersect_bounds(*bounds: Bounds) -> tuple[Tensor, Tensor]:
     """The intersection of bounds, for instance of a causal mask and padding.
 
@@ -324,7 +339,7 @@ def _aligned_mask(mask: Tensor, dim: int, ndim: int | Tensor | None) -> tuple[Te
     scores = None
     if isinstance(ndim, Tensor):
         scores, ndim = ndim, ndim.dim()
-    _check_sizes(name, ndim=ndim)
+    (ndim,) = _convert_sizes(name, ndim=ndim)
     if ndim < mask.dim():
         raise ValueError(
             f"{name}(): expected scores of at least as many dimensions as mask, {mask.dim()}, but "
@@ -333,9 +348,8 @@ def _aligned_mask(mask: Tensor, dim: int, ndim: int | Tensor | None) -> tuple[Te
     mask = mask[(None,) * (ndim - mask.dim())]
     if scores is None or ndim == 0:
         return mask, dim
-    if any(
-        is_statically_true(given != 1) and is_statically_true(given != size)
-        for given, size in zip(mask.shape, scores.shape, strict=True)
+    if not all(
+        broadcasts_to(given, size) for given, size in zip(mask.shape, scores.shape, strict=True)
     ):
         raise ValueError(
             f"{name}(): expected a mask that broadcasts, from its last dimension on, to scores of "
@@ -365,9 +379,9 @@ def _to_bool_remedy(mask: Tensor) -> str:
 
 def _positions(
     name: str, queries: int, keys: int, align: str, ndim: int, device: torch.device | str | None
-) -> Tensor:
-    """The column of each query's own key, which may lie outside of the columns."""
-    _check_sizes(name, queries=queries, keys=keys, ndim=ndim)
+) -> tuple[Tensor, int]:
+    """The column of each query's own key, which may lie outside of the columns; keys as a size."""
+    queries, keys, ndim = _convert_sizes(name, queries=queries, keys=keys, ndim=ndim)
     if ndim < 2:
         raise ValueError(f"{name}(): expected ndim of at least 2 (queries, keys), but got {ndim}")
     if align not in _ALIGNMENTS:
@@ -376,34 +390,40 @@ def _positions(
         )
     first = keys - queries if align == "lower_right" else 0
     positions = torch.arange(first, first + queries, device=device)
-    return positions.view((1,) * (ndim - 2) + (queries,))
+    return positions[(None,) * (ndim - 2)], keys
 
 
 def _window_sides(size: int | tuple[int | None, int | None]) -> tuple[int | None, int | None]:
     """The number of keys on the left and on the right of a query's own; None is no limit."""
     if not isinstance(size, tuple):
-        _check_sizes("window", size=size)
-        return size - 1, 0
+        (count,) = _convert_sizes("window", size=size)
+        return count - 1, 0
     if len(size) != 2:
         raise ValueError(
             f"window(): expected size to be an int or (left, right), but got a tuple of {len(size)}"
         )
-    for side, count in zip(("left", "right"), size, strict=True):
-        if count is not None:
-            _check_sizes("window", " (None is no limit)", **{side: count})
-    return size
+    left, right = (
+        _convert_sizes("window", " (None is no limit)", **{side: count})[0]
+        if count is not None
+        else None
+        for side, count in zip(("left", "right"), size, strict=True)
+    )
+    return left, right
 
 
-def _check_sizes(name: str, remedy: str = "", /, **sizes: int) -> None:
-    for argument, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int | torch.SymInt | numbers.Integral):
+def _convert_sizes(name: str, remedy: str = "", /, **sizes: int) -> list[Any]:
+    """Checked sizes, each an int, a symbol, or a 0-d tensor of torch.jit.trace."""
+    converted = [convert_int(size) for size in sizes.values()]
+    for argument, size in zip(sizes, converted, strict=True):
+        if not is_int(size) and not is_traced_int(size):
             is_number = isinstance(size, Tensor) and size.dim() == 0
             raise TypeError(
                 f"{name}(): expected {argument} to be an int, but got {type(size).__name__}"
                 + (f" ({argument}.item() is a number)" if is_number else "")
             )
-        if size < 0:
+        if not check_not_negative(size):
             raise ValueError(f"{name}(): expected {argument} of at least 0, but got {size}{remedy}")
+    return converted
 
 
 def _is_pair(bounds: object) -> TypeGuard[tuple[Tensor, Tensor | None]]:
@@ -427,14 +447,7 @@ def _checked(name: str, index: object) -> Tensor:
 
 def _raise_for_several_runs(is_run: Tensor, rows: Tensor) -> None:
     """Does nothing where values cannot be read."""
-    if torch.compiler.is_compiling():
-        return
-    try:
-        if bool(is_run.all()):
-            return
-    except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise
-    except RuntimeError:  # under vmap, and for meta and fake tensors
+    if read_bool(is_run.all()) is not False:
         return
     row = tuple((~is_run).nonzero()[0].tolist())
     name = f"row {row}" if len(row) > 1 else f"row {row[0] if row else 0}"

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
-from torch.overrides import has_torch_function_unary
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from masked_softmax_ext import _C, decompositions
 from masked_softmax_ext._arguments import (
     Index,
     Lengths,
+    Scale,
     check_dense,
     check_out,
     convert,
     is_dtensor,
+    overridable,
+    tensor_likes,
 )
+from masked_softmax_ext._numbers import is_constant
 from masked_softmax_ext._operators import call_operator
 from masked_softmax_ext.packed import jagged_softmax
+from masked_softmax_ext.reference import fold_scale
 
 _MAX_DIMS = 64  # torch's limit; a dim beyond it is out of range, and may not even fit 64 bits
 
@@ -30,7 +36,7 @@ def masked_softmax(
     dim: int = -1,
     *,
     starts: Index | None = None,
-    scale: float | None = None,
+    scale: Scale = None,
     dtype: torch.dtype | None = None,
     validate: bool = False,
     out: Tensor | None = None,
@@ -104,7 +110,7 @@ def masked_softmax(
         and not has_torch_function_unary(input)  # so that a TorchFunctionMode sees the call
     ):
         return _C.masked_softmax(input, lengths, dim, starts, scale, dtype, validate, out)
-    return _call("masked_softmax", input, lengths, dim, starts, scale, dtype, validate, out)
+    return _call(masked_softmax, input, lengths, dim, starts, scale, dtype, validate, out)
 
 
 def masked_log_softmax(
@@ -113,7 +119,7 @@ def masked_log_softmax(
     dim: int = -1,
     *,
     starts: Index | None = None,
-    scale: float | None = None,
+    scale: Scale = None,
     dtype: torch.dtype | None = None,
     validate: bool = False,
     out: Tensor | None = None,
@@ -162,16 +168,17 @@ def masked_log_softmax(
         and not has_torch_function_unary(input)  # so that a TorchFunctionMode sees the call
     ):
         return _C.masked_log_softmax(input, lengths, dim, starts, scale, dtype, validate, out)
-    return _call("masked_log_softmax", input, lengths, dim, starts, scale, dtype, validate, out)
+    return _call(masked_log_softmax, input, lengths, dim, starts, scale, dtype, validate, out)
 
 
+@overridable
 def masked_softmax_(
     input: Tensor,
     lengths: Lengths = None,
     dim: int = -1,
     *,
     starts: Index | None = None,
-    scale: float | None = None,
+    scale: Scale = None,
     validate: bool = False,
 ) -> Tensor:
     """:func:`masked_softmax` in place: overwrites ``input`` and returns it.
@@ -204,10 +211,14 @@ def masked_softmax_(
     lengths, dim, starts, scale, _ = convert(
         name, input, lengths, dim, starts, scale, None, validate
     )
-    if torch.compiler.is_compiling() or is_dtensor(input):  # see _call()
+    if (
+        torch.compiler.is_compiling()
+        or is_dtensor(input)
+        or not (scale is None or is_constant(scale))
+    ):  # see _call()
         dtype = input.dtype if input.is_floating_point() else None  # takes precedence over autocast
         return input.copy_(
-            _call("masked_softmax", input, lengths, dim, starts, scale, dtype, validate, None)
+            _call(masked_softmax, input, lengths, dim, starts, scale, dtype, validate, None)
         )
     if (
         type(input) is Tensor
@@ -251,22 +262,34 @@ def cpu_capability() -> str:
 
 
 def _call(
-    name: str,
+    function: Callable[..., Tensor],
     input: Tensor,
     lengths: Lengths,
     dim: int,
     starts: Index | None,
-    scale: float | None,
+    scale: Scale,
     dtype: torch.dtype | None,
     validate: bool,
     out: Tensor | None,
 ) -> Tensor:
-    """The general path: converts the arguments and calls the operator of that name."""
+    """The general path: converts the arguments and calls the operator of the function's name."""
+    name = function.__name__
+    pair = lengths if isinstance(lengths, tuple) else (lengths,)
+    overriding = tensor_likes(input, *pair, dim, starts, scale, out)
+    if overriding:
+        options = {"starts": starts, "scale": scale, "dtype": dtype, "validate": validate}
+        if out is not None:
+            options["out"] = out
+        overridden: Tensor = handle_torch_function(
+            function, overriding, input, lengths, dim, **options
+        )
+        return overridden
     if isinstance(input, Tensor) and input.is_nested:
         return jagged_softmax(name, input, lengths, dim, starts, scale, dtype, validate, out)
     lengths, dim, starts, scale, dtype = convert(
         name, input, lengths, dim, starts, scale, dtype, validate
     )
+    input, scale, dtype = fold_scale(input, scale, dtype)
     if out is not None:
         if not isinstance(out, Tensor):
             raise TypeError(f"{name}(): expected out to be a Tensor, but got {type(out).__name__}")

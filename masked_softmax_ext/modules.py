@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from masked_softmax_ext._arguments import Index, Lengths
+from masked_softmax_ext._arguments import Index, Lengths, Scale, convert_scale
+from masked_softmax_ext._numbers import convert_int
 from masked_softmax_ext.functional import masked_log_softmax, masked_softmax
 
 
@@ -26,10 +27,10 @@ class MaskedSoftmax(nn.Module):
         tensor([[0.5000, 0.5000, 0.0000, 0.0000]])
     """
 
-    def __init__(self, dim: int = -1, *, scale: float | None = None) -> None:
+    def __init__(self, dim: int = -1, *, scale: Scale = None) -> None:
         super().__init__()
-        self.dim = dim
-        self.scale = scale
+        self.dim = convert_int(dim)
+        self.scale = convert_scale(f"{type(self).__name__}: ", "input", scale)
 
     def forward(
         self, input: Tensor, lengths: Lengths = None, starts: Index | None = None
@@ -57,10 +58,10 @@ class MaskedLogSoftmax(nn.Module):
         tensor([[0., -inf, -inf]])
     """
 
-    def __init__(self, dim: int = -1, *, scale: float | None = None) -> None:
+    def __init__(self, dim: int = -1, *, scale: Scale = None) -> None:
         super().__init__()
-        self.dim = dim
-        self.scale = scale
+        self.dim = convert_int(dim)
+        self.scale = convert_scale(f"{type(self).__name__}: ", "input", scale)
 
     def forward(
         self, input: Tensor, lengths: Lengths = None, starts: Index | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import torch
@@ -12,24 +11,39 @@ from masked_softmax_ext._arguments import (
     INTEGER_DTYPES,
     Index,
     Lengths,
+    Scale,
     check_dense,
     check_dim,
     convert_options,
     is_dtensor,
+    overridable,
     to_integer_remedy,
 )
+from masked_softmax_ext._numbers import (
+    check_not_negative,
+    convert_int,
+    is_int,
+    is_traced_int,
+)
 from masked_softmax_ext._operators import call_operator
-from masked_softmax_ext._torch_internals import cached_max_length, ragged_dim
+from masked_softmax_ext._torch_internals import (
+    cached_max_length,
+    guard_or_false,
+    guard_or_true,
+    ragged_dim,
+)
+from masked_softmax_ext.reference import fold_scale
 
 _UNKNOWN_LENGTH = -1  # the value of the operators' argument packed without a max_length
 
 
+@overridable
 def packed_softmax(
     values: Tensor,
     offsets: Tensor,
     dim: int = 0,
     *,
-    scale: float | None = None,
+    scale: Scale = None,
     dtype: torch.dtype | None = None,
     max_length: int | None = None,
     validate: bool = False,
@@ -71,12 +85,13 @@ def packed_softmax(
     return _packed("softmax", values, offsets, dim, scale, dtype, max_length, validate)
 
 
+@overridable
 def packed_log_softmax(
     values: Tensor,
     offsets: Tensor,
     dim: int = 0,
     *,
-    scale: float | None = None,
+    scale: Scale = None,
     dtype: torch.dtype | None = None,
     max_length: int | None = None,
     validate: bool = False,
@@ -111,7 +126,7 @@ def jagged_softmax(
     lengths: Lengths,
     dim: int,
     starts: Index | None,
-    scale: float | None,
+    scale: Scale,
     dtype: torch.dtype | None,
     validate: bool,
     out: Tensor | None,
@@ -158,7 +173,7 @@ def _packed(
     values: Tensor,
     offsets: Tensor,
     dim: int,
-    scale: float | None,
+    scale: Scale,
     dtype: torch.dtype | None,
     max_length: int | None,
     validate: bool,
@@ -176,18 +191,20 @@ def _packed(
             f"{name}(): expected offsets of an integer type ({names}), but got {offsets.dtype}"
             + to_integer_remedy(offsets.dtype)
         )
-    if offsets.dim() != 1 or offsets.size(0) == 0:
+    if offsets.dim() != 1 or guard_or_false(offsets.size(0) == 0):
         raise ValueError(
             f"{name}(): expected offsets of shape (batch + 1,), but got {tuple(offsets.shape)}"
         )
-    if max_length is not None and (
-        isinstance(max_length, bool)
-        or not isinstance(max_length, numbers.Integral | torch.SymInt)
-        or not 0 <= int(max_length) < 2**63
+    max_length = convert_int(max_length)
+    if is_traced_int(max_length):
+        max_length = None  # no constant of the program: an upper bound that would not hold later
+    if max_length is not None and not (
+        is_int(max_length) and check_not_negative(max_length) and guard_or_true(max_length < 2**63)
     ):
         raise ValueError(
             f"{name}(): expected max_length to be an int of at least 0, but got {max_length!r}"
         )
+    values, scale, dtype = fold_scale(values, scale, dtype)
     offsets = offsets.to(torch.int64)
     if is_dtensor(values):
         from masked_softmax_ext._dtensor import call_operator as call
@@ -202,5 +219,5 @@ def _packed(
         scale=scale,
         dtype=dtype,
         validate=validate,
-        packed=_UNKNOWN_LENGTH if max_length is None else int(max_length),
+        packed=_UNKNOWN_LENGTH if max_length is None else max_length,
     )

@@ -7,7 +7,7 @@ mask, copies the scores, and computes on padding.
 from __future__ import annotations
 
 import math
-import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,28 +15,39 @@ from torch import Tensor
 from masked_softmax_ext._arguments import (
     Index,
     Lengths,
+    Scale,
     convert_scale,
-    is_integer_dtype,
+    overridable,
     split_pair,
     to_integer_remedy,
+)
+from masked_softmax_ext._numbers import (
+    broadcasts_to,
+    is_constant,
+    is_int,
+    is_integer_dtype,
+    is_traced_numpy_scalar,
+    read_bool,
 )
 from masked_softmax_ext._torch_internals import is_statically_true
 
 
+@overridable
 def masked_softmax(
     input: Tensor,
     lengths: Lengths = None,
     dim: int = -1,
     *,
     starts: Index | None = None,
-    scale: float | None = None,
+    scale: Scale = None,
     dtype: torch.dtype | None = None,
     validate: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """Softmax over the valid columns; arguments as :func:`masked_softmax_ext.masked_softmax`.
 
-    Invalid lengths raise ``ValueError`` on every device: ``validate`` has no effect here.
+    Invalid lengths raise ``ValueError`` on every device (``validate`` has no effect here), except
+    where values cannot be read: in a compiled program, under ``torch.vmap``, on the meta device.
 
     Returns:
         A tensor of input's shape (or ``out``); 0 in the padding.
@@ -51,13 +62,14 @@ def masked_softmax(
     return _convert_result(softmax_where(valid, input, dim, scale, dtype), input, dtype, out)
 
 
+@overridable
 def masked_log_softmax(
     input: Tensor,
     lengths: Lengths = None,
     dim: int = -1,
     *,
     starts: Index | None = None,
-    scale: float | None = None,
+    scale: Scale = None,
     dtype: torch.dtype | None = None,
     validate: bool = False,
     out: Tensor | None = None,
@@ -77,6 +89,7 @@ def masked_log_softmax(
     return _convert_result(log_softmax_where(valid, input, dim, scale, dtype), input, dtype, out)
 
 
+@overridable
 def valid_mask(
     input: Tensor, lengths: Index | None, dim: int = -1, starts: Index | None = None
 ) -> Tensor:
@@ -95,15 +108,14 @@ def valid_mask(
         tensor([[ True, False, False, False],
                 [ True,  True,  True, False]])
     """
-    # A compiled program cannot branch on the values of tensors.
-    return _mask(input, lengths, dim, starts, checks=not torch.compiler.is_compiling())
+    return _mask(input, lengths, dim, starts, checks=True)
 
 
 def softmax_where(
     valid: Tensor,
     input: Tensor,
     dim: int,
-    scale: float | None = None,
+    scale: Scale = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Softmax over the columns where the mask is True, in the accumulation type."""
@@ -115,7 +127,7 @@ def log_softmax_where(
     valid: Tensor,
     input: Tensor,
     dim: int,
-    scale: float | None = None,
+    scale: Scale = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Log-softmax over the columns where the mask is True, in the accumulation type."""
@@ -157,9 +169,11 @@ def are_invalid(length: Tensor, start: Tensor, cols: int) -> Tensor:
 
 def per_row(name: str, index: Index, input: Tensor, dim: int) -> Tensor:
     """Lengths or starts as a tensor that broadcasts with input, of size 1 in ``dim``."""
-    rows = input.shape[:dim] + input.shape[dim + 1 :]
+    rows = [*input.shape[:dim], *input.shape[dim + 1 :]]
+    if is_traced_numpy_scalar(index):
+        index = torch.as_tensor(index, device=input.device)
     if not isinstance(index, Tensor):
-        if isinstance(index, bool) or not isinstance(index, numbers.Integral | torch.SymInt):
+        if not is_int(index):
             raise TypeError(
                 f"expected {name} to be an int or a tensor of an integer type, but got "
                 f"{type(index).__name__}"
@@ -172,21 +186,21 @@ def per_row(name: str, index: Index, input: Tensor, dim: int) -> Tensor:
             f"expected {name} of an integer type, but got {index.dtype}"
             + to_integer_remedy(index.dtype)
         )
-    aligned = tuple(index.shape) + (1,) * (len(rows) - index.dim())
-    if len(aligned) != len(rows) or any(
-        given not in (1, size) for given, size in zip(aligned, rows, strict=True)
+    missing = len(rows) - index.dim()
+    if missing < 0 or not all(
+        broadcasts_to(given, size) for given, size in zip(index.shape, rows, strict=False)
     ):
         raise ValueError(
             f"expected {name} to broadcast, from its first dimension on, to input's shape without "
             f"dimension {dim}, {tuple(rows)}, but got {name} of shape {tuple(index.shape)}"
         )
-    return index.reshape(aligned).unsqueeze(dim).long()
+    return index[(...,) + (None,) * missing].unsqueeze(dim).long()
 
 
 def _check_bounds(length: Tensor, start: Tensor, input: Tensor, dim: int) -> None:
     cols = input.size(dim)
     bad = are_invalid(length, start, cols).expand((*input.shape[:dim], 1, *input.shape[dim + 1 :]))
-    if not bad.any():
+    if not read_bool(bad.any()):
         return
     row = tuple(bad.nonzero()[0].tolist())
     raise ValueError(
@@ -197,29 +211,47 @@ def _check_bounds(length: Tensor, start: Tensor, input: Tensor, dim: int) -> Non
 
 
 def _masked_logits(
-    input: Tensor, valid: Tensor, dim: int, scale: float | None, dtype: torch.dtype | None
+    input: Tensor, valid: Tensor, dim: int, scale: Scale, dtype: torch.dtype | None
 ) -> Tensor:
     """The scaled scores, -inf in the padding, in the accumulation type: at least float32."""
-    scale = convert_scale("", "input", scale)
+    input, factor, dtype = fold_scale(input, convert_scale("", "input", scale), dtype)
     result = _result_dtype(input, dtype)
-    logits = input.to(accumulation_dtype(input.dtype, result, scale))
-    if scale is not None and not is_statically_true(input.numel() == 0):  # amax needs a column
-        if scale < 0:
+    logits = input.to(accumulation_dtype(input.dtype, result, factor))
+    if factor is not None and not is_statically_true(input.numel() == 0):  # amax needs a column
+        if factor < 0:
             # So that the maximum is that of scale * x. Filled, so that padding's gradient is +0.
             logits = -logits.masked_fill(~valid, 0.0)
         # A constant in the gradient: softmax does not depend on it.
         row_max = logits.detach().masked_fill(~valid, -math.inf).amax(dim, keepdim=True)
-        logits = scaled_difference(logits, row_max, abs(scale))
+        logits = scaled_difference(logits, row_max, abs(factor))
     logits = logits.masked_fill(~valid, -math.inf)
     # An empty row of -inf would give NaN, in the gradient too; any finite value avoids that.
     return logits.masked_fill(~valid.any(dim, keepdim=True), 0.0)
 
 
+def fold_scale(
+    input: Tensor, scale: Scale, dtype: torch.dtype | None
+) -> tuple[Tensor, float | None, torch.dtype | None]:
+    """input, scale and dtype as the kernels take them, which is without symbols.
+
+    A scale that only the traced program knows is multiplied into the input, in the accumulation
+    type. That rounds the product, as torch's own operators do.
+    """
+    if scale is None or is_constant(scale):
+        return input, scale, dtype
+    if input.is_complex() or (dtype is None and not input.is_floating_point()):
+        return input, None, dtype  # which the softmax refuses
+    dtype = _result_dtype(input, dtype)
+    scores: Any = input.to(accumulation_dtype(input.dtype, dtype, None))
+    return scores * scale, None, dtype
+
+
 def accumulation_dtype(input: torch.dtype, result: torch.dtype, scale: float | None) -> torch.dtype:
     """At least float32; float64 where float32 cannot hold scale and what it multiplies."""
     is_extreme = scale is not None and not 2.0**-100 <= abs(scale) <= 2.0**100
-    least = torch.float64 if is_extreme else torch.float32
-    return torch.promote_types(torch.promote_types(input, result), least)
+    # torch.export would record a call of torch.promote_types().
+    is_double = is_extreme or torch.float64 in (input, result)
+    return torch.float64 if is_double else torch.float32
 
 
 def scaled_difference(x: Tensor, row_max: Tensor, scale: float) -> Tensor:

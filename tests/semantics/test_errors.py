@@ -476,9 +476,7 @@ def test_lengths_on_another_device(call: Call, argument: str) -> None:
 
 
 @every(FUNCTIONS)
-@pytest.mark.parametrize(
-    "wrong", [torch.tensor(2.0), "2", [2.0], 1j, True], ids=lambda wrong: type(wrong).__name__
-)
+@pytest.mark.parametrize("wrong", ["2", [2.0], 1j, True], ids=lambda wrong: type(wrong).__name__)
 def test_scale_that_is_not_a_number(call: Call, wrong: Any) -> None:
     assert_raises(
         TypeError,

@@ -211,7 +211,9 @@ def test_a_scale_of_another_type() -> None:
     with pytest.raises(TypeError, match=r"got complex$"):
         masked_softmax(scores(), LENGTHS, scale=1j)  # type: ignore[arg-type]
     vector = torch.ones(4, requires_grad=True)
-    with pytest.raises(TypeError, match=r"got Tensor \(multiply input by it instead\)"):
+    with pytest.raises(
+        TypeError, match=r"got a tensor of shape \(4,\) \(multiply input by it instead\)"
+    ):
         masked_softmax(scores(), LENGTHS, scale=vector)  # type: ignore[arg-type]
 
 

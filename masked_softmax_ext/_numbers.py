@@ -1,0 +1,113 @@
+"""Numbers as arguments: Python's, NumPy's, and those that stand for them while torch traces.
+
+torch.compile and torch.export trace with symbols, ``torch.SymInt`` and ``torch.SymFloat``. Inside
+of Dynamo these look like int and float, and NumPy's scalars like 0-d arrays. torch.jit.trace puts
+0-d tensors in place of sizes.
+"""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from masked_softmax_ext._torch_internals import (
+    check,
+    guard_or_false,
+    guard_or_true,
+    has_static_value,
+    is_jit_tracing,
+)
+
+
+def is_integer_dtype(dtype: torch.dtype) -> bool:
+    return not (dtype == torch.bool or dtype.is_floating_point or dtype.is_complex)
+
+
+def is_int(number: object) -> bool:
+    """Whether it is an int, NumPy's and symbols included, but not a bool."""
+    is_number = isinstance(number, int | torch.SymInt | numbers.Integral)
+    return is_number and not isinstance(number, bool)
+
+
+def convert_int(number: Any) -> Any:
+    """An int or SymInt of an integer of any kind; where torch.jit.trace runs, also a 0-d tensor.
+
+    Anything else is returned as it is.
+    """
+    if isinstance(number, torch.SymInt | bool | Tensor):
+        return number
+    if isinstance(number, numbers.Integral):
+        return int(number)
+    if is_traced_numpy_scalar(number):
+        return number.tolist()  # Dynamo does not trace int() of one that the program makes
+    return number
+
+
+def is_traced_int(number: object) -> bool:
+    """Whether it is a size that torch.jit.trace follows: a 0-d tensor."""
+    return (
+        isinstance(number, Tensor)
+        and is_jit_tracing()
+        and number.dim() == 0
+        and is_integer_dtype(number.dtype)
+    )
+
+
+def numpy_scalar_to_tensor(number: Any) -> Any:
+    """For a NumPy scalar inside of Dynamo, a tensor, so that other values do not recompile.
+
+    Anything else is returned as it is.
+    """
+    return torch.as_tensor(number) if is_traced_numpy_scalar(number) else number
+
+
+def is_constant(number: object) -> TypeGuard[float]:
+    """Whether the number is the same in every run of the program that is being traced."""
+    return isinstance(number, float | int) and has_static_value(number)
+
+
+def check_not_negative(size: Any) -> bool:
+    """Whether a size is not negative; where only the data know, the traced program checks it."""
+    if isinstance(size, Tensor):
+        return True
+    if not guard_or_true(size >= 0):
+        return False
+    if isinstance(size, torch.SymInt) or is_dynamo_compiling():
+        check(size >= 0)
+    return True
+
+
+def broadcasts_to(given: Any, size: Any) -> bool:
+    """Whether a size is 1 or the given one; where only the data know, the same, as in torch."""
+    if isinstance(given, Tensor):  # of torch.jit.trace
+        return True
+    if guard_or_false(given == 1) or guard_or_false(given == size):
+        return True
+    if not guard_or_true(given == size):
+        return False
+    check(given == size)
+    return True
+
+
+def read_bool(condition: Tensor) -> bool | None:
+    """The value of a bool tensor; None where values cannot be read.
+
+    That is while a program is traced, under torch.vmap, and for meta and fake tensors.
+    """
+    if torch.compiler.is_compiling() or is_jit_tracing():
+        return None
+    try:
+        return bool(condition)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except RuntimeError:
+        return None
+
+
+def is_traced_numpy_scalar(number: Any) -> bool:
+    """Whether it is a NumPy scalar inside of Dynamo."""
+    return is_dynamo_compiling() and type(number).__name__ == "ndarray" and number.ndim == 0
