@@ -11,17 +11,17 @@ from typing import ParamSpec, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function
 
 from masked_softmax_ext._numbers import (
     convert_int,
+    fits_int64,
     is_int,
     is_traced_int,
     is_traced_numpy_scalar,
     numpy_scalar_to_tensor,
 )
-from masked_softmax_ext._torch_internals import is_jit_tracing
+from masked_softmax_ext._torch_internals import has_static_value, is_jit_tracing
 
 Index: TypeAlias = int | Tensor  # lengths or starts
 # The argument scale. What is no float stands for a number in a program that is being traced.
@@ -97,10 +97,7 @@ def convert_options(
             f"{name}(): expected {argument} to be a Tensor, but got {type(input).__name__}"
         )
     check_dense(name, argument, input)
-    dim = convert_int(dim)
-    if not is_int(dim) and not is_traced_int(dim):
-        raise TypeError(f"{name}(): expected dim to be an int, but got {type(dim).__name__}")
-    dim = int(dim)  # of a symbol too: as in torch.softmax, each dim is a program of its own
+    dim = _convert_dim(name, dim)
     check_dim(dim, max(input.dim(), 1))  # here, because an operator's int has 64 bits
     if not isinstance(validate, bool):
         raise TypeError(
@@ -113,6 +110,19 @@ def convert_options(
             f"{name}(): expected dtype to be a torch.dtype, but got {type(dtype).__name__}"
         )
     return dim, convert_scale(f"{name}(): ", argument, scale), dtype
+
+
+def _convert_dim(name: str, dim: int) -> int:
+    number = convert_int(dim)
+    if not is_int(number) and not is_traced_int(number):
+        raise TypeError(f"{name}(): expected dim to be an int, but got {type(dim).__name__}")
+    if is_traced_numpy_scalar(dim) and not has_static_value(number):
+        raise TypeError(
+            f"{name}(): expected dim to be an int in a compiled program, which does not depend on "
+            "the value of a NumPy scalar that it gets, but got such a scalar (int(dim) outside of "
+            "the program makes an int)"
+        )
+    return int(number)  # of a symbol too: as in torch.softmax, each dim is a program of its own
 
 
 def check_dense(name: str, argument: str, tensor: Tensor) -> None:
@@ -254,8 +264,7 @@ def _to_tensor(
             f"{name}(): expected {argument} to be an int or a tensor of an integer type, "
             f"but got {type(index).__name__}" + _to_tensor_remedy(argument, index)
         )
-    is_symbol = isinstance(index, torch.SymInt) or is_dynamo_compiling()
-    if not is_symbol and not -(2**63) <= index < 2**63:
+    if not fits_int64(index):
         cols = input.size(dim) if input.dim() > 0 else 1
         raise ValueError(
             f"{name}(): expected {argument} from 0 to {cols} (input's size in dimension {dim}), "

@@ -70,10 +70,14 @@ def is_constant(number: object) -> TypeGuard[float]:
     return isinstance(number, float | int) and has_static_value(number)
 
 
+def fits_int64(number: Any) -> bool:
+    """Whether an int has at most 64 bits. Symbols have."""
+    is_symbol = isinstance(number, torch.SymInt) or is_dynamo_compiling()
+    return is_symbol or -(2**63) <= number < 2**63
+
+
 def check_not_negative(size: Any) -> bool:
     """Whether a size is not negative; where only the data know, the traced program checks it."""
-    if isinstance(size, Tensor):
-        return True
     if not guard_or_true(size >= 0):
         return False
     if isinstance(size, torch.SymInt) or is_dynamo_compiling():
@@ -83,13 +87,12 @@ def check_not_negative(size: Any) -> bool:
 
 def broadcasts_to(given: Any, size: Any) -> bool:
     """Whether a size is 1 or the given one; where only the data know, the same, as in torch."""
-    if isinstance(given, Tensor):  # of torch.jit.trace
-        return True
     if guard_or_false(given == 1) or guard_or_false(given == size):
         return True
     if not guard_or_true(given == size):
         return False
-    check(given == size)
+    if not isinstance(given == size, Tensor):
+        check(given == size)
     return True
 
 

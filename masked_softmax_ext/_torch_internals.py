@@ -79,8 +79,10 @@ def is_jit_tracing() -> bool:
     return torch._C._get_tracing_state() is not None
 
 
-def guard_or_false(condition: bool | torch.SymBool) -> bool:
+def guard_or_false(condition: bool | torch.SymBool | Tensor) -> bool:
     """The condition, and a guard on it; False where it depends on sizes that only the data know."""
+    if isinstance(condition, Tensor):  # a comparison of sizes in torch.jit.trace
+        return False
     if not _may_be_symbolic(condition):
         return bool(condition)
     from torch.fx.experimental import symbolic_shapes
@@ -88,8 +90,10 @@ def guard_or_false(condition: bool | torch.SymBool) -> bool:
     return symbolic_shapes.guard_or_false(condition)
 
 
-def guard_or_true(condition: bool | torch.SymBool) -> bool:
+def guard_or_true(condition: bool | torch.SymBool | Tensor) -> bool:
     """The condition, and a guard on it; True where it depends on sizes that only the data know."""
+    if isinstance(condition, Tensor):
+        return True
     if not _may_be_symbolic(condition):
         return bool(condition)
     from torch.fx.experimental import symbolic_shapes

@@ -23,6 +23,7 @@ from masked_softmax_ext._arguments import (
 )
 from masked_softmax_ext._numbers import (
     broadcasts_to,
+    fits_int64,
     is_constant,
     is_int,
     is_integer_dtype,
@@ -178,7 +179,7 @@ def per_row(name: str, index: Index, input: Tensor, dim: int) -> Tensor:
                 f"expected {name} to be an int or a tensor of an integer type, but got "
                 f"{type(index).__name__}"
             )
-        if not isinstance(index, torch.SymInt) and not -(2**63) <= index < 2**63:
+        if not fits_int64(index):
             raise ValueError(f"expected {name} from 0 to {input.size(dim)}, but got {index}")
         index = torch.full((), index, device=input.device)
     if not is_integer_dtype(index.dtype):

@@ -5,6 +5,7 @@
 
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
@@ -24,12 +25,22 @@ namespace {
 using PythonForward = OperatorSignature<at::Tensor, Scores<const at::Tensor&>, OptionalType, bool, OptionalTensor>;
 using PythonInPlace = OperatorSignature<at::Tensor, Scores<at::Tensor>, bool>;
 
+// torch.jit.trace follows sizes as 0-dim tensors, which are on the CPU wherever the scores are.
+OptionalTensor traced_to_device(const OptionalTensor& bounds, const at::Tensor& input) {
+  return bounds.has_value() && bounds->dim() == 0 ? bounds->to(input.device()) : bounds;
+}
+
 template <Operation kOperation>
 at::Tensor forward(const at::Tensor& input, const RowArguments& rows, OptionalType dtype, bool validate,
                    OptionalTensor out) {
   if (out.has_value()) {
     call_operator<OutOperator<kOperation>>(input, rows, dtype, validate, *out);
     return *out;
+  }
+  if (C10_UNLIKELY(torch::jit::tracer::isTracing())) {
+    const OptionalTensor lengths = traced_to_device(rows.lengths, input);
+    const OptionalTensor starts = traced_to_device(rows.starts, input);
+    return call<kOperation>(input, RowArguments{lengths, rows.dim, starts, rows.scale}, dtype, validate, std::nullopt);
   }
   return call<kOperation>(input, rows, dtype, validate, std::nullopt);
 }

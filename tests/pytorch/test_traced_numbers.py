@@ -1,0 +1,478 @@
+"""Promise: NumPy's scalars, 0-dim tensors and a compiler's symbols are numbers, like Python's own.
+
+They stand for scale, lengths, starts, dim and the sizes of the helpers under torch.compile,
+torch.export, make_fx and torch.jit.trace, and are as dynamic there as with torch's own operators.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from calls import forward
+from cases import assert_same_bits, generator, random_input
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from masked_softmax_ext import (
+    MaskedLogSoftmax,
+    MaskedSoftmax,
+    causal_lengths,
+    intersect_bounds,
+    lengths_from_mask,
+    mask_from_lengths,
+    masked_log_softmax,
+    masked_softmax,
+    masked_softmax_,
+    packed_log_softmax,
+    packed_softmax,
+    reference,
+    window,
+)
+
+LENGTHS = torch.tensor([3, 0, 8, 5])
+OFFSETS = torch.tensor([0, 1, 1, 4])
+Program = Callable[[Tensor, Any], Tensor]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # raised inside of torch
+        yield
+
+
+def scores(rows: int = 4, cols: int = 8) -> Tensor:
+    return random_input((rows, cols), torch.float32, seed=rows + cols)
+
+
+def row_lengths(x: Tensor) -> Tensor:
+    """0, 3, 6, 1, ...: part of the program, because strict export guards on global tensors."""
+    return torch.arange(x.size(0)) * 3 % 8
+
+
+def offsets() -> Tensor:
+    return torch.arange(0, 5, 2)
+
+
+def finite(tensor: Tensor) -> Tensor:
+    return tensor.masked_fill(tensor == float("-inf"), -1.0)
+
+
+def assert_close(got: Any, expected: Any, what: str = "") -> None:
+    """As close as the rounding of scale * x allows."""
+    if isinstance(expected, tuple):
+        for got_item, expected_item in zip(got, expected, strict=True):
+            assert_close(got_item, expected_item, what)
+        return
+    assert got.dtype == expected.dtype, what
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, msg=what or None)
+
+
+def compiled(function: Any, **options: Any) -> tuple[Callable[..., Any], CompileCounterWithBackend]:
+    """The program, and a counter of its compilations (frame_count)."""
+    counter = CompileCounterWithBackend(options.pop("backend", "aot_eager"))
+    return torch.compile(function, fullgraph=True, backend=counter, **options), counter
+
+
+SCALES: dict[str, Program] = {
+    "masked_softmax": lambda x, s: masked_softmax(x, row_lengths(x), scale=s),
+    "masked_log_softmax": lambda x, s: masked_log_softmax(x, row_lengths(x), scale=s),
+    "masked_softmax_": lambda x, s: masked_softmax_(x * 1, row_lengths(x), scale=s),
+    "out": lambda x, s: masked_softmax(x, row_lengths(x), scale=s, out=torch.empty_like(x)),
+    "packed_softmax": lambda x, s: packed_softmax(x, offsets(), scale=s),
+    "packed_log_softmax": lambda x, s: packed_log_softmax(x, offsets(), scale=s),
+    "bfloat16": lambda x, s: masked_softmax(x.bfloat16(), row_lengths(x), scale=s),
+    "dtype": lambda x, s: masked_softmax(x.long(), row_lengths(x), scale=s, dtype=torch.float64),
+    "reference": lambda x, s: reference.masked_softmax(x, row_lengths(x), scale=s),
+    "log reference": lambda x, s: reference.masked_log_softmax(x, row_lengths(x), scale=s),
+}
+every_scale = pytest.mark.parametrize("program", SCALES.values(), ids=list(SCALES))
+
+INTS: dict[str, Program] = {
+    "lengths": lambda x, n: masked_softmax(x, n),
+    "starts": lambda x, n: masked_log_softmax(x, 1, starts=n),
+    "a pair": lambda x, n: masked_softmax(x, (row_lengths(x).clamp(max=3), n)),
+    "in place": lambda x, n: masked_softmax_(x * 1, n, starts=n),
+    "reference": lambda x, n: reference.masked_softmax(x, n, starts=n),
+    "columns of a mask": lambda x, n: mask_from_lengths(row_lengths(x), n),
+    "lengths of a mask": lambda x, n: mask_from_lengths(n, 8, n),
+    "queries": lambda x, n: causal_lengths(n, 8),
+    "keys": lambda x, n: causal_lengths(4, n, align="upper_left"),
+    "a window": lambda x, n: window(4, 8, n),
+    "a window's sides": lambda x, n: window(n, 8, (n, None)),
+    "an intersection": lambda x, n: intersect_bounds(causal_lengths(4, n), window(4, 8, n)),
+    "max_length": lambda x, n: packed_softmax(x, offsets(), max_length=n + 2),
+}  # fmt: skip
+every_int = pytest.mark.parametrize("program", INTS.values(), ids=list(INTS))
+
+FLOATS = {"float": float, "float64": np.float64, "float32": np.float32}
+INT_TYPES = {"int": int, "int64": np.int64, "int32": np.int32}
+
+
+# torch.compile
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+@every_scale
+def test_scales(program: Program, dynamic: bool | None) -> None:
+    """The first may be a constant of the program; from the second on it is a symbol."""
+    run, counter = compiled(program, dynamic=dynamic)
+    for scale in (0.1, 0.25, -0.5, 0.75, 1.5, 2.0, -3.0, 0.01, 4.0):
+        assert_close(run(scores(), scale), program(scores(), scale), f"scale {scale}")
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("number", FLOATS.values(), ids=list(FLOATS))
+@every_scale
+def test_scales_of_numpy(program: Program, number: Any) -> None:
+    """As an argument, as a constant of the program, and made in it."""
+    run, counter = compiled(program)
+    for scale in map(number, (0.1, 0.25, -0.5, 0.75)):
+        assert_close(run(scores(), scale), program(scores(), scale), f"scale {scale}")
+    assert counter.frame_count <= 2
+    scale = number(0.3)
+    expected = program(scores(), scale)
+    assert_close(compiled(lambda x: program(x, scale))[0](scores()), expected)
+    assert_close(compiled(lambda x: program(x, number(0.3)))[0](scores()), expected)
+
+
+@every_scale
+def test_scales_that_are_ints_or_tensors(program: Program) -> None:
+    for scale in (2, torch.tensor(0.5), torch.tensor(2), torch.tensor(0.5, dtype=torch.float64)):
+        run, _ = compiled(program)
+        assert_close(run(scores(), scale), program(scores(), float(scale)), repr(scale))
+        assert_close(program(scores(), scale), program(scores(), float(scale)), repr(scale))
+
+
+def test_a_constant_scale_stays_in_the_kernel() -> None:
+    """The same bits as in eager mode, without a product of the scores."""
+    for scale in (0.3, np.float64(0.3), 1 / np.sqrt(64)):
+        module = MaskedSoftmax(scale=scale)
+        run, counter = compiled(module)
+        assert_same_bits(run(scores(), LENGTHS), masked_softmax(scores(), LENGTHS, scale=scale))
+        (graph,) = counter.graphs
+        assert [node.op for node in graph.graph.nodes].count("call_function") == 1
+        torch._dynamo.reset()  # another number of the same code would become a symbol
+
+
+@pytest.mark.parametrize("module", [MaskedSoftmax, MaskedLogSoftmax])
+def test_numbers_of_modules(module: Any) -> None:
+    for dim, scale in ((np.int64(-1), np.float64(0.125)), (-1, np.float32(2)), (np.int32(1), 3)):
+        layer = module(dim=dim, scale=scale)
+        expected = layer(scores(), LENGTHS)
+        assert_same_bits(expected, module(int(dim), scale=float(scale))(scores(), LENGTHS))
+        assert_same_bits(compiled(layer)[0](scores(), LENGTHS), expected)
+        layer.scale = np.float64(0.5)  # set later, it is not converted
+        assert_close(compiled(layer)[0](scores(), LENGTHS), layer(scores(), LENGTHS))
+        torch._dynamo.reset()
+
+
+def test_a_scale_that_follows_a_size() -> None:
+    """1 / sqrt(features), where features is a dynamic size."""
+
+    def function(q: Tensor, k: Tensor) -> Tensor:
+        return masked_softmax(q @ k.mT, LENGTHS, scale=q.size(-1) ** -0.5)
+
+    run, counter = compiled(function, dynamic=True)
+    for features in (5, 16, 33):
+        q, k = (random_input((n, features), torch.float32, seed=n) for n in (4, 8))
+        assert_close(run(q, k), function(q, k))
+    assert counter.frame_count == 1
+
+
+@every_scale
+def test_gradients_with_a_symbolic_scale(program: Program) -> None:
+    if program in (SCALES["out"], SCALES["dtype"]):
+        pytest.skip("no gradient: out=, or integer scores")
+    run, _ = compiled(program, dynamic=True)
+    g = random_input((4, 8), torch.float32, seed=3)
+    for scale in (0.25, -0.5, 1.5):
+        x = scores().requires_grad_()
+        gradients = [
+            torch.autograd.grad(finite(function(x, scale)), x, g.to(function(x, scale).dtype))[0]
+            for function in (run, program)
+        ]
+        assert float(gradients[1].abs().max()) > 1e-3
+        tolerance = 2e-2 if program is SCALES["bfloat16"] else 1e-5
+        torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+@every_int
+def test_ints(program: Program, dynamic: bool | None) -> None:
+    run, counter = compiled(program, dynamic=dynamic)
+    for n in (2, 3, 4):
+        assert_close(run(scores(), n), program(scores(), n), f"{n}")
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("number", INT_TYPES.values(), ids=list(INT_TYPES))
+@every_int
+def test_ints_of_numpy(program: Program, number: Any) -> None:
+    """As an argument, as a constant of the program, and made in it."""
+    n = number(3)
+    expected = program(scores(), 3)
+    assert_close(program(scores(), n), expected)
+    assert_close(compiled(program)[0](scores(), n), expected)
+    assert_close(compiled(lambda x: program(x, n))[0](scores()), expected)
+    assert_close(compiled(lambda x: program(x, number(3)))[0](scores()), expected)
+
+
+def test_dims(log: bool) -> None:
+    """As with torch.softmax, each dim is a program of its own."""
+    run, _ = compiled(lambda x, dim: forward(x, 2, dim, log=log))
+    for dim in (0, 1, -1, -2):
+        expected = forward(scores(), 2, dim, log=log)
+        assert_same_bits(run(scores(), dim), expected, f"dim {dim}")
+        for number in (np.int64, np.int32):
+            program = lambda x, dim=dim, number=number: forward(x, 2, number(dim), log=log)  # noqa: E731
+            assert_same_bits(compiled(program)[0](scores()), expected, f"dim {dim}")
+
+
+def test_a_dim_of_numpy_as_an_argument(log: bool) -> None:
+    """torch.softmax cannot be compiled with one either: the message says what can."""
+    function = lambda x, dim: forward(x, 2, dim, log=log)  # noqa: E731
+    with pytest.raises(RuntimeError, match=r"int\(dim\) outside of the program makes an int"):
+        compiled(function)[0](scores(), np.int64(0))
+    torch._dynamo.reset()
+    # Without fullgraph, eager mode takes over.
+    got = torch.compile(function, backend="aot_eager")(scores(), np.int64(0))
+    assert_same_bits(got, function(scores(), 0))
+
+
+def test_numpy_lengths_do_not_recompile() -> None:
+    run, counter = compiled(lambda x, n: masked_softmax(x, n, starts=n))
+    for n in (0, 1, 2, 3, 4):
+        assert_same_bits(run(scores(), np.int64(n)), masked_softmax(scores(), n, starts=n))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", ["inductor"])
+def test_inductor(backend: str) -> None:
+    def function(x: Tensor, scale: float, n: int) -> Tensor:
+        return masked_softmax(x * 2, n, scale=scale) + mask_from_lengths(n, 8)
+
+    run, counter = compiled(function, backend=backend)
+    for scale, n in ((0.5, 3), (0.25, 5), (np.float64(2), np.int64(4)), (-1.5, 6)):
+        assert_close(run(scores(), scale, n), function(scores(), scale, n))
+    assert counter.frame_count <= 3
+
+
+def test_autocast_does_not_change_the_type_with_a_symbolic_scale(log: bool) -> None:
+    run, _ = compiled(lambda x, s: forward(x, LENGTHS, log=log, scale=s), dynamic=True)
+    for dtype in (torch.bfloat16, torch.float32):
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = forward(scores().to(dtype), LENGTHS, log=log, scale=0.5)
+            got = run(scores().to(dtype), 0.5)
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
+
+
+# torch.export and make_fx
+
+
+class Module(nn.Module):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
+strict_or_not = pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+
+
+@strict_or_not
+@pytest.mark.parametrize("integer", [False, True], ids=["float", "int"])
+@every_scale
+def test_export_of_scales(program: Program, integer: bool, strict: bool) -> None:
+    """scale=t.item(): the number is read when the program runs."""
+    if program is SCALES["out"]:
+        pytest.skip("test_export_of_writes in test_export.py")
+    module = Module(lambda x, t: program(x, t.item()))
+    numbers = (2, 3, -1) if integer else (0.5, 0.25, -1.5)
+    exported = torch.export.export(module, (scores(), torch.tensor(numbers[0])), strict=strict)
+    assert not any("promote_types" in str(node.target) for node in exported.graph.nodes)
+    for number in numbers:
+        got = exported.module()(scores(), torch.tensor(number))
+        assert_close(got, program(scores(), number), f"scale {number}")
+
+
+@strict_or_not
+@every_int
+def test_export_of_ints(program: Program, strict: bool) -> None:
+    """Lengths, starts and sizes that are read from the data."""
+    module = Module(lambda x, t: program(x, t.item()))
+    exported = torch.export.export(module, (scores(), torch.tensor(3)), strict=strict)
+    for n in (3, 2, 4):
+        assert_close(exported.module()(scores(), torch.tensor(n)), program(scores(), n), f"{n}")
+
+
+SIZES: dict[str, Callable[[Tensor], Any]] = {
+    "lengths": lambda x: masked_softmax(x, x.size(-1)),
+    "a scale": lambda x: masked_softmax(x, 2, scale=x.size(-1) ** -0.5),
+    "an int scale": lambda x: masked_log_softmax(x, 2, scale=x.size(-1)),
+    "a causal mask": lambda x: masked_softmax(
+        x, causal_lengths(x.size(-2), x.size(-1), ndim=x.dim())
+    ),
+    "upper left": lambda x: masked_softmax(
+        x, causal_lengths(x.shape[-2], x.shape[-1], ndim=2, align="upper_left")
+    ),
+    "a window": lambda x: masked_softmax(x, window(x.size(-2), x.size(-1), 2, ndim=2)),
+    "a window of a size": lambda x: window(x.size(-2), x.size(-1), x.size(-2), ndim=2),
+    "a window's sides": lambda x: window(x.size(0), x.size(1), (x.size(0), 1)),
+    "a mask": lambda x: mask_from_lengths(torch.ones(x.size(0), dtype=torch.int64), x.size(1)),
+    "a mask of ints": lambda x: mask_from_lengths(x.size(0), x.size(1), 1),
+    "bounds of a mask": lambda x: masked_softmax(
+        x, lengths_from_mask(torch.arange(x.size(-1)) < x.size(-2), ndim=x)
+    ),
+    "an intersection": lambda x: intersect_bounds(
+        causal_lengths(x.size(0), x.size(1), ndim=2), window(x.size(0), x.size(1), 2, ndim=2)
+    ),
+    "packed rows": lambda x: packed_softmax(
+        x, torch.arange(0, x.size(0) + 1), max_length=x.size(0)
+    ),
+    "the reference": lambda x: reference.masked_softmax(
+        x, x.size(-1) - 1, starts=1, scale=x.size(-1)
+    ),
+}
+every_size = pytest.mark.parametrize("program", SIZES.values(), ids=list(SIZES))
+
+
+@strict_or_not
+@every_size
+def test_export_of_sizes(program: Callable[[Tensor], Any], strict: bool) -> None:
+    dynamic = ((torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC),)
+    exported = torch.export.export(
+        Module(program), (scores(4, 8),), dynamic_shapes=(dynamic,), strict=strict
+    )
+    for rows, cols in ((4, 8), (3, 7), (5, 30)):
+        assert_close(exported.module()(scores(rows, cols)), program(scores(rows, cols)))
+
+
+@every_size
+def test_compiled_sizes(program: Callable[[Tensor], Any]) -> None:
+    run, counter = compiled(program, dynamic=True)
+    for rows, cols in ((4, 8), (3, 7), (5, 30)):
+        assert_close(run(scores(rows, cols)), program(scores(rows, cols)))
+    assert counter.frame_count == 1
+
+
+@every_size
+def test_make_fx_of_sizes(program: Callable[[Tensor], Any]) -> None:
+    traced = make_fx(program, tracing_mode="symbolic")(scores(4, 8))
+    for rows, cols in ((4, 8), (3, 7), (5, 30)):
+        assert_close(traced(scores(rows, cols)), program(scores(rows, cols)))
+
+
+# torch.jit.trace
+
+
+@every_size
+def test_jit_trace_of_sizes(program: Callable[[Tensor], Any]) -> None:
+    """Sizes are 0-dim tensors there, which the program follows without a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(program, (scores(4, 8),), check_trace=False)
+    for rows, cols in ((4, 8), (3, 7), (5, 30)):
+        assert_close(traced(scores(rows, cols)), program(scores(rows, cols)))
+
+
+def test_jit_trace_of_an_int_on_another_device() -> None:
+    """A size lies on the CPU wherever the scores are."""
+    traced = torch.jit.trace(
+        lambda x: masked_softmax(x, x.size(-1)), (scores().to("meta"),), check_trace=False
+    )
+    assert traced(scores(3, 5).to("meta")).shape == (3, 5)
+
+
+# 0-dim tensors as scales
+
+
+def test_a_tensor_is_a_number(log: bool) -> None:
+    """In the kernel: the same bits as those of the number."""
+    for scale in (torch.tensor(0.3, dtype=torch.float64), torch.tensor(3), torch.tensor(0.5)):
+        got = forward(scores(), LENGTHS, log=log, scale=scale)
+        assert_same_bits(got, forward(scores(), LENGTHS, log=log, scale=float(scale)))
+
+
+def test_a_tensor_that_is_no_number() -> None:
+    """A gradient would be lost, a value on another device takes a synchronisation."""
+    with forward_ad.dual_level():
+        for scale, reason in (
+            (torch.ones(1), r"of shape \(1,\)"),
+            (torch.tensor(True), "of torch.bool"),
+            (torch.tensor(1j), "of torch.complex64"),
+            (torch.tensor(1.0, requires_grad=True), "with a gradient"),
+            (forward_ad.make_dual(torch.tensor(1.0), torch.tensor(1.0)), "with a gradient"),
+        ):
+            with pytest.raises(TypeError, match=rf"{reason}.*\(multiply input by it instead\)"):
+                masked_softmax(scores(), LENGTHS, scale=scale)
+            with pytest.raises(TypeError, match=rf"{reason}.*\(multiply values by it instead\)"):
+                packed_softmax(scores(), OFFSETS, scale=scale)
+
+
+def test_gradients_of_a_scale_are_not_lost_in_transforms() -> None:
+    x = scores()
+    for transform in (torch.func.grad, torch.func.jacfwd):
+        with pytest.raises(TypeError, match="with a gradient"):
+            transform(lambda s: masked_softmax(x, LENGTHS, scale=s)[0, 0])(torch.tensor(1.0))
+
+
+def test_vmap_over_scales(log: bool) -> None:
+    x, scales = scores(), torch.tensor([0.5, -1.0, 2.0])
+    got = torch.vmap(lambda s: forward(x, LENGTHS, log=log, scale=s))(scales)
+    expected = [forward(scores(), LENGTHS, log=log, scale=float(s)) for s in scales]
+    assert_close(got, torch.stack(expected))
+
+
+def test_fake_and_meta_scales() -> None:
+    with FakeTensorMode():
+        result = masked_softmax(torch.empty(4, 8), torch.ones(4).long(), scale=torch.tensor(0.5))
+        assert result.shape == (4, 8)
+        assert result.dtype == torch.float32
+    meta = masked_softmax(scores().to("meta"), 3, scale=torch.tensor(0.5, device="meta"))
+    assert meta.device.type == "meta"
+
+
+# Eager mode
+
+
+def test_numpy_scalars_in_eager_mode() -> None:
+    """Halves and single precision too; a size may be any integer."""
+    for scale in (np.float16(0.5), np.float32(0.5), np.float64(0.5)):
+        got = masked_softmax(scores(), np.uint8(3), np.int64(-1), starts=np.int32(1), scale=scale)
+        assert_same_bits(got, masked_softmax(scores(), 3, starts=1, scale=0.5))
+    assert_close(window(np.int64(4), np.int32(8), np.int16(2)), window(4, 8, 2))
+
+
+@pytest.mark.parametrize("scale", [math.inf, -math.inf, math.nan, 0.0, -0.0, 1e-45, 3e38])
+def test_scales_that_are_hardly_numbers(scale: float) -> None:
+    run, _ = compiled(lambda x, s: masked_softmax(x, LENGTHS, scale=s))
+    expected = masked_softmax(scores(), LENGTHS, scale=scale)
+    torch.testing.assert_close(run(scores(), scale), expected, equal_nan=True)
+
+
+def test_lengths_of_a_generated_program() -> None:
+    """Several symbols together: lengths, starts and scale of one call."""
+
+    def function(x: Tensor, n: int, start: int, scale: float) -> Tensor:
+        return masked_softmax(x, n, starts=start, scale=scale)
+
+    run, counter = compiled(function)
+    draws = torch.randint(0, 5, (6, 2), generator=generator(1)).tolist()
+    for n, start in draws:
+        scale = 0.5 + n
+        assert_close(run(scores(), n, start, scale), function(scores(), n, start, scale))
+    assert counter.frame_count <= 4  # an int of 0 or 1 is a constant of a program of its own
