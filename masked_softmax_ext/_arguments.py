@@ -17,11 +17,12 @@ from masked_softmax_ext._numbers import (
     convert_int,
     fits_int64,
     is_int,
+    is_same_size,
     is_traced_int,
     is_traced_numpy_scalar,
     numpy_scalar_to_tensor,
 )
-from masked_softmax_ext._torch_internals import has_static_value, is_jit_tracing
+from masked_softmax_ext._torch_internals import guard_or_false, has_static_value, is_jit_tracing
 
 Index: TypeAlias = int | Tensor  # lengths or starts
 # The argument scale. What is no float stands for a number in a program that is being traced.
@@ -282,12 +283,15 @@ def check_out(name: str, input: Tensor, result: Tensor, out: Tensor) -> None:
             f"{name}(): expected out on the device of input, {result.device}, but got out on "
             f"{out.device}"
         )
-    if out.shape != result.shape:
+    if out.dim() != result.dim() or not all(map(is_same_size, out.shape, result.shape)):
         raise ValueError(
             f"{name}(): expected out of input's shape, {list(result.shape)}, but got out of shape "
             f"{list(out.shape)}"
         )
-    if any(size > 1 and step == 0 for size, step in zip(out.shape, out.stride(), strict=True)):
+    if any(
+        guard_or_false(size > 1) and guard_or_false(step == 0)
+        for size, step in zip(out.shape, out.stride(), strict=True)
+    ):
         raise ValueError(
             f"{name}(): expected an output whose elements each have memory of their own, but got "
             f"out of shape {list(out.shape)} with strides {out.stride()}"

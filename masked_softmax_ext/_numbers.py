@@ -86,13 +86,19 @@ def check_not_negative(size: Any) -> bool:
 
 
 def broadcasts_to(given: Any, size: Any) -> bool:
-    """Whether a size is 1 or the given one; where only the data know, the same, as in torch."""
-    if guard_or_false(given == 1) or guard_or_false(given == size):
+    """Whether a size is 1 or equal to the other; one that only the data know is not taken for 1."""
+    return guard_or_false(given == 1) or is_same_size(given, size)
+
+
+def is_same_size(given: Any, size: Any) -> bool:
+    """Whether two sizes are equal; where only the data know, the traced program checks it."""
+    is_same = given == size
+    if guard_or_false(is_same):
         return True
-    if not guard_or_true(given == size):
+    if not guard_or_true(is_same):
         return False
-    if not isinstance(given == size, Tensor):
-        check(given == size)
+    if not isinstance(is_same, Tensor):
+        check(is_same)
     return True
 
 
