@@ -113,7 +113,7 @@ def lengths_from_mask(
     lengths = rows.sum(-1)
     # The first True of each row, 0 if there is none. argmax needs at least one column, and only the
     # data may know whether there is one.
-    starts = torch.nn.functional.pad(rows.to(torch.uint8), (0, 1)).argmax(-1)
+    starts = torch.constant_pad_nd(rows.to(torch.uint8), (0, 1)).argmax(-1)
     is_run = (mask_from_lengths(lengths, cols, starts) == rows).all(-1)
     if mask.device.type == "cpu" or validate:
         _raise_for_several_runs(is_run, rows)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from masked_softmax_ext._arguments import Index, Lengths, Scale, convert_scale
+from masked_softmax_ext._arguments import Index, Lengths, Scale, check_dense, convert_scale
 from masked_softmax_ext._numbers import convert_int
+from masked_softmax_ext._torch_internals import ragged_dim
 from masked_softmax_ext.functional import masked_log_softmax, masked_softmax
+from masked_softmax_ext.packed import weighted_sum_of_rows
 
 
 class MaskedSoftmax(nn.Module):
@@ -92,7 +94,8 @@ class AttentionPooling(nn.Module):
 
     Shape:
         - input: ``(..., steps, features)``; lengths, starts: as for the softmax of scores
-          ``(..., steps)``, so ``(B,)`` for an input ``(B, T, D)``.
+          ``(..., steps)``, so ``(B,)`` for an input ``(B, T, D)``. Or a jagged nested tensor whose
+          steps are ragged: it has lengths of its own.
         - output: ``(..., features)``; with ``return_weights``, weights ``(..., steps)`` too.
 
     Raises:
@@ -135,14 +138,35 @@ class AttentionPooling(nn.Module):
         *,
         return_weights: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        if not isinstance(return_weights, bool):
+            raise TypeError(
+                "AttentionPooling: expected return_weights to be a bool, but got "
+                f"{type(return_weights).__name__} (torch.fx traces the module as part of another, "
+                'or alone with concrete_args={"return_weights": False})'
+            )
+        if isinstance(input, Tensor):  # and no proxy of torch.fx, which does not know its shape
+            self._check(input)
+        weights = masked_softmax(torch.squeeze(self.score(input), -1), lengths, starts=starts)
+        if isinstance(input, Tensor) and input.is_nested:
+            pooled = weighted_sum_of_rows(weights, input)
+        else:
+            pooled = torch.squeeze(torch.matmul(torch.unsqueeze(weights, -2), input), -2)
+        return (pooled, weights) if return_weights else pooled
+
+    def _check(self, input: Tensor) -> None:
+        is_jagged = input.is_nested and input.layout == torch.jagged
+        if not is_jagged:
+            check_dense("AttentionPooling", "input", input)
         if input.dim() < 2 or input.size(-1) != self.features:
             raise ValueError(
                 f"AttentionPooling: expected input of shape (..., steps, {self.features}), but got "
                 f"{tuple(input.shape)}"
             )
-        weights = masked_softmax(self.score(input).squeeze(-1), lengths, starts=starts)
-        pooled = (weights.unsqueeze(-2) @ input).squeeze(-2)
-        return (pooled, weights) if return_weights else pooled
+        if is_jagged and ragged_dim(input) != input.dim() - 2:
+            raise ValueError(
+                "AttentionPooling: expected a jagged input whose steps are its ragged dimension, "
+                f"{input.dim() - 2}, but got one with the ragged dimension {ragged_dim(input)}"
+            )
 
     def extra_repr(self) -> str:
         return f"features={self.features}" + (
