@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
@@ -274,8 +273,15 @@ class _ShardedSoftmax(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # With create_graph=True. DTensor drops the graph silently; a second derivative were wrong.
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "masked_softmax() and masked_log_softmax() of a DTensor that is sharded in the "
+                "softmax dimension have first derivatives only, but got a backward pass with "
+                "create_graph=True; input.redistribute() to placements that do not shard this "
+                "dimension has all derivatives"
+            )
         y, lengths, starts = ctx.saved_tensors
         scale, input_dtype, acc_dtype, groups, is_log = ctx.call
         rows = _LocalRows(lengths, starts, *ctx.rows)

@@ -94,8 +94,8 @@ class AttentionPooling(nn.Module):
 
     Shape:
         - input: ``(..., steps, features)``; lengths, starts: as for the softmax of scores
-          ``(..., steps)``, so ``(B,)`` for an input ``(B, T, D)``. Or a jagged nested tensor whose
-          steps are ragged: it has lengths of its own.
+          ``(..., steps)``, so ``(B,)`` for an input ``(B, T, D)``. Or a jagged nested tensor
+          ``(batch, steps, features)``: it has lengths of its own.
         - output: ``(..., features)``; with ``return_weights``, weights ``(..., steps)`` too.
 
     Raises:
@@ -162,10 +162,11 @@ class AttentionPooling(nn.Module):
                 f"AttentionPooling: expected input of shape (..., steps, {self.features}), but got "
                 f"{tuple(input.shape)}"
             )
-        if is_jagged and ragged_dim(input) != input.dim() - 2:
+        if is_jagged and (input.dim() != 3 or ragged_dim(input) != 1):
             raise ValueError(
-                "AttentionPooling: expected a jagged input whose steps are its ragged dimension, "
-                f"{input.dim() - 2}, but got one with the ragged dimension {ragged_dim(input)}"
+                "AttentionPooling: expected a jagged input of shape (batch, steps, "
+                f"{self.features}), with ragged steps, but got one of {input.dim()} dimensions, of "
+                f"which dimension {ragged_dim(input)} is ragged"
             )
 
     def extra_repr(self) -> str:

@@ -169,29 +169,13 @@ def jagged_softmax(
 
 
 def weighted_sum_of_rows(weights: Any, input: Any) -> Tensor:
-    """The sum of each sequence's steps: of jagged weights ``(..., steps)`` and input
-    ``(..., steps, features)``, a dense ``(..., features)``.
+    """The weighted sum of each sequence's steps, ``(batch, features)``.
+
+    weights are jagged ``(batch, steps)``, input ``(batch, steps, features)``.
     """
     steps = weights.values().unsqueeze(-1) * input.values()
-    offsets = input.offsets()
-    result: Tensor = _SumOfRows.apply(steps.movedim(ragged_dim(input) - 1, 0), offsets)  # type: ignore[no-untyped-call]
+    result: Tensor = torch.segment_reduce(steps, "sum", offsets=input.offsets())
     return result
-
-
-class _SumOfRows(torch.autograd.Function):
-    """torch.segment_reduce, whose own derivative has no derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, offsets: Tensor) -> Tensor:
-        ctx.save_for_backward(offsets)
-        ctx.total = values.size(0)
-        result: Tensor = torch.segment_reduce(values.contiguous(), "sum", offsets=offsets)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (offsets,) = ctx.saved_tensors
-        return grad.repeat_interleave(offsets.diff(), dim=0, output_size=ctx.total), None
 
 
 def _packed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import itertools
 import json
@@ -27,12 +28,15 @@ from torch.distributed.tensor import (
     Placement,
     Replicate,
     Shard,
+    distribute_module,
     distribute_tensor,
 )
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 from masked_softmax_ext import (
+    AttentionPooling,
+    MaskedLogSoftmax,
     MaskedSoftmax,
     masked_softmax,
     masked_softmax_,
@@ -310,6 +314,87 @@ def full_rows_and_pairs(world: int) -> None:
         (expected_gradient,) = torch.autograd.grad(expected, leaf, G)
         torch.testing.assert_close(y.full_tensor(), expected)
         torch.testing.assert_close(gradient.full_tensor(), expected_gradient)
+
+
+def assert_third_derivatives(mesh: Any, placements: list[Placement], log: bool) -> None:
+    """By repeated backward, as torch.autograd.functional.hvp does it."""
+
+    def derivatives(x: Tensor, direction: Tensor) -> list[Tensor]:
+        y = forward(x, LENGTHS, log=log, scale=0.5)
+        value = (y.exp() if log else y).pow(3).sum()
+        results = []
+        for _ in range(3):
+            (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+            value = (gradient * direction).sum()
+            results.append(gradient)
+        return results
+
+    x, direction = X.double(), G.double()
+    expected = derivatives(x.clone().requires_grad_(), direction)
+    distributed, distributed_direction = (
+        distribute_tensor(tensor, mesh, placements) for tensor in (x, direction)
+    )
+    got = derivatives(distributed.requires_grad_(), distributed_direction)
+    for derivative, expected_derivative in zip(got, expected, strict=True):
+        assert float(expected_derivative.abs().max()) > 1e-2
+        torch.testing.assert_close(derivative.full_tensor(), expected_derivative)
+
+
+@check
+def derivatives_of_every_order(world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    for placement, log in itertools.product((Replicate(), Shard(0), Shard(1)), (False, True)):
+        assert_third_derivatives(mesh, [placement], log)
+
+
+@check
+def second_derivatives_of_sharded_rows_raise(world: int) -> None:
+    """DTensor drops their graph, so that they would be wrong without an error."""
+    mesh = init_device_mesh("cpu", (world,))
+    x = distribute_tensor(X, mesh, [Shard(2)]).requires_grad_()
+    for log in (False, True):
+        y = forward(x, LENGTHS, log=log)
+        torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
+        with pytest.raises(NotImplementedError, match=r"redistribute\(\) to placements"):
+            torch.autograd.grad(y, x, torch.ones_like(y), create_graph=True)
+    whole = masked_softmax(x.redistribute(mesh, [Replicate()]), LENGTHS)
+    (gradient,) = torch.autograd.grad(whole.pow(3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.pow(2).sum(), x)
+    assert float(second.full_tensor().abs().max()) > 1e-4
+
+
+@check
+def modules(world: int) -> None:
+    """Every module with every placement: forward, backward and compiled."""
+    mesh = init_device_mesh("cpu", (world,))
+    # Sizes that divide evenly: torch's nn.Linear takes no others.
+    x, lengths = random_input((4, 8, 8), torch.float32, seed=5), torch.tensor([3, 0, 8, 5])
+    cases = itertools.product(
+        (MaskedSoftmax(scale=0.5), MaskedLogSoftmax(), AttentionPooling(8, hidden=4)),
+        (Replicate(), Shard(0), Shard(1), Shard(2)),
+        (False, True),
+    )
+    for module, placement, is_compiled in cases:
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            for parameter in module.parameters():
+                nn.init.uniform_(parameter)
+        leaf = x.clone().requires_grad_()
+        expected = module(leaf, lengths)
+        g = random_input(tuple(expected.shape), torch.float32, seed=6)
+        (expected_gradient,) = torch.autograd.grad(expected, leaf, g)
+        run = distribute_module(copy.deepcopy(module), mesh)
+        if is_compiled:
+            torch._dynamo.reset()
+            run = torch.compile(run, fullgraph=True, backend="aot_eager")
+        leaf = distribute_tensor(x, mesh, [placement]).requires_grad_()
+        y = run(leaf, lengths)
+        (gradient,) = torch.autograd.grad(y, leaf, distribute_tensor(g, mesh, y.placements))
+        what = f"{module}, {placement}, compiled: {is_compiled}"
+        torch.testing.assert_close(y.full_tensor(), expected.detach(), msg=what)
+        torch.testing.assert_close(
+            gradient.full_tensor(), expected_gradient, rtol=1e-4, atol=1e-5, msg=what
+        )
 
 
 @check

@@ -416,3 +416,34 @@ def test_compiles_into_one_graph() -> None:
     x, lengths, _ = nan_in_padding()
     compiled = torch.compile(masked_softmax, fullgraph=True, backend="aot_eager")
     assert_close(compiled(x, lengths, scale=0.5), masked_softmax(x, lengths, scale=0.5))
+
+
+# Where values cannot be read
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_vmap(log: bool) -> None:
+    """Over scores and lengths, starts, scales; nested; with a gradient."""
+    function = reference.masked_log_softmax if log else reference.masked_softmax
+    x = torch.randn(3, 9, generator=generator(20), dtype=torch.float64)
+    lengths, starts = torch.tensor([1, 5, 0]), torch.tensor([8, 2, 3])
+    expected = function(x, lengths, starts=starts, scale=0.5)
+    run = lambda x, n, start: function(x, n, starts=start, scale=0.5)  # noqa: E731
+    torch.testing.assert_close(torch.vmap(run)(x, lengths, starts), expected)
+    for length, row in zip(lengths, torch.vmap(function, (None, 0))(x[0], lengths), strict=True):
+        torch.testing.assert_close(row, function(x[0], length))
+    nested = torch.vmap(torch.vmap(function, (None, 0)), (0, None))(x, lengths)
+    torch.testing.assert_close(nested[1], torch.vmap(function, (None, 0))(x[1], lengths))
+    gradient = torch.func.grad(lambda x, n: function(x, n)[:1].sum())
+    got = torch.vmap(gradient)(x, torch.tensor([1, 5, 9]))
+    torch.testing.assert_close(got[1], gradient(x[1], torch.tensor(5)))
+    mask = torch.vmap(reference.valid_mask)(x, lengths)
+    assert torch.equal(mask, reference.valid_mask(x, lengths))
+
+
+def test_lengths_that_cannot_be_read_are_not_checked() -> None:
+    with pytest.raises(ValueError, match="length 4"):
+        reference.masked_softmax(torch.zeros(2, 3), torch.tensor([1, 4]))
+    unchecked = torch.vmap(reference.masked_softmax)(torch.zeros(2, 3), torch.tensor([1, 4]))
+    torch.testing.assert_close(unchecked[1], torch.full((3,), 1 / 3))
+    assert reference.masked_softmax(torch.zeros(2, 3, device="meta"), 4).shape == (2, 3)

@@ -1,0 +1,279 @@
+"""Promise: every module takes every kind of input, forward, backward and compiled.
+
+Or it says in one sentence what it takes instead. DTensor: test_distributed.py. Proxies and classes
+that are no Tensors: test_torch_function.py.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import assert_same_bits, random_input
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from masked_softmax_ext import (
+    AttentionPooling,
+    MaskedLogSoftmax,
+    MaskedSoftmax,
+    packed_log_softmax,
+    packed_softmax,
+)
+
+FEATURES = 6
+LENGTHS = torch.tensor([3, 0, 5, 1])
+TOTAL = int(LENGTHS.sum())
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "MaskedSoftmax": lambda: MaskedSoftmax(dim=1, scale=0.5),
+    "MaskedLogSoftmax": lambda: MaskedLogSoftmax(dim=1),
+    "AttentionPooling": lambda: AttentionPooling(FEATURES),
+    "AttentionPooling, hidden": lambda: AttentionPooling(FEATURES, hidden=3),
+}
+
+
+@pytest.fixture(params=MODULES.values(), ids=list(MODULES))
+def module(request: pytest.FixtureRequest) -> nn.Module:
+    torch.manual_seed(1)
+    result: nn.Module = request.param()
+    return result
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # raised inside of torch, about nested tensors
+        yield
+
+
+def padded() -> Tensor:
+    """(batch, steps, features), zero in the padding."""
+    x = random_input((4, 5, FEATURES), torch.float32, seed=2)
+    return x.masked_fill(torch.arange(5)[:, None] >= LENGTHS[:, None, None], 0.0)
+
+
+def lengths_of(module: nn.Module, lengths: Tensor = LENGTHS) -> Tensor:
+    return lengths if isinstance(module, AttentionPooling) else lengths[:, None]
+
+
+def rows() -> list[Tensor]:
+    return [x[:length] for x, length in zip(padded(), LENGTHS.tolist(), strict=True)]
+
+
+def jagged() -> Tensor:
+    result: Tensor = torch.nested.nested_tensor(rows(), layout=torch.jagged)
+    return result
+
+
+def is_valid(tensor: Tensor) -> Tensor:
+    return tensor > -1e30
+
+
+def finite(tensor: Tensor) -> Tensor:
+    return torch.where(is_valid(tensor), tensor, 0.0)
+
+
+def results(run: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """The result, and the gradient of the sum of its squares."""
+    x = x.detach().requires_grad_()
+    y = run(x, *arguments)
+    (gradient,) = torch.autograd.grad(finite(y).pow(2).sum(), x)
+    return y.detach(), gradient
+
+
+def assert_close(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    assert float(expected[1].abs().max()) > 1e-3, "a gradient of zeros would pass"
+    for got_tensor, expected_tensor in zip(got, expected, strict=True):
+        torch.testing.assert_close(got_tensor, expected_tensor, rtol=1e-5, atol=1e-6)
+
+
+def compiled(module: nn.Module, backend: str = "aot_eager") -> Any:
+    return torch.compile(module, fullgraph=True, backend=backend)
+
+
+# Dense
+
+
+class Subclass(Tensor):
+    """A subclass with the default __torch_function__."""
+
+
+DENSE: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "every second": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "a parameter": nn.Parameter,
+    "a lazy clone": torch._lazy_clone,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DENSE.values(), ids=list(DENSE))
+def test_dense(module: nn.Module, kind: Callable[[Tensor], Tensor]) -> None:
+    arguments = (lengths_of(module),)
+    expected = results(module, padded(), *arguments)
+    for run in (module, compiled(module)):
+        assert_close(results(run, kind(padded()), *arguments), expected)
+
+
+def test_inductor(module: nn.Module) -> None:
+    arguments = (lengths_of(module),)
+    expected = results(module, padded(), *arguments)
+    assert_close(results(compiled(module, "inductor"), padded(), *arguments), expected)
+
+
+def test_a_subclass(module: nn.Module) -> None:
+    y, gradient = results(module, padded(), lengths_of(module))
+    x = padded().as_subclass(Subclass).requires_grad_()
+    got = module(x, lengths_of(module))
+    assert isinstance(got, Subclass)
+    (got_gradient,) = torch.autograd.grad(finite(got).pow(2).sum(), x)
+    assert_same_bits(got.detach().as_subclass(Tensor), y)
+    assert_same_bits(got_gradient.as_subclass(Tensor), gradient)
+
+
+def test_vmap(module: nn.Module) -> None:
+    """Each sample with a length of its own."""
+    lengths = lengths_of(module)
+    samples = lengths if isinstance(module, AttentionPooling) else lengths[:, 0]
+
+    def sample(x: Tensor, length: Tensor) -> Tensor:
+        single = module(x[None], length[None] if isinstance(module, AttentionPooling) else length)
+        result: Tensor = single[0]
+        return result
+
+    got = torch.vmap(sample)(padded(), samples)
+    torch.testing.assert_close(got, module(padded(), lengths))
+
+
+def test_meta_and_fake_tensors(module: nn.Module) -> None:
+    """Shapes, strides and types, of the result and of the gradient."""
+    expected = results(module, padded(), lengths_of(module))
+    on_meta = results(module.to("meta"), padded().to("meta"), lengths_of(module).to("meta"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        torch.manual_seed(1)
+        fake = type(module)(FEATURES) if isinstance(module, AttentionPooling) else module
+        fakes = results(fake, torch.randn(4, 5, FEATURES), lengths_of(fake, LENGTHS.clone()))
+    for got in (on_meta, fakes):
+        for tensor, expected_tensor in zip(got, expected, strict=True):
+            assert tensor.shape == expected_tensor.shape
+            assert tensor.stride() == expected_tensor.stride()
+            assert tensor.dtype == expected_tensor.dtype
+
+
+# Jagged and packed
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager", "inductor"])
+def test_jagged(module: nn.Module, backend: str | None) -> None:
+    """Without lengths, which it knows itself; an empty sequence is among them."""
+    y, gradient = results(module, padded(), lengths_of(module))
+    x = jagged().detach().requires_grad_()
+    got = (compiled(module, backend) if backend else module)(x)
+    is_pooled = isinstance(module, AttentionPooling)
+    values = got if is_pooled else got.values()
+    (got_gradient,) = torch.autograd.grad(finite(values).pow(2).sum(), x)
+    expected = y if is_pooled else torch.cat([row[:n] for row, n in zip(y, LENGTHS, strict=True)])
+    torch.testing.assert_close(values.detach(), expected, rtol=1e-5, atol=1e-6)
+    expected = torch.cat([row[:n] for row, n in zip(gradient, LENGTHS, strict=True)])
+    assert_close((got_gradient.values(),) * 2, (expected,) * 2)
+
+
+def test_gradients_of_parameters_with_jagged_input() -> None:
+    torch.manual_seed(1)
+    pool = AttentionPooling(FEATURES, hidden=3)
+    parameters = list(pool.parameters())
+    expected = torch.autograd.grad(pool(padded(), LENGTHS).pow(2).sum(), parameters)
+    for run in (pool, compiled(pool)):
+        got = torch.autograd.grad(run(jagged()).pow(2).sum(), parameters)
+        for got_tensor, expected_tensor in zip(got, expected, strict=True):
+            assert float(expected_tensor.abs().max()) > 1e-4
+            torch.testing.assert_close(got_tensor, expected_tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_second_derivatives_of_jagged_input() -> None:
+    """torch has none of a jagged tensor, not even of its values(); packed rows have all orders."""
+    offsets = torch.nn.functional.pad(LENGTHS.cumsum(0), (1, 0))
+    values = torch.cat(rows()).double().requires_grad_()
+
+    def second(function: Callable[[Tensor], Tensor]) -> Tensor:
+        (first,) = torch.autograd.grad(function(values).pow(3).sum(), values, create_graph=True)
+        return torch.autograd.grad(first.pow(2).sum(), values)[0]
+
+    for softmax in (lambda x: x, MaskedSoftmax(1)):
+        with pytest.raises(NotImplementedError, match="nested"):
+            second(
+                lambda x, f=softmax: f(torch.nested.nested_tensor_from_jagged(x, offsets)).values()
+            )
+    assert float(second(lambda x: packed_softmax(x, offsets)).abs().max()) > 1e-3
+
+
+def test_weights_of_pooled_jagged_input() -> None:
+    pool = AttentionPooling(FEATURES)
+    pooled, weights = pool(jagged(), return_weights=True)
+    expected, expected_weights = pool(padded(), LENGTHS, return_weights=True)
+    torch.testing.assert_close(pooled, expected)
+    for got, row, length in zip(weights.unbind(), expected_weights, LENGTHS, strict=True):
+        assert_same_bits(got.detach(), row[:length].detach())
+
+
+def test_packed_rows_are_the_values_of_jagged_ones() -> None:
+    values = torch.cat(rows())
+    offsets = torch.nn.functional.pad(LENGTHS.cumsum(0), (1, 0))
+    for function, layer in (
+        (packed_softmax, MaskedSoftmax(1)),
+        (packed_log_softmax, MaskedLogSoftmax(1)),
+    ):
+        expected = results(lambda x, f=function: f(x, offsets), values)
+        run = torch.compile(
+            lambda x, f=function: f(x, offsets), fullgraph=True, backend="aot_eager"
+        )
+        assert_close(results(run, values), expected)
+        x = torch.nested.nested_tensor_from_jagged(values, offsets)
+        assert_same_bits(layer(x).values(), expected[0])
+
+
+# What is refused, in one sentence
+
+BATCHED = torch.nested.nested_tensor([torch.randn(2, FEATURES), torch.randn(3, FEATURES)])
+REFUSED: dict[str, tuple[Callable[[], Tensor], str]] = {
+    "sparse": (lambda: padded().to_sparse(), r"a sparse tensor; its to_dense\(\) gives"),
+    "sparse rows": (lambda: padded()[0].to_sparse_csr(), r"to_dense\(\) gives a dense one"),
+    "oneDNN": (lambda: padded().to_mkldnn(), r"a oneDNN tensor; its to_dense\(\) gives"),
+    "nested, strided": (lambda: BATCHED, r"nested tensor"),
+    "masked": (
+        lambda: torch.masked.as_masked_tensor(padded(), padded() != 0), r"a MaskedTensor"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED.values(), ids=list(REFUSED))
+def test_other_kinds(module: nn.Module, kind: tuple[Callable[[], Tensor], str]) -> None:
+    make, sentence = kind
+    with pytest.raises(NotImplementedError, match=sentence):
+        module(make(), 1)
+
+
+def test_jagged_input_that_is_refused() -> None:
+    pool, softmax = AttentionPooling(FEATURES), MaskedSoftmax()
+    with pytest.raises(ValueError, match="expected no lengths with a jagged input"):
+        pool(jagged(), LENGTHS)
+    with pytest.raises(
+        ValueError, match=r"expected dim to be the ragged dimension .* 1, but got -1"
+    ):
+        softmax(jagged())
+    with pytest.raises(ValueError, match="expected input of shape"):
+        AttentionPooling(FEATURES + 1)(jagged())
+    heads = torch.nested.nested_tensor([torch.randn(2, 3, FEATURES)] * 2, layout=torch.jagged)
+    for ragged in (heads, heads.transpose(1, 2)):
+        with pytest.raises(ValueError, match=r"a jagged input of shape \(batch, steps, 6\)"):
+            pool(ragged)
+
+
+def test_types_that_are_refused(module: nn.Module) -> None:
+    for dtype in (torch.int64, torch.complex64, torch.bool):
+        with pytest.raises((TypeError, RuntimeError), match=r"(?i)dtype|floating point|complex"):
+            module(padded().to(dtype), 1)
