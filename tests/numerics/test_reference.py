@@ -424,7 +424,7 @@ def test_compiles_into_one_graph() -> None:
 @pytest.mark.parametrize("log", [False, True])
 def test_vmap(log: bool) -> None:
     """Over scores and lengths, starts, scales; nested; with a gradient."""
-    function = reference.masked_log_softmax if log else reference.masked_softmax
+    function = masked_log_softmax if log else masked_softmax
     x = torch.randn(3, 9, generator=generator(20), dtype=torch.float64)
     lengths, starts = torch.tensor([1, 5, 0]), torch.tensor([8, 2, 3])
     expected = function(x, lengths, starts=starts, scale=0.5)
@@ -437,13 +437,13 @@ def test_vmap(log: bool) -> None:
     gradient = torch.func.grad(lambda x, n: function(x, n)[:1].sum())
     got = torch.vmap(gradient)(x, torch.tensor([1, 5, 9]))
     torch.testing.assert_close(got[1], gradient(x[1], torch.tensor(5)))
-    mask = torch.vmap(reference.valid_mask)(x, lengths)
-    assert torch.equal(mask, reference.valid_mask(x, lengths))
+    mask = torch.vmap(valid_mask)(x, lengths)
+    assert torch.equal(mask, valid_mask(x, lengths))
 
 
 def test_lengths_that_cannot_be_read_are_not_checked() -> None:
     with pytest.raises(ValueError, match="length 4"):
-        reference.masked_softmax(torch.zeros(2, 3), torch.tensor([1, 4]))
-    unchecked = torch.vmap(reference.masked_softmax)(torch.zeros(2, 3), torch.tensor([1, 4]))
+        masked_softmax(torch.zeros(2, 3), torch.tensor([1, 4]))
+    unchecked = torch.vmap(masked_softmax)(torch.zeros(2, 3), torch.tensor([1, 4]))
     torch.testing.assert_close(unchecked[1], torch.full((3,), 1 / 3))
-    assert reference.masked_softmax(torch.zeros(2, 3, device="meta"), 4).shape == (2, 3)
+    assert masked_softmax(torch.zeros(2, 3, device="meta"), 4).shape == (2, 3)
