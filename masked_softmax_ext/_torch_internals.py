@@ -8,9 +8,14 @@ They work with torch 2.11 to 2.14. For the next release, check that
   Inductor's backend still takes ``config_patches``;
 - ``OpOverload._schema`` still lists the arguments with ``name`` and ``kwarg_only``;
 - jagged tensors still have ``_ragged_idx`` and ``_maybe_max_seqlen``;
-- ``torch.jit.script`` still calls ``__prepare_scriptable__`` (``_torchscript.py``).
+- ``torch.jit.script`` still calls ``__prepare_scriptable__`` (``_torchscript.py``), and
+  ``torch._C._get_tracing_state`` still tells whether ``torch.jit.trace`` runs;
+- Dynamo still traces ``statically_known_true``, ``has_static_value``, ``guard_or_false`` and
+  ``guard_or_true`` of ``torch.fx.experimental.symbolic_shapes``, and shows a NumPy scalar as a 0-d
+  ``ndarray`` (``_numbers.py``).
 
-``test_compile_pass.py``, ``test_packed.py`` and ``test_transforms.py`` fail where one does not.
+``test_compile_pass.py``, ``test_packed.py``, ``test_transforms.py``, ``test_traced_numbers.py`` and
+``test_unbacked_sizes.py`` fail where one does not.
 
 ``_dtensor.py`` calls ``torch.distributed.tensor.experimental.register_sharding`` itself: it is
 documented, but experimental.

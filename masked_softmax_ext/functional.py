@@ -62,7 +62,8 @@ def masked_softmax(
             may stand in its place.
         dim: the softmax dimension.
         starts: the first valid column of each row, like ``lengths``; ``None`` is 0.
-        scale: a number multiplied into the scores; ``None`` is 1. Not differentiable.
+        scale: a number multiplied into the scores; ``None`` is 1. Not differentiable. A 0-dim tensor
+            on the CPU without gradient is a number too.
         dtype: the result's type; the conversion happens in the kernel. ``None`` is input's type, or
             under autocast the one that ``torch.softmax`` has on that device (float32 on CUDA).
         validate: on CUDA, raise for invalid lengths, which costs a synchronisation. Otherwise
@@ -71,8 +72,8 @@ def masked_softmax(
             ``input``.
 
     Returns:
-        A contiguous tensor of input's shape (or ``out``). Differentiable twice in ``input``,
-        backward and forward.
+        A contiguous tensor of input's shape (or ``out``). Differentiable in ``input`` to
+        any order, backward and forward.
 
     Raises:
         ValueError: lengths (and starts) outside of the columns, a wrong shape or device, an
@@ -143,8 +144,8 @@ def masked_log_softmax(
         out: a tensor to write to.
 
     Returns:
-        A contiguous tensor of input's shape (or ``out``). Differentiable twice in ``input``,
-        backward and forward.
+        A contiguous tensor of input's shape (or ``out``). Differentiable in ``input`` to
+        any order, backward and forward.
 
     Raises:
         ValueError, TypeError, NotImplementedError, IndexError: as for :func:`masked_softmax`.

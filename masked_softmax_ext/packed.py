@@ -69,7 +69,8 @@ def packed_softmax(
             elements that no valid row covers become NaN. The CPU always raises.
 
     Returns:
-        A contiguous tensor of values' shape. Differentiable twice in ``values``.
+        A contiguous tensor of values' shape. Differentiable in ``values`` to any
+        order.
 
     Raises:
         ValueError: offsets that do not ascend from 0 to ``total``, or have the wrong shape or
@@ -108,7 +109,8 @@ def packed_log_softmax(
         validate: raise for invalid offsets on CUDA too.
 
     Returns:
-        A contiguous tensor of values' shape. Differentiable twice in ``values``.
+        A contiguous tensor of values' shape. Differentiable in ``values`` to any
+        order.
 
     Raises:
         ValueError, TypeError, NotImplementedError, IndexError: as for :func:`packed_softmax`.

@@ -10,7 +10,7 @@
 namespace masked_softmax {
 
 struct CallArguments : RowArguments {
-  const char* name;    // of the function that messages name
+  const char* name;       // of the function that messages name
   OptionalSymInt packed;  // for packed rows, an upper bound of their lengths: see operators.h
   bool validate;          // CUDA: check bounds before the launch, which synchronizes
 

@@ -75,8 +75,9 @@ struct OperatorSignature<Result, Scores<Tensors...>, Options...> {
 using InputTensor = const at::Tensor&;
 
 struct Forward : OperatorSignature<at::Tensor, Scores<InputTensor>, OptionalType, bool, OptionalSymInt> {
-  static constexpr const char* kSchema = "(Tensor input, " MASKED_SOFTMAX_FORWARD_ROWS
-                                         ", ScalarType? dtype=None, bool validate=False, SymInt? packed=None) -> Tensor";
+  static constexpr const char* kSchema =
+      "(Tensor input, " MASKED_SOFTMAX_FORWARD_ROWS
+      ", ScalarType? dtype=None, bool validate=False, SymInt? packed=None) -> Tensor";
 };
 struct ForwardOut : OperatorSignature<void, Scores<InputTensor>, OptionalType, bool, at::Tensor&> {
   static constexpr const char* kSchema = "(Tensor input, " MASKED_SOFTMAX_FORWARD_ROWS

@@ -379,8 +379,12 @@ def test_opcheck_backward(name: str, with_grad: bool) -> None:
 
 
 @pytest.mark.parametrize("name", OTHER_DERIVATIVES)
-def test_opcheck_other_derivatives(name: str) -> None:
-    tensors = [random_input((3, 5), torch.float32, seed=15 + i) for i in range(SCORE_TENSORS[name])]
+@pytest.mark.parametrize("with_grad", [False, True], ids=["without grad", "with grad"])
+def test_opcheck_other_derivatives(name: str, with_grad: bool) -> None:
+    tensors = [
+        random_input((3, 5), torch.float32, seed=15 + i).requires_grad_(with_grad)
+        for i in range(SCORE_TENSORS[name])
+    ]
     operator = find_operator(name)
     torch.library.opcheck(operator, (*tensors, LENGTHS, -1, STARTS, 0.5))
     torch.library.opcheck(
