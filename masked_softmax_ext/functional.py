@@ -62,8 +62,8 @@ def masked_softmax(
             may stand in its place.
         dim: the softmax dimension.
         starts: the first valid column of each row, like ``lengths``; ``None`` is 0.
-        scale: a number multiplied into the scores; ``None`` is 1. Not differentiable. A 0-dim tensor
-            on the CPU without gradient is a number too.
+        scale: a number multiplied into the scores; ``None`` is 1. Not differentiable. A 0-dim
+            tensor on the CPU without gradient is a number too.
         dtype: the result's type; the conversion happens in the kernel. ``None`` is input's type, or
             under autocast the one that ``torch.softmax`` has on that device (float32 on CUDA).
         validate: on CUDA, raise for invalid lengths, which costs a synchronisation. Otherwise
