@@ -17,9 +17,11 @@ For other mask functions, such as sliding windows, transformers' ``sdpa_mask`` b
 forward pass, which is turned into bounds once for all layers.
 
 A mask whose valid keys are not contiguous for some query cannot be expressed by bounds. It raises a
-``ValueError`` (in compiled programs: the softmax raises for a length of -1). A floating point mask
-that the caller or the model made is added to the scores, as eager attention does, and saves
-nothing.
+``ValueError``; on CUDA this check synchronises once for each mask. (In compiled programs there is
+no such check: the softmax raises for the length -1 on the CPU and returns NaN on CUDA.) A floating
+point mask that the caller or the model made is added to the scores, as eager attention does, and
+saves nothing. Models that select keys by an index (sparse attention) or change their masks in code
+of their own fail with an error.
 
 Needs ``transformers>=5.10,<6``; ``pip install "masked_softmax_ext[transformers]"`` installs it.
 """
