@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -997,6 +998,72 @@ def test_a_sum_of_finite_biases_is_not_replaced() -> None:
         return (x + bias).softmax(-1)
 
     assert_not_replaced(function, scores(), LENGTHS + 1, max_fill=-1e4)
+
+
+# Generated masks
+
+# Each is combined with others by the operations below; x has shape (3, 4, 5).
+PARTS = (
+    "(torch.arange(5) < n[:, None, None])",
+    "(torch.arange(5) >= m.unsqueeze(-1))",
+    "(torch.arange(5, dtype=torch.float32) < m[:, :, None])",
+    "(n.view(3, 1, 1) <= torch.arange(5))",
+    "torch.ones(4, 5).tril(1).bool()",
+    "torch.triu(torch.ones(4, 5, dtype=torch.bool), diagonal=1)",
+    "torch.zeros(3, 4, 5).bool()",
+)
+OPERATIONS = (
+    "(~{0})",
+    "({0} & {1})",
+    "({0} | {1})",
+    "(1 - {0}.float() > 0.5)",
+    "({0} != 0)",
+    "torch.logical_and({0}, {1})",
+    "({0}.int() * {1}.int() == 1)",
+    "({0}.float() + {1}.float() == 2)",
+    "torch.where({0}, {1}, False)",
+    "({0} & {1}).masked_fill({0}, True)",
+    "({0}.double() * -3 < -1)",
+    "{0}.expand(3, 4, 5).clone()",
+    "({0}.long() - 1).neg().bool()",
+)
+MASKINGS = (
+    "x.masked_fill({0}, -INF)",
+    "torch.where({0}, x, -INF)",
+    "x.masked_fill(~{0}, -INF).view(12, 5).view(3, 4, 5)",
+    "x + torch.zeros(3, 4, 5).masked_fill({0}, -INF)",
+    "(x * 1).masked_fill_({0}, -INF)",
+    "fill(x * 1, {0}.expand(3, 4, 5))",
+)
+
+
+def generated_mask(choose: random.Random, depth: int) -> str:
+    if depth == 0:
+        return choose.choice(PARTS)
+    operands = (generated_mask(choose, depth - 1), generated_mask(choose, choose.randrange(depth)))
+    return choose.choice(OPERATIONS).format(*operands)
+
+
+def test_generated_masks() -> None:
+    """Whether it is replaced or not, each program computes what eager torch computes."""
+    choose = random.Random(0)
+    x, n = random_input((3, 4, 5), torch.float32, seed=8), torch.tensor([3, 0, 5])
+    m = torch.tensor([[-1, 0, 1, 2], [3, 4, 5, 6], [5, 5, 2, 2]])
+    replaced = 0
+    for _ in range(80):
+        torch._dynamo.reset()
+        masking = choose.choice(MASKINGS).format(generated_mask(choose, choose.randrange(3)))
+        names = {"torch": torch, "INF": INF, "fill": fill}
+        function = eval(f"lambda x, n, m: ({masking}).softmax(-1)", names)
+        backend = CountingBackend()
+        backend.inner = lambda graph_module, inputs: graph_module  # faster
+        result = torch.compile(function, fullgraph=True, backend=backend)(x, n, m)
+        expected = function(x, n, m)
+        if backend.count > 0:
+            expected = expected.nan_to_num(0.0)  # rows without valid columns
+        replaced += backend.count
+        assert torch.allclose(result, expected, atol=1e-6, equal_nan=True), masking
+    assert 10 < replaced < 70
 
 
 # The backend
