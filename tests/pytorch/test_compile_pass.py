@@ -732,11 +732,23 @@ def filled_after_a_copy(x: Tensor, n: Tensor) -> Tensor:
     return copy.softmax(-1)
 
 
-def view_written_after_the_fill(x: Tensor, n: Tensor) -> Tensor:
-    y = x.masked_fill(~valid(x, n), -INF)
-    copy = y.T.contiguous().view(1, 5, 3)
-    copy[0, 0] = 0.0
-    return copy.softmax(-1)
+def overwritten_twice(x: Tensor, n: Tensor) -> Tensor:
+    masked = x.masked_fill(~valid(x, n), -INF)
+    masked[:, 0] = 0.0
+    masked[:, 1] = 0.0
+    return masked.softmax(-1)
+
+
+def copy_written_after_the_fill(x: Tensor, n: Tensor) -> Tensor:
+    """These rows are in an order in which reshape copies them."""
+    y = (x[:, None] * torch.ones(3, 4, 1)).transpose(0, 1)
+    y = (y + torch.where(valid(x, n), 0.0, -INF)).reshape(-1, 5)
+    y[:, 0] = 0.0
+    return y.softmax(-1)
+
+
+def another_dim_of_a_view(x: Tensor, n: Tensor) -> Tensor:
+    return x.masked_fill(~valid(x, n), -INF)[None].softmax(1).nan_to_num()
 
 
 def filled_overlapping_rows(x: Tensor, n: Tensor) -> Tensor:
@@ -908,7 +920,9 @@ def test_near_misses_of_the_fill(fill: Program) -> None:
         written_before_the_fill,
         filled_after_the_softmax,
         filled_after_a_copy,
-        view_written_after_the_fill,
+        overwritten_twice,
+        copy_written_after_the_fill,
+        another_dim_of_a_view,
         filled_overlapping_rows,
         filled_slice,
         filled_rows,
