@@ -30,7 +30,11 @@ from masked_softmax_ext._torch_internals import (
 
 COLUMN_DTYPES = (torch.int64, torch.int32)  # these hold every column index
 _FLOATING_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_DTYPES = (torch.bool, *INTEGER_DTYPES, *_FLOATING_DTYPES)
+# Those of masks: torch computes with them on every device.
+_DTYPES = (
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *_FLOATING_DTYPES,
+)
 
 # Operations by their effect on values. torch, Tensor and operator share their names.
 _CASTS = ("bfloat16", "bool", "double", "float", "half", "int", "long", "to", "type", "type_as")

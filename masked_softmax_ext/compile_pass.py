@@ -3,7 +3,7 @@
     compiled = torch.compile(model, backend="masked_softmax_ext")
 
 The pass rewrites the graph that Dynamo captured, before differentiation, so the backward pass is
-the fused operator's own. It replaces ``softmax`` and ``log_softmax`` over ``dim`` of
+the fused operator's own. It replaces ``softmax`` and ``log_softmax`` over ``dim`` of any of ::
 
     masked_fill(x, padding, -inf)    where(valid, x, -inf)    x + where(valid, 0, -inf)
     x.masked_fill_(padding, -inf)    x[padding] = -inf

@@ -1,4 +1,4 @@
-"""Attention for Hugging Face transformers that takes bounds of rows instead of a mask.
+"""Attention for Hugging Face transformers that takes bounds of rows instead of a mask::
 
     from masked_softmax_ext.integrations import transformers
 
