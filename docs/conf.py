@@ -39,6 +39,7 @@ from masked_softmax_ext.compile_pass import make_backend
 """
 
 # The build is offline, so names from other libraries are not linked.
+autodoc_mock_imports = ["transformers"]
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|collections)\..*|(.*\.)?(Backend|GraphModule|Index|Module|Tensor|dtype)")

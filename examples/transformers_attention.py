@@ -1,17 +1,19 @@
 """Attention for Hugging Face transformers that takes lengths instead of a mask.
 
-Two functions, registered under one name through the library's own interface, are enough. Other
-implementations build a mask of shape (batch, 1, queries, keys). Here the mask function returns the
-start and the number of each query's valid keys, and the attention function passes both to
-masked_softmax_. Every model that supports the interface can use it. This example runs a BERT with
-padding on the right and a causal Llama with padding on the left, on the bytes of paragraphs from
-Python's language reference.
+Two lines are enough for any model whose attention can be replaced:
+
+    from masked_softmax_ext.integrations import transformers
+    model.set_attn_implementation(transformers.register())
+
+This example compares it with the library's own implementations for a BERT with padding on the right
+and a causal Llama with padding on the left, on the bytes of paragraphs from Python's language
+reference.
 
     pip install "transformers>=5.10,<6"
     python examples/transformers_attention.py            # --quick: a smaller batch, fewer rounds
 
-Exits with 1 if logits, attention weights, a parameter's gradient or generated text differ from the
-library's eager attention, or if a mask is built.
+Exits with 1 if logits, attention weights or generated text differ from the library's eager
+attention, or if a mask is built.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ import argparse
 import random
 import re
 import sys
-from collections.abc import Callable
 from pydoc_data import topics
 from typing import Any, NamedTuple
 
@@ -28,87 +29,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     BertConfig,
     BertForMaskedLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
 )
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-from masked_softmax_ext import masked_softmax_
 from masked_softmax_ext.demo import measure, terminal
+from masked_softmax_ext.integrations.transformers import register
 
-NAME = "masked_softmax"
+NAME = register()
 IMPLEMENTATIONS = ("eager", "sdpa", NAME)
 TOLERANCE = 1e-5  # float32 sums in a different order differ by about 1e-6
-
-
-class ValidKeys(NamedTuple):
-    """Each query's valid keys, ``starts <= key < starts + lengths``."""
-
-    lengths: Tensor  # (batch,), or (batch, 1, queries)
-    starts: Tensor  # (batch,)
-
-
-def lengths_from_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Lengths and starts of rows that are padded on the left or on the right."""
-    return mask.sum(-1), mask.int().argmax(-1)
-
-
-def valid_keys(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    device: torch.device | str = "cpu",
-    **_: Any,
-) -> ValidKeys:
-    """The mask function: models pass its result to their attention in place of a mask."""
-    if mask_function not in (causal_mask_function, bidirectional_mask_function) or kv_offset:
-        raise NotImplementedError("expected causal or bidirectional attention to all keys")
-    if attention_mask is None:
-        attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
-    lengths, starts = lengths_from_mask(attention_mask)
-    if mask_function is bidirectional_mask_function:
-        return ValidKeys(lengths, starts)
-    # A query attends to itself and to earlier keys; a query in the left padding attends to none.
-    visible = torch.arange(1, q_length + 1, device=device) + q_offset - starts.view(-1, 1, 1)
-    return ValidKeys(visible.clamp(min=0).minimum(lengths.view(-1, 1, 1)), starts)
-
-
-def attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: ValidKeys,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, Tensor]:
-    """Returns the output ``(batch, queries, heads, channels)`` and the weights."""
-    lengths, starts = attention_mask
-    if query.size(1) > key.size(1):  # grouped-query attention
-        group_size = query.size(1) // key.size(1)
-        key, value = key.repeat_interleave(group_size, 1), value.repeat_interleave(group_size, 1)
-    scale = query.size(-1) ** -0.5 if scaling is None else scaling
-    scores = query @ key.transpose(2, 3)
-    weights = masked_softmax_(scores, lengths, starts=starts, scale=scale)  # saves memory
-    weights = nn.functional.dropout(weights, dropout, module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, valid_keys)
-
-
-# The rest compares it with the library's own implementations.
 
 
 class Batch(NamedTuple):
@@ -164,33 +97,17 @@ class MaskCounter(TorchDispatchMode):
         return result
 
 
-Results = dict[str, dict[str, Tensor]]
-
-
-def results(model: PreTrainedModel, batch: Batch, has_weights: bool) -> Results:
-    """Everything that all attention implementations must agree on, except at queries in padding.
-
-    Tensors are grouped by layer, so that errors are relative to the largest value of the layer: the
-    gradient of a key bias is 0 up to rounding, because softmax ignores a constant added to a row.
-    """
+@torch.no_grad()
+def results(model: PreTrainedModel, batch: Batch, has_weights: bool) -> list[Tensor]:
+    """The logits and each layer's weights of all queries that are not padding."""
     output = run(model, batch, output_attentions=has_weights)
-    output.loss.backward()
-    kept = {"logits": {"": output.logits[batch.mask].detach()}}
-    for number, weights in enumerate(output.attentions if has_weights else ()):
-        kept[f"weights of layer {number}"] = {"": weights.transpose(1, 2)[batch.mask].detach()}
-    for name, parameter in model.named_parameters():
-        layer, _, which = name.rpartition(".")
-        kept.setdefault(f"gradients of {layer}", {})[which] = parameter.grad
-    model.zero_grad()
-    return kept
+    weights = output.attentions if has_weights else ()
+    return [output.logits[batch.mask], *(w.transpose(1, 2)[batch.mask] for w in weights)]
 
 
-def largest_difference(expected: Results, got: Results) -> float:
-    """The largest difference relative to the layer's largest value; NaN if any value is NaN."""
-    shares = []
-    for name, layer in got.items():
-        largest = torch.stack([x.abs().max() for x in expected[name].values()]).max()
-        shares += [(x - expected[name][which]).abs().max() / largest for which, x in layer.items()]
+def largest_difference(expected: list[Tensor], got: list[Tensor]) -> float:
+    """Relative to the tensor's largest value; NaN if any value is NaN."""
+    shares = [(a - b).abs().max() / b.abs().max() for a, b in zip(got, expected, strict=False)]
     return torch.stack(shares).max().item()
 
 
@@ -260,8 +177,8 @@ def main(arguments: list[str] | None = None) -> int:
     agree &= compare("Llama, padded left", llama, batch.padded_left(), rounds)
     print(
         "Masks: tensors of shape (texts, 1, bytes, bytes). Difference from eager: the largest in\n"
-        "logits, weights (sdpa returns none) and all parameters' gradients, relative to the\n"
-        f"layer's largest value; allowed: {TOLERANCE}.\n"
+        "logits and weights (sdpa returns none), relative to the tensor's largest value; allowed:\n"
+        f"{TOLERANCE}.\n"
         + ("The same results, the same text generated, no mask." if agree else "NOT THE SAME.")
     )
     return 0 if agree else 1

@@ -3,7 +3,9 @@
 They work with torch 2.11 to 2.14. For the next release, check that
 
 - Dynamo still stores a node's result during capture in ``node.meta["example_value"]``, tensors as
-  ``FakeTensor``, and still captures ``Tensor.data`` as a call of ``_get_data_attr``;
+  ``FakeTensor``, and still captures ``Tensor.data`` as a call of ``_get_data_attr`` and changes of
+  the grad mode under the names in ``_GRAD_MODES``;
+- ``torch._C._is_alias_of`` still exists, and a write still adds 1 to ``Tensor._version``;
 - ``torch._dynamo.lookup_backend`` and ``torch._inductor.list_mode_options`` still exist, and
   Inductor's backend still takes ``config_patches``;
 - ``OpOverload._schema`` still lists the arguments with ``name`` and ``kwarg_only``;
@@ -31,6 +33,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
+_GRAD_MODES = (
+    "_set_grad_enabled",
+    "_enter_inference_mode",
+    "_exit_inference_mode",
+)
+
 # Graphs that Dynamo captured
 
 
@@ -45,9 +53,19 @@ def fake_tensor(argument: Any) -> Tensor | None:
     return value if isinstance(value, FakeTensor) else None
 
 
-def is_written_to(tensor: Tensor) -> bool:
-    """Whether the program writes to this tensor or to a view of it, anywhere."""
-    return tensor._version != 0
+def number_of_writes(tensor: Tensor) -> int:
+    """How often the program writes to this tensor or to a view of it, anywhere."""
+    return tensor._version
+
+
+def is_alias(some: Tensor, other: Tensor) -> bool:
+    """Whether the tensors share their memory."""
+    return bool(torch._C._is_alias_of(some, other))  # type: ignore[attr-defined]
+
+
+def changes_grad_mode(node: Node) -> bool:
+    """Whether the program enters or leaves ``no_grad`` or the like at this node."""
+    return getattr(node.target, "__name__", "") in _GRAD_MODES
 
 
 def uses_tensor_data(graph: Graph) -> bool:

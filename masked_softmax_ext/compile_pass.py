@@ -3,15 +3,41 @@
     compiled = torch.compile(model, backend="masked_softmax_ext")
 
 The pass rewrites the graph that Dynamo captured, before differentiation, so the backward pass is
-the fused operator's own. It replaces ``softmax`` and ``log_softmax`` over ``dim`` of
+the fused operator's own. It replaces ``softmax`` and ``log_softmax`` over ``dim`` of any of ::
 
-    masked_fill(x, padding, -inf)    where(valid, x, -inf)    x + masked_fill(zeros, padding, -inf)
+    masked_fill(x, padding, -inf)    where(valid, x, -inf)    x + where(valid, 0, -inf)
+    x.masked_fill_(padding, -inf)    x[padding] = -inf
 
-where the mask is ``arange(x.size(dim)) < lengths``, or its complement, along ``dim``, and lengths
-are integers. The mask may be negated, viewed, expanded and copied on the way. Whatever is not
-proven to match stays unchanged: masks made outside of the program, or by ``tril``, ``<=`` or ``&``;
-padding filled in place (``masked_fill_``); programs that use ``Tensor.data``; code inside ``vmap``
-or ``grad``.
+where the program shows, for all sizes that it accepts, that the valid columns of each row are its
+first ones. That is so for masks that consist of
+
+- comparisons of ``arange(x.size(dim))`` with integer lengths, by ``<`` for valid columns or ``>=``
+  for padding (or the other way around: ``lengths > arange``);
+- ``tril`` of a constant for valid columns, and ``triu`` of a constant for padding;
+- views, expansions, copies and casts of masks (``repeat``, ``type_as``, ``as_tensor``);
+- elementwise logic, arithmetic, comparisons with numbers, ``where`` and ``masked_fill`` of masks,
+  whose result for valid columns and for padding the pass computes: ``1 - mask``, ``mask == 0``,
+  ``padding * -1e9``, ``mask & causal``, ``padding | later``.
+
+These stay as they are:
+
+- a finite fill value or bias, such as ``(1 - mask) * -1e4``, unless ``max_fill`` of
+  :func:`make_backend` says that it counts as ``-inf``. (``(1 - mask) * -inf`` is NaN in valid
+  columns.)
+- masks made outside of the graph, such as buffers and arguments. A call of ``tolist()`` or
+  ``item()`` (ESPnet's ``make_pad_mask`` of a tensor, ``max_len=None``) ends a graph. Lengths may be
+  arguments, or a list: ``torch.tensor([3, 1])``.
+- other comparisons (``<=``, ``arange(n) + 1 > lengths``), lengths of a floating point type, column
+  indices of a type that may not hold all of them (float32, where the number of columns is dynamic),
+  unions of valid columns (``|``), first columns that are not valid (left padding), a triangle that
+  is transposed, sliced or indexed. (ESPnet's traceable ``make_pad_mask`` indexes one by
+  ``lengths - 1``, where a length of 0 selects the last row.)
+- scores that the program writes to again, besides a masking in place, masks that it writes to
+  (``mask &= other``), and programs that use ``Tensor.data``.
+- masking and softmax in different grad modes; code inside ``vmap`` or ``grad``.
+
+Scores that are masked in place are still masked for the rest of the program, which the compiler
+drops if nothing reads them.
 
 The fused results differ in three ways. Empty rows are zeros (``-inf`` for log_softmax) instead of
 NaN. A NaN stays in the valid columns of its row, and NaN and infinities in the padding, which an
@@ -25,6 +51,7 @@ import logging
 import math
 import operator
 from collections.abc import Callable
+from functools import reduce
 from typing import Any, TypeAlias
 
 import torch
@@ -32,10 +59,12 @@ from torch.fx import GraphModule, Node
 
 from masked_softmax_ext._pattern_matcher import (
     COLUMN_DTYPES,
-    Dims,
+    FirstColumns,
     Match,
+    find_masks,
     match_masked_softmax,
     op_name,
+    writes,
 )
 from masked_softmax_ext._torch_internals import (
     example_value,
@@ -101,9 +130,9 @@ def replace(graph_module: GraphModule, *, max_fill: float = -math.inf) -> int:
     for module in graph_module.modules():
         if not isinstance(module, GraphModule) or uses_tensor_data(module.graph):
             continue
-        before = count
+        before, masks = count, find_masks(module.graph)
         for node in list(module.graph.nodes):
-            match = match_masked_softmax(node, max_fill)
+            match = match_masked_softmax(node, masks, max_fill)
             if match is not None:
                 _fuse(node, match)
                 count += 1
@@ -114,46 +143,74 @@ def replace(graph_module: GraphModule, *, max_fill: float = -math.inf) -> int:
 
 
 def _fuse(softmax: Node, match: Match) -> None:
-    graph, mask = softmax.graph, match.mask
-    # At the comparison: the program may write to the lengths later.
-    with graph.inserting_before(mask.comparison):
-        lengths = mask.lengths
-        if example_value(lengths).dtype not in COLUMN_DTYPES:
-            lengths = graph.call_method("long", (lengths,))  # cols may not fit the type
-        lengths = graph.call_method("clamp", (lengths, 0, mask.end))
-        rows = mask.dims[: match.dim] + mask.dims[match.dim + 1 :]
-        index = _index_to_align(rows, example_value(mask.lengths).dim())
-        lengths = graph.call_function(operator.getitem, (lengths, index))
+    graph = softmax.graph
+    lengths = [_lengths_of(region) for region in match.regions]
+    indices = _indices_to_align(match)
     # At the masking: the program may write to the scores later.
-    with graph.inserting_before(match.masked_scores):
+    with graph.inserting_before(match.masking):
+        aligned = [
+            graph.call_function(operator.getitem, pair)
+            for pair in zip(lengths, indices, strict=True)
+        ]
+        shortest = reduce(lambda a, b: graph.call_function(torch.minimum, (a, b)), aligned)
+        cols = example_value(match.scores).size(match.dim)
+        if not isinstance(cols, int):
+            cols = graph.call_method("size", (match.scores, match.dim))
         fused = graph.call_function(
             getattr(torch.ops.masked_softmax_ext, f"masked_{op_name(softmax)}").default,
-            (match.scores, lengths, match.dim),
+            (match.scores, graph.call_method("clamp", (shortest, None, cols)), match.dim),
             {"dtype": example_value(softmax).dtype},  # independent of autocast
         )
+    with graph.inserting_before(softmax):
+        for view in reversed(match.views):
+            fused = graph.create_node(view.op, view.target, (fused, *view.args[1:]), view.kwargs)
     fused.meta = dict(softmax.meta)
     softmax.replace_all_uses_with(fused)
     _erase_unused(softmax)
 
 
-def _index_to_align(rows: Dims, ndim: int) -> tuple[Any, ...]:
-    """The index that aligns lengths of ``ndim`` dimensions with the rows."""
-    while rows and rows[-1] is None:
-        rows = rows[:-1]
-    index: list[Any] = []
-    done = 0
-    for dim in rows:
-        if dim is None:
-            index.append(None)
-        else:
-            index += [0] * (dim - done) + [slice(None)]  # skipped dimensions have size 1
-            done = dim + 1
-    return (*index, *[0] * (ndim - done))
+def _lengths_of(region: FirstColumns) -> Node:
+    """A copy of the lengths, at the comparison: the program may write to them later."""
+    graph, lengths = region.comparison.graph, region.lengths
+    with graph.inserting_before(region.comparison.next):
+        if op_name(lengths) in ("tril", "triu"):
+            triangle = example_value(lengths)
+            rows = triangle.size(-2)
+            if not isinstance(rows, int):
+                rows = graph.call_method("size", (lengths, -2))
+            lengths = graph.call_function(torch.arange, (rows,), {"device": triangle.device})
+        elif example_value(lengths).dtype not in COLUMN_DTYPES:
+            lengths = graph.call_method("long", (lengths,))  # cols may not fit the type
+        if region.offset != 0:
+            lengths = graph.call_function(operator.add, (lengths, region.offset))
+        return graph.call_method("clamp", (lengths, 0))
+
+
+def _indices_to_align(match: Match) -> list[tuple[Any, ...]]:
+    """For the lengths of each region, the index that aligns them with the rows and each other."""
+    rows = [region.dims[: match.dim] + region.dims[match.dim + 1 :] for region in match.regions]
+    while all(dims and dims[-1] is None for dims in rows):
+        rows = [dims[:-1] for dims in rows]
+    indices = []
+    for dims, region in zip(rows, match.regions, strict=True):
+        is_triangle = op_name(region.lengths) in ("tril", "triu")
+        ndim = 1 if is_triangle else example_value(region.lengths).dim()
+        index: list[Any] = []
+        done = 0
+        for dim in dims:
+            if dim is None:
+                index.append(None)
+            else:
+                index += [0] * (dim - done) + [slice(None)]  # skipped dimensions have size 1
+                done = dim + 1
+        indices.append((*index, *[0] * (ndim - done)))
+    return indices
 
 
 def _erase_unused(node: Node) -> None:
     """Erases a node without users, and its inputs that then have none; no side effect is lost."""
-    if op_name(node) is not None and not node.users and node in node.graph.nodes:
+    is_pure = op_name(node) is not None and not writes(node)
+    if is_pure and not node.users and node in node.graph.nodes:
         inputs = node.all_input_nodes
         node.graph.erase_node(node)
         for used in inputs:

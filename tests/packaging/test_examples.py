@@ -149,6 +149,11 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return example
 
 
+def patch_integration(monkeypatch: pytest.MonkeyPatch, softmax: Callable[..., Tensor]) -> None:
+    integration = sys.modules["masked_softmax_ext.integrations.transformers"]
+    monkeypatch.setattr(integration, "masked_softmax_", softmax)
+
+
 @every_wrong
 @pytest.mark.parametrize("which", [0, 1], ids=["BERT", "Llama"])
 def test_transformers_attention_rejects_wrong_weights(
@@ -160,7 +165,7 @@ def test_transformers_attention_rejects_wrong_weights(
     batch.mask[0, 5:] = False
     batch = batch.padded_left() if which else batch
     assert example.compare("right", model, batch, rounds=1)
-    monkeypatch.setattr(example, "masked_softmax_", wrong(masked_softmax_ext.masked_softmax))
+    patch_integration(monkeypatch, wrong(masked_softmax_ext.masked_softmax))
     assert not example.compare("wrong", model, batch, rounds=1)
 
 
@@ -171,21 +176,13 @@ def test_transformers_attention_rejects_a_mask(
     bert, _ = example.make_models()
     batch = example.read_batch(3, 12)
     batch.mask[0, 5:] = False
-    right = example.masked_softmax_
 
     def with_mask(scores: Tensor, *arguments: Any, **options: Any) -> Tensor:
         torch.zeros_like(scores[:, :1], dtype=torch.bool)
-        return right(scores, *arguments, **options)
+        return masked_softmax_ext.masked_softmax_(scores, *arguments, **options)
 
-    monkeypatch.setattr(example, "masked_softmax_", with_mask)
+    patch_integration(monkeypatch, with_mask)
     assert not example.compare("with mask", bert, batch, rounds=1)
-
-
-def test_transformers_attention_refuses_other_masks() -> None:
-    """Such as a sliding window, for which transformers passes another mask function."""
-    example = load("transformers_attention")
-    with pytest.raises(NotImplementedError, match="expected causal or bidirectional"):
-        example.valid_keys(1, 4, 4, mask_function=lambda *_: True)
 
 
 @every_wrong

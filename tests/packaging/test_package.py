@@ -107,6 +107,31 @@ def test_docstring_examples(module: str) -> None:
         assert result.attempted > 0
 
 
+def test_every_folder_with_modules_is_packaged() -> None:
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"^packages = \[(.*)\]$", pyproject, re.M)
+    folders = {path.parent.relative_to(ROOT) for path in ROOT.glob("masked_softmax_ext/**/*.py")}
+    assert set(re.findall(r'"(.*?)"', listed)) == {".".join(folder.parts) for folder in folders}
+
+
+WITHOUT_TRANSFORMERS = """
+import sys
+sys.modules["transformers"] = None  # import raises ImportError
+import masked_softmax_ext
+assert not any(name.startswith("masked_softmax_ext.integrations") for name in sys.modules)
+import masked_softmax_ext.integrations.transformers
+"""
+
+
+def test_transformers_is_imported_by_its_integration_only() -> None:
+    """Which says what to install if it is missing."""
+    ran = child.run_python(WITHOUT_TRANSFORMERS)
+    assert ran.returncode != 0
+    assert (
+        'needs transformers 5.10 or newer; type: pip install "transformers>=5.10,<6"' in ran.stdout
+    )
+
+
 def test_build_info() -> None:
     info = masked_softmax_ext.build_info()
     assert isinstance(info, dict)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -121,7 +122,29 @@ MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "copies": lambda x, n: valid(x, n).clone().contiguous().detach().to(x.device),
     "as int": lambda x, n: ~(valid(x, n).long() == 0),
     "as float": lambda x, n: valid(x, n).float().bool(),
+    "as_tensor": lambda x, n: torch.as_tensor(valid(x, n), dtype=n.dtype, device=n.device) != 0,
+    "type_as": lambda x, n: columns(x).type_as(n).repeat(len(n), 1).lt(n.unsqueeze(1)),
+    "1 - padding": lambda x, n: 1.0 - (columns(x) >= n[:, None]).double() > 0.5,
+    "padding - 1": lambda x, n: ((columns(x) >= n[:, None]).int() - 1).neg() == 1,
+    "and": lambda x, n: valid(x, n) & (columns(x) < (n + 1)[:, None]),
+    "and of three": lambda x, n: valid(x, n) & valid(x, n + 2) & valid(x, n + 1),
+    "and True": lambda x, n: torch.ones_like(x).bool() & valid(x, n),
+    "logical_and": lambda x, n: valid(x, n).logical_and(valid(x, n * 2)),
+    "or of padding": lambda x, n: ~(~valid(x, n) | ~valid(x, n * 2)),
+    "product": lambda x, n: valid(x, n).int() * valid(x, n * 2).int() == 1,
+    "where": lambda x, n: torch.where(valid(x, n), 1, 0).bool(),
 }  # fmt: skip
+
+
+def fill(x: Tensor, index: Tensor, value: Any = -INF) -> Tensor:
+    x[index] = value
+    return x
+
+
+def fill_by_method(x: Tensor, padding: Tensor) -> Tensor:
+    x.masked_fill_(padding, -INF)
+    return x
+
 
 FILLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "masked_fill": lambda x, m: x.masked_fill(~m, -INF),
@@ -141,6 +164,14 @@ FILLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "new_zeros": lambda x, m: torch.add(x, x.new_zeros(m.shape).masked_fill(~m, -INF)),
     "where bias": lambda x, m: x.add(torch.where(m, 0.0, -INF)[None].squeeze(0)),
     "full bias": lambda x, m: x + torch.full(x.shape, -INF).masked_fill(m, 0.0).to(x.dtype),
+    "mask as bias": lambda x, m: x + m.float().masked_fill(m == 0, -INF).masked_fill(m == 1, 0.0),
+    "sum of biases": lambda x, m: x + (torch.where(m, 0.0, -INF) + torch.where(m, 0.0, -INF)),
+    "masked_fill_": lambda x, m: (x * 1).masked_fill_(~m, -INF),
+    "masked_fill_, statement": lambda x, m: fill_by_method(x * 1, ~m),
+    "setitem": lambda x, m: fill(x * 1, ~m),
+    "setitem, tensor": lambda x, m: fill(x * 1, m == 0, torch.tensor(-INF)),
+    "setitem of a view": lambda x, m: fill((x * 1)[None], ~m[None]).view(x.shape),
+    "view of the result": lambda x, m: x.masked_fill(~m, -INF)[None].unsqueeze(2).reshape(x.shape),
 }  # fmt: skip
 
 SOFTMAXES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -267,6 +298,31 @@ def causal(x: Tensor, lengths: Tensor) -> Tensor:
     return x.masked_fill(columns(x) >= ends, -INF).softmax(-1)
 
 
+def causal_and_padding(x: Tensor, lengths: Tensor) -> Tensor:
+    is_valid = columns(x) < lengths.view(-1, 1, 1, 1)
+    causal = torch.ones(x.shape[2:], dtype=torch.bool, device=x.device).tril()
+    return x.masked_fill(~(is_valid & causal), -INF).softmax(-1)
+
+
+def causal_or_padding(x: Tensor, lengths: Tensor) -> Tensor:
+    padding = (columns(x) >= lengths[:, None])[:, None, None]
+    later = torch.triu(torch.ones(x.size(2), x.size(3)), diagonal=1).bool()
+    return (x * 1).masked_fill_(later[None, None] | padding, -INF).softmax(-1)
+
+
+def sum_of_two_biases(x: Tensor, lengths: Tensor) -> Tensor:
+    later = torch.full((x.size(2), x.size(3)), -INF).triu(1)
+    return (x + (later + torch.where(columns(x) < lengths.view(-1, 1, 1, 1), 0.0, -INF))).softmax(3)
+
+
+def rows_of_all_batches(x: Tensor, lengths: Tensor) -> Tensor:
+    """The masking has two dimensions, the softmax four."""
+    repeated = lengths.repeat_interleave(x.size(1) * x.size(2))
+    scores = (x * 1).reshape(-1, x.size(-1))
+    fill(scores, ~(torch.arange(scores.size(1))[None, :] < repeated[:, None]))
+    return F.softmax(scores.reshape(x.shape), dim=-1)
+
+
 SHAPES = (
     attention,
     additive_bias,
@@ -276,6 +332,10 @@ SHAPES = (
     softmax_over_batches,
     one_length_for_all_rows,
     causal,
+    causal_and_padding,
+    causal_or_padding,
+    sum_of_two_biases,
+    rows_of_all_batches,
 )
 
 
@@ -291,6 +351,146 @@ def test_shapes(function: Program, dynamic: bool) -> None:
     assert backend.count == (1 if dynamic else 2)
     torch._dynamo.reset()
     assert_replaced(function, random_input((3, 2, 4, 5), torch.float32, seed=2), LENGTHS)
+
+
+TRIANGLES: dict[str, Callable[[Tensor, int, int], Tensor]] = {
+    "tril": lambda x, q, k: x.masked_fill(torch.tril(torch.ones(q, k)) == 0, -INF),
+    "bool": lambda x, q, k: torch.where(torch.ones(q, k, dtype=torch.bool).tril(), x, -INF),
+    "view": lambda x, q, k: x.masked_fill(x.new_ones(q, k).tril().view(1, 1, q, k) == 0, -INF),
+    "diagonal": lambda x, q, k: x.masked_fill(~torch.ones_like(x).tril(diagonal=2).bool(), -INF),
+    "triu": lambda x, q, k: x.masked_fill(torch.triu(torch.ones(q, k), 1).bool(), -INF),
+    "triu of -inf": lambda x, q, k: x + torch.triu(torch.full((q, k), -INF), diagonal=1),
+    "in place": lambda x, q, k: fill_by_method(x * 1, torch.ones(q, k).tril() == 0),
+    "of torch.nn": lambda x, q, k: x[:, :, :, :q]
+    + nn.Transformer.generate_square_subsequent_mask(q),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", TRIANGLES.values(), ids=list(TRIANGLES))
+@every_dynamic
+def test_triangles(mask: Callable[[Tensor, int, int], Tensor], dynamic: bool) -> None:
+    """Causal attention with a mask made by tril or triu; 4 queries, 5 keys."""
+
+    def function(x: Tensor) -> Tensor:
+        return mask(x, x.size(2), x.size(3)).softmax(-1)
+
+    assert_replaced(function, random_input((3, 2, 4, 5), torch.float32, seed=2), dynamic=dynamic)
+
+
+def test_rows_of_a_triangle_without_valid_columns() -> None:
+    x = random_input((4, 3), torch.float32, seed=2)
+    program = torch.compile(
+        lambda x: x.masked_fill(torch.ones(4, 3).tril(-2) == 0, -INF).softmax(-1),
+        backend=CountingBackend(),
+    )
+    lengths = torch.tensor([0, 0, 1, 2])
+    torch.testing.assert_close(program(x), masked_softmax(x, lengths))
+
+
+# Masks of other libraries, in their spellings
+
+
+def d2l_masked_softmax(x: Tensor, valid_lens: Tensor) -> Tensor:
+    shape = x.shape
+    if valid_lens.dim() == 1:
+        valid_lens = torch.repeat_interleave(valid_lens, shape[1])
+    else:
+        valid_lens = valid_lens.reshape(-1)
+    x = x.reshape(-1, shape[-1])
+    columns = torch.arange(x.size(1), dtype=torch.float32, device=x.device)
+    x[~(columns[None, :] < valid_lens[:, None])] = -1e6
+    return F.softmax(x.reshape(shape), dim=-1)
+
+
+def test_d2l() -> None:
+    """Its fill value is finite: max_fill says that it counts as -inf."""
+
+    def function(x: Tensor, valid_lens: Tensor) -> Tensor:
+        return d2l_masked_softmax(x * 1, valid_lens)
+
+    x = random_input((3, 2, 5), torch.float32, seed=2)
+    for lengths in (LENGTHS, torch.tensor([[3, 1], [5, 2], [4, 4]])):
+        torch._dynamo.reset()
+        assert_replaced(function, x, lengths, max_fill=-1e6)
+        torch._dynamo.reset()
+        assert_not_replaced(function, x, lengths)
+
+
+def length_to_mask(length: Tensor, max_len: int, dtype: torch.dtype | None = None) -> Tensor:
+    """SpeechBrain's: 1 where a column is valid."""
+    columns = torch.arange(max_len, device=length.device, dtype=length.dtype)
+    mask = columns.expand(len(length), max_len) < length.unsqueeze(1)
+    return torch.as_tensor(mask, dtype=dtype or length.dtype, device=length.device)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bool, torch.float32])
+@every_dynamic
+def test_speechbrain(dtype: torch.dtype | None, dynamic: bool) -> None:
+    def function(x: Tensor, lengths: Tensor) -> Tensor:
+        mask = length_to_mask(lengths, x.size(1), dtype)
+        return x.masked_fill(mask == 0, -INF).softmax(-1)
+
+    assert_replaced(function, scores(), LENGTHS, dynamic=dynamic)
+
+
+def make_pad_mask(lengths: Any, xs: Tensor) -> Tensor:
+    """ESPnet's: True in the padding; lengths are a list, or made one."""
+    if not isinstance(lengths, list):
+        lengths = lengths.long().tolist()
+    columns = torch.arange(0, xs.size(-1), dtype=torch.int64).unsqueeze(0)
+    columns = columns.expand(len(lengths), xs.size(-1))
+    mask = columns >= columns.new(lengths).unsqueeze(-1)
+    index = tuple(slice(None) if i in (0, xs.dim() - 1) else None for i in range(xs.dim()))
+    return mask[index].expand_as(xs).to(xs.device)
+
+
+def test_espnet() -> None:
+    def function(x: Tensor, lengths: Any) -> Tensor:
+        return x.masked_fill(make_pad_mask(lengths, x), -INF).softmax(-1)
+
+    x = random_input((3, 2, 5), torch.float32, seed=2)
+    assert_replaced(function, x, LENGTHS.tolist())
+    backend = CountingBackend()  # a tensor's tolist() ends the graph: masks are arguments then
+    program = torch.compile(function, backend=backend)
+    torch.testing.assert_close(program(x, LENGTHS), function(x, LENGTHS))
+    assert backend.count == 0
+    assert len(backend.graphs) > 1
+
+
+def test_masks_that_index_a_triangle() -> None:
+    """ESPnet's traceable make_pad_mask: a length of 0 selects the last row."""
+
+    def function(x: Tensor, lengths: Tensor) -> Tensor:
+        cols = x.size(-1)
+        rows = torch.arange(cols + 1)
+        triangle = torch.ones(cols + 1, cols + 1, dtype=torch.bool)
+        triangle = triangle * (rows.unsqueeze(-1).expand(-1, cols + 1) <= rows)
+        mask = triangle[1:, :-1][torch.clamp(lengths, max=cols).long() - 1]
+        return x.masked_fill(mask[..., :cols], -INF).softmax(-1)
+
+    lengths = torch.tensor([3, 0, 5])
+    torch.testing.assert_close(function(scores(), lengths)[1], scores()[1].softmax(-1))
+    assert_not_replaced(function, scores(), lengths)
+
+
+@pytest.mark.parametrize("cols", [2000, 3000])
+def test_column_indices_of_floating_point_types(cols: int) -> None:
+    """float16 has every integer up to 2048. The number of columns must be known."""
+
+    def function(x: Tensor, lengths: Tensor) -> Tensor:
+        columns = torch.arange(x.size(1), dtype=torch.float16)
+        return x.masked_fill(columns >= lengths[:, None], -INF).softmax(-1)
+
+    x = random_input((3, cols), torch.float32, seed=2)
+    lengths = torch.tensor([1, 1999, 7000])
+    if cols > 2048:
+        assert_not_replaced(function, x, lengths)
+    else:
+        assert_replaced(function, x, lengths)
+        torch._dynamo.reset()
+        backend = CountingBackend()
+        torch.compile(function, dynamic=True, backend=backend)(x, lengths)
+        assert backend.count == 0
 
 
 # torch does not compare uint16 and uint32 with column indices, so no mask is made from them.
@@ -382,6 +582,42 @@ def test_writes_between_masking_and_softmax() -> None:
     assert_replaced(function, scores(), LENGTHS)
 
 
+def test_masking_in_place_of_an_argument() -> None:
+    """The caller sees the masked scores, as in eager torch."""
+
+    def function(x: Tensor, lengths: Tensor) -> Tensor:
+        return fill(x, columns(x) >= lengths[:, None]).softmax(-1)
+
+    backend = CountingBackend()
+    program = torch.compile(function, fullgraph=True, backend=backend)
+    got, expected = scores(), scores()
+    torch.testing.assert_close(program(got, LENGTHS), function(expected, LENGTHS))
+    assert torch.equal(got, expected)
+    assert bool((got == -INF).any())
+    assert backend.count == 1
+
+
+def test_other_uses_of_scores_masked_in_place() -> None:
+    def function(x: Tensor, lengths: Tensor) -> Tensor:
+        y = x * 2
+        total = y.sum()
+        y[~valid(x, lengths)] = -INF
+        weights = y.softmax(-1)
+        return weights * y.amax(-1, keepdim=True) + total
+
+    assert_replaced(function, scores(), LENGTHS)
+
+
+def test_masking_in_place_in_several_layers() -> None:
+    def function(x: Tensor, lengths: Tensor) -> Tensor:
+        padding = ~valid(x, lengths)
+        for _ in range(3):
+            x = x + fill(x * 2, padding).softmax(-1)
+        return x
+
+    assert_replaced(function, scores(), LENGTHS, count=3)
+
+
 def test_checkpointed_function() -> None:
     """It is captured as a graph inside of the graph."""
 
@@ -466,6 +702,89 @@ def scores_overwritten_through_data(x: Tensor, n: Tensor) -> Tensor:
     return masked.softmax(-1)
 
 
+def filled_twice(x: Tensor, n: Tensor) -> Tensor:
+    return fill(fill(x * 1, ~valid(x, n)), columns(x) >= n[:, None] - 1).softmax(-1)
+
+
+def written_after_the_fill(x: Tensor, n: Tensor) -> Tensor:
+    y = fill(x * 1, ~valid(x, n))
+    y[:, 4] = 1.0
+    return y.softmax(-1)
+
+
+def written_before_the_fill(x: Tensor, n: Tensor) -> Tensor:
+    """The scores that the masking reads are right, but nothing tells which write is which."""
+    y = x * 1
+    y += 1
+    return fill(y, ~valid(x, n)).softmax(-1)
+
+
+def filled_after_the_softmax(x: Tensor, n: Tensor) -> Tensor:
+    y = x * 1
+    weights = y.softmax(-1)
+    return weights + fill(y, ~valid(x, n)).clamp(min=0)
+
+
+def filled_after_a_copy(x: Tensor, n: Tensor) -> Tensor:
+    y = (x * 1).T
+    copy = y.reshape(1, *y.shape)
+    fill(y, ~valid(y, torch.tensor([3, 1, 2, 3, 2])))
+    return copy.softmax(-1)
+
+
+def overwritten_twice(x: Tensor, n: Tensor) -> Tensor:
+    masked = x.masked_fill(~valid(x, n), -INF)
+    masked[:, 0] = 0.0
+    masked[:, 1] = 0.0
+    return masked.softmax(-1)
+
+
+def copy_written_after_the_fill(x: Tensor, n: Tensor) -> Tensor:
+    """These rows are in an order in which reshape copies them."""
+    y = (x[:, None] * torch.ones(3, 4, 1)).transpose(0, 1)
+    y = (y + torch.where(valid(x, n), 0.0, -INF)).reshape(-1, 5)
+    y[:, 0] = 0.0
+    return y.softmax(-1)
+
+
+def another_dim_of_a_view(x: Tensor, n: Tensor) -> Tensor:
+    return x.masked_fill(~valid(x, n), -INF)[None].softmax(1).nan_to_num()
+
+
+def filled_overlapping_rows(x: Tensor, n: Tensor) -> Tensor:
+    """All rows have the same memory, so all are filled where any is."""
+    return fill((x[0] * 1).expand(3, 5), ~valid(x, n)).softmax(-1)
+
+
+def filled_slice(x: Tensor, n: Tensor) -> Tensor:
+    y = x * 1
+    fill(y[:, :4], ~valid(y[:, :4], n))
+    return y.softmax(-1)
+
+
+def filled_rows(x: Tensor, n: Tensor) -> Tensor:
+    """A mask of fewer dimensions selects rows."""
+    y = (x * 1).T @ x
+    y[columns(y) >= n[0]] = -INF
+    return y.softmax(-1).nan_to_num()
+
+
+def filled_under_no_grad(x: Tensor, n: Tensor) -> Tensor:
+    """The same values, but the fused operator would be outside of the graph of gradients."""
+    y = x * 1
+    with torch.no_grad():
+        y[~valid(x, n)] = -INF
+    return y.softmax(-1)
+
+
+def columns_merged_by_a_view(x: Tensor, n: Tensor) -> Tensor:
+    return x.masked_fill(~valid(x, n), -INF).view(-1).softmax(-1)
+
+
+def rows_split_by_a_view(x: Tensor, n: Tensor) -> Tensor:
+    return x.masked_fill(~valid(x, n), -INF).view(3, 5, 1).softmax(1)
+
+
 def softmax_under_no_grad(x: Tensor, n: Tensor) -> Tensor:
     """The masking is outside of no_grad."""
     masked = x.masked_fill(~valid(x, n), -INF)
@@ -491,7 +810,6 @@ NEAR_MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "first column for all": lambda x, n: torch.arange(1) >= n[:, None],
     "first column, expanded": lambda x, n: torch.arange(1).expand(x.size(1)) >= n[:, None],
     "repeated columns": lambda x, n: torch.arange(1).repeat(5) >= n[:, None],
-    "float columns": lambda x, n: torch.arange(x.size(1), dtype=torch.float32) >= n[:, None],
     "float lengths": lambda x, n: columns(x) >= n[:, None] * 0.5,
     "a length for each column": lambda x, n: columns(x) >= torch.arange(x.size(1)).flip(0),
     "a length for each row and column": lambda x, n: columns(x) >= n[:, None] - columns(x),
@@ -499,6 +817,12 @@ NEAR_MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "with starts": lambda x, n: (columns(x) >= n[:, None]) | (columns(x) < 1),
     "with starts, in place": lambda x, n: operator.ior(columns(x) >= n[:, None], columns(x) < 1),
     "bitwise not of an int": lambda x, n: (~(valid(x, n).int()) + 2).bool().logical_not(),
+    "or of valid": lambda x, n: ~(valid(x, n) | valid(x, n - 1)),
+    "and of padding": lambda x, n: ~valid(x, n) & ~valid(x, n - 1),
+    "and with starts": lambda x, n: ~(valid(x, n) & (columns(x) >= 1)),
+    "and with an argument": lambda x, n: ~(valid(x, n) & (x > 0)),
+    "xor": lambda x, n: ~valid(x, n) ^ ~valid(x, n + 1),
+    "one or more masks": lambda x, n: ~(valid(x, n).int() + valid(x, n - 1).int() > 0),
     "not equal": lambda x, n: columns(x) != n[:, None],
     "eq True": lambda x, n: valid(x, n) == 1,
     "eq 2": lambda x, n: valid(x, n) == 2,
@@ -519,6 +843,27 @@ def test_column_indices_that_overflow() -> None:
     x = random_input((3, 300), torch.float32, seed=8)
     narrow = fill_and_softmax(lambda x, n: columns(x).to(torch.int8).long() >= n[:, None])
     assert_not_replaced(narrow, x, LENGTHS)
+
+
+NEAR_TRIANGLES: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: torch.ones(5, 5).tril().T == 0,
+    "upper": lambda x: torch.ones(5, 5).triu() == 0,
+    "flipped": lambda x: torch.ones(5, 5).tril().flip(1) == 0,
+    "rows sliced": lambda x: torch.ones(6, 6).tril()[1:, :5] == 0,
+    "rows cut": lambda x: torch.ones(6, 5).tril()[:5] == 0,
+    "of another size": lambda x: (torch.ones(5, 1).tril() == 0).expand(5, 5),
+    "of a mask": lambda x: torch.tril(columns(x) < torch.tensor([[5], [5], [4], [3], [2]])) == 0,
+    "of an argument": lambda x: torch.tril(x > 0) == 0,
+    "written": lambda x: torch.ones(5, 5).tril().fill_diagonal_(0) == 0,
+    "both": lambda x: torch.ones(5, 5).tril(1).triu(-1) == 0,
+    "or another triangle": lambda x: (torch.ones(5, 5).tril() + torch.ones(5, 5).tril(-1)) == 0,
+}
+
+
+@pytest.mark.parametrize("mask", NEAR_TRIANGLES.values(), ids=list(NEAR_TRIANGLES))
+def test_near_misses_of_triangles(mask: Callable[[Tensor], Tensor]) -> None:
+    x = random_input((5, 5), torch.float32, seed=8)
+    assert_not_replaced(lambda x: x.masked_fill(mask(x), -INF).softmax(-1), x)
 
 
 NEAR_FILLS: dict[str, Program] = {
@@ -547,8 +892,13 @@ NEAR_FILLS: dict[str, Program] = {
     "no scores": lambda x, m: torch.where(m, 0.0, -INF).softmax(-1),
     "softmin": lambda x, m: F.softmin(x.masked_fill(~m, -INF), -1),
     "out": lambda x, m: torch.softmax(x.masked_fill(~m, -INF), -1, out=torch.empty(3, 5)),
-    "filled in place": lambda x, m: (x * 1).masked_fill_(~m, -INF).softmax(-1),
     "no mask": lambda x, m: x.softmax(-1) + m,
+    "1 - m times -inf": lambda x, m: (x + (1.0 - m.float()) * -INF).softmax(-1),
+    "1 - m times -1e4": lambda x, m: (x + (1.0 - m.float()) * -1e4).softmax(-1),
+    "m times -1e4": lambda x, m: (x + m.float() * -1e4).softmax(-1),
+    "setitem, 0": lambda x, m: fill(x * 1, ~m, 0.0).softmax(-1),
+    "setitem, valid columns": lambda x, m: fill(x * 1, m).softmax(-1),
+    "setitem, -1e6": lambda x, m: fill(x * 1, ~m, -1e6).softmax(-1),
 }  # fmt: skip
 
 
@@ -565,6 +915,20 @@ def test_near_misses_of_the_fill(fill: Program) -> None:
         mask_overwritten_through_data,
         scores_overwritten_through_data,
         softmax_under_no_grad,
+        filled_twice,
+        written_after_the_fill,
+        written_before_the_fill,
+        filled_after_the_softmax,
+        filled_after_a_copy,
+        overwritten_twice,
+        copy_written_after_the_fill,
+        another_dim_of_a_view,
+        filled_overlapping_rows,
+        filled_slice,
+        filled_rows,
+        filled_under_no_grad,
+        columns_merged_by_a_view,
+        rows_split_by_a_view,
     ],
 )
 def test_near_misses_of_the_program(function: Program) -> None:
@@ -618,6 +982,102 @@ def test_an_additive_sentinel_with_max_fill() -> None:
         return (x + torch.zeros(x.shape).masked_fill(~valid(x, lengths), -1e9)).softmax(-1)
 
     assert_replaced(function, scores(), LENGTHS, max_fill=-1e4)
+
+
+MULTIPLIED: dict[str, Program] = {
+    "1 - m": lambda x, m: x + (1.0 - m.float()) * -1e4,
+    "as integers": lambda x, m: x + (1 - m.long()) * -10000,
+    "broadcast": lambda x, m: x[None] + ((1.0 - m.to(x.dtype))[None] * torch.finfo(x.dtype).min),
+    "m - 1": lambda x, m: (m.float() - 1) * 1e4 + x,
+    "padding": lambda x, m: x + (~m) * -1e9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", MULTIPLIED.values(), ids=list(MULTIPLIED))
+@every_dynamic
+def test_multiplied_masks_with_max_fill(mask: Program, dynamic: bool) -> None:
+    def function(x: Tensor, lengths: Tensor) -> Tensor:
+        return mask(x, valid(x, lengths)).softmax(-1)
+
+    assert_replaced(function, scores(), LENGTHS, max_fill=-1e4, dynamic=dynamic)
+    torch._dynamo.reset()
+    assert_not_replaced(function, scores(), LENGTHS)
+
+
+def test_a_sum_of_finite_biases_is_not_replaced() -> None:
+    """Where both hide a column it is lower than where one does."""
+
+    def function(x: Tensor, n: Tensor) -> Tensor:
+        bias = torch.where(valid(x, n), 0.0, -1e9) + torch.where(valid(x, n - 1), 0.0, -1e9)
+        return (x + bias).softmax(-1)
+
+    assert_not_replaced(function, scores(), LENGTHS + 1, max_fill=-1e4)
+
+
+# Generated masks
+
+# Each is combined with others by the operations below; x has shape (3, 4, 5).
+PARTS = (
+    "(torch.arange(5) < n[:, None, None])",
+    "(torch.arange(5) >= m.unsqueeze(-1))",
+    "(torch.arange(5, dtype=torch.float32) < m[:, :, None])",
+    "(n.view(3, 1, 1) <= torch.arange(5))",
+    "torch.ones(4, 5).tril(1).bool()",
+    "torch.triu(torch.ones(4, 5, dtype=torch.bool), diagonal=1)",
+    "torch.zeros(3, 4, 5).bool()",
+)
+OPERATIONS = (
+    "(~{0})",
+    "({0} & {1})",
+    "({0} | {1})",
+    "(1 - {0}.float() > 0.5)",
+    "({0} != 0)",
+    "torch.logical_and({0}, {1})",
+    "({0}.int() * {1}.int() == 1)",
+    "({0}.float() + {1}.float() == 2)",
+    "torch.where({0}, {1}, False)",
+    "({0} & {1}).masked_fill({0}, True)",
+    "({0}.double() * -3 < -1)",
+    "{0}.expand(3, 4, 5).clone()",
+    "({0}.long() - 1).neg().bool()",
+)
+MASKINGS = (
+    "x.masked_fill({0}, -INF)",
+    "torch.where({0}, x, -INF)",
+    "x.masked_fill(~{0}, -INF).view(12, 5).view(3, 4, 5)",
+    "x + torch.zeros(3, 4, 5).masked_fill({0}, -INF)",
+    "(x * 1).masked_fill_({0}, -INF)",
+    "fill(x * 1, {0}.expand(3, 4, 5))",
+)
+
+
+def generated_mask(choose: random.Random, depth: int) -> str:
+    if depth == 0:
+        return choose.choice(PARTS)
+    operands = (generated_mask(choose, depth - 1), generated_mask(choose, choose.randrange(depth)))
+    return choose.choice(OPERATIONS).format(*operands)
+
+
+def test_generated_masks() -> None:
+    """Whether it is replaced or not, each program computes what eager torch computes."""
+    choose = random.Random(0)
+    x, n = random_input((3, 4, 5), torch.float32, seed=8), torch.tensor([3, 0, 5])
+    m = torch.tensor([[-1, 0, 1, 2], [3, 4, 5, 6], [5, 5, 2, 2]])
+    replaced = 0
+    for _ in range(80):
+        torch._dynamo.reset()
+        masking = choose.choice(MASKINGS).format(generated_mask(choose, choose.randrange(3)))
+        names = {"torch": torch, "INF": INF, "fill": fill}
+        function = eval(f"lambda x, n, m: ({masking}).softmax(-1)", names)
+        backend = CountingBackend()
+        backend.inner = lambda graph_module, inputs: graph_module  # faster
+        result = torch.compile(function, fullgraph=True, backend=backend)(x, n, m)
+        expected = function(x, n, m)
+        if backend.count > 0:
+            expected = expected.nan_to_num(0.0)  # rows without valid columns
+        replaced += backend.count
+        assert torch.allclose(result, expected, atol=1e-6, equal_nan=True), masking
+    assert 10 < replaced < 70
 
 
 # The backend
