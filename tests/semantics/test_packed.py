@@ -229,7 +229,7 @@ def test_other_errors(log: bool) -> None:
         (ValueError, "at least one dimension", lambda: packed(values[0], offsets, log=log)),
         (ValueError, "offsets on the device", lambda: packed(values, offsets.to("meta"), log=log)),
         (IndexError, "out of range", lambda: packed(values, offsets, 1, log=log)),
-        (TypeError, "multiply values", lambda: packed(values, offsets, scale=values[0], log=log)),
+        (TypeError, "multiply values", lambda: packed(values, offsets, scale=values[:1], log=log)),
         (TypeError, "dtype= to name", lambda: packed(values.long(), offsets, log=log)),
         (ValueError, "no row longer than max_length, 2, but one has length 3",
          lambda: packed(values, offsets, max_length=2, log=log)),
