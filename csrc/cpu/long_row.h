@@ -100,6 +100,17 @@ MASKED_SOFTMAX_NOINLINE void recompute_tile_exponentials(const acc_t* x, int64_t
 }
 
 template <class V, class acc_t>
+MASKED_SOFTMAX_NOINLINE void tile_exponentials_and_max(const acc_t* x, int64_t count,
+                                                       const ExponentialParams<acc_t>& params, RowSums<V>& sum,
+                                                       V& maxima) {
+  V raised = maxima;
+  sum.add(count, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
+    return exponential_and_max<typename decltype(tag)::type>(x + i, params, raised, mask);
+  });
+  maxima = raised;
+}
+
+template <class V, class acc_t>
 MASKED_SOFTMAX_NOINLINE void tile_rest_and_max_count(const acc_t* x, int64_t count, acc_t row_max,
                                                      const ScaledLog2e<acc_t>& log2e, RowSums<V, 2>& sums) {
   sums.add(count, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
@@ -118,15 +129,37 @@ acc_t max_of_long_row(TileReader<V>& x, int64_t length) {
 }
 
 template <class V, class acc_t>
+ExponentialParams<acc_t> params_of_long_row(TileReader<V>& x, int64_t length, const ForwardScale<acc_t>& scale) {
+  const acc_t first = read_element(x.tile(0, 1));
+  const acc_t last = read_element(x.tile(length - 1, 1));
+  return params_from_reference<V>(row_reference(first, last), scale.log2e);
+}
+
+template <class V, class acc_t>
 void log_softmax_of_long_row(TileReader<V>& x, TileWriter<V>& y, int64_t length, const ForwardScale<acc_t>& scale) {
-  const acc_t row_max = max_of_long_row<V, acc_t>(x, length);
-  RowSums<V, 2> sums;
+  acc_t row_max = 0;
+  acc_t log_sum = 0;
+  if constexpr (kHasFastLogSum<acc_t>) {
+    const auto params = params_of_long_row<V, acc_t>(x, length, scale);
+    RowSums<V> sum;
+    V maxima = V::broadcast(-std::numeric_limits<acc_t>::infinity());
+    for_each_tile<V>(length, [&](int64_t first, int64_t count) {
+      tile_exponentials_and_max<V>(x.tile(first, count), count, params, sum, maxima);
+    });
+    row_max = maxima.reduce_max();
+    log_sum = sum.total(0);
+    log_sums_relative_to_maxima<V>(1, &params.magic_minus_r, &row_max, scale.scale, &log_sum);
+  }
+  if (!kHasFastLogSum<acc_t> || !is_log_sum_accurate(log_sum)) {
+    row_max = max_of_long_row<V, acc_t>(x, length);
+    RowSums<V, 2> sums;
+    for_each_tile<V>(length, [&](int64_t first, int64_t count) {
+      tile_rest_and_max_count<V>(x.tile(first, count), count, row_max, scale.log2e, sums);
+    });
+    log_sum = log_of_sum(sums.total(0), sums.total(1));
+  }
   for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-    tile_rest_and_max_count<V>(x.tile(first, count), count, row_max, scale.log2e, sums);
-  });
-  const acc_t log_sum = log_of_sum(sums.total(0), sums.total(1));
-  for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-    const LogProbability<acc_t, acc_t> value{x.tile(first, count), row_max, scale.scale, log_sum};
+    const LogProbability<acc_t, acc_t> value(x.tile(first, count), row_max, scale.scale, log_sum);
     write_row<V>(y.tile(first), count, count, StoreHint::kCached, value);
     y.finish(first, count);
   });
@@ -145,9 +178,7 @@ void softmax_of_long_row(TileReader<V>& x, TileWriter<V>& y, bool is_output_inpu
     });
     return sum.total(0);
   };
-  const acc_t first = read_element(x.tile(0, 1));
-  const acc_t last = read_element(x.tile(length - 1, 1));
-  ExponentialParams<acc_t> params = params_from_reference<V>(row_reference(first, last), scale.log2e);
+  ExponentialParams<acc_t> params = params_of_long_row<V, acc_t>(x, length, scale);
   acc_t row_sum = sum_exponentials(std::false_type(), params);
   if (is_sum_out_of_range(row_sum)) {
     params = params_from_maximum<V>(max_of_long_row<V, acc_t>(x, length), scale.log2e);

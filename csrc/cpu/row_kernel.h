@@ -68,8 +68,57 @@ MASKED_SOFTMAX_INLINE Terms<W> exponential(const T* x, const ExponentialParams<t
   return {{value}};
 }
 
-// The terms of log_softmax's two sums: the exponentials of the rest, which are all elements less than the maximum, and
-// max_count, the number of elements equal to it.
+// The same without storing it; also raises `maxima` to x.
+template <class W, class V, class T, class Mask>
+MASKED_SOFTMAX_INLINE Terms<W> exponential_and_max(const T* x, const ExponentialParams<typename W::acc_t>& params,
+                                                   V& maxima, Mask mask) {
+  const W value = load<W>(x, mask);
+  const W compared = masked(value, mask, -std::numeric_limits<typename W::acc_t>::infinity());
+  for (int k = 0; k < W::kVectors; ++k) {
+    maxima = V::max(compared.vector(k), maxima);
+  }
+  return {{masked(exponential_of<false>(value, params), mask)}};
+}
+
+// log(sum(e)) of rows whose exponentials were summed relative to a reference r: log(sum) + (r - max * c) * log(2). The
+// sum is off by up to 3 eps, and so is its logarithm; that is within the promised accuracy only where the logarithm is
+// not near 0. The difference is computed in double, so only float sums have this.
+template <class acc_t>
+constexpr bool kHasFastLogSum = std::is_same_v<acc_t, float>;
+
+template <class acc_t>
+MASKED_SOFTMAX_INLINE bool is_log_sum_accurate(acc_t log_sum) {
+  return log_sum >= static_cast<acc_t>(1.25) && log_sum < static_cast<acc_t>(128);  // NaN where the reference failed
+}
+
+// log_sums: on entry sums. The loop has no branches, so that the compiler vectorizes it.
+template <class V>
+MASKED_SOFTMAX_INLINE void log_sums_relative_to_maxima(int rows, const float* magic_minus_r, const float* maxima,
+                                                       float scale, float* log_sums) {
+  constexpr double kLog2 = 0x1.62e42fefa39efp-1;
+  for (int r = 0; r < rows; ++r) {
+    // sum = m * 2^n with m in [sqrt(1/2), sqrt(2)), and log(m) = 2 * atanh((m - 1) / (m + 1)), a series in odd powers
+    // whose rest is below 1e-12.
+    constexpr int32_t kSqrtHalf = 0x3f3504f3;
+    constexpr int32_t kMantissaBits = 23;
+    int32_t bits;
+    std::memcpy(&bits, log_sums + r, sizeof(bits));
+    const int32_t n = (bits - kSqrtHalf) >> kMantissaBits;
+    bits -= n * (1 << kMantissaBits);
+    float m;
+    std::memcpy(&m, &bits, sizeof(m));
+    const double t = (static_cast<double>(m) - 1) / (static_cast<double>(m) + 1);
+    const double u = t * t;
+    const double series = 1 + u * (1. / 3 + u * (1. / 5 + u * (1. / 7 + u * (1. / 9 + u * (1. / 11 + u / 13)))));
+    const double reference = static_cast<double>(magic_constant<V>() - magic_minus_r[r]);
+    const double log_sum = 2 * t * series + (n + reference) * kLog2;
+    const double relative = log_sum - static_cast<double>(scale) * static_cast<double>(maxima[r]);
+    log_sums[r] = static_cast<float>(relative) + (log_sums[r] - log_sums[r]);  // NaN of a sum that is not finite
+  }
+}
+
+// The terms of the sums that every row's logarithm can be computed from: the exponentials of the rest, which are all
+// elements less than the maximum, and max_count, the number of elements equal to it.
 //
 // An element equal to the maximum contributes exactly 1. With these counted apart, log(sum) = log1p(sum - 1), and a row
 // that one element dominates keeps its relative accuracy. For the same reason the rest carries the rounding errors of
@@ -94,6 +143,16 @@ MASKED_SOFTMAX_INLINE acc_t log_of_sum(acc_t rest, acc_t max_count) {
   return static_cast<acc_t>(std::log1p(sum_minus_one));
 }
 
+template <class V, class T, class acc_t>
+MASKED_SOFTMAX_NOINLINE acc_t accurate_log_sum(const T* x, int64_t length, acc_t row_max,
+                                               const ScaledLog2e<acc_t>& log2e) {
+  RowSums<V, 2> sums;
+  sums.add(length, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
+    return rest_and_max_count<typename decltype(tag)::type>(x + i, row_max, log2e, mask);
+  });
+  return log_of_sum(sums.total(0), sums.total(1));
+}
+
 // The results, as values for write_row().
 
 // y[i] = e[i] * reciprocal, where reciprocal = 1 / sum(e)
@@ -111,18 +170,30 @@ struct Probability {
 
 // y[i] = scale * (x[i] - max) - log_sum
 template <class acc_t, class T>
-struct LogProbability {
-  const T* x;
-  acc_t row_max;
-  acc_t scale;
-  acc_t log_sum;
+class LogProbability {
+ public:
+  MASKED_SOFTMAX_INLINE LogProbability(const T* x, acc_t row_max, acc_t scale, acc_t log_sum)
+      : x_(x),
+        unit_(scale <= 1 && std::fabs(row_max) > kLarge ? acc_t{0.5} : acc_t{1}),
+        max_(row_max * unit_),
+        scale_(scale / unit_),
+        log_sum_(log_sum) {}
 
   template <class Tag, class Mask>
   MASKED_SOFTMAX_INLINE auto operator()(Tag, int64_t i, Mask mask) const {
     using W = typename Tag::type;
-    const W distance = load<W>(x + i, mask) - W::broadcast(row_max);
-    return distance * W::broadcast(scale) - W::broadcast(log_sum);
+    const W distance = W::fms(load<W>(x_ + i, mask), W::broadcast(unit_), W::broadcast(max_));
+    return W::fms(distance, W::broadcast(scale_), W::broadcast(log_sum_));
   }
+
+ private:
+  static constexpr acc_t kLarge = sizeof(acc_t) == 4 ? static_cast<acc_t>(0x1p100) : static_cast<acc_t>(0x1p960);
+
+  const T* x_;
+  acc_t unit_;  // x and the maximum are multiplied by it, so that their difference does not overflow where y does not
+  acc_t max_;
+  acc_t scale_;
+  acc_t log_sum_;
 };
 
 }  // namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE

@@ -142,14 +142,6 @@ class Prefetcher {
   int64_t last_;
 };
 
-template <class V, class T, class U>
-MASKED_SOFTMAX_NOINLINE void find_maxima(Batch<V, T, U>& batch) {
-  for (int r = 0; r < batch.rows; ++r) {
-    max_of_elements<V>(batch.inputs[0][r], batch.lengths[r]).store(batch.unreduced[0] + r * V::kLanes);
-  }
-  reduce_max_rows<V>(batch.unreduced[0], batch.rows, batch.maxima);
-}
-
 // The exponentials relative to the row's maximum, and their sum: for rows whose sum was out of range relative to their
 // reference.
 template <class V, class T, class acc_t>
@@ -215,22 +207,42 @@ MASKED_SOFTMAX_NOINLINE void write_probabilities(Batch<V, T, U>& batch, const ac
   }
 }
 
+// In one pass the sum of each row's exponentials, relative to a reference, and the row's maximum. Where most of the sum
+// is the maximum's term, its logarithm would be inaccurate (row_kernel.h): such rows take two more passes.
 template <class V, class T, class U, class acc_t>
-MASKED_SOFTMAX_NOINLINE void sum_rest_and_max_count(Batch<V, T, U>& batch, const Batch<V, T, U>& next,
-                                                    const ForwardScale<acc_t>& scale, StoreHint hint) {
-  for (int r = 0; r < batch.rows; ++r) {
-    const T* const x = batch.inputs[0][r];
-    const acc_t row_max = batch.maxima[r];
-    const Prefetcher<Batch<V, T, U>, 1> prefetcher(batch, next, hint, r);
-    RowSums<V, 2> sums;
-    sums.add(batch.lengths[r], [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
-      using W = typename decltype(tag)::type;
-      prefetcher.prefetch(i, W::kLanes);
-      return rest_and_max_count<W>(x + i, row_max, scale.log2e, mask);
-    });
-    batch.store_lane_sums(r, sums);
+MASKED_SOFTMAX_NOINLINE void find_log_sums(Batch<V, T, U>& batch, const Batch<V, T, U>& next,
+                                           const ForwardScale<acc_t>& scale, StoreHint hint) {
+  acc_t* const log_sums = batch.sums[0];
+  if constexpr (kHasFastLogSum<acc_t>) {
+    acc_t magic_minus_r[kBatchRows];
+    for (int r = 0; r < batch.rows; ++r) {
+      const T* const x = batch.inputs[0][r];
+      const int64_t length = batch.lengths[r];
+      const Prefetcher<Batch<V, T, U>, 1> prefetcher(batch, next, hint, r);
+      const acc_t reference = row_reference(V::element(x), V::element(x + length - 1));
+      const auto params = params_from_reference<V>(reference, scale.log2e);
+      magic_minus_r[r] = params.magic_minus_r;
+      V maxima = V::broadcast(-std::numeric_limits<acc_t>::infinity());
+      RowSums<V> sum;
+      sum.add(length, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
+        using W = typename decltype(tag)::type;
+        prefetcher.prefetch(i, W::kLanes);
+        return exponential_and_max<W>(x + i, params, maxima, mask);
+      });
+      batch.store_lane_sums(r, sum);
+      maxima.store(batch.unreduced[1] + r * V::kLanes);
+    }
+    batch.template reduce_sums<1>();
+    reduce_max_rows<V>(batch.unreduced[1], batch.rows, batch.maxima);
+    log_sums_relative_to_maxima<V>(batch.rows, magic_minus_r, batch.maxima, scale.scale, log_sums);
   }
-  batch.template reduce_sums<2>();
+  for (int r = 0; r < batch.rows; ++r) {
+    if (!kHasFastLogSum<acc_t> || !is_log_sum_accurate(log_sums[r])) {
+      const T* const x = batch.inputs[0][r];
+      batch.maxima[r] = max_of_elements<V>(x, batch.lengths[r]).reduce_max();
+      log_sums[r] = accurate_log_sum<V>(x, batch.lengths[r], batch.maxima[r], scale.log2e);
+    }
+  }
 }
 
 template <class V, class T, class U, class acc_t>
@@ -238,8 +250,7 @@ MASKED_SOFTMAX_NOINLINE void write_log_probabilities(Batch<V, T, U>& batch, cons
                                                      StoreHint hint) {
   for (int r = 0; r < batch.rows; ++r) {
     const int64_t length = batch.lengths[r];
-    const LogProbability<acc_t, T> value{batch.inputs[0][r], batch.maxima[r], scale.scale,
-                                         log_of_sum(batch.sums[0][r], batch.sums[1][r])};
+    const LogProbability<acc_t, T> value(batch.inputs[0][r], batch.maxima[r], scale.scale, batch.sums[0][r]);
     // Without room behind the row: write_row() would write zeros there, and padding is -inf.
     batch.written[r] = write_row<V>(batch.outputs[r], length, length, hint, value);
   }
@@ -287,8 +298,7 @@ MASKED_SOFTMAX_INLINE void run_batch(Batch<V, T, U>& batch, const Batch<V, T, U>
     compute_exponentials(batch, next, scale, scratch, hint);
     write_probabilities(batch, scratch, hint);
   } else if constexpr (kOperation == Operation::kLogSoftmax) {
-    find_maxima(batch);
-    sum_rest_and_max_count(batch, next, scale, hint);
+    find_log_sums(batch, next, scale, hint);
     write_log_probabilities(batch, scale, hint);
   } else {
     sum_derivative_terms<kOperation>(batch, next, scale, hint);

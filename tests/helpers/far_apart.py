@@ -15,7 +15,6 @@ class FarApart(NamedTuple):
 
     fractions: tuple[float, ...]
     scale: float
-    difference_overflows: bool  # scale * (x - max) does not: else scale * x overflows
 
     def scores(self, dtype: torch.dtype, cols: int = 3) -> Tensor:
         largest = torch.finfo(dtype).max
@@ -23,16 +22,17 @@ class FarApart(NamedTuple):
         return row.to(dtype).repeat(cols // len(row) + 1)[:cols]
 
 
+# By what overflows.
 FAR_APART = {
-    "difference": FarApart((-0.9, 0.9, 0.0), 0.3, True),
-    "difference, largest result": FarApart((-1.0, 1.0, 0.5), 0.5, True),
-    "difference, negative scale": FarApart((-0.9, 0.9, 0.0), -0.3, True),
-    "difference, small scale": FarApart((-1.0, 1.0, 1.0), 1e-3, True),
-    "difference, tiny scale": FarApart((1.0, -1.0, 0.0), 1e-20, True),
-    "product": FarApart((0.6, 0.6, 0.0), 2.0, False),
-    "product, negative scale": FarApart((-0.6, -0.6, -0.6), -2.0, False),
-    "product, small scores": FarApart((1e-10, 1e-10, 1e-10), 1e30, False),
-    "product, huge scale": FarApart((1e-4, 1e-4, 0.0), 1e300, False),
+    "difference": FarApart((-0.9, 0.9, 0.0), 0.3),
+    "difference, largest result": FarApart((-1.0, 1.0, 0.5), 0.5),
+    "difference, negative scale": FarApart((-0.9, 0.9, 0.0), -0.3),
+    "difference, small scale": FarApart((-1.0, 1.0, 1.0), 1e-3),
+    "difference, tiny scale": FarApart((1.0, -1.0, 0.0), 1e-20),
+    "product": FarApart((0.6, 0.6, 0.0), 2.0),
+    "product, negative scale": FarApart((-0.6, -0.6, -0.6), -2.0),
+    "product, small scores": FarApart((1e-10, 1e-10, 1e-10), 1e30),
+    "product, huge scale": FarApart((1e-4, 1e-4, 0.0), 1e300),
 }
 
 

@@ -52,8 +52,8 @@ MUTATIONS = (
     Mutation(
         "log_softmax: the logarithm of the sum added",
         "cpu/row_kernel.h",
-        "distance * W::broadcast(scale) - W::broadcast(log_sum)",
-        "distance * W::broadcast(scale) + W::broadcast(log_sum)",
+        "return W::fms(distance, W::broadcast(scale_), W::broadcast(log_sum_));",
+        "return W::fma(distance, W::broadcast(scale_), W::broadcast(log_sum_));",
     ),
     Mutation(
         "softmax_backward: the sum added",
