@@ -71,6 +71,11 @@ MASKED_SOFTMAX_DEVICE T* computed_once(T* p) {
   return p;
 }
 
+// The address of shared memory within its state space, as PTX takes it.
+MASKED_SOFTMAX_DEVICE unsigned shared_address(const void* p) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(p));
+}
+
 // An access of 8 or 16 bytes, at a multiple of its size, if `condition` holds. Predicated: a compiler may branch around
 // a load that is conditional in C++, and then a thread's loads would wait for each other. Loads do not take the
 // read-only cache, because the output may overwrite the input.
@@ -89,6 +94,27 @@ MASKED_SOFTMAX_DEVICE V load_vector_if(bool condition, const void* p, V otherwis
     asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\n@p ld.global.v2.u32 {%0, %1}, [%2];\n}"
                  : "+r"(words[0]), "+r"(words[1])
                  : "l"(address), "r"(predicate));
+  }
+  memcpy(&otherwise, words, sizeof(V));
+  return otherwise;
+}
+// The same from shared memory.
+template <class V>
+MASKED_SOFTMAX_DEVICE V load_shared_vector_if(bool condition, const void* p, V otherwise) {
+  static_assert(sizeof(V) == 8 || sizeof(V) == 16, "one access");
+  uint32_t words[sizeof(V) / 4];
+  memcpy(words, &otherwise, sizeof(V));
+  const auto predicate = static_cast<unsigned>(condition);
+  if constexpr (sizeof(V) == 16) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+                 : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
+                 : "r"(shared_address(p)), "r"(predicate)
+                 : "memory");
+  } else {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\n@p ld.shared.v2.u32 {%0, %1}, [%2];\n}"
+                 : "+r"(words[0]), "+r"(words[1])
+                 : "r"(shared_address(p)), "r"(predicate)
+                 : "memory");
   }
   memcpy(&otherwise, words, sizeof(V));
   return otherwise;
@@ -217,11 +243,6 @@ MASKED_SOFTMAX_DEVICE T narrow(double value) {
   } else {
     return static_cast<T>(value);
   }
-}
-
-// The address of shared memory within its state space, as PTX takes it.
-MASKED_SOFTMAX_DEVICE unsigned shared_address(const void* p) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(p));
 }
 
 #if MASKED_SOFTMAX_HAS_CLUSTERS

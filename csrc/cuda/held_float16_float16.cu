@@ -1,4 +1,4 @@
-#include "cuda/held_rows.cuh"
+#include "cuda/staged_rows.cuh"
 
 namespace masked_softmax::cuda {
 

@@ -64,6 +64,20 @@ bool are_plain(const Problem& problem, int elems_per_vector) {
   return result;
 }
 
+int64_t stage_bytes(const Problem& problem) {
+  constexpr int64_t kCopyBytes = 16;
+  int64_t result = 0;
+  for (int k = 0; k < problem.input_count; ++k) {
+    const Operand& input = problem.inputs[k];
+    const int64_t elem_bytes = size_bytes(input.type);
+    if (!is_plain(problem, input.data, elem_bytes, input.row_strides, kCopyBytes)) {
+      return 0;
+    }
+    result += ceil_divide(problem.cols * elem_bytes, kCopyBytes) * kCopyBytes;
+  }
+  return result;
+}
+
 template <class U>
 Divisor<U> make_divisor(U divisor) {
   constexpr unsigned kBits = std::numeric_limits<U>::digits;
@@ -94,6 +108,7 @@ KernelProblem make_kernel_problem(const Problem& problem, const LaunchPlan& plan
   while ((1u << result.cluster_shift) < plan.cluster_size) {
     ++result.cluster_shift;
   }
+  result.stages = plan.stages;
   result.split_chunks = plan.split_chunks;
   result.workspace = workspace;
   for (int dim = 0; dim < problem.row_ndim; ++dim) {

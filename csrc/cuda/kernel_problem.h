@@ -72,6 +72,7 @@ struct KernelProblem {
 
   SumOrder order;
   unsigned cluster_shift = 0;  // a cluster has 2^cluster_shift blocks
+  unsigned stages = 0;         // the plan's
   Pass pass = Pass::kAll;      // of a split row
   int64_t split_chunks = 1;    // the plan's
   void* workspace = nullptr;   // see groups.cuh
@@ -90,6 +91,9 @@ MASKED_SOFTMAX_HOST_DEVICE const RowConstants<acc_t>& constants_of(const KernelP
 
 // Whether rows are plain, for vectors of `elems_per_vector` elements.
 bool are_plain(const Problem& problem, int elems_per_vector);
+// The bytes that a plain row's inputs take in shared memory; 0 if some do not begin at multiples of 16 bytes, as bulk
+// copies need.
+int64_t stage_bytes(const Problem& problem);
 
 KernelProblem make_kernel_problem(const Problem& problem, const LaunchPlan& plan, void* workspace);
 

@@ -105,6 +105,7 @@ LaunchPlan plan_problem(const Problem& problem, const DeviceProperties& device, 
   shape.inputs = problem.input_count;
   shape.can_be_held = types.pair != nullptr && has_contiguous_columns(problem);
   shape.is_plain = shape.can_be_held && are_plain(problem, shape.elems_per_vector);
+  shape.stage_bytes = shape.is_plain ? stage_bytes(problem) : 0;
   shape.has_unit_row_stride = has_unit_row_stride(problem);
   return plan_launch(shape, device, forced);
 }

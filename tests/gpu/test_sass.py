@@ -514,7 +514,7 @@ def test_votes() -> None:
 
 
 def test_a_uniform_register_takes_no_value_that_differs() -> None:
-    machine = run("R2UR UR4, R0\nUIADD3 UR5, UR4, 0x2, URZ\nMOV R8, UR5", {0: 40})
+    machine = run("R2UR.BROADCAST UR4, R0\nUIADD3 UR5, UR4, 0x2, URZ\nMOV R8, UR5", {0: 40})
     assert uint32(machine, 8) == [42] * LANES
     with pytest.raises(SassError, match="the same value in all active lanes"):
         run("R2UR UR4, R0", {0: np.arange(LANES)})

@@ -75,6 +75,10 @@ V load_vector_if(bool condition, const void* p, V otherwise) {
   return otherwise;
 }
 template <class V>
+V load_shared_vector_if(bool condition, const void* p, V otherwise) {
+  return load_vector_if(condition, p, otherwise);
+}
+template <class V>
 void store_vector_if(bool condition, void* p, const V& vector) {
   if (condition) {
     simt::check_store(p, sizeof(V));
