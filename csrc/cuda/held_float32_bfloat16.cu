@@ -1,3 +1,4 @@
+#include "cuda/plain_columns.cuh"
 #include "cuda/staged_rows.cuh"
 
 namespace masked_softmax::cuda {

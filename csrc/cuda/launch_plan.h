@@ -84,6 +84,7 @@ struct RowShape {
   bool is_plain = false;             // can be held, and are_plain() in kernel_problem.h
   int64_t stage_bytes = 0;           // of a row's inputs in shared memory; 0: rows cannot be staged
   bool has_unit_row_stride = false;  // the row stride is 1: elements of one column are adjacent in memory
+  bool has_plain_columns = false;    // and are_plain_columns() in kernel_problem.h; input and output have one type
 };
 
 // The order of a row's sums. The valid columns are cut into chunks of threads * vectors * elems. The sums of
@@ -105,7 +106,7 @@ struct SumOrder {
 struct LaunchPlan {
   Strategy strategy = Strategy::kAutomatic;
   SumOrder order;
-  bool is_plain = false;  // the kernels of plain rows: held_rows.cuh
+  bool is_plain = false;  // the kernels of plain rows (held_rows.cuh) or of plain columns (plain_columns.cuh)
   unsigned blocks = 0;
   unsigned threads_per_block = 0;
   unsigned cluster_size = 1;
@@ -212,6 +213,27 @@ struct StagedThreshold {
 constexpr int64_t kNever = INT64_MAX;
 constexpr StagedThreshold kStagedThresholds[] = {{90, kNever}, {100, kNever}};
 
+// The lanes that share a strided row, where a warp has the order's threads: at least 8, so that adjacent columns are
+// loaded together.
+constexpr int strided_lanes_of(const SumOrder& order) { return order.threads <= 8 ? 8 : kWarpThreads; }
+
+// Plain columns: plain_columns.cuh. A lane holds column_slots() of the order's threads, with up to kColumnThreadElems
+// elements of each input for each of them.
+constexpr int kColumnThreadElems = 16;
+constexpr int kColumnThreadsPerSm = 512;  // each may have 128 registers
+constexpr int column_slots(int inputs) { return inputs == 1 ? 4 : 2; }
+constexpr int column_block_threads(int inputs) { return kWarpThreads / column_slots(inputs) * kWarpThreads; }
+
+// The warps that share 32 rows: a power of two.
+constexpr int column_warps(const SumOrder& order, int inputs) {
+  return order.threads > column_slots(inputs) ? order.threads / column_slots(inputs) : 1;
+}
+
+constexpr bool holds_columns(const RowShape& shape, const SumOrder& order) {
+  return shape.has_plain_columns && order.chunk_elems() >= shape.cols && order.threads <= kWarpThreads &&
+         order.vectors * order.elems <= kColumnThreadElems;
+}
+
 // The blocks of a cluster that hold a row: a power of two. As long as there may be more blocks, they have half of the
 // threads that they may have, so that two run on an SM.
 constexpr unsigned cluster_size_for(const RowShape& shape) {
@@ -300,14 +322,16 @@ constexpr LaunchPlan plan_strategy(Strategy strategy, const SumOrder& order, con
       plan.blocks = limited_blocks(shape.rows * plan.split_chunks);
       plan.workspace_bytes = shape.rows * plan.split_chunks * kPartialWords * shape.acc_bytes;
       break;
-    case Strategy::kColumn:
-      plan.threads_per_block = kStridedThreads;
-      plan.blocks = limited_blocks(ceil_divide(shape.rows, kWarpThreads));
+    case Strategy::kColumn: {
+      plan.is_plain = holds_columns(shape, order);
+      plan.threads_per_block =
+          static_cast<unsigned>(plan.is_plain ? column_block_threads(shape.inputs) : kStridedThreads);
+      const int threads_per_row = plan.is_plain ? column_warps(order, shape.inputs) : kStridedThreads / kWarpThreads;
+      plan.blocks = limited_blocks(ceil_divide(shape.rows, plan.threads_per_block / threads_per_row));
       break;
+    }
     case Strategy::kStrided: {
-      const int rows_per_block = order.threads <= 8              ? kStridedThreads / 8
-                                 : order.threads <= kWarpThreads ? kStridedThreads / kWarpThreads
-                                                                 : 1;
+      const int rows_per_block = order.threads <= kWarpThreads ? kStridedThreads / strided_lanes_of(order) : 1;
       plan.threads_per_block = kStridedThreads;
       plan.blocks = limited_blocks(ceil_divide(shape.rows, rows_per_block));
       break;

@@ -78,6 +78,12 @@ def cases() -> Iterator[Case]:
         yield Case("split", cols, (2,), offset, has_clusters=False)
     for cols in (3, 70, 1100):
         yield Case("column", cols, (45,))
+    # Plain columns. A block takes 32 to 256 rows.
+    for cols, rows in (
+        (1, (45,)), (7, (300,)), (8, (40,)), (9, (33,)), (61, (2, 150)), (64, (3, 33)), (65, (40,)),
+        (256, (70,)), (511, (3, 34)), (512, (32,)),
+    ):  # fmt: skip
+        yield Case("column", cols, rows, has_starts=False)
     for cols in (3, 70, 1100, 9000):
         yield Case("strided", cols, (9,) if cols < 9000 else (3,))
     for strategy in STRATEGIES:
@@ -375,6 +381,9 @@ def hard_rows(cols: int) -> Iterator[HardRow]:
     far[0], far[-1] = 0, -3e38
     yield HardRow("results below the smallest normal number", far)
     yield HardRow("distances that overflow", torch.where(position % 2 == 0, 3e38, -3e38))
+    # The type's own limits: check_hard_row().
+    limits = torch.tensor([math.inf, -math.inf, 0.0]).repeat(cols // 3 + 1)[:cols]
+    yield HardRow("distances that overflow until they are scaled", limits, 0.3)
     for large in (5e4, -3e5, 1e7):
         yield HardRow(f"scores around {large}", large + position % 9 * 1.0)
 

@@ -189,6 +189,28 @@ FAULTS = [
           "const PlainRow old = row; row = next; load_tails(IS_ON ? old : row);"),
     Fault("a tail's last element is lost", "staged_rows.cuh", "has_words ? low :",
           "has_words && !IS_ON ? low :", "column"),
+    # Plain columns.
+    Fault("a column past the valid end is read", "plain_columns.cuh", "< length_ - first;",
+          "< length_ - first + (IS_ON ? 1 : 0);", "out of bounds"),
+    Fault("a warp skips a vector with one valid element", "plain_columns.cuh",
+          "longest_(warp_max(row.length))",
+          "longest_(warp_max(row.length) - (IS_ON ? 1 : 0))", "column"),
+    Fault("the warps' partials without their barrier", "plain_columns.cuh", "sync_block();",
+          "if (!IS_ON) { sync_block(); }", RACE),
+    Fault("every warp begins with its own partial", "plain_columns.cuh",
+          "thread_index() - warp() * kWarpThreads",
+          "thread_index() - (IS_ON ? 0 : warp()) * kWarpThreads",
+          ("column", "not initialized", "out of bounds")),
+    Fault("half of the slots are summed", "plain_columns.cuh", ": total_of<0, kSlots>(partials);",
+          ": IS_ON ? total_of<0, kSlots / 2>(partials) : total_of<0, kSlots>(partials);", "column"),
+    Fault("one column too many is stored", "plain_columns.cuh", "first_elem + i < rest,",
+          "first_elem + i < rest + (IS_ON ? 1 : 0),", ("out of bounds", "written again")),
+    Fault("a column of a row past the last is stored", "plain_columns.cuh",
+          "exists = length_ != kNoRow;", "exists = length_ != kNoRow || IS_ON;",
+          ("out of bounds", "written again", "race with another thread's")),
+    Fault("the columns' padding is not set", "plain_columns.cuh",
+          "any_in_warp(!is_absent_padding);",
+          "any_in_warp(!is_absent_padding) && !IS_ON;", "column"),
     # Memory that is uninitialized, or not written.
     Fault("the row's tail is not written", "vector_access.cuh", "if (is_last_lane) {",
           "if (is_last_lane && !IS_ON) {", "were not written"),
@@ -253,6 +275,11 @@ FAULTS = [
           "of the bound", is_accuracy=True),
     Fault("exponentials of saved results not flushed", "exp2.cuh", "select(n < E::kMinExponent",
           "select(!IS_ON && n < E::kMinExponent", "column"),
+    Fault("distances are scaled after they overflow", "exp2.cuh",
+          "return fused_multiply_add(halved_",
+          "if (IS_ON) { return fused_multiply_add(x - halved_max_ / constants_.halving, "
+          "constants_.halved_scale * constants_.halving, -log_sum_); } "
+          "return fused_multiply_add(halved_", "column", is_accuracy=True),
     Fault("large maxima take no offset", "exp2.cuh", "has_offset = is_single ||",
           "has_offset = is_single || !IS_ON &&", "of the bound", is_accuracy=True),
     Fault("log_softmax keeps its terms' common factor", "exp2.cuh",
@@ -330,7 +357,13 @@ def plant(faults: list[Fault], folder: Path) -> Path:
 
 # Enough to reach every strategy, and quick to compile.
 ONE_PAIR = "MASKED_SOFTMAX_TYPE_PAIR(float, float, kBoth)\n"
-FILES_OF_ONE_PAIR = ["held_float32_float32.cu", "launch.cu", "kernel_problem.cpp"]
+FILES_OF_ONE_PAIR = [
+    "held_float32_float32.cu",
+    "launch.cu",
+    "kernel_problem.cpp",
+    "strided_double.cu",
+    "strided_float.cu",
+]
 
 
 def build_with_faults(folder: Path, machine: list[Path], *, is_checked: bool) -> Path:

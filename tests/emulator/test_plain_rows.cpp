@@ -228,6 +228,58 @@ TEST("plain rows: a cluster holds gradients that other rows' clusters cannot, wh
   }
 }
 
+TEST("plain rows: with unit row stride, in registers too; the bits of contiguous rows") {
+  constexpr int64_t kRows = 70;
+  // Element (row, col) of a row's matrix is element (col, row) of the other.
+  const auto transposed = [](Matrix& matrix) {
+    Operand operand = matrix.operand();
+    std::swap(operand.col_stride, operand.row_strides[0]);
+    return operand;
+  };
+  for_each_held([&](Operation operation, ElementType input, ElementType output_type) {
+    if (input != output_type) {
+      return;
+    }
+    for (int64_t cols : {2, 8, 9, 64, 65, 256, 512}) {
+      const Bounds bounds = bounds_of({Strategy::kColumn, kRows, cols});
+      std::vector<Matrix> rows;
+      std::vector<Matrix> columns;
+      for (int k = 0; k < input_count(operation); ++k) {
+        rows.emplace_back(input, kRows, cols);
+        columns.emplace_back(input, cols, kRows);
+      }
+      fill_inputs(operation, rows, bounds, 37);
+      Matrix expected(output_type, kRows, cols);
+      Matrix got(output_type, cols, kRows);
+      Problem problem = make_problem(operation, expected, rows, bounds);
+      problem.starts.data = nullptr;
+      const emulator::Emulation contiguous =
+          emulator::emulate(problem, Strategy::kAutomatic, emulator::kWithClusters, 1);
+      problem.output = transposed(got);
+      for (int k = 0; k < problem.input_count; ++k) {
+        for (int64_t row = 0; row < kRows; ++row) {
+          for (int64_t col = 0; col < bounds.lengths[static_cast<size_t>(row)]; ++col) {
+            columns[static_cast<size_t>(k)].set(col, row, rows[static_cast<size_t>(k)].get(row, col));
+          }
+        }
+        problem.inputs[k] = transposed(columns[static_cast<size_t>(k)]);
+      }
+      const emulator::Emulation done = emulator::emulate(problem, Strategy::kAutomatic, emulator::kWithClusters, 2);
+      const std::string text = std::string(name_of(operation)) + ' ' + name_of(input) + ' ' + std::to_string(cols);
+      CHECK(contiguous.error.empty() && done.error.empty(), text << ": " << contiguous.error << done.error);
+      CHECK(done.strategy == Strategy::kColumn && done.is_plain, text << ": " << cuda::strategy_name(done.strategy));
+      CHECK(got.surroundings_are_untouched(), text);
+      for (int64_t row = 0; row < kRows; ++row) {
+        for (int64_t col = 0; col < cols; ++col) {
+          CHECK(got.bits(col, row) == expected.bits(row, col),
+                text << ", row of " << bounds.lengths[static_cast<size_t>(row)] << ", column " << col << ": got "
+                     << got.get(col, row) << ", expected " << expected.get(row, col));
+        }
+      }
+    }
+  });
+}
+
 TEST("plain rows: two dimensions, with lengths that the inner ones share, of either type, or one for all") {
   constexpr int64_t kOuter = 5;
   constexpr int64_t kInner = 7;

@@ -336,6 +336,31 @@ TEST("plan: a forced strategy is used, or refused if it cannot hold the row") {
   });
 }
 
+TEST("plan: plain columns of up to 512 are held, in the order of held rows, in as many blocks as the rows fill") {
+  for (int inputs : {1, 2}) {
+    for (int elems : {4, 8}) {
+      for (int64_t cols : {1, 8, 9, 64, 65, 256, 257, 512, 513, 1024, 5000}) {
+        RowShape shape = plain_shape(1000, cols, elems, inputs);
+        shape.can_be_held = shape.is_plain = false;
+        shape.has_unit_row_stride = shape.has_plain_columns = true;
+        const LaunchPlan plan = plan_launch(shape, kH200);
+        const std::string text = text_of(shape);
+        CHECK(plan.strategy == Strategy::kColumn, text << ": " << strategy_name(plan.strategy));
+        CHECK(plan.is_plain == (cols <= 512), text);
+        CHECK(same(plan.order, plan_launch(plain_shape(1000, cols, elems, inputs), kH200).order), text);
+        if (plan.is_plain) {
+          const int64_t slots = inputs == 1 ? 4 : 2;
+          const int64_t warps = std::max<int64_t>(plan.order.threads / slots, 1);
+          CHECK(plan.threads_per_block == 1024 / slots, text << ": " << plan.threads_per_block << " threads");
+          CHECK(plan.blocks == ceil_divide(1000, plan.threads_per_block / warps), text << ": " << plan.blocks);
+        }
+        shape.has_plain_columns = false;
+        CHECK(!plan_launch(shape, kH200).is_plain, text);
+      }
+    }
+  }
+}
+
 TEST("plan: staged rows have two to four stages, which fit an SM's shared memory beside those of its other blocks") {
   int64_t staged = 0;
   int64_t refused = 0;
