@@ -51,6 +51,11 @@ DEFAULT_GENCODE = [
 # Those of an nvcc older than 12.8.
 OLDER_ARCHITECTURES = "8.0;9.0+PTX"
 
+# So many files include those of csrc/binding, and are compiled in their place: each would parse
+# torch's headers, which takes 4 seconds.
+BINDING_UNITS = 4
+UNITS = "build/units"
+
 # 1: build with CUDA or fail; 0: build without; unset: with CUDA if torch and the machine have it.
 CUDA_SWITCH = "MASKED_SOFTMAX_EXT_CUDA"
 
@@ -220,12 +225,34 @@ def csrc_files(*patterns: str, folders: tuple[str, ...] = (".",)) -> list[str]:
     )
 
 
+def unit_of(files: list[str]) -> str:
+    return "".join(f'#include "{file.removeprefix("csrc/")}"\n' for file in files)
+
+
+def write_units(units: dict[str, str]) -> None:
+    """A unit that has not changed is left alone, and its object is not built again."""
+    for name, text in units.items():
+        path = ROOT / name
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+
+
+def binding_units(with_cuda: bool) -> dict[str, str]:
+    """The units' text, by file name."""
+    files = csrc_files("*.cpp", folders=("binding",))
+    files.remove(f"csrc/binding/{'without_cuda' if with_cuda else 'cuda_ops'}.cpp")
+    return {
+        f"{UNITS}/binding_{unit}.cpp": unit_of(files[unit::BINDING_UNITS])
+        for unit in range(BINDING_UNITS)
+    }
+
+
 def torch_extension(torch, with_cuda: bool) -> Extension:
     from torch.utils.cpp_extension import CppExtension, CUDAExtension, include_paths
 
-    folders = ("binding", "common", "cpu") + (("cuda",) if with_cuda else ())
-    sources = csrc_files("*.cpp", "*.cu", folders=folders)
-    sources.remove(f"csrc/binding/{'without_cuda' if with_cuda else 'cuda_ops'}.cpp")
+    folders = ("common", "cpu") + (("cuda",) if with_cuda else ())
+    sources = [*binding_units(with_cuda), *csrc_files("*.cpp", "*.cu", folders=folders)]
     # As system headers, torch's headers cause no warnings.
     system_includes = [
         arg
@@ -257,7 +284,7 @@ def torch_extension(torch, with_cuda: bool) -> Extension:
     )
 
 
-def build_command(torch):
+def build_command(torch, with_cuda: bool):
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
@@ -272,6 +299,7 @@ def build_command(torch):
         def run(self) -> None:
             # torch looks for ninja on the PATH, which misses an environment that is not activated.
             os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
+            write_units(binding_units(with_cuda))
             super().run()
             self.record_torch_version()
 
@@ -319,7 +347,7 @@ try:
     check_compiler()
     with_cuda = uses_cuda(torch)
     extension = torch_extension(torch, with_cuda)
-    commands = {"build_ext": build_command(torch)}
+    commands = {"build_ext": build_command(torch, with_cuda)}
     if read_switch(LOCAL_VERSION_SWITCH) == "1":
         commands["egg_info"] = metadata_command(torch, with_cuda)
 except CannotBuild as error:

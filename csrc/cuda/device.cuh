@@ -57,6 +57,23 @@ MASKED_SOFTMAX_DEVICE T shuffle_up(T value, unsigned distance) {
   return __shfl_up_sync(0xffffffffu, value, distance);
 }
 
+// The largest value of a warp's lanes, in a register that all lanes share: branches that depend on it alone need no
+// reconvergence. Precondition: every lane calls.
+MASKED_SOFTMAX_DEVICE int warp_max(int value) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(0xffffffffu, value);
+#else
+  MASKED_SOFTMAX_UNROLL
+  for (unsigned distance = 1; distance < kWarpThreads; distance *= 2) {
+    const int other = shuffle_xor(value, distance);
+    value = other > value ? other : value;
+  }
+  return value;
+#endif
+}
+// The same for a condition: whether it holds in any lane.
+MASKED_SOFTMAX_DEVICE bool any_in_warp(bool condition) { return __any_sync(0xffffffffu, condition) != 0; }
+
 // Tells the compiler that p points to global memory, so that accesses need no test for shared memory.
 template <class T>
 MASKED_SOFTMAX_DEVICE T* in_device_memory(T* p) {
@@ -69,6 +86,18 @@ template <class T>
 MASKED_SOFTMAX_DEVICE T* computed_once(T* p) {
   asm("" : "+l"(p));
   return p;
+}
+
+// The address of shared memory within its state space, as PTX takes it.
+MASKED_SOFTMAX_DEVICE unsigned shared_address(const void* p) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(p));
+}
+
+// The same value, whose comparisons the compiler does not take for earlier ones: it would keep their results in
+// registers rather than compare again.
+MASKED_SOFTMAX_DEVICE int compared_again(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
 }
 
 // An access of 8 or 16 bytes, at a multiple of its size, if `condition` holds. Predicated: a compiler may branch around
@@ -93,6 +122,27 @@ MASKED_SOFTMAX_DEVICE V load_vector_if(bool condition, const void* p, V otherwis
   memcpy(&otherwise, words, sizeof(V));
   return otherwise;
 }
+// The same from shared memory.
+template <class V>
+MASKED_SOFTMAX_DEVICE V load_shared_vector_if(bool condition, const void* p, V otherwise) {
+  static_assert(sizeof(V) == 8 || sizeof(V) == 16, "one access");
+  uint32_t words[sizeof(V) / 4];
+  memcpy(words, &otherwise, sizeof(V));
+  const auto predicate = static_cast<unsigned>(condition);
+  if constexpr (sizeof(V) == 16) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+                 : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
+                 : "r"(shared_address(p)), "r"(predicate)
+                 : "memory");
+  } else {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\n@p ld.shared.v2.u32 {%0, %1}, [%2];\n}"
+                 : "+r"(words[0]), "+r"(words[1])
+                 : "r"(shared_address(p)), "r"(predicate)
+                 : "memory");
+  }
+  memcpy(&otherwise, words, sizeof(V));
+  return otherwise;
+}
 template <class V>
 MASKED_SOFTMAX_DEVICE void store_vector_if(bool condition, void* p, const V& vector) {
   static_assert(sizeof(V) == 8 || sizeof(V) == 16, "one access");
@@ -110,6 +160,37 @@ MASKED_SOFTMAX_DEVICE void store_vector_if(bool condition, void* p, const V& vec
                  "r"(words[1]), "l"(address), "r"(predicate)
                  : "memory");
   }
+}
+
+// The same for one element of 2 or 4 bytes, in the low bits of a word.
+template <class T>
+MASKED_SOFTMAX_DEVICE uint32_t load_elem_if(bool condition, const T* p, uint32_t otherwise) {
+  static_assert(sizeof(T) == 2 || sizeof(T) == 4, "one access");
+  const auto predicate = static_cast<unsigned>(condition);
+  const size_t address = __cvta_generic_to_global(p);
+  if constexpr (sizeof(T) == 2) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\n@p ld.global.u16 %0, [%1];\n}"
+                 : "+r"(otherwise)
+                 : "l"(address), "r"(predicate));
+  } else {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\n@p ld.global.u32 %0, [%1];\n}"
+                 : "+r"(otherwise)
+                 : "l"(address), "r"(predicate));
+  }
+  return otherwise;
+}
+template <class T>
+MASKED_SOFTMAX_DEVICE void store_elem_if(bool condition, T* p, T elem) {
+  if (condition) {
+    *in_device_memory(p) = elem;
+  }
+}
+// The address `count` strides behind p.
+template <class T>
+MASKED_SOFTMAX_DEVICE T* add_strides(T* p, int stride_bytes, int count) {
+  T* result;
+  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(result) : "r"(stride_bytes), "r"(count), "l"(p));
+  return result;
 }
 
 // The 64 bits high:low shifted right by `bits` (0 to 31); the lower 32 of the result.
@@ -217,11 +298,6 @@ MASKED_SOFTMAX_DEVICE T narrow(double value) {
   } else {
     return static_cast<T>(value);
   }
-}
-
-// The address of shared memory within its state space, as PTX takes it.
-MASKED_SOFTMAX_DEVICE unsigned shared_address(const void* p) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(p));
 }
 
 #if MASKED_SOFTMAX_HAS_CLUSTERS

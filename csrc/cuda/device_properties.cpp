@@ -34,8 +34,14 @@ Status get_device_properties(DeviceProperties& properties) {
   if (status == kSuccess) {
     status = count_sms(properties.sm_count);
   }
+  int shared_bytes = 0;
+  if (status == kSuccess) {
+    status = shared_memory_of_sm(shared_bytes);
+  }
   if (status == kSuccess) {  // an error may be a passing one
     properties.has_clusters = has_clusters(support);
+    properties.architecture = support.binary_version;
+    properties.stage_memory_bytes = has_bulk_copies(support) ? shared_bytes : 0;
     known.emplace(device, properties);
   }
   return status;

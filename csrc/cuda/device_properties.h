@@ -19,10 +19,15 @@ struct ClusterSupport {
 };
 
 constexpr int kClusterArchitecture = 90;
+constexpr int kBulkCopyArchitecture = 90;
 
 constexpr bool has_clusters(const ClusterSupport& support) {
   return support.device_has_clusters && support.binary_version >= kClusterArchitecture &&
          support.ptx_version >= kClusterArchitecture && support.max_active_clusters > 0;
+}
+
+constexpr bool has_bulk_copies(const ClusterSupport& support) {
+  return support.binary_version >= kBulkCopyArchitecture && support.ptx_version >= kBulkCopyArchitecture;
 }
 
 // One cluster of the largest size. A device with few SMs, such as a slice of a partitioned GPU (MIG), may

@@ -122,4 +122,22 @@ class LogSum {
   RowExponential<kRestBias, acc_t> exponential_;
 };
 
+// scale * (x - row_max) - log_sum, right wherever it can be represented: RowConstants::halving.
+template <class acc_t>
+class LogResult {
+ public:
+  MASKED_SOFTMAX_DEVICE LogResult(const RowConstants<acc_t>& constants, acc_t row_max, acc_t log_sum)
+      : constants_(constants), halved_max_(constants.halving * row_max), log_sum_(log_sum) {}
+
+  MASKED_SOFTMAX_DEVICE acc_t operator()(acc_t x) const {
+    const acc_t halved_distance = fused_multiply_add(x, constants_.halving, -halved_max_);
+    return fused_multiply_add(halved_distance, constants_.halved_scale, -log_sum_);
+  }
+
+ private:
+  const RowConstants<acc_t>& constants_;
+  const acc_t halved_max_;
+  const acc_t log_sum_;
+};
+
 }  // namespace masked_softmax::cuda

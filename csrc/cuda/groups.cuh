@@ -213,8 +213,6 @@ class LaneGroup {
  public:
   static constexpr unsigned kMinThreads = kWidth;
   static constexpr bool kHasChunks = false;
-  static constexpr bool kHasOneChunk = true;  // strided rows too
-  static constexpr int kTreeLevels = 1;       // the order has kWidth threads too
 
   MASKED_SOFTMAX_DEVICE unsigned thread() const { return thread_index() % kWidth; }
   MASKED_SOFTMAX_DEVICE unsigned threads() const { return kWidth; }
@@ -225,6 +223,27 @@ class LaneGroup {
   MASKED_SOFTMAX_DEVICE void reduce(Partial (&partials)[kRows]) const {
     reduce_lanes(partials, kWidth);
   }
+};
+
+// Lanes of a warp whose number, a power of two, is known at run time. Strided rows only.
+class AnyLaneGroup {
+ public:
+  static constexpr bool kHasOneChunk = true;
+  static constexpr int kTreeLevels = 1;  // the order has no more threads
+
+  MASKED_SOFTMAX_DEVICE explicit AnyLaneGroup(unsigned lanes) : lanes_(lanes) {}
+
+  MASKED_SOFTMAX_DEVICE unsigned thread() const { return thread_index() & (lanes_ - 1); }
+  MASKED_SOFTMAX_DEVICE unsigned threads() const { return lanes_; }
+  MASKED_SOFTMAX_DEVICE void sync() const {}  // no barrier needed: the shuffles already synchronize the lanes
+
+  template <class Partial>
+  MASKED_SOFTMAX_DEVICE void reduce(Partial (&partials)[1]) const {
+    reduce_lanes(partials, lanes_);
+  }
+
+ private:
+  const unsigned lanes_;
 };
 
 // A block, of a multiple of 32 threads. Two reductions of one kind need a barrier between them, so that no thread

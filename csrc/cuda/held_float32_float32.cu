@@ -1,4 +1,5 @@
-#include "cuda/held_rows.cuh"
+#include "cuda/plain_columns.cuh"
+#include "cuda/staged_rows.cuh"
 
 namespace masked_softmax::cuda {
 

@@ -81,6 +81,20 @@ class HeldRows {
     }
   }
 
+  // Takes plain row 0 from shared memory: a StagedElems (vector_access.cuh) for each input.
+  template <class Sources>
+  MASKED_SOFTMAX_DEVICE void take_staged(const KernelProblem& kernel_problem, const PlainRow& row,
+                                         const Sources& sources, input_t absent) {
+    const Problem& problem = kernel_problem.problem;
+    lengths_[0] = row.length;
+    cols_ = static_cast<int>(problem.cols);
+    outputs_[0] = computed_once(row.at(static_cast<output_t*>(problem.output.data), kernel_problem.plain_rows.output));
+    MASKED_SOFTMAX_UNROLL
+    for (int k = 0; k < kInputs; ++k) {
+      loads_[0][k].take_staged(sources[k], row.length, share_, absent);
+    }
+  }
+
   // Begins the loads of the group's chunk of a row.
   MASKED_SOFTMAX_DEVICE void begin_loads(const Group& group, const KernelProblem& kernel_problem, const Row& row,
                                          input_t absent) {
@@ -329,11 +343,11 @@ class Forward {
     MASKED_SOFTMAX_UNROLL
     for (int row = 0; row < kRows; ++row) {
       const acc_t row_max = max[row].value();
-      const acc_t log_sum =
-          LogSum<acc_t>(constants_, row_max, rows_.is_single(row)).value(rest[row].value(), max_count[row].value());
-      rows_.store(kernel_problem_, row, /*is_absent_padding=*/false, [&](int k, int i) MASKED_SOFTMAX_DEVICE_LAMBDA {
-        return fused_multiply_add(values_[row][k][i] - row_max, constants_.scale, -log_sum);
-      });
+      const LogResult<acc_t> log_result(
+          constants_, row_max,
+          LogSum<acc_t>(constants_, row_max, rows_.is_single(row)).value(rest[row].value(), max_count[row].value()));
+      rows_.store(kernel_problem_, row, /*is_absent_padding=*/false,
+                  [&](int k, int i) MASKED_SOFTMAX_DEVICE_LAMBDA { return log_result(values_[row][k][i]); });
     }
   }
 
@@ -556,6 +570,12 @@ Status launch_plain_lanes(const KernelProblem& kernel_problem, const LaunchPlan&
   return kInvalidLaunch;
 }
 
+// Defined in staged_rows.cuh and plain_columns.cuh.
+template <bool kForward, class input_t, class output_t>
+Status launch_staged_rows(const KernelProblem& kernel_problem, const LaunchPlan& plan, Stream stream);
+template <bool kForward, class input_t, class output_t>
+Status launch_plain_columns(const KernelProblem& kernel_problem, const LaunchPlan& plan, Stream stream);
+
 // Launches the kernels of one pair of types.
 template <bool kForward, class input_t, class output_t>
 Status launch_held_rows(const KernelProblem& kernel_problem, const LaunchPlan& plan, Stream stream) {
@@ -563,10 +583,11 @@ Status launch_held_rows(const KernelProblem& kernel_problem, const LaunchPlan& p
     switch (plan.strategy) {
       case Strategy::kLanes: return launch_plain_lanes<kForward, input_t, output_t>(kernel_problem, plan, stream);
       case Strategy::kBlock: return launch(plain_block<kForward, input_t, output_t>, plan, stream, kernel_problem);
+      case Strategy::kStaged: return launch_staged_rows<kForward, input_t, output_t>(kernel_problem, plan, stream);
       case Strategy::kCluster: return launch(plain_cluster<kForward, input_t, output_t>, plan, stream, kernel_problem);
+      case Strategy::kColumn: return launch_plain_columns<kForward, input_t, output_t>(kernel_problem, plan, stream);
       case Strategy::kAutomatic:
       case Strategy::kSplit:
-      case Strategy::kColumn:
       case Strategy::kStrided: return kInvalidLaunch;
     }
   }

@@ -29,18 +29,15 @@ PlainRows::Strides strides_of(const Problem& problem, const int64_t* row_strides
   return strides;
 }
 
-template <class acc_t>
-RowConstants<acc_t> constants_in(const Problem& problem) {
-  const double factor = input_factor(problem);
-  const double scale = problem.scale / factor;
-  return {static_cast<acc_t>(factor), static_cast<acc_t>(scale),
-          ScaledLog2e<acc_t>(is_forward(problem.operation) ? scale : 1.0),
-          static_cast<acc_t>(padding_value(problem.operation))};
+PlainRows::Strides strides_of(const Problem& problem, const Operand& operand) {
+  const int64_t elem_bytes = size_bytes(operand.type);
+  PlainRows::Strides strides = strides_of(problem, operand.row_strides, elem_bytes);
+  strides.col = static_cast<int>(operand.col_stride * elem_bytes);
+  return strides;
 }
 
-}  // namespace
-
-bool are_plain(const Problem& problem, int elems_per_vector) {
+// Whether rows are found in 32-bit numbers, and begin at column 0.
+bool has_plain_bounds(const Problem& problem) {
   const RowIndex& lengths = problem.lengths;
   const bool has_plain_lengths =
       lengths.data == nullptr ||
@@ -49,17 +46,60 @@ bool are_plain(const Problem& problem, int elems_per_vector) {
   const bool is_small = problem.row_ndim <= 2 && problem.rows <= kMaxPlainRows && fits_in_32_bits(problem.cols) &&
                         problem.input_count <= 2;
   const bool has_starts = problem.packing.is_packed || problem.starts.data != nullptr || problem.starts.value != 0;
-  if (!has_plain_lengths || !is_small || has_starts || problem.cols % elems_per_vector != 0 ||
-      !has_contiguous_columns(problem)) {
-    return false;
-  }
-  const auto is_operand_plain = [&](const Operand& operand) {
-    const int64_t bytes = size_bytes(operand.type);
-    return is_plain(problem, operand.data, bytes, operand.row_strides, elems_per_vector * bytes);
-  };
+  return has_plain_lengths && is_small && !has_starts;
+}
+
+// Whether is_operand_plain(operand) holds for the output and all inputs.
+template <class Predicate>
+bool holds_for_operands(const Problem& problem, const Predicate& is_operand_plain) {
   bool result = is_operand_plain(problem.output);
   for (int k = 0; k < problem.input_count; ++k) {
     result = result && is_operand_plain(problem.inputs[k]);
+  }
+  return result;
+}
+
+template <class acc_t>
+RowConstants<acc_t> constants_in(const Problem& problem) {
+  const double factor = input_factor(problem);
+  const double scale = problem.scale / factor;
+  const double halving = std::fabs(scale) < 1 ? 0.5 : 1.0;
+  return {static_cast<acc_t>(factor),
+          static_cast<acc_t>(scale),
+          static_cast<acc_t>(halving),
+          static_cast<acc_t>(scale / halving),
+          ScaledLog2e<acc_t>(is_forward(problem.operation) ? scale : 1.0),
+          static_cast<acc_t>(padding_value(problem.operation))};
+}
+
+}  // namespace
+
+bool are_plain(const Problem& problem, int elems_per_vector) {
+  return has_plain_bounds(problem) && problem.cols % elems_per_vector == 0 && has_contiguous_columns(problem) &&
+         holds_for_operands(problem, [&](const Operand& operand) {
+           const int64_t bytes = size_bytes(operand.type);
+           return is_plain(problem, operand.data, bytes, operand.row_strides, elems_per_vector * bytes);
+         });
+}
+
+bool are_plain_columns(const Problem& problem) {
+  return has_plain_bounds(problem) && holds_for_operands(problem, [&](const Operand& operand) {
+           const int64_t bytes = size_bytes(operand.type);
+           return is_plain(problem, operand.data, bytes, operand.row_strides, bytes) &&
+                  fits_in_32_bits(operand.col_stride) && fits_in_32_bits(operand.col_stride * bytes);
+         });
+}
+
+int64_t stage_bytes(const Problem& problem) {
+  constexpr int64_t kCopyBytes = 16;
+  int64_t result = 0;
+  for (int k = 0; k < problem.input_count; ++k) {
+    const Operand& input = problem.inputs[k];
+    const int64_t elem_bytes = size_bytes(input.type);
+    if (!is_plain(problem, input.data, elem_bytes, input.row_strides, kCopyBytes)) {
+      return 0;
+    }
+    result += ceil_divide(problem.cols * elem_bytes, kCopyBytes) * kCopyBytes;
   }
   return result;
 }
@@ -94,6 +134,11 @@ KernelProblem make_kernel_problem(const Problem& problem, const LaunchPlan& plan
   while ((1u << result.cluster_shift) < plan.cluster_size) {
     ++result.cluster_shift;
   }
+  while (plan.strategy == Strategy::kColumn && plan.is_plain &&
+         (1 << result.column_shift) < column_warps(plan.order, problem.input_count)) {
+    ++result.column_shift;
+  }
+  result.stages = plan.stages;
   result.split_chunks = plan.split_chunks;
   result.workspace = workspace;
   for (int dim = 0; dim < problem.row_ndim; ++dim) {
@@ -104,9 +149,9 @@ KernelProblem make_kernel_problem(const Problem& problem, const LaunchPlan& plan
     plain.rows = static_cast<uint32_t>(problem.rows);
     plain.inner_rows =
         make_divisor(static_cast<uint32_t>(problem.row_ndim > 0 ? problem.row_sizes[problem.row_ndim - 1] : 1));
-    plain.output = strides_of(problem, problem.output.row_strides, size_bytes(problem.output.type));
+    plain.output = strides_of(problem, problem.output);
     for (int k = 0; k < problem.input_count; ++k) {
-      plain.inputs[k] = strides_of(problem, problem.inputs[k].row_strides, size_bytes(problem.inputs[k].type));
+      plain.inputs[k] = strides_of(problem, problem.inputs[k]);
     }
     if (problem.lengths.data != nullptr) {
       plain.length_bytes = static_cast<int>(size_bytes(problem.lengths.type));

@@ -38,6 +38,10 @@ struct RowConstants {
   // `scale`, which is problem.scale / factor. Kernels never use problem.scale.
   acc_t factor = 1;
   acc_t scale = 1;
+  // log_softmax computes scale * (x - max) as halved_scale * (halving * x - halving * max). Halving is 1/2 where
+  // |scale| is below 1: there x - max may overflow although its product with scale does not.
+  acc_t halving = 1;
+  acc_t halved_scale = 1;         // scale / halving
   ScaledLog2e<acc_t> log2e{1.0};  // times `scale` in a forward pass
   acc_t padding = 0;
 };
@@ -47,11 +51,13 @@ struct RowConstants {
 enum class Pass : uint8_t { kAll, kMaxima, kSums, kResults };
 
 // Plain rows, the common case, in 32-bit numbers: rows are found in two dimensions, each begins at a multiple of a
-// vector's size, and no `starts` are given. See are_plain() for all conditions.
+// vector's size, and no `starts` are given. See are_plain() for all conditions. Plain columns are the same for rows
+// with unit row stride, wherever they begin: are_plain_columns().
 struct PlainRows {
   struct Strides {
     int outer = 0;  // bytes
     int inner = 0;
+    int col = 0;  // of plain columns
   };
   uint32_t rows = 0;
   Divisor<uint32_t> inner_rows;
@@ -64,7 +70,7 @@ struct PlainRows {
 struct KernelProblem {
   Problem problem;
   Divisor<uint64_t> row_sizes[kMaxRowDims];
-  PlainRows plain_rows;  // if the plan's rows are plain
+  PlainRows plain_rows;  // if the plan's rows or columns are plain
   bool output_is_16_bit = false;
 
   RowConstants<float> constants_float;
@@ -72,6 +78,8 @@ struct KernelProblem {
 
   SumOrder order;
   unsigned cluster_shift = 0;  // a cluster has 2^cluster_shift blocks
+  unsigned column_shift = 0;   // plain columns: 2^column_shift warps share 32 rows
+  unsigned stages = 0;         // the plan's
   Pass pass = Pass::kAll;      // of a split row
   int64_t split_chunks = 1;    // the plan's
   void* workspace = nullptr;   // see groups.cuh
@@ -90,6 +98,11 @@ MASKED_SOFTMAX_HOST_DEVICE const RowConstants<acc_t>& constants_of(const KernelP
 
 // Whether rows are plain, for vectors of `elems_per_vector` elements.
 bool are_plain(const Problem& problem, int elems_per_vector);
+// Whether rows with unit row stride are found like plain rows, and their columns in 32-bit strides.
+bool are_plain_columns(const Problem& problem);
+// The bytes that a plain row's inputs take in shared memory; 0 if some do not begin at multiples of 16 bytes, as bulk
+// copies need.
+int64_t stage_bytes(const Problem& problem);
 
 KernelProblem make_kernel_problem(const Problem& problem, const LaunchPlan& plan, void* workspace);
 

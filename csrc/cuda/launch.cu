@@ -2,12 +2,14 @@
 
 #include "cuda/kernel_problem.h"
 #include "cuda/packed_gaps.cuh"
-#include "cuda/strided_rows.cuh"
 
 namespace masked_softmax::cuda {
 
+// Defined in held_rows.cuh and strided_rows.cuh.
 template <bool kForward, class input_t, class output_t>
 Status launch_held_rows(const KernelProblem& kernel_problem, const LaunchPlan& plan, Stream stream);
+template <class acc_t>
+Status launch_any_rows(const KernelProblem& kernel_problem, const LaunchPlan& plan, Stream stream);
 
 namespace {
 
@@ -24,9 +26,6 @@ enum class Directions { kNone, kForward, kBackward, kBoth };
 
 template <class input_t, class output_t, Directions kDirections>
 constexpr TypePair type_pair() {
-  static_assert(RowTypes<input_t, output_t>::kElems % kTileElems<typename RowTypes<input_t, output_t>::acc_t> == 0 &&
-                    RowTypes<input_t, output_t>::kElems / kTileElems<typename RowTypes<input_t, output_t>::acc_t> <= 2,
-                "strided rows add up a vector of held ones in one or two tiles");
   TypePair pair = {ElementTraits<input_t>::kType, ElementTraits<output_t>::kType, RowTypes<input_t, output_t>::kElems,
                    nullptr, nullptr};
   if constexpr (kDirections == Directions::kForward || kDirections == Directions::kBoth) {
@@ -83,16 +82,6 @@ bool has_unit_row_stride(const Problem& problem) {
   return true;
 }
 
-template <class acc_t>
-Status launch_any_rows(const KernelProblem& kernel_problem, const LaunchPlan& plan, Stream stream) {
-  return visit_strategy(plan.strategy, [&](auto strategy) -> Status {
-    if constexpr (info_of(strategy).rows == StrategyRows::kAny && strategy != Strategy::kAutomatic) {
-      return launch_strategy<acc_t>(strategy, kernel_problem, plan, stream);
-    }
-    return kInvalidLaunch;
-  });
-}
-
 }  // namespace
 
 LaunchPlan plan_problem(const Problem& problem, const DeviceProperties& device, Strategy forced) {
@@ -105,7 +94,10 @@ LaunchPlan plan_problem(const Problem& problem, const DeviceProperties& device, 
   shape.inputs = problem.input_count;
   shape.can_be_held = types.pair != nullptr && has_contiguous_columns(problem);
   shape.is_plain = shape.can_be_held && are_plain(problem, shape.elems_per_vector);
+  shape.stage_bytes = shape.is_plain ? stage_bytes(problem) : 0;
   shape.has_unit_row_stride = has_unit_row_stride(problem);
+  shape.has_plain_columns = shape.has_unit_row_stride && types.pair != nullptr &&
+                            types.pair->input == types.pair->output && are_plain_columns(problem);
   return plan_launch(shape, device, forced);
 }
 
@@ -118,7 +110,7 @@ Status launch_problem(const Problem& problem, const LaunchPlan& plan, void* work
     }
   }
   const ProblemTypes types(problem);
-  if (holds_rows(plan.strategy)) {
+  if (holds_rows(plan.strategy) || plan.is_plain) {
     return types.launch_held(kernel_problem, plan, stream);
   }
   return types.accumulates_in_double ? launch_any_rows<double>(kernel_problem, plan, stream)

@@ -68,6 +68,9 @@ auto visit_strategy(Strategy strategy, const Visitor& visit) {
 struct DeviceProperties {
   bool has_clusters = false;  // and the loaded binary has cluster kernels: device_properties.h
   int sm_count = 0;           // 0: unknown
+  int architecture = 0;       // 10 * major + minor; 0: unknown
+  // Of an SM, for the dynamic shared memory of blocks with stages; 0 if the loaded binary has no bulk copies.
+  int stage_memory_bytes = 0;
 };
 
 // All that a plan depends on.
@@ -79,7 +82,9 @@ struct RowShape {
   int inputs = 1;                    // scores, or gradient and saved result, ...
   bool can_be_held = false;          // contiguous columns, and a pair of type_pairs.inc; whatever the size
   bool is_plain = false;             // can be held, and are_plain() in kernel_problem.h
+  int64_t stage_bytes = 0;           // of a row's inputs in shared memory; 0: rows cannot be staged
   bool has_unit_row_stride = false;  // the row stride is 1: elements of one column are adjacent in memory
+  bool has_plain_columns = false;    // and are_plain_columns() in kernel_problem.h; input and output have one type
 };
 
 // The order of a row's sums. The valid columns are cut into chunks of threads * vectors * elems. The sums of
@@ -101,11 +106,12 @@ struct SumOrder {
 struct LaunchPlan {
   Strategy strategy = Strategy::kAutomatic;
   SumOrder order;
-  bool is_plain = false;  // the kernels of plain rows: held_rows.cuh
+  bool is_plain = false;  // the kernels of plain rows (held_rows.cuh) or of plain columns (plain_columns.cuh)
   unsigned blocks = 0;
   unsigned threads_per_block = 0;
   unsigned cluster_size = 1;
   unsigned shared_bytes = 0;    // of dynamic shared memory, per block
+  unsigned stages = 0;          // kStaged only: the stages in it
   int64_t split_chunks = 1;     // per row; kSplit only: a cluster's chunks are its blocks
   int64_t workspace_bytes = 0;  // kSplit only
 
@@ -171,6 +177,63 @@ constexpr int cluster_vectors(int elems_per_vector, int inputs) {
   return held_vectors(elems_per_vector, inputs) * (inputs == 1 ? 1 : 2);
 }
 
+// Staged rows. Threads on an SM: with the registers that more would leave, kernels spill on compute capability 12.0.
+constexpr int kStagedThreadsPerSm = 512;
+// A block's shared memory has room for some of the next rows. With one stage, no copy would be under way while a row is
+// computed.
+constexpr int kMinStages = 2;
+constexpr int kMaxStages = 4;
+// Of a block's shared memory: what the system reserves, and the static arrays.
+constexpr int kUnstagedBytes = 1024 + 1024;
+
+struct Staging {
+  int blocks_per_sm = 0;
+  int stages = 0;  // 0: not even the fewest stages fit
+};
+
+// As many blocks as have the registers, with as many stages as fit; fewer blocks where kMinStages would not fit.
+// Precondition: the rows can be staged.
+constexpr Staging staging_of(const SumOrder& order, const RowShape& shape, const DeviceProperties& device) {
+  int blocks = kStagedThreadsPerSm / order.threads;
+  for (; blocks > 0; --blocks) {
+    const int64_t fitting = (device.stage_memory_bytes / blocks - kUnstagedBytes) / shape.stage_bytes;
+    if (fitting >= kMinStages) {
+      return {blocks, static_cast<int>(fitting < kMaxStages ? fitting : kMaxStages)};
+    }
+  }
+  return {};
+}
+
+// The devices on which staged rows replace those that a block holds otherwise, from so many columns on. On none yet:
+// the kernel waits on mbarriers, and has never run on a GPU. Measurements may change this.
+struct StagedThreshold {
+  int architecture;
+  int64_t min_cols;
+};
+constexpr int64_t kNever = INT64_MAX;
+constexpr StagedThreshold kStagedThresholds[] = {{90, kNever}, {100, kNever}};
+
+// The lanes that share a strided row, where a warp has the order's threads: at least 8, so that adjacent columns are
+// loaded together.
+constexpr int strided_lanes_of(const SumOrder& order) { return order.threads <= 8 ? 8 : kWarpThreads; }
+
+// Plain columns: plain_columns.cuh. A lane holds column_slots() of the order's threads, with up to kColumnThreadElems
+// elements of each input for each of them.
+constexpr int kColumnThreadElems = 16;
+constexpr int kColumnThreadsPerSm = 512;  // each may have 128 registers
+constexpr int column_slots(int inputs) { return inputs == 1 ? 4 : 2; }
+constexpr int column_block_threads(int inputs) { return kWarpThreads / column_slots(inputs) * kWarpThreads; }
+
+// The warps that share 32 rows: a power of two.
+constexpr int column_warps(const SumOrder& order, int inputs) {
+  return order.threads > column_slots(inputs) ? order.threads / column_slots(inputs) : 1;
+}
+
+constexpr bool holds_columns(const RowShape& shape, const SumOrder& order) {
+  return shape.has_plain_columns && order.chunk_elems() >= shape.cols && order.threads <= kWarpThreads &&
+         order.vectors * order.elems <= kColumnThreadElems;
+}
+
 // The blocks of a cluster that hold a row: a power of two. As long as there may be more blocks, they have half of the
 // threads that they may have, so that two run on an SM.
 constexpr unsigned cluster_size_for(const RowShape& shape) {
@@ -199,6 +262,11 @@ constexpr SumOrder order_of(Strategy strategy, const RowShape& shape, const Devi
     case Strategy::kBlock: {
       const int64_t threads = ceil_divide(vectors, int64_t{held} * kWarpThreads) * kWarpThreads;
       return threads <= kMaxBlockThreads ? SumOrder{static_cast<int>(threads), held, elems} : SumOrder{};
+    }
+    case Strategy::kStaged: {
+      const SumOrder order = order_of(Strategy::kBlock, shape, device);
+      const bool can_be_staged = order.threads > 0 && shape.stage_bytes > 0;
+      return can_be_staged && staging_of(order, shape, device).stages > 0 ? order : SumOrder{};
     }
     case Strategy::kCluster: {
       const int64_t size = cluster_size_for(shape);
@@ -237,6 +305,14 @@ constexpr LaunchPlan plan_strategy(Strategy strategy, const SumOrder& order, con
       plan.blocks =
           plan.is_plain ? persistent_blocks(shape.rows, order.threads, order, device) : limited_blocks(shape.rows);
       break;
+    case Strategy::kStaged: {
+      const Staging staging = staging_of(order, shape, device);
+      plan.stages = static_cast<unsigned>(staging.stages);
+      plan.shared_bytes = static_cast<unsigned>(staging.stages * shape.stage_bytes);
+      const int64_t resident = int64_t{device.sm_count} * staging.blocks_per_sm;
+      plan.blocks = limited_blocks(resident > 0 && resident < shape.rows ? resident : shape.rows);
+      break;
+    }
     case Strategy::kCluster:
       plan.cluster_size = cluster_size_for(shape);
       plan.blocks = static_cast<unsigned>(shape.rows) * plan.cluster_size;
@@ -246,14 +322,16 @@ constexpr LaunchPlan plan_strategy(Strategy strategy, const SumOrder& order, con
       plan.blocks = limited_blocks(shape.rows * plan.split_chunks);
       plan.workspace_bytes = shape.rows * plan.split_chunks * kPartialWords * shape.acc_bytes;
       break;
-    case Strategy::kColumn:
-      plan.threads_per_block = kStridedThreads;
-      plan.blocks = limited_blocks(ceil_divide(shape.rows, kWarpThreads));
+    case Strategy::kColumn: {
+      plan.is_plain = holds_columns(shape, order);
+      plan.threads_per_block =
+          static_cast<unsigned>(plan.is_plain ? column_block_threads(shape.inputs) : kStridedThreads);
+      const int threads_per_row = plan.is_plain ? column_warps(order, shape.inputs) : kStridedThreads / kWarpThreads;
+      plan.blocks = limited_blocks(ceil_divide(shape.rows, plan.threads_per_block / threads_per_row));
       break;
+    }
     case Strategy::kStrided: {
-      const int rows_per_block = order.threads <= 8              ? kStridedThreads / 8
-                                 : order.threads <= kWarpThreads ? kStridedThreads / kWarpThreads
-                                                                 : 1;
+      const int rows_per_block = order.threads <= kWarpThreads ? kStridedThreads / strided_lanes_of(order) : 1;
       plan.threads_per_block = kStridedThreads;
       plan.blocks = limited_blocks(ceil_divide(shape.rows, rows_per_block));
       break;
@@ -269,6 +347,7 @@ constexpr bool can_compute(Strategy strategy, const RowShape& shape, const SumOr
     case Strategy::kAutomatic: return false;
     case Strategy::kLanes:
     case Strategy::kBlock:
+    case Strategy::kStaged:
     case Strategy::kCluster:
     case Strategy::kSplit:
       return shape.can_be_held &&
@@ -279,11 +358,20 @@ constexpr bool can_compute(Strategy strategy, const RowShape& shape, const SumOr
   return false;
 }
 
+constexpr bool prefers_stages(const RowShape& shape, const DeviceProperties& device) {
+  for (const StagedThreshold& threshold : kStagedThresholds) {
+    if (device.architecture == threshold.architecture && shape.cols >= threshold.min_cols) {
+      return order_of(Strategy::kStaged, shape, device).threads > 0;
+    }
+  }
+  return false;
+}
+
 // The first strategy that can hold rows of this size, whatever their types and layout. kSplit holds any.
 constexpr Strategy first_holding(const RowShape& shape, const DeviceProperties& device) {
   for (Strategy strategy : kStrategies) {
     if (holds_rows(strategy) && order_of(strategy, shape, device).threads > 0) {
-      return strategy;
+      return strategy == Strategy::kBlock && prefers_stages(shape, device) ? Strategy::kStaged : strategy;
     }
   }
   return Strategy::kAutomatic;

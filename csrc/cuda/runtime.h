@@ -19,4 +19,12 @@ inline Status count_sms(int& count) {
   return status == kSuccess ? cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) : status;
 }
 
+// Sets the shared memory of an SM of the current device, in bytes.
+inline Status shared_memory_of_sm(int& bytes) {
+  int device = 0;
+  const Status status = current_device(device);
+  return status == kSuccess ? cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)
+                            : status;
+}
+
 }  // namespace masked_softmax::cuda

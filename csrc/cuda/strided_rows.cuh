@@ -256,13 +256,13 @@ class StridedRow {
         terms[i] = select(i < count, terms_of.rest_term(x[i] * constants_.factor, max_count), acc_t{0});
       }
     });
-    const acc_t log_sum = terms_of.value(rest, reduced(max_count).value());
+    const LogResult<acc_t> log_result(constants_, row_max, terms_of.value(rest, reduced(max_count).value()));
     for_each_tile([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
       Values x;
       load(0, first, count, x);
       MASKED_SOFTMAX_UNROLL
       for (int i = 0; i < kTileElems<acc_t>; ++i) {
-        x[i] = fused_multiply_add(x[i] * constants_.factor - row_max, constants_.scale, -log_sum);
+        x[i] = log_result(x[i] * constants_.factor);
       }
       store(first, count, x);
     });
@@ -342,16 +342,15 @@ class StridedRow {
   const acc_t absent_;
 };
 
-template <class acc_t, unsigned kThreads>
+template <class acc_t>
 MASKED_SOFTMAX_KERNEL(kStridedThreads, 2)
 strided_lanes(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
-  using Group = LaneGroup<kThreads>;
-  const Group group;
-  const int64_t rows_per_block = block_threads() / kThreads;
+  const AnyLaneGroup group(static_cast<unsigned>(strided_lanes_of(kernel_problem.order)));
+  const int64_t rows_per_block = block_threads() / group.threads();
   const int64_t step = rows_per_block * grid_blocks();
   // All lanes of a warp leave the loop together.
   for (int64_t first = block_index() * rows_per_block; first < kernel_problem.problem.rows; first += step) {
-    StridedRow<acc_t, Group>(group, kernel_problem, first + thread_index() / kThreads).compute();
+    StridedRow<acc_t, AnyLaneGroup>(group, kernel_problem, first + thread_index() / group.threads()).compute();
   }
 }
 
@@ -379,6 +378,18 @@ column_rows(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   }
 }
 
+// Rows are summed in the order of held ones.
+template <class input_t, class output_t>
+constexpr bool has_whole_tiles() {
+  using Types = RowTypes<input_t, output_t>;
+  constexpr int kElems = kTileElems<typename Types::acc_t>;
+  return Types::kElems % kElems == 0 && Types::kElems / kElems <= 2;
+}
+#define MASKED_SOFTMAX_TYPE_PAIR(input_t, output_t, cuda) \
+  static_assert(has_whole_tiles<input_t, output_t>(), "a vector of held rows is added up in one or two tiles");
+#include "common/type_pairs.inc"
+#undef MASKED_SOFTMAX_TYPE_PAIR
+
 template <class acc_t>
 Status launch_strategy(StrategyConstant<Strategy::kColumn>, const KernelProblem& kernel_problem, const LaunchPlan& plan,
                        Stream stream) {
@@ -390,13 +401,19 @@ Status launch_strategy(StrategyConstant<Strategy::kStrided>, const KernelProblem
                        const LaunchPlan& plan, Stream stream) {
   // Lanes take rows of one chunk. In the order of a forced cluster, a row may have several, of 32 threads each.
   const bool has_one_chunk = plan.order.chunk_elems() >= kernel_problem.problem.longest();
-  if (has_one_chunk && plan.order.threads <= 8) {
-    return launch(strided_lanes<acc_t, 8>, plan, stream, kernel_problem);
-  }
-  if (has_one_chunk && plan.order.threads <= kWarpThreads) {
-    return launch(strided_lanes<acc_t, kWarpThreads>, plan, stream, kernel_problem);
-  }
-  return launch(strided_rows<acc_t>, plan, stream, kernel_problem);
+  const bool fits_a_warp = has_one_chunk && plan.order.threads <= kWarpThreads;
+  return launch(fits_a_warp ? strided_lanes<acc_t> : strided_rows<acc_t>, plan, stream, kernel_problem);
+}
+
+// Launches the kernels of one accumulation type.
+template <class acc_t>
+Status launch_any_rows(const KernelProblem& kernel_problem, const LaunchPlan& plan, Stream stream) {
+  return visit_strategy(plan.strategy, [&](auto strategy) -> Status {
+    if constexpr (info_of(strategy).rows == StrategyRows::kAny && strategy != Strategy::kAutomatic) {
+      return launch_strategy<acc_t>(strategy, kernel_problem, plan, stream);
+    }
+    return kInvalidLaunch;
+  });
 }
 
 }  // namespace masked_softmax::cuda

@@ -135,6 +135,18 @@ struct VectorShare {
   }
 };
 
+// Elements of which the whole pieces of 16 bytes are in shared memory, and the others, in each thread, in a vector.
+template <class T>
+struct StagedElems {
+  static constexpr int kElems = 16 / sizeof(T);
+
+  // How many of `count` elements are in whole pieces; none for a negative count.
+  MASKED_SOFTMAX_DEVICE static int whole(int count) { return count > 0 ? count & ~(kElems - 1) : 0; }
+
+  const T* elems;
+  Vector<T, kElems> tail;
+};
+
 // A thread's loads from the `count` elements that begin at `first`. Elements from `count` on are `absent`. A negative
 // count is that of an empty row.
 template <class T, int kElems, int kVectors, bool kIsAligned>
@@ -194,6 +206,33 @@ class VectorLoads {
         vectors_[k] = load(k * share_.stride);
         if (skipped_ > 0) {
           vectors_[k] = join(vectors_[k], load(k * share_.stride + kElems), skipped_);
+        }
+      }
+    }
+  }
+
+  // Instead of begin_loads() and finish_loads(): takes the elements from shared memory.
+  MASKED_SOFTMAX_DEVICE void take_staged(const StagedElems<T>& staged, int count, const VectorShare& share, T absent) {
+    static_assert(kIsAligned, "elements in shared memory begin at a multiple of 16 bytes");
+    const auto otherwise = VectorType::filled(absent);
+    const int whole = StagedElems<T>::whole(count);
+    MASKED_SOFTMAX_UNROLL
+    for (int k = 0; k < kVectors; ++k) {
+      const int begin = share.begin + k * share.stride;
+      vectors_[k] = load_shared_vector_if(begin < whole, staged.elems + begin, otherwise);
+    }
+    if (whole < count) {
+      MASKED_SOFTMAX_UNROLL
+      for (int k = 0; k < kVectors; ++k) {
+        const int begin = share.begin + k * share.stride;
+        MASKED_SOFTMAX_UNROLL
+        for (int part = 0; part < StagedElems<T>::kElems / kElems; ++part) {
+          if (begin == whole + part * kElems) {
+            MASKED_SOFTMAX_UNROLL
+            for (int word = 0; word < VectorType::kWords; ++word) {
+              vectors_[k].words[word] = staged.tail.words[part * VectorType::kWords + word];
+            }
+          }
         }
       }
     }

@@ -25,7 +25,8 @@ extern "C" {
 // Returns the name of the strategy that ran, and the error in `message`.
 const char* masked_softmax_emulate(const Call* call, int32_t has_clusters, int32_t sm_count, uint32_t seed,
                                    char* message, size_t message_bytes) {
-  const cuda::DeviceProperties device{has_clusters != 0, sm_count};
+  cuda::DeviceProperties device = has_clusters != 0 ? emulator::kWithClusters : emulator::kWithoutClusters;
+  device.sm_count = sm_count;
   const emulator::Emulation done = emulator::emulate(
       problem_of(*call), kernel_tests::find(cuda::kStrategies, call->strategy, cuda::strategy_name), device, seed);
   std::strncpy(message, done.error.c_str(), message_bytes - 1);

@@ -13,8 +13,14 @@ struct Emulation {
   std::string error;                        // empty: success
 };
 
-constexpr masked_softmax::cuda::DeviceProperties kWithClusters{true};
+// As an H100, but that any grid runs at once.
+constexpr masked_softmax::cuda::DeviceProperties kWithClusters{true, 0, 90, 228 * 1024};
 constexpr masked_softmax::cuda::DeviceProperties kWithoutClusters{false};
+
+// It computes no other rows: they have no starts, and lengths of int32 or int64.
+constexpr bool takes_plain_rows_only(masked_softmax::cuda::Strategy strategy) {
+  return strategy == masked_softmax::cuda::Strategy::kStaged;
+}
 
 // `seed` determines the order in which threads run. Precondition: problem.rows and problem.cols are at least 1.
 Emulation emulate(const masked_softmax::Problem& problem, masked_softmax::cuda::Strategy forced,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 # For scripts that pytest does not start.
@@ -31,10 +32,11 @@ from kernel_call import read_table as read_table
 BUILD = ROOT / "build" / "emulator" / "python"
 
 
-def max_cols(strategy: str, operation: str) -> int:
-    """The longest row that a strategy can hold in registers: launch_plan.h."""
-    elems_per_thread = 32 // OPERATIONS[operation].inputs
-    threads = {"lanes": 32, "block": 512, "cluster": 8 * 512}
+def max_cols(strategy: str, operation: str, dtypes: tuple[torch.dtype, torch.dtype]) -> int:
+    """The longest row that a strategy can hold in registers, wherever it lies: launch_plan.h."""
+    elems_per_vector = 16 // max(dtype.itemsize for dtype in dtypes)
+    elems_per_thread = 32 if OPERATIONS[operation].inputs == 1 else 4 * elems_per_vector
+    threads = {"lanes": 32, "block": 512, "staged": 512, "cluster": 8 * 512}
     return threads[strategy] * elems_per_thread if strategy in threads else 1 << 40
 
 

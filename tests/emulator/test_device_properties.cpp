@@ -1,4 +1,4 @@
-// Which devices have clusters, from what the CUDA runtime reports of them.
+// Which devices have clusters and bulk copies, from what the CUDA runtime reports of them.
 #include <thread>
 #include <vector>
 
@@ -32,28 +32,30 @@ EmulatedClusters& new_device(const ClusterSupport& support, unsigned active_bloc
 
 }  // namespace
 
-TEST("plan: clusters only where the device has them, the binary has their kernels, and one of the largest size fits") {
+TEST("plan: clusters and bulk copies only where the binary has their kernels; clusters where one of the largest fits") {
   struct Case {
     const char* what;
     ClusterSupport support;
     bool has_clusters;
+    bool has_bulk_copies;
   };
   constexpr Case kCases[] = {
-      {"8.0 on 8.0", {false, 80, 80, 0}, false},
-      {"8.0 on 8.9", {false, 80, 80, 0}, false},
-      {"PTX of 8.0 on 9.0", {true, 90, 80, 16}, false},
-      {"PTX of 8.0 on 12.0", {true, 120, 80, 16}, false},
-      {"9.0 on 9.0", {true, 90, 90, 16}, true},
-      {"PTX of 9.0 on 12.0", {true, 120, 90, 16}, true},
-      {"10.0 on 10.0", {true, 100, 100, 16}, true},
-      {"12.0 on 12.0", {true, 120, 120, 1}, true},
-      {"12.0, compiled from 10.0's PTX, on 12.0", {true, 120, 100, 1}, true},
-      {"9.0 on 9.0 that has no clusters", {false, 90, 90, 16}, false},
-      {"9.0 on 9.0 that fits none", {true, 90, 90, 0}, false},
-      {"nothing is known", {}, false},
+      {"8.0 on 8.0", {false, 80, 80, 0}, false, false},
+      {"8.0 on 8.9", {false, 80, 80, 0}, false, false},
+      {"PTX of 8.0 on 9.0", {true, 90, 80, 16}, false, false},
+      {"PTX of 8.0 on 12.0", {true, 120, 80, 16}, false, false},
+      {"9.0 on 9.0", {true, 90, 90, 16}, true, true},
+      {"PTX of 9.0 on 12.0", {true, 120, 90, 16}, true, true},
+      {"10.0 on 10.0", {true, 100, 100, 16}, true, true},
+      {"12.0 on 12.0", {true, 120, 120, 1}, true, true},
+      {"12.0, compiled from 10.0's PTX, on 12.0", {true, 120, 100, 1}, true, true},
+      {"9.0 on 9.0 that has no clusters", {false, 90, 90, 16}, false, true},
+      {"9.0 on 9.0 that fits none", {true, 90, 90, 0}, false, true},
+      {"nothing is known", {}, false, false},
   };
   for (const Case& c : kCases) {
     CHECK(has_clusters(c.support) == c.has_clusters, c.what);
+    CHECK(has_bulk_copies(c.support) == c.has_bulk_copies, c.what);
   }
 }
 
@@ -77,6 +79,8 @@ TEST("plan: rows that a block cannot hold are split where clusters cannot run") 
     new_device(c.support, c.active_blocks);
     DeviceProperties device;
     CHECK(get_device_properties(device) == kSuccess, c.what);
+    CHECK((device.stage_memory_bytes > 0) == has_bulk_copies(c.support), c.what << ": stages");
+    CHECK(device.architecture == c.support.binary_version, c.what << ": " << device.architecture);
     const Strategy strategy = strategy_for_long_rows(device);
     CHECK(strategy == c.strategy, c.what << ": " << strategy_name(strategy));
   }

@@ -108,6 +108,27 @@ TEST("plan: rows are plain in two dimensions or fewer, with lengths of either ty
                 }}});
 }
 
+TEST("plan: columns are plain at any address and of any number, but for the conditions of plain rows' bounds") {
+  const std::vector<Case> plain{{"contiguous rows", [](Problem&) {}},
+                                {"columns that are not whole vectors", [](Problem& p) { p.cols = kCols - 1; }},
+                                {"strided columns", [](Problem& p) { p.inputs[1].col_stride = -kInner; }},
+                                {"an element's boundary", [](Problem& p) { p.output.data = memory + 4; }},
+                                {"the largest stride", [](Problem& p) { p.output.col_stride = kTooFar / 4 - 1; }}};
+  const std::vector<Case> others{
+      {"starts", [](Problem& p) { p.starts.data = memory; }},
+      {"uint8 lengths", [](Problem& p) { p.lengths.type = ElementType::kUInt8; }},
+      {"three inputs", [](Problem& p) { p.input_count = 3; }},
+      {"a stride of columns beyond 32 bits", [](Problem& p) { p.inputs[0].col_stride = kTooFar / 4; }},
+      {"a stride of rows beyond 32 bits", [](Problem& p) { p.output.row_strides[0] = kTooFar / 4; }}};
+  for (bool expected : {true, false}) {
+    for (const Case& c : expected ? plain : others) {
+      Problem problem = plain_problem();
+      c.change(problem);
+      CHECK(are_plain_columns(problem) == expected, c.what);
+    }
+  }
+}
+
 TEST("plan: rows are not plain where one of the conditions fails") {
   check(false,
         {{"starts", [](Problem& p) { p.starts.data = memory; }},

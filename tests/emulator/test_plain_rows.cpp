@@ -58,6 +58,9 @@ Bounds bounds_of(const Case& c) {
   return bounds;
 }
 
+// The strategy that sums rows that are not plain in the same order.
+Strategy for_any_rows(Strategy strategy) { return strategy == Strategy::kStaged ? Strategy::kBlock : strategy; }
+
 // One sample, its plain problem, and the memory of both.
 class Sample {
  public:
@@ -82,7 +85,10 @@ class Sample {
     if (!has_starts) {
       problem.starts.data = nullptr;
     }
-    const emulator::Emulation done = emulator::emulate(problem, case_.strategy, {true, sm_count}, ++seed);
+    cuda::DeviceProperties device = emulator::kWithClusters;
+    device.sm_count = sm_count;
+    const Strategy forced = has_starts ? for_any_rows(case_.strategy) : case_.strategy;
+    const emulator::Emulation done = emulator::emulate(problem, forced, device, ++seed);
     CHECK(done.error.empty(), text() << ": " << done.error);
     CHECK(done.strategy == expected, text() << ": " << cuda::strategy_name(done.strategy));
     CHECK(done.is_plain == !has_starts, text() << (done.is_plain ? ": plain" : ": not plain"));
@@ -142,10 +148,12 @@ void for_each_held(const Visitor& visit) {
   }
 }
 
+constexpr Strategy kPlainStrategies[] = {Strategy::kLanes, Strategy::kBlock, Strategy::kStaged, Strategy::kCluster};
+
 // The columns that a strategy holds at most, of whatever types, in the kernels for any rows.
 int64_t max_cols(Strategy strategy, Operation operation) {
   const int64_t of_thread = is_forward(operation) ? 32 : 16;  // of 16-bit types, twice as many in a backward pass
-  return of_thread * (strategy == Strategy::kLanes ? 32 : strategy == Strategy::kBlock ? 512 : 8 * 512);
+  return of_thread * (strategy == Strategy::kLanes ? 32 : strategy == Strategy::kCluster ? 8 * 512 : 512);
 }
 
 void check_case(const Case& c, double scale = 1.0) {
@@ -156,7 +164,8 @@ void check_case(const Case& c, double scale = 1.0) {
     Sample sample(operation, input, output, c, scale);
     const Matrix plain = sample.compute(/*has_starts=*/false, /*sm_count=*/0, c.strategy);
     sample.check_values(plain);
-    sample.check_same_bits(sample.compute(/*has_starts=*/true, /*sm_count=*/0, c.strategy), plain, "with starts");
+    sample.check_same_bits(sample.compute(/*has_starts=*/true, /*sm_count=*/0, for_any_rows(c.strategy)), plain,
+                           "with starts");
     sample.check_same_bits(sample.compute(/*has_starts=*/false, /*sm_count=*/1, c.strategy), plain, "on one SM");
   });
 }
@@ -189,6 +198,16 @@ TEST("plain rows: a block, of a few warps and of the most") {
   check_case({Strategy::kBlock, 6, 16384});
 }
 
+TEST("plain rows: staged, of a few warps and of the most, once and several times around the ring") {
+  for (int64_t cols : {8, 520, 1032, 2056}) {
+    check_case({Strategy::kStaged, 21, cols});
+  }
+  check_case({Strategy::kStaged, 210, 40});
+  check_case({Strategy::kStaged, 9, 8192});
+  check_case({Strategy::kStaged, 9, 16384});
+  check_case({Strategy::kStaged, 40, 2056}, -0.5);
+}
+
 TEST("plain rows: a cluster, of every number of blocks") {
   for (int64_t cols : {8, 1032, 4104}) {
     check_case({Strategy::kCluster, 6, cols});
@@ -209,10 +228,62 @@ TEST("plain rows: a cluster holds gradients that other rows' clusters cannot, wh
   }
 }
 
+TEST("plain rows: with unit row stride, in registers too; the bits of contiguous rows") {
+  constexpr int64_t kRows = 70;
+  // Element (row, col) of a row's matrix is element (col, row) of the other.
+  const auto transposed = [](Matrix& matrix) {
+    Operand operand = matrix.operand();
+    std::swap(operand.col_stride, operand.row_strides[0]);
+    return operand;
+  };
+  for_each_held([&](Operation operation, ElementType input, ElementType output_type) {
+    if (input != output_type) {
+      return;
+    }
+    for (int64_t cols : {2, 8, 9, 64, 65, 256, 512}) {
+      const Bounds bounds = bounds_of({Strategy::kColumn, kRows, cols});
+      std::vector<Matrix> rows;
+      std::vector<Matrix> columns;
+      for (int k = 0; k < input_count(operation); ++k) {
+        rows.emplace_back(input, kRows, cols);
+        columns.emplace_back(input, cols, kRows);
+      }
+      fill_inputs(operation, rows, bounds, 37);
+      Matrix expected(output_type, kRows, cols);
+      Matrix got(output_type, cols, kRows);
+      Problem problem = make_problem(operation, expected, rows, bounds);
+      problem.starts.data = nullptr;
+      const emulator::Emulation contiguous =
+          emulator::emulate(problem, Strategy::kAutomatic, emulator::kWithClusters, 1);
+      problem.output = transposed(got);
+      for (int k = 0; k < problem.input_count; ++k) {
+        for (int64_t row = 0; row < kRows; ++row) {
+          for (int64_t col = 0; col < bounds.lengths[static_cast<size_t>(row)]; ++col) {
+            columns[static_cast<size_t>(k)].set(col, row, rows[static_cast<size_t>(k)].get(row, col));
+          }
+        }
+        problem.inputs[k] = transposed(columns[static_cast<size_t>(k)]);
+      }
+      const emulator::Emulation done = emulator::emulate(problem, Strategy::kAutomatic, emulator::kWithClusters, 2);
+      const std::string text = std::string(name_of(operation)) + ' ' + name_of(input) + ' ' + std::to_string(cols);
+      CHECK(contiguous.error.empty() && done.error.empty(), text << ": " << contiguous.error << done.error);
+      CHECK(done.strategy == Strategy::kColumn && done.is_plain, text << ": " << cuda::strategy_name(done.strategy));
+      CHECK(got.surroundings_are_untouched(), text);
+      for (int64_t row = 0; row < kRows; ++row) {
+        for (int64_t col = 0; col < cols; ++col) {
+          CHECK(got.bits(col, row) == expected.bits(row, col),
+                text << ", row of " << bounds.lengths[static_cast<size_t>(row)] << ", column " << col << ": got "
+                     << got.get(col, row) << ", expected " << expected.get(row, col));
+        }
+      }
+    }
+  });
+}
+
 TEST("plain rows: two dimensions, with lengths that the inner ones share, of either type, or one for all") {
   constexpr int64_t kOuter = 5;
   constexpr int64_t kInner = 7;
-  for (Strategy strategy : {Strategy::kLanes, Strategy::kBlock, Strategy::kCluster}) {
+  for (Strategy strategy : kPlainStrategies) {
     for (ElementType type : {ElementType::kInt64, ElementType::kInt32}) {
       for (int dims : {0, 1, 2}) {  // of the lengths
         const int64_t cols = 40;
@@ -269,7 +340,7 @@ TEST("plain rows: an invalid length makes its row NaN, and changes nothing else"
   constexpr int64_t kCols = 72;
   const std::vector<int64_t> invalid{
       kCols + 1, -1, -2, int64_t{1} << 32, std::numeric_limits<int64_t>::min(), std::numeric_limits<int64_t>::max()};
-  for (Strategy strategy : {Strategy::kLanes, Strategy::kBlock, Strategy::kCluster}) {
+  for (Strategy strategy : kPlainStrategies) {
     for_each_held([&](Operation operation, ElementType input, ElementType output_type) {
       Bounds bounds = bounds_of({strategy, 19, kCols});
       std::vector<Matrix> inputs;
@@ -324,6 +395,7 @@ TEST("plain rows: float64, and types without kernels of held rows, are strided, 
         const int threads = forced == Strategy::kAutomatic || forced == Strategy::kLanes ? 4 : 32;
         CHECK(plan.order.threads == threads, cuda::strategy_name(forced) << ": " << plan.order.threads << " threads");
       }
+      CHECK(!cuda::plan_problem(problem, emulator::kWithClusters, Strategy::kStaged).is_valid(), "staged");
     }
   }
 }

@@ -335,3 +335,82 @@ TEST("plan: a forced strategy is used, or refused if it cannot hold the row") {
     CHECK(plan_launch(shape, device, Strategy::kColumn).strategy == Strategy::kColumn, text_of(shape));
   });
 }
+
+TEST("plan: plain columns of up to 512 are held, in the order of held rows, in as many blocks as the rows fill") {
+  for (int inputs : {1, 2}) {
+    for (int elems : {4, 8}) {
+      for (int64_t cols : {1, 8, 9, 64, 65, 256, 257, 512, 513, 1024, 5000}) {
+        RowShape shape = plain_shape(1000, cols, elems, inputs);
+        shape.can_be_held = shape.is_plain = false;
+        shape.has_unit_row_stride = shape.has_plain_columns = true;
+        const LaunchPlan plan = plan_launch(shape, kH200);
+        const std::string text = text_of(shape);
+        CHECK(plan.strategy == Strategy::kColumn, text << ": " << strategy_name(plan.strategy));
+        CHECK(plan.is_plain == (cols <= 512), text);
+        CHECK(same(plan.order, plan_launch(plain_shape(1000, cols, elems, inputs), kH200).order), text);
+        if (plan.is_plain) {
+          const int64_t slots = inputs == 1 ? 4 : 2;
+          const int64_t warps = std::max<int64_t>(plan.order.threads / slots, 1);
+          CHECK(plan.threads_per_block == 1024 / slots, text << ": " << plan.threads_per_block << " threads");
+          CHECK(plan.blocks == ceil_divide(1000, plan.threads_per_block / warps), text << ": " << plan.blocks);
+        }
+        shape.has_plain_columns = false;
+        CHECK(!plan_launch(shape, kH200).is_plain, text);
+      }
+    }
+  }
+}
+
+TEST("plan: staged rows have two to four stages, which fit an SM's shared memory beside those of its other blocks") {
+  int64_t staged = 0;
+  int64_t refused = 0;
+  for_each_shape([&](RowShape shape, const DeviceProperties& /*device*/) {
+    const SumOrder order = order_of(Strategy::kBlock, shape, kH200);
+    if (!shape.is_plain || order.threads == 0 || shape.inputs > 2) {
+      return;
+    }
+    for (int memory_kib : {228, 100}) {  // compute capability 9.0 and 10.0; 12.0
+      const DeviceProperties device{true, 132, 90, memory_kib * 1024};
+      const int64_t row_bytes = shape.cols * 16 / shape.elems_per_vector * shape.inputs;
+      shape.stage_bytes = row_bytes;
+      const LaunchPlan plan = plan_launch(shape, device, Strategy::kStaged);
+      const std::string text = text_of(shape) + ", " + std::to_string(memory_kib) + " KiB";
+      if (!plan.is_valid()) {
+        CHECK(2 * row_bytes + kUnstagedBytes > device.stage_memory_bytes, text << ": two stages fit");
+        ++refused;
+        continue;
+      }
+      ++staged;
+      const int64_t blocks_per_sm = std::max<int64_t>(plan.blocks / 132, 1);
+      CHECK(plan.stages >= 2 && plan.stages <= 4, text << ": " << plan.stages << " stages");
+      CHECK(plan.shared_bytes == plan.stages * row_bytes, text << ": " << plan.shared_bytes << " bytes");
+      CHECK(blocks_per_sm * (plan.shared_bytes + kUnstagedBytes) <= device.stage_memory_bytes,
+            text << ": " << blocks_per_sm << " blocks of " << plan.shared_bytes << " bytes");
+      CHECK(blocks_per_sm * plan.threads_per_block <= kStagedThreadsPerSm,
+            text << ": " << blocks_per_sm << " blocks of " << plan.threads_per_block << " threads");
+      CHECK(same(plan.order, order), text << ": sums in another order than a block's");
+    }
+  });
+  CHECK(staged > 0 && refused > 0, staged << " staged, " << refused << " refused");
+}
+
+TEST("plan: rows are staged only if that is forced, the rows can be, and the binary has bulk copies") {
+  constexpr DeviceProperties kKnown[] = {
+      {true, 132, 90, 228 * 1024}, {true, 148, 100, 228 * 1024}, {true, 188, 120, 100 * 1024}};
+  for (int64_t cols : {64, 2048, 8192, 16384}) {
+    RowShape shape = plain_shape(4096, cols, 4, 1);
+    for (DeviceProperties device : kKnown) {
+      shape.stage_bytes = cols * 4;
+      const std::string text = text_of(shape) + ", on " + std::to_string(device.architecture);
+      CHECK(plan_launch(shape, device).strategy != Strategy::kStaged, text);
+      const bool fits = device.stage_memory_bytes >= 2 * shape.stage_bytes + kUnstagedBytes;
+      const Strategy expected = fits ? Strategy::kStaged : Strategy::kAutomatic;
+      CHECK(plan_launch(shape, device, Strategy::kStaged).strategy == expected, text);
+      shape.stage_bytes = 0;
+      CHECK(!plan_launch(shape, device, Strategy::kStaged).is_valid(), text << ": the rows cannot be staged");
+      shape.stage_bytes = cols * 4;
+      device.stage_memory_bytes = 0;
+      CHECK(!plan_launch(shape, device, Strategy::kStaged).is_valid(), text << ": there are no bulk copies");
+    }
+  }
+}

@@ -44,7 +44,7 @@ from generated import (
     row_indices,
     values,
 )
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy_reference import is_nan_row
 from tolerances import (
@@ -61,12 +61,14 @@ BACKWARD = tuple(o.name for o in OPERATIONS.values() if o.inputs > 1 and o.is_tu
 GENERIC = tuple(o.name for o in OPERATIONS.values() if not o.is_tuned)  # no held rows
 FOR_ANY_ROWS = tuple(name for name, holds_rows in STRATEGIES.items() if not holds_rows)
 # They have kernels of their own for plain rows: csrc/cuda/kernel_problem.h.
-HAVE_PLAIN_ROWS = ("lanes", "block", "cluster")
+HAVE_PLAIN_ROWS = ("lanes", "block", "staged", "cluster")
+TAKES_PLAIN_ROWS_ONLY = "staged"
 MAX_VECTOR_ELEMS = 8
 # The shortest rows, the ends of vectors, and rows that take several blocks or chunks.
 LONG_SIZES = {
     "lanes": [256, 257, 511, 512, 513, 1023, 1024],
     "block": [256, 511, 1025, 2049, 4096, 7001, 8192, 8193, 16384],
+    "staged": [256, 511, 1025, 2049, 4096, 7001, 8192, 8193, 16384],
     "cluster": [511, 1025, 4097, 9001, 16385, 20011],
     "split": [511, 4095, 4097, 8192, 8193, 16385, 20011],
     "column": [257, 511],
@@ -210,17 +212,21 @@ def calls(
     if scales is None:  # held rows have moderate scales
         scales = SCALES if takes_any else MODERATE_SCALES
 
-    longest_held = max_cols(strategy, operation)
+    longest_held = max_cols(strategy, operation, (dtypes[0], dtypes[1]))
     sizes = SIZES.filter(bool)
     if draw(st.integers(0, 5)) == 0:
         sizes = st.sampled_from([size for size in LONG_SIZES[strategy] if size <= longest_held])
     longest = draw(sizes.filter(lambda size: size <= longest_held))
-    is_plain = strategy in HAVE_PLAIN_ROWS and draw(st.booleans())
+    is_plain = strategy in HAVE_PLAIN_ROWS and (
+        strategy == TAKES_PLAIN_ROWS_ONLY or draw(st.booleans())
+    )
     if is_plain:
         longest = -(-longest // MAX_VECTOR_ELEMS) * MAX_VECTOR_ELEMS
     rows: tuple[int, ...] = draw(ROWS)
     if strategy == "lanes" and draw(st.booleans()):
         rows = (*rows, 17)
+    if strategy == TAKES_PLAIN_ROWS_ONLY:
+        rows = rows[:2]
     while rows and (math.prod(rows) * longest > 20_000 or (longest > 1024 and math.prod(rows) > 3)):
         rows = rows[:-1]
     if strategy == "column":
@@ -247,6 +253,8 @@ def calls(
         lengths = draw(row_indices(rows, rest))
         if draw(st.integers(0, 9)) == 0:
             lengths = int(lengths.min()) if lengths.numel() else 0
+        elif strategy == TAKES_PLAIN_ROWS_ONLY:
+            lengths = lengths.to(draw(st.sampled_from([torch.int32, torch.int64])))
 
     def layout(may_share: bool) -> Layout:
         if is_plain:
@@ -287,7 +295,7 @@ def calls(
         draw(scales),
         packed,
         is_checked=draw(st.integers(0, 7)) == 0,
-        has_clusters=strategy == "cluster" or draw(st.booleans()),
+        has_clusters=strategy in ("staged", "cluster") or draw(st.booleans()),
         sm_count=draw(st.sampled_from([0, 1])),
         seed=draw(st.integers(0, 999)),
     )
@@ -384,10 +392,13 @@ def test_an_invalid_length_makes_its_row_nan(
     is_wrong = torch.rand(rows, generator=generator(call.seed)) < 0.4
     longest = cols if call.packed is None else call.packed
     if wrong == "too far":
+        assume(strategy != TAKES_PLAIN_ROWS_ONLY)
         starts[is_wrong] = cols + 1
     else:
         lengths[is_wrong] = longest + 1 if isinstance(wrong, str) else wrong
-    broken = replace(call, lengths=lengths, starts=starts)
+    broken = replace(call, lengths=lengths)
+    if strategy != TAKES_PLAIN_ROWS_ONLY:
+        broken = replace(broken, starts=starts)
     got = run(broken)
     if call.packed is None:
         assert bool(got[is_wrong].isnan().all())
@@ -427,7 +438,8 @@ def test_rows_are_independent(
     start = shift % (cols - length + 1)
     alone_valid = valid_columns((1, cols), length, starts=start)[0]
     tensors = []
-    forced = "strided" if strategy == "column" else strategy
+    # Strategies that take such a row, and sum it in the same order.
+    forced = {"column": "strided", TAKES_PLAIN_ROWS_ONLY: "block"}.get(strategy, strategy)
     adjacent = data.draw(st.booleans())
     # If columns are not contiguous, the strided strategy takes over, with the forced one's order.
     for x in call.inputs:
@@ -486,7 +498,9 @@ def test_permuting_permutes(run: Runner, strategy: str, data: st.DataObject) -> 
     for row, valid in zip(as_rows(order, -1), as_rows(call.valid, -1), strict=True):
         own = row[valid]
         row[valid] = own[torch.randperm(len(own), generator=generator(call.seed))]
-    layout = replace(call.output, offset=3)
+    layout = replace(
+        call.output, offset=MAX_VECTOR_ELEMS if strategy == TAKES_PLAIN_ROWS_ONLY else 3
+    )
     permuted = layout.place(x.gather(-1, order), call.valid, poison_of(x.dtype))
     y = run(replace(call, inputs=(permuted,)))
     back = torch.empty_like(y).scatter_(-1, order, y)

@@ -27,6 +27,8 @@ FEW_COLS = (1, 3, 33, 64, 257, 512, 1025, 4099, 8192, 20000, 65536, 262145)
 # (rows, columns): several times the rows that an H200's multiprocessors hold at a time, so that
 # blocks which loop over rows do so.
 MANY_ROWS = ((100_000, 8), (20_000, 64), (6_000, 512), (3_000, 1104), (1_000, 4096))
+# Strategies that take plain rows only: no starts, lengths of 4 or 8 bytes, whole vectors.
+PLAIN_ROWS_ONLY = ("staged",)
 INNER = 40  # rows side by side: more than a warp has lanes
 MAX_INNER_COLS = 5000  # of rows side by side, which are many
 

@@ -37,8 +37,9 @@ class Call(ctypes.Structure):
     _fields_ = (
         ("operation", ctypes.c_char * NAME_BYTES),
         ("strategy", ctypes.c_char * NAME_BYTES),
-        ("has_clusters", ctypes.c_int32),
+        ("architecture", ctypes.c_int32),
         ("sm_count", ctypes.c_int32),
+        ("sm_shared_bytes", ctypes.c_int32),
         ("row_ndim", ctypes.c_int32),
         ("scale", ctypes.c_double),
         ("cols", ctypes.c_int64),
@@ -84,7 +85,7 @@ class KernelLaunch:
 
 @dataclass(frozen=True)
 class Plan:
-    strategy: str
+    strategy: str  # "automatic": the forced one cannot compute such rows, and nothing is launched
     workspace_bytes: int
     launches: tuple[KernelLaunch, ...]
 

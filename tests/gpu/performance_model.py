@@ -18,7 +18,7 @@ from typing import Any
 
 import launches
 import numpy as np
-from kernels import WARP_THREADS, Kernel
+from kernels import SM_LIMITS, WARP_THREADS, Kernel
 from sass.machine import LOCAL_BYTES, Launch, Machine, Program
 from sass.memory import Memory, Region
 
@@ -34,6 +34,7 @@ VECTOR_BYTES = 16
 _SM_COUNT = 132  # of an H100 or H200
 
 LENGTHS = ("full", "half", "tenth", "uniform")
+AUTOMATIC = "automatic"  # no strategy is forced
 
 # Rows that stand for uniformly distributed lengths: fewer where rows are long.
 _UNIFORM_ROWS = 32
@@ -153,7 +154,7 @@ class Case:
     output_type: str
     shape: Shape
     lengths: str
-    strategy: str = "automatic"
+    strategy: str = AUTOMATIC  # the forced one
 
     @property
     def inputs(self) -> int:
@@ -170,7 +171,8 @@ class Case:
         return f"{self.input_type} to {self.output_type}"
 
     def __str__(self) -> str:
-        return f"{self.operation}, {self.types}, {self.shape}, lengths {self.lengths}"
+        forced = "" if self.strategy == AUTOMATIC else f", {self.strategy} forced"
+        return f"{self.operation}, {self.types}, {self.shape}, lengths {self.lengths}{forced}"
 
 
 @dataclass
@@ -252,6 +254,10 @@ class Model:
 
     def close(self) -> None:
         self._launches.close()
+
+    def takes(self, case: Case, architecture: str) -> bool:
+        """Whether the forced strategy can compute such rows."""
+        return self._plan(_InterpretedCall(case), architecture).strategy == case.strategy
 
     def run(self, case: Case, architecture: str) -> Figures:
         plan = self._plan(_InterpretedCall(case), architecture)
@@ -397,8 +403,9 @@ class _InterpretedCall:
         return launches.Call(
             operation=case.operation.encode(),
             strategy=case.strategy.encode(),
-            has_clusters=int(architecture[3:]) >= 90,
+            architecture=int(architecture[3:]),
             sm_count=_SM_COUNT,
+            sm_shared_bytes=SM_LIMITS[architecture].shared_bytes,
             row_ndim=len(shape.row_sizes),
             scale=1.0,
             cols=shape.cols,

@@ -6,11 +6,13 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 
 from kernels import Kernel
 from performance_model import (
+    AUTOMATIC,
     COPY_BYTES_PER_INSTRUCTION,
     ELEMENT_BYTES,
     LENGTHS,
@@ -49,6 +51,15 @@ OPERATIONS = {  # and their shapes
     "log_softmax_backward": ("64", "512", "8192"),
 }
 
+# A strategy that no plan chooses by itself, and what it is forced for.
+FORCED = "staged"
+FORCED_OPERATIONS = {
+    "softmax": ("2048", "8192"),
+    "softmax_backward": ("2048", "8192"),
+    "log_softmax": ("8192",),
+    "log_softmax_backward": ("8192",),
+}
+
 # What the kernels should reach.
 TARGET_SHARES = {"full": 0.7, "uniform": 1.0}
 TARGET_BYTES_IN_FLIGHT = 26 * 1024
@@ -79,15 +90,20 @@ class Row:
     # By lengths:
     instructions: dict[str, float] = field(default_factory=dict)  # of a warp, for a row
     row_bytes: dict[str, float] = field(default_factory=dict)  # that must move
+    is_forced: bool = False  # the strategy is
 
     @property
     def key(self) -> tuple[str, ...]:
-        return self.architecture, self.operation, self.types, self.shape
+        return self.architecture, self.case
+
+    @property
+    def case(self) -> str:
+        forced = f", {self.strategy} forced" if self.is_forced else ""
+        return f"{self.operation}, {self.types}, {self.shape}{forced}"
 
     @property
     def where(self) -> str:
-        case = f"{self.operation}, {self.types}, {self.shape}"
-        return f"{' + '.join(self.kernels)} on {self.architecture} ({case})"
+        return f"{' + '.join(self.kernels)} on {self.architecture} ({self.case})"
 
     def share_of_budget(self, gpu: str, lengths: str) -> float:
         return (
@@ -95,25 +111,21 @@ class Row:
         )
 
 
-def measure_row(
-    model: Model, architecture: str, operation: str, element_type: str, shape: Shape
-) -> Row:
+def measure_row(model: Model, architecture: str, case: Case) -> Row:
+    """For all lengths, whatever those of the case."""
     figures = {
-        lengths: model.run(
-            Case(operation, element_type, element_type, shape, lengths), architecture
-        )
-        for lengths in LENGTHS
+        lengths: model.run(replace(case, lengths=lengths), architecture) for lengths in LENGTHS
     }
     full = figures["full"]
     least = full.least_in_flight
     opcodes = [count_opcodes(run.kernel.function) for run in full.runs]
-    row_bytes = shape.cols * ELEMENT_BYTES[element_type]
-    is_aligned = row_bytes % VECTOR_BYTES == 0 and not shape.is_column
+    row_bytes = case.shape.cols * ELEMENT_BYTES[case.input_type]
+    is_aligned = row_bytes % VECTOR_BYTES == 0 and not case.shape.is_column
     return Row(
         architecture=architecture,
-        operation=operation,
-        types=element_type,
-        shape=str(shape),
+        operation=case.operation,
+        types=case.types,
+        shape=str(case.shape),
         strategy=full.strategy,
         kernels=full.kernels,
         registers=least.kernel.registers,
@@ -125,17 +137,26 @@ def measure_row(
         barriers=sum(count_memory_barriers(run.kernel.function) for run in full.runs),
         instructions={name: round(f.instructions_per_row, 2) for name, f in figures.items()},
         row_bytes={name: round(f.bytes_per_row, 2) for name, f in figures.items()},
+        is_forced=case.strategy != AUTOMATIC,
     )
 
 
-def measure(model: Model) -> list[Row]:
+def cases_of(operations: dict[str, tuple[str, ...]], strategy: str) -> list[Case]:
     return [
-        measure_row(model, architecture, operation, element_type, SHAPES[shape])
-        for architecture in model.architectures
-        for operation, shapes in OPERATIONS.items()
+        Case(operation, element_type, element_type, SHAPES[shape], "full", strategy)
+        for operation, shapes in operations.items()
         for element_type in TYPES
         for shape in shapes
     ]
+
+
+def measure(model: Model) -> list[Row]:
+    rows = []
+    for architecture in model.architectures:
+        cases = cases_of(OPERATIONS, AUTOMATIC)
+        cases += [c for c in cases_of(FORCED_OPERATIONS, FORCED) if model.takes(c, architecture)]
+        rows += [measure_row(model, architecture, case) for case in cases]
+    return rows
 
 
 def write_record(path: Path, rows: list[Row], nvcc: str) -> None:
@@ -219,6 +240,10 @@ row. Loads in flight: of 16 bytes, that a thread has issued before it waits for 
 KiB in flight: on an SM, with as many blocks as fit it. Of several launches, registers, blocks and
 loads are of the one with the fewest bytes in flight.
 
+No plan chooses `{forced}` by itself, because it waits for bulk copies and has not run on a GPU:
+docs/kernels.md. So it is forced for some shapes that otherwise a block holds, on each architecture
+that has bulk copies and shared memory for two of the rows.
+
 Targets: {targets} of the {target_gpu}'s budget, and {in_flight:.0f} KiB in flight.
 What misses its target is bold.
 {model}
@@ -236,13 +261,15 @@ Where the figures differ, they are of {architectures}.
 def report(kernels: list[Kernel], rows: list[Row], nvcc: str) -> str:
     architectures = sorted({k.architecture for k in kernels}, key=lambda a: int(a[3:]))
     sections = []
-    for architecture in architectures:
-        for operation in OPERATIONS:
-            chosen = [r for r in rows if (r.architecture, r.operation) == (architecture, operation)]
-            if chosen:
-                sections.append(f"\n### {architecture}, {operation}\n\n{_model_table(chosen)}\n")
+    for architecture, operation, is_forced in product(architectures, OPERATIONS, (False, True)):
+        group = architecture, operation, is_forced
+        chosen = [r for r in rows if (r.architecture, r.operation, r.is_forced) == group]
+        if chosen:
+            head = f"{architecture}, {operation}" + (f", `{FORCED}` forced" if is_forced else "")
+            sections.append(f"\n### {head}\n\n{_model_table(chosen)}\n")
     return REPORT.format(
         nvcc=nvcc,
+        forced=FORCED,
         budgets=" and ".join(f"{b} bytes ({gpu})" for gpu, b in COPY_BYTES_PER_INSTRUCTION.items()),
         targets=" and ".join(
             f"{share:.1f} ({lengths})" for lengths, share in TARGET_SHARES.items()

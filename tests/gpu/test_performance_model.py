@@ -13,7 +13,7 @@ import performance_model
 import performance_table
 import pytest
 from launches import Launches
-from performance_model import Case, Shape
+from performance_model import AUTOMATIC, Case, Shape
 from performance_table import SHAPES, Row
 
 
@@ -24,15 +24,19 @@ def launches() -> Iterator[Launches]:
     started.close()
 
 
-@pytest.mark.parametrize("operation", list(performance_table.OPERATIONS))
-@pytest.mark.parametrize("element_type", performance_table.TYPES)
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_every_case_has_a_plan(
-    launches: Launches, operation: str, element_type: str, architecture: str
-) -> None:
+AUTOMATIC_CASES = performance_table.cases_of(performance_table.OPERATIONS, AUTOMATIC)
+FORCED_CASES = performance_table.cases_of(
+    performance_table.FORCED_OPERATIONS, performance_table.FORCED
+)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "cases"),
+    [("sm_80", AUTOMATIC_CASES), ("sm_90", [*AUTOMATIC_CASES, *FORCED_CASES])],
+)
+def test_every_case_has_a_plan(launches: Launches, architecture: str, cases: list[Case]) -> None:
     """With the kernels that csrc/cuda/launch.cu launches, and their argument."""
-    for name in performance_table.OPERATIONS[operation]:
-        case = Case(operation, element_type, element_type, SHAPES[name], "full")
+    for case in cases:
         call = performance_model._InterpretedCall(case)
         plan = launches.plan(call.description(architecture))
         assert plan.launches, case
@@ -41,8 +45,20 @@ def test_every_case_has_a_plan(
             assert launch.blocks > 0, case
             assert launch.threads_per_block % 32 == 0, case
             assert (launch.cluster_size > 1) == (plan.strategy == "cluster"), case
+            assert (launch.shared_bytes > 0) == (plan.strategy == "staged"), case
             assert call.memory.regions[0].address.to_bytes(8, "little") in launch.argument, case
         assert (plan.workspace_bytes > 0) == (plan.strategy == "split"), case
+        assert case.strategy in (AUTOMATIC, plan.strategy), case
+
+
+@pytest.mark.parametrize(("architecture", "count"), [("sm_80", 0), ("sm_90", 12), ("sm_120", 10)])
+def test_forced_cases_are_left_out_where_the_strategy_does_not_take_them(
+    architecture: str, count: int
+) -> None:
+    """sm_80 has no bulk copies, and sm_120 too little shared memory for the longest gradients."""
+    model = performance_model.Model([])
+    assert sum(model.takes(case, architecture) for case in FORCED_CASES) == count
+    model.close()
 
 
 def test_a_call_that_cannot_be_launched_says_why(launches: Launches) -> None:
@@ -194,6 +210,9 @@ def test_a_case_without_record_or_without_figures_is_a_sentence() -> None:
     other = replace(ROW, shape="64 x 64")
     (missing,) = performance_table.regressions([ROW, other], [ROW])
     assert missing.startswith("sm_90, softmax, float32, 64 x 64: expected figures, got none")
+    forced = replace(ROW, strategy="staged", is_forced=True)
+    (missing,) = performance_table.regressions([ROW, forced], [ROW])
+    assert missing.startswith("sm_90, softmax, float32, 65536 x 512, staged forced: expected")
     (unrecorded,) = performance_table.regressions([ROW], [ROW, other])
     assert "expected recorded figures, got none; record them" in unrecorded
     # An architecture that was not built is no omission.

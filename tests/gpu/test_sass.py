@@ -231,6 +231,17 @@ def test_predicates_combine() -> None:
         assert got == p1 << 1 | p2 << 2 | (p1 and p2 and first[lane]) << 3
 
 
+def test_uniform_predicates_go_to_a_register() -> None:
+    machine = run(
+        """UMOV UR4, 0x7
+        UISETP.GT.AND UP1, UPT, UR4, 0x6, UPT
+        UISETP.GT.AND UP2, UPT, UR4, 0x7, UPT
+        UP2UR UR5, UPR, URZ, 0x6
+        MOV R8, UR5""",
+    )
+    assert uint32(machine, 8) == [2] * LANES
+
+
 @pytest.mark.parametrize("table", [*RANDOM.permutation(256)[:24].tolist(), 0xC0, 0xFC, 0x3C])
 def test_three_operand_logic(table: int) -> None:
     a, b, c = words(), words(), words()
@@ -514,7 +525,7 @@ def test_votes() -> None:
 
 
 def test_a_uniform_register_takes_no_value_that_differs() -> None:
-    machine = run("R2UR UR4, R0\nUIADD3 UR5, UR4, 0x2, URZ\nMOV R8, UR5", {0: 40})
+    machine = run("R2UR.BROADCAST UR4, R0\nUIADD3 UR5, UR4, 0x2, URZ\nMOV R8, UR5", {0: 40})
     assert uint32(machine, 8) == [42] * LANES
     with pytest.raises(SassError, match="the same value in all active lanes"):
         run("R2UR UR4, R0", {0: np.arange(LANES)})

@@ -216,6 +216,18 @@ print(setup["DEFAULT_ARCHITECTURES"], *setup["DEFAULT_GENCODE"], sep="\\n")
     assert {match[1] for match in map(re.compile(pattern).fullmatch, options) if match} == expected
 
 
+def test_every_file_of_the_binding_is_in_one_unit() -> None:
+    """But that of the other kind of build, with or without CUDA."""
+    code = """
+for with_cuda in (False, True):
+    print(*sorted("".join(setup["binding_units"](with_cuda).values()).splitlines()), sep=";")
+"""
+    without_cuda, with_cuda = (line.split(";") for line in run_after_setup(code))
+    files = sorted(path.name for path in (ROOT / "csrc" / "binding").glob("*.cpp"))
+    for units, other in ((without_cuda, "cuda_ops.cpp"), (with_cuda, "without_cuda.cpp")):
+        assert units == [f'#include "binding/{name}"' for name in files if name != other]
+
+
 def test_each_torch_has_its_own_objects() -> None:
     """After an upgrade of torch, objects compiled for the old version must not be linked."""
     code = """

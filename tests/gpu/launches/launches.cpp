@@ -33,8 +33,9 @@ struct CallOperand {
 struct Call {
   char operation[kNameBytes];
   char strategy[kNameBytes];
-  int32_t has_clusters;
-  int32_t sm_count;  // 0: unknown
+  int32_t architecture;  // 90: sm_90
+  int32_t sm_count;      // 0: unknown
+  int32_t sm_shared_bytes;
   int32_t row_ndim;
   double scale;
   int64_t cols;
@@ -56,8 +57,8 @@ struct RecordedLaunch {
 };
 
 struct Plan {
-  char error[256];  // empty: none
-  char strategy[kNameBytes];
+  char error[256];            // empty: none
+  char strategy[kNameBytes];  // "automatic": the forced strategy cannot compute such rows
   int64_t workspace_bytes;
   int32_t launch_count;
   RecordedLaunch launches[kMaxLaunches];
@@ -146,14 +147,16 @@ namespace {
 void plan_launches(const Call& call, Plan& plan) {
   const Problem problem = problem_of(call);
   cuda::DeviceProperties device;
-  device.has_clusters = call.has_clusters != 0;
+  device.has_clusters = call.architecture >= cuda::kClusterArchitecture;
   device.sm_count = call.sm_count;
+  device.architecture = call.architecture;
+  device.stage_memory_bytes = call.architecture >= cuda::kBulkCopyArchitecture ? call.sm_shared_bytes : 0;
   const cuda::LaunchPlan chosen =
       cuda::plan_problem(problem, device, find(cuda::kStrategies, call.strategy, cuda::strategy_name));
-  if (!chosen.is_valid()) {
-    throw std::invalid_argument("the strategy cannot compute the problem");
-  }
   std::strncpy(plan.strategy, cuda::strategy_name(chosen.strategy), sizeof(plan.strategy) - 1);
+  if (!chosen.is_valid()) {
+    return;
+  }
   plan.workspace_bytes = chosen.workspace_bytes;
   recording = &plan;
   if (cuda::launch_problem(problem, chosen, call.workspace, nullptr) != cuda::kSuccess) {

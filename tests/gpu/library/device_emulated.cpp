@@ -9,6 +9,8 @@ cuda::DeviceProperties device_properties() {
   cuda::DeviceProperties properties;
   properties.has_clusters = true;
   properties.sm_count = 132;
+  properties.architecture = 90;
+  properties.stage_memory_bytes = 228 * 1024;
   return properties;
 }
 

@@ -472,18 +472,20 @@ def _register_to_predicates(i: Instruction) -> Computation:
     return [Operand("P", f"P{n}", n) for n in numbers], compute
 
 
-@computations("P2R")
+@computations("P2R", "UP2UR")
 def _predicates_to_register(i: Instruction) -> Computation:
     to, _, source, selected = i.operands
     byte = next((int(m[1]) for m in i.modifiers if m in ("B0", "B1", "B2", "B3")), 0)
     allow(i, f"B{byte}")
     read = uint(source)
+    is_uniform = i.opcode == "UP2UR"
 
     def compute(machine: Machine) -> list[Array]:
+        predicates = machine.uniform_predicates if is_uniform else machine.predicates
         bits = read(machine) & ~np.uint32(selected.number << 8 * byte)
         for n in range(7):
             if selected.number >> n & 1:
-                bits = bits | machine.predicates[n].astype(np.uint32) << np.uint32(n + 8 * byte)
+                bits = bits | predicates[n].astype(np.uint32) << np.uint32(n + 8 * byte)
         return [bits]
 
     return [to], compute

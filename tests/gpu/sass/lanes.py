@@ -31,7 +31,7 @@ _LANES = np.arange(32, dtype=np.uint32)[None, :]
 
 @executions("R2UR")
 def _to_uniform_register(i: Instruction) -> Execute:
-    allow(i, "FILL", "OR")
+    allow(i, "FILL", "OR", "BROADCAST")
     to, source = [o for o in i.operands if not is_predicate(o)]
     read, write = uint(source), writer(to)
 

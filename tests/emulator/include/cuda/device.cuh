@@ -56,6 +56,14 @@ T shuffle_up(T value, unsigned distance, simt::Location location = simt::Locatio
   return simt::shuffle_up(0xffffffffu, value, distance, 32, location);
 }
 
+inline int warp_max(int value) {
+  for (unsigned distance = 1; distance < kWarpThreads; distance *= 2) {
+    value = std::max(value, shuffle_xor(value, distance));
+  }
+  return value;
+}
+inline bool any_in_warp(bool condition) { return warp_max(condition ? 1 : 0) != 0; }
+
 template <class T>
 T* in_device_memory(T* p) {
   return p;
@@ -66,6 +74,8 @@ T* computed_once(T* p) {
   return p;
 }
 
+inline int compared_again(int value) { return value; }
+
 template <class V>
 V load_vector_if(bool condition, const void* p, V otherwise) {
   if (condition) {
@@ -75,11 +85,34 @@ V load_vector_if(bool condition, const void* p, V otherwise) {
   return otherwise;
 }
 template <class V>
+V load_shared_vector_if(bool condition, const void* p, V otherwise) {
+  return load_vector_if(condition, p, otherwise);
+}
+template <class V>
 void store_vector_if(bool condition, void* p, const V& vector) {
   if (condition) {
     simt::check_store(p, sizeof(V));
     std::memcpy(p, &vector, sizeof(V));
   }
+}
+
+template <class T>
+uint32_t load_elem_if(bool condition, const T* p, uint32_t otherwise) {
+  if (condition) {
+    simt::check_load(p, sizeof(T));
+    otherwise = 0;
+    std::memcpy(&otherwise, p, sizeof(T));
+  }
+  return otherwise;
+}
+template <class T>
+void store_elem_if(bool condition, T* p, T elem) {
+  store_vector_if(condition, p, elem);
+}
+
+template <class T>
+T* add_strides(T* p, int stride_bytes, int count) {
+  return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(p) + static_cast<intptr_t>(stride_bytes) * count);
 }
 
 inline uint32_t funnel_shift_right(uint32_t low, uint32_t high, unsigned bits) {
