@@ -252,7 +252,7 @@ def calls(
         rest = cols - (starts if isinstance(starts, int) else aligned(starts.long(), rows))
         lengths = draw(row_indices(rows, rest))
         if draw(st.integers(0, 9)) == 0:
-            lengths = int(lengths.min()) if lengths.numel() else 0
+            lengths = min(lengths.flatten().tolist(), default=0)
         elif strategy == TAKES_PLAIN_ROWS_ONLY:
             lengths = lengths.to(draw(st.sampled_from([torch.int32, torch.int64])))
 
