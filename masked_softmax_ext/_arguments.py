@@ -130,7 +130,7 @@ def check_dense(name: str, argument: str, tensor: Tensor) -> None:
     """The operators' check, for tensors that something else would reject or convert before them."""
     if isinstance(tensor, torch.masked.MaskedTensor):
         kind = "a MaskedTensor; its get_data() is one (and lengths_from_mask(its get_mask(), "
-        kind += "ndim=its dim()) makes lengths and starts)"
+        kind += "ndim=its get_data()) makes lengths and starts)"
     elif tensor.is_nested:
         kind = "a nested tensor (masked_softmax() and masked_log_softmax() take a jagged input)"
     elif tensor.layout != torch.strided:

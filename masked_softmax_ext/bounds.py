@@ -32,6 +32,7 @@ from masked_softmax_ext._numbers import (
     numpy_scalar_to_tensor,
     read_bool,
 )
+from masked_softmax_ext._torch_internals import guard_or_false
 
 Bounds: TypeAlias = Tensor | tuple[Tensor, Tensor | None]
 
@@ -65,7 +66,9 @@ def lengths_from_mask(
             ``~key_padding_mask``.)
         dim: the dimension of the columns in ``mask``.
         ndim: the number of dimensions of the scores, or the scores themselves, to which the mask
-            is then broadcast. Optional for a mask of one dimension.
+            is then broadcast. Optional for a mask of one dimension. A mask of several dimensions
+            with one column, ``(B, 1, Q, 1)``, needs the scores: their number of columns is what it
+            stands for.
         validate: on CUDA, raise for rows with several runs, which costs a synchronisation.
 
     Returns:
@@ -76,7 +79,8 @@ def lengths_from_mask(
     Raises:
         ValueError: a row has several runs (the message names the first such row and its runs);
             scores to which the mask does not broadcast; fewer dimensions than the mask has.
-        TypeError: ``mask`` is not a bool tensor; no ``ndim`` for a mask of several dimensions.
+        TypeError: ``mask`` is not a bool tensor; no ``ndim`` for a mask of several dimensions; a
+            number as ``ndim`` for one of several dimensions with one column.
         IndexError: ``dim`` out of range.
 
     Example:
@@ -344,6 +348,12 @@ def _aligned_mask(mask: Tensor, dim: int, ndim: int | Tensor | None) -> tuple[Te
         raise ValueError(
             f"{name}(): expected scores of at least as many dimensions as mask, {mask.dim()}, but "
             f"got {ndim}"
+        )
+    if scores is None and mask.dim() > 1 and guard_or_false(mask.size(dim) == 1):
+        raise TypeError(
+            f"{name}(): expected the scores with a mask of shape {list(mask.shape)}, whose one "
+            f"column is broadcast to theirs, but got only their number of dimensions, {ndim} (pass "
+            "ndim=scores)"
         )
     mask = mask[(None,) * (ndim - mask.dim())]
     if scores is None or ndim == 0:

@@ -6,6 +6,7 @@ The expected masks are built with torch's comparisons, triu, tril and logical an
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -166,6 +167,19 @@ def test_a_mask_of_queries_and_keys_is_the_same_for_every_batch() -> None:
 def test_a_mask_of_several_dimensions_needs_ndim(shape: tuple[int, ...]) -> None:
     with pytest.raises(TypeError, match=rf"expected ndim=.* a mask of {len(shape)} dimensions"):
         lengths_from_mask(torch.ones(shape, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((4, 1, 4, 1), -1), ((4, 1), 1), ((1, 4), 0)], ids=str)
+def test_a_mask_of_one_column_needs_the_scores(shape: tuple[int, ...], dim: int) -> None:
+    """With the number of dimensions alone, a valid row would have length 1, for any scores."""
+    mask = (torch.arange(4) > 1).expand(math.prod(shape) // 4, 4).reshape(shape)
+    for ndim in (len(shape), 4):
+        with pytest.raises(TypeError, match=r"whose one column is .*\(pass ndim=scores\)"):
+            lengths_from_mask(mask, dim, ndim=ndim)
+    scores = random_input((4,) * len(shape), torch.float32, seed=8)
+    got = masked_softmax(scores, lengths_from_mask(mask, dim, ndim=scores), dim)
+    expected = torch.softmax(scores, dim).masked_fill(~mask, 0.0)  # a row is full or empty
+    torch.testing.assert_close(got, expected)
 
 
 def test_ndim_errors() -> None:
@@ -559,9 +573,9 @@ def test_round_trip_of_masks() -> None:
         mask = torch.tensor(rows)
         if first is not None:
             with pytest.raises(ValueError, match=f"row {first} has {runs[first]}:"):
-                lengths_from_mask(mask, ndim=2)
+                lengths_from_mask(mask, ndim=mask)
         else:
-            lengths, starts = lengths_from_mask(mask, ndim=2)
+            lengths, starts = lengths_from_mask(mask, ndim=mask)
             assert_same_mask(mask_from_lengths(lengths, cols, starts), mask)
 
     round_trip()

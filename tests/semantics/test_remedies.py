@@ -181,7 +181,7 @@ def test_a_masked_tensor(function: Callable[..., Tensor]) -> None:
         function(masked, LENGTHS)
     with pytest.raises(NotImplementedError, match=r"input .* a MaskedTensor"):
         function(masked)
-    bounds = lengths_from_mask(masked.get_mask(), ndim=masked.dim())
+    bounds = lengths_from_mask(masked.get_mask(), ndim=masked.get_data())
     got = function(masked.get_data(), bounds)
     assert not isinstance(got, MaskedTensor)
     assert torch.equal(got, function(scores(), LENGTHS))
