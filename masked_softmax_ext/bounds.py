@@ -21,6 +21,8 @@ from masked_softmax_ext._arguments import (
     overridable,
     split_pair,
     to_integer_remedy,
+    to_tensor_remedy,
+    try_tensor,
 )
 from masked_softmax_ext._numbers import (
     broadcasts_to,
@@ -103,6 +105,7 @@ def lengths_from_mask(
     if not isinstance(mask, Tensor):
         raise TypeError(
             f"lengths_from_mask(): expected mask to be a Tensor, but got {type(mask).__name__}"
+            + _to_mask_remedy(mask)
         )
     check_dense("lengths_from_mask", "mask", mask)
     if mask.dtype != torch.bool:
@@ -157,7 +160,8 @@ def mask_from_lengths(
         >>> mask_from_lengths(torch.tensor([2, 1]), 3, ndim=4).shape
         torch.Size([2, 1, 1, 3])
     """
-    length, start = map(numpy_scalar_to_tensor, split_pair("mask_from_lengths", lengths, starts))
+    pair = split_pair("mask_from_lengths", lengths, starts, device=None)
+    length, start = map(numpy_scalar_to_tensor, pair)
     (cols,) = _convert_sizes("mask_from_lengths", cols=cols)
     given = [index for index in (length, start) if isinstance(index, Tensor)]
     for index in given:
@@ -372,6 +376,18 @@ def _aligned_mask(mask: Tensor, dim: int, ndim: int | Tensor | None) -> tuple[Te
     return mask.expand(shape), dim
 
 
+def _to_mask_remedy(mask: object) -> str:
+    """How to make a bool mask of a sequence or an array of bools, or of ones and zeros."""
+    tensor = try_tensor(mask)
+    if tensor is None:
+        return ""
+    if tensor.dtype == torch.bool:
+        return " (torch.tensor(mask) makes a tensor)"
+    if not is_integer_dtype(tensor.dtype) or bool((tensor < 0).any()):
+        return ""
+    return " (torch.tensor(mask).bool() is True where a mask of 1 and 0 is 1)"
+
+
 def _to_bool_remedy(mask: Tensor) -> str:
     """How to make a bool mask of this one: an additive mask is 0 where a column is valid."""
     additive = "mask == 0 is True where an additive mask of 0 and -inf is 0"
@@ -444,7 +460,7 @@ def _checked(name: str, index: object) -> Tensor:
     if not isinstance(index, Tensor):
         raise TypeError(
             f"{name}(): expected lengths, or a pair of lengths and starts, of Tensors, but got "
-            f"{type(index).__name__}"
+            f"{type(index).__name__}" + to_tensor_remedy("lengths", index)
         )
     check_dense(name, "lengths and starts", index)
     if not is_integer_dtype(index.dtype):
