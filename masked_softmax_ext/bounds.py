@@ -129,7 +129,11 @@ def lengths_from_mask(
 
 @overridable
 def mask_from_lengths(
-    lengths: Lengths, cols: int, starts: Index | None = None, *, ndim: int | None = None
+    lengths: Lengths,
+    cols: int,
+    starts: Index | None = None,
+    *,
+    ndim: int | Tensor | None = None,
 ) -> Tensor:
     """The mask of the columns ``start <= column < start + length``.
 
@@ -141,9 +145,10 @@ def mask_from_lengths(
         cols: the number of columns of the mask.
         starts: the first valid column, like ``lengths``; ``None`` is 0. Its shape and that of
             lengths broadcast from the first dimension on: ``(B, 1, Q)`` with ``(B,)``.
-        ndim: the number of dimensions of the mask; ``None`` is one more than lengths have. A mask
-            for scores needs as many as they have, because torch aligns it with their last
-            dimensions: ``(B, 1, 1, K)`` for lengths ``(B,)`` and scores ``(B, H, Q, K)``.
+        ndim: the number of dimensions of the mask, or scores of as many; ``None`` is one more than
+            lengths have. A mask for scores needs as many as they have, because torch aligns it
+            with their last dimensions: ``(B, 1, 1, K)`` for lengths ``(B,)`` and scores
+            ``(B, H, Q, K)``.
 
     Returns:
         bool, ``(*shape, cols)`` for lengths (broadcast with starts) of that shape, on their device;
@@ -168,7 +173,7 @@ def mask_from_lengths(
         check_dense("mask_from_lengths", "lengths and starts", index)
     rows = [*_broadcast("mask_from_lengths", given)[0].shape] if given else []
     if ndim is not None:
-        (ndim,) = _convert_sizes("mask_from_lengths", ndim=ndim)
+        ndim = _convert_ndim("mask_from_lengths", ndim)
         if ndim <= len(rows):
             raise ValueError(
                 f"mask_from_lengths(): expected ndim of at least {len(rows) + 1}, one more than "
@@ -186,7 +191,7 @@ def causal_lengths(
     keys: int,
     *,
     align: str = "lower_right",
-    ndim: int = 4,
+    ndim: int | Tensor = 4,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """The lengths of causal attention: a query sees itself and the keys before it.
@@ -201,7 +206,8 @@ def causal_lengths(
         align: ``"lower_right"`` aligns the last query with the last key; ``"upper_left"`` the first
             query with the first key, as ``is_causal`` of
             ``torch.nn.functional.scaled_dot_product_attention`` does.
-        ndim: the number of dimensions of the scores, ``(..., queries, keys)``.
+        ndim: the number of dimensions of the scores, ``(..., queries, keys)``, or the scores
+            themselves.
         device: the device of the result.
 
     Returns:
@@ -233,7 +239,7 @@ def window(
     size: int | tuple[int | None, int | None],
     *,
     align: str = "lower_right",
-    ndim: int = 4,
+    ndim: int | Tensor = 4,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The bounds of sliding-window attention: a query sees its key and the ``size - 1`` before it.
@@ -248,7 +254,7 @@ def window(
             Or ``(left, right)``, the numbers of keys on either side of its own; ``None`` is no
             limit.
         align: as for :func:`causal_lengths`.
-        ndim: the number of dimensions of the scores.
+        ndim: as for :func:`causal_lengths`.
         device: the device of the results.
 
     Returns:
@@ -344,10 +350,8 @@ def _aligned_mask(mask: Tensor, dim: int, ndim: int | Tensor | None) -> tuple[Te
                 "with the first dimensions of the scores, a mask with the last)"
             )
         return mask, dim
-    scores = None
-    if isinstance(ndim, Tensor):
-        scores, ndim = ndim, ndim.dim()
-    (ndim,) = _convert_sizes(name, ndim=ndim)
+    scores = ndim if isinstance(ndim, Tensor) else None
+    ndim = _convert_ndim(name, ndim)
     if ndim < mask.dim():
         raise ValueError(
             f"{name}(): expected scores of at least as many dimensions as mask, {mask.dim()}, but "
@@ -404,10 +408,16 @@ def _to_bool_remedy(mask: Tensor) -> str:
 
 
 def _positions(
-    name: str, queries: int, keys: int, align: str, ndim: int, device: torch.device | str | None
+    name: str,
+    queries: int,
+    keys: int,
+    align: str,
+    ndim: int | Tensor,
+    device: torch.device | str | None,
 ) -> tuple[Tensor, int]:
     """The column of each query's own key, which may lie outside of the columns; keys as a size."""
-    queries, keys, ndim = _convert_sizes(name, queries=queries, keys=keys, ndim=ndim)
+    queries, keys = _convert_sizes(name, queries=queries, keys=keys)
+    ndim = _convert_ndim(name, ndim)
     if ndim < 2:
         raise ValueError(f"{name}(): expected ndim of at least 2 (queries, keys), but got {ndim}")
     if align not in _ALIGNMENTS:
@@ -435,6 +445,13 @@ def _window_sides(size: int | tuple[int | None, int | None]) -> tuple[int | None
         for side, count in zip(("left", "right"), size, strict=True)
     )
     return left, right
+
+
+def _convert_ndim(name: str, ndim: int | Tensor) -> int:
+    """A number of dimensions, that of a tensor of scores included."""
+    number: int
+    (number,) = _convert_sizes(name, ndim=ndim.dim() if isinstance(ndim, Tensor) else ndim)
+    return number
 
 
 def _convert_sizes(name: str, remedy: str = "", /, **sizes: int) -> list[Any]:

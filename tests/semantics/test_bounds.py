@@ -182,6 +182,29 @@ def test_a_mask_of_one_column_needs_the_scores(shape: tuple[int, ...], dim: int)
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (2, 2, 3, 4), (1, 2, 2, 3, 4)], ids=str)
+def test_scores_stand_for_their_number_of_dimensions(shape: tuple[int, ...]) -> None:
+    """In every function that takes ndim, in eager and in compiled programs."""
+    scores = torch.zeros(shape)
+
+    def call(scores: Tensor, ndim: int | Tensor) -> tuple[Tensor, ...]:
+        queries, keys = scores.shape[-2:]
+        return (
+            causal_lengths(queries, keys, ndim=ndim),
+            *window(queries, keys, (1, 1), ndim=ndim),
+            mask_from_lengths(torch.tensor([2]), keys, ndim=ndim),
+        )
+
+    program = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for got in (call(scores, scores), program(scores, scores)):
+        for result, expected in zip(got, call(scores, scores.dim()), strict=True):
+            assert torch.equal(result, expected)
+    masked_softmax(scores, causal_lengths(3, 4, ndim=scores))
+    for wrong in (torch.zeros(4), torch.zeros(())):
+        with pytest.raises(ValueError, match=rf"ndim of at least 2 .* but got {wrong.dim()}"):
+            causal_lengths(3, 4, ndim=wrong)
+
+
 def test_ndim_errors() -> None:
     mask = torch.ones(2, 5, dtype=torch.bool)
     for ndim, error in ((1, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)):
