@@ -28,6 +28,7 @@ from masked_softmax_ext._numbers import (
     broadcasts_to,
     check_not_negative,
     convert_int,
+    fits_int64,
     is_int,
     is_integer_dtype,
     is_traced_int,
@@ -432,19 +433,31 @@ def _positions(
 def _window_sides(size: int | tuple[int | None, int | None]) -> tuple[int | None, int | None]:
     """The number of keys on the left and on the right of a query's own; None is no limit."""
     if not isinstance(size, tuple):
+        number = convert_int(size)
+        if not is_int(number) and not isinstance(number, Tensor):
+            is_pair = isinstance(size, list) and len(size) == 2
+            raise TypeError(
+                f"window(): expected size to be an int or (left, right), but got "
+                f"{type(size).__name__}" + (" (tuple() makes a pair)" if is_pair else "")
+            )
         (count,) = _convert_sizes("window", size=size)
-        return count - 1, 0
+        return _limit(count - 1), 0
     if len(size) != 2:
         raise ValueError(
             f"window(): expected size to be an int or (left, right), but got a tuple of {len(size)}"
         )
     left, right = (
-        _convert_sizes("window", " (None is no limit)", **{side: count})[0]
+        _limit(_convert_sizes("window", " (None is no limit)", **{side: count})[0])
         if count is not None
         else None
         for side, count in zip(("left", "right"), size, strict=True)
     )
     return left, right
+
+
+def _limit(count: Any) -> Any:
+    """The number of keys; None, which is no limit, for one that an int64 cannot hold."""
+    return count if isinstance(count, Tensor) or fits_int64(count) else None
 
 
 def _convert_ndim(name: str, ndim: int | Tensor) -> int:

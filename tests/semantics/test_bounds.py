@@ -438,6 +438,11 @@ def test_window_sizes_do_not_overflow() -> None:
     assert_bounds(window(3, 5, (huge, huge), ndim=2), *unlimited)
     assert_bounds(window(5, 3, (huge, huge), ndim=2), *window(5, 3, (None, None), ndim=2))
     assert_bounds(window(3, 5, huge, ndim=2), *window(3, 5, (None, 0), ndim=2))
+    huger = 2**70  # no int64 holds it
+    assert_bounds(window(3, 5, (huger, huger), ndim=2), *unlimited)
+    assert_bounds(window(3, 5, (1, huger), ndim=2), *window(3, 5, (1, None), ndim=2))
+    for size in (huger, 2**63, 2**63 + 1):
+        assert_bounds(window(3, 5, size, ndim=2), *window(3, 5, (None, 0), ndim=2))
 
 
 @pytest.mark.parametrize("align", ["lower_right", "upper_left"])
@@ -463,6 +468,14 @@ def test_window_and_align_errors() -> None:
             window(4, 4, size)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="expected left to be an int, but got float"):
         window(4, 4, (1.0, 2))  # type: ignore[arg-type]
+    for wrong, end in (
+        ([1, 2], r"list \(tuple\(\) makes a pair\)"),
+        ([1], "list"),
+        (None, "NoneType"),
+        (1.0, "float"),
+    ):
+        with pytest.raises(TypeError, match=rf"an int or \(left, right\), but got {end}$"):
+            window(4, 4, wrong)  # type: ignore[arg-type]
     for function in (causal_lengths, lambda *sizes, **options: window(*sizes, 1, **options)):
         with pytest.raises(ValueError, match="'lower_right' or 'upper_left', but got 'left'"):
             function(4, 4, align="left")
