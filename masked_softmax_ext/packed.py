@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from masked_softmax_ext._arguments import (
-    INTEGER_DTYPES,
     Index,
     Lengths,
     Scale,
@@ -21,9 +20,11 @@ from masked_softmax_ext._arguments import (
     to_tensor_remedy,
 )
 from masked_softmax_ext._numbers import (
+    INTEGER_DTYPES,
     check_not_negative,
     convert_int,
     is_int,
+    is_integer_dtype,
     is_traced_int,
 )
 from masked_softmax_ext._operators import call_operator
@@ -199,7 +200,7 @@ def _packed(
             + to_tensor_remedy("offsets", offsets, "values.device")
         )
     check_dense(name, "offsets", offsets)
-    if offsets.dtype not in INTEGER_DTYPES:
+    if not is_integer_dtype(offsets.dtype):
         remedy = "" if offsets.dtype == torch.bool else to_integer_remedy(offsets.dtype)
         names = ", ".join(str(allowed).removeprefix("torch.") for allowed in INTEGER_DTYPES)
         raise TypeError(

@@ -118,8 +118,9 @@ HELPERS: dict[str, Callable[[Tensor], Any]] = {
 def test_helpers_name_the_same_remedies(helper: Callable[[Tensor], Any]) -> None:
     with pytest.raises(TypeError, match=r"got torch\.bool \(lengths_from_mask\(\) makes"):
         helper(LENGTHS > 0)
-    with pytest.raises(TypeError, match=r"got torch\.float64 \(its long\(\) has one\)"):
-        helper(LENGTHS.double())
+    for dtype in (torch.float64, torch.uint64):  # uint64: as the softmax itself
+        with pytest.raises(TypeError, match=rf"got {dtype} \(its long\(\) has one\)"):
+            helper(LENGTHS.to(dtype))
     helper(LENGTHS.double().long())
 
 
