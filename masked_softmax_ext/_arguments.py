@@ -17,6 +17,7 @@ from masked_softmax_ext._numbers import (
     convert_int,
     fits_int64,
     is_int,
+    is_integer_dtype,
     is_same_size,
     is_traced_int,
     is_traced_numpy_scalar,
@@ -32,12 +33,6 @@ Lengths: TypeAlias = Index | tuple[Index | None, Index | None] | None
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-# The types that the operators accept for lengths, starts and offsets.
-INTEGER_DTYPES = (
-    *(torch.int64, torch.int32, torch.int16, torch.int8),
-    *(torch.uint8, torch.uint16, torch.uint32),
-)
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -277,7 +272,7 @@ def to_tensor_remedy(argument: str, index: object, device: str | None = None) ->
     if _is_list_of_bounds(index):
         return " (tuple() makes a pair)" if argument == "lengths" else ""
     tensor = try_tensor(index)
-    if tensor is None or tensor.dtype not in INTEGER_DTYPES:
+    if tensor is None or not is_integer_dtype(tensor.dtype):
         return ""
     placed = argument if device is None else f"{argument}, device={device}"
     return f" (torch.tensor({placed}) makes a tensor)"
@@ -315,9 +310,11 @@ def _to_tensor(
 ) -> Tensor | None:
     if index is None:
         return None
-    if is_traced_numpy_scalar(index) or is_traced_int(index):
+    if is_traced_numpy_scalar(index):
         return torch.as_tensor(index, device=input.device)
     if isinstance(index, Tensor):
+        if is_traced_int(index):
+            return index.to(input.device)
         check_dense(name, argument, index)
         return index
     if not fits_int64(index):
