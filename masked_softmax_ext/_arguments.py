@@ -17,6 +17,7 @@ from masked_softmax_ext._numbers import (
     convert_int,
     fits_int64,
     is_int,
+    is_integer_dtype,
     is_same_size,
     is_traced_int,
     is_traced_numpy_scalar,
@@ -32,12 +33,6 @@ Lengths: TypeAlias = Index | tuple[Index | None, Index | None] | None
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-# The types that the operators accept for lengths, starts and offsets.
-INTEGER_DTYPES = (
-    *(torch.int64, torch.int32, torch.int16, torch.int8),
-    *(torch.uint8, torch.uint16, torch.uint32),
-)
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -64,9 +59,21 @@ def convert(
 
 
 def split_pair(
-    name: str, lengths: Lengths, starts: Index | None
+    name: str, lengths: Lengths, starts: Index | None, device: str | None = "input.device"
 ) -> tuple[Index | None, Index | None]:
-    """Lengths and starts, where lengths may be the pair of both."""
+    """Lengths and starts of checked types, where lengths may be the pair of both.
+
+    ``device`` is that of the tensors which the error messages suggest.
+    """
+    lengths, starts = _split_pair(name, lengths, starts, device)
+    check_index_type(name, "lengths", lengths, device)
+    check_index_type(name, "starts", starts, device)
+    return lengths, starts
+
+
+def _split_pair(
+    name: str, lengths: Lengths, starts: Index | None, device: str | None
+) -> tuple[Index | None, Index | None]:
     if not isinstance(lengths, tuple):
         return lengths, starts
     # Two ints may be meant as the lengths of two rows.
@@ -74,7 +81,7 @@ def split_pair(
         raise TypeError(
             f"{name}(): expected lengths to be an int, a tensor of an integer type, or a pair "
             f"(lengths, starts) with at least one tensor, but got {_describe(lengths)}"
-            + _to_tensor_remedy("lengths", lengths)
+            + to_tensor_remedy("lengths", lengths, device)
         )
     if starts is not None:
         raise TypeError(
@@ -130,7 +137,7 @@ def check_dense(name: str, argument: str, tensor: Tensor) -> None:
     """The operators' check, for tensors that something else would reject or convert before them."""
     if isinstance(tensor, torch.masked.MaskedTensor):
         kind = "a MaskedTensor; its get_data() is one (and lengths_from_mask(its get_mask(), "
-        kind += "ndim=its dim()) makes lengths and starts)"
+        kind += "ndim=its get_data()) makes lengths and starts)"
     elif tensor.is_nested:
         kind = "a nested tensor (masked_softmax() and masked_log_softmax() take a jagged input)"
     elif tensor.layout != torch.strided:
@@ -149,7 +156,8 @@ def convert_scale(prefix: str, argument: str, scale: Scale) -> Scale:
     if isinstance(scale, Tensor):
         return _convert_scale_tensor(prefix, argument, scale)
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
-        remedy = " (float() makes a number of it)" if isinstance(scale, str) else ""
+        is_number = isinstance(scale, str) or _is_0_dim_array(scale)
+        remedy = " (float() makes a number of it)" if is_number else ""
         raise TypeError(
             f"{prefix}expected scale to be a number, but got {type(scale).__name__}{remedy}"
         )
@@ -160,6 +168,11 @@ def convert_scale(prefix: str, argument: str, scale: Scale) -> Scale:
             f"{prefix}expected scale to be a number that a float can hold, but got a larger "
             f"{type(scale).__name__}"
         ) from None
+
+
+def _is_0_dim_array(scale: object) -> bool:
+    tensor = try_tensor(scale)
+    return tensor is not None and tensor.dim() == 0 and not tensor.is_complex()
 
 
 def _convert_scale_tensor(prefix: str, argument: str, scale: Tensor) -> Scale:
@@ -238,9 +251,51 @@ def _describe(index: object) -> str:
     return f"{kind} of {', '.join(type(item).__name__ for item in index)}"
 
 
-def _to_tensor_remedy(argument: str, index: object) -> str:
-    is_array = isinstance(index, list | tuple) or hasattr(index, "__array__")
-    return f" (torch.tensor({argument}, device=input.device) makes a tensor)" if is_array else ""
+def check_index_type(
+    name: str, argument: str, index: object, device: str | None = "input.device"
+) -> None:
+    if index is None or isinstance(index, Tensor) or is_int(index) or is_traced_numpy_scalar(index):
+        return
+    is_whole = isinstance(index, numbers.Real) and float(index).is_integer()
+    if is_whole and not isinstance(index, bool):
+        remedy = f" (int({argument}) makes an int)"
+    else:
+        remedy = to_tensor_remedy(argument, index, device)
+    raise TypeError(
+        f"{name}(): expected {argument} to be an int or a tensor of an integer type, "
+        f"but got {type(index).__name__}{remedy}"
+    )
+
+
+def to_tensor_remedy(argument: str, index: object, device: str | None = None) -> str:
+    """How to make integers of a sequence or an array, if it has them."""
+    if _is_list_of_bounds(index):
+        return " (tuple() makes a pair)" if argument == "lengths" else ""
+    tensor = try_tensor(index)
+    if tensor is None or not is_integer_dtype(tensor.dtype):
+        return ""
+    placed = argument if device is None else f"{argument}, device={device}"
+    return f" (torch.tensor({placed}) makes a tensor)"
+
+
+def try_tensor(data: object) -> Tensor | None:
+    """The tensor of a sequence or an array; None where torch.tensor() makes none."""
+    if not isinstance(data, list | tuple) and not hasattr(data, "__array__"):
+        return None
+    try:
+        return torch.tensor(data)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+
+
+def _is_list_of_bounds(index: object) -> bool:
+    """Whether it is a list of lengths and starts, which are meant as a pair."""
+    return (
+        isinstance(index, list)
+        and len(index) == 2
+        and any(isinstance(item, Tensor) for item in index)
+        and all(item is None or is_int(item) or isinstance(item, Tensor) for item in index)
+    )
 
 
 def to_integer_remedy(dtype: torch.dtype) -> str:
@@ -255,16 +310,13 @@ def _to_tensor(
 ) -> Tensor | None:
     if index is None:
         return None
-    if is_traced_numpy_scalar(index) or is_traced_int(index):
+    if is_traced_numpy_scalar(index):
         return torch.as_tensor(index, device=input.device)
     if isinstance(index, Tensor):
+        if is_traced_int(index):
+            return index.to(input.device)
         check_dense(name, argument, index)
         return index
-    if not is_int(index):
-        raise TypeError(
-            f"{name}(): expected {argument} to be an int or a tensor of an integer type, "
-            f"but got {type(index).__name__}" + _to_tensor_remedy(argument, index)
-        )
     if not fits_int64(index):
         cols = input.size(dim) if input.dim() > 0 else 1
         raise ValueError(

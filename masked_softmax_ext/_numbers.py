@@ -22,9 +22,15 @@ from masked_softmax_ext._torch_internals import (
     is_jit_tracing,
 )
 
+# The types that the operators accept for lengths, starts and offsets.
+INTEGER_DTYPES = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint8, torch.uint16, torch.uint32),
+)
+
 
 def is_integer_dtype(dtype: torch.dtype) -> bool:
-    return not (dtype == torch.bool or dtype.is_floating_point or dtype.is_complex)
+    return dtype in INTEGER_DTYPES
 
 
 def is_int(number: object) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from masked_softmax_ext._arguments import INTEGER_DTYPES
+from masked_softmax_ext._numbers import INTEGER_DTYPES
 from masked_softmax_ext._torch_internals import (
     changes_grad_mode,
     example_value,

@@ -12,6 +12,13 @@ from typing import Any, NoReturn
 import torch
 
 _OPERATORS = ("masked_softmax", "masked_log_softmax", "masked_softmax_")
+# The operator that does what a function or a module does.
+_SCRIPTABLE = {
+    "masked_softmax": "masked_softmax",
+    "masked_log_softmax": "masked_log_softmax",
+    "MaskedSoftmax": "masked_softmax",
+    "MaskedLogSoftmax": "masked_log_softmax",
+}
 
 
 def register(public: Iterable[Callable[..., Any]]) -> None:
@@ -25,12 +32,15 @@ def register(public: Iterable[Callable[..., Any]]) -> None:
 
 
 def _script_error(name: str) -> Callable[..., NoReturn]:
+    remedy = ""
+    if name in _SCRIPTABLE:
+        operator = f"torch.ops.masked_softmax_ext.{_SCRIPTABLE[name]}"
+        remedy = f"It compiles the operator {operator}(input, lengths, dim); "
+
     def raise_error(*_: object) -> NoReturn:
         raise NotImplementedError(
-            f"{name}: torch.jit.script cannot compile it. It compiles the operator "
-            "torch.ops.masked_softmax_ext.masked_softmax(input, lengths, dim) (or "
-            "masked_log_softmax); torch.jit.trace and torch.export take any of the functions and "
-            "modules"
+            f"{name}: torch.jit.script cannot compile it. {remedy}torch.jit.trace and torch.export "
+            "take any of the functions and modules"
         )
 
     return raise_error

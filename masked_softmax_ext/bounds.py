@@ -21,17 +21,21 @@ from masked_softmax_ext._arguments import (
     overridable,
     split_pair,
     to_integer_remedy,
+    to_tensor_remedy,
+    try_tensor,
 )
 from masked_softmax_ext._numbers import (
     broadcasts_to,
     check_not_negative,
     convert_int,
+    fits_int64,
     is_int,
     is_integer_dtype,
     is_traced_int,
     numpy_scalar_to_tensor,
     read_bool,
 )
+from masked_softmax_ext._torch_internals import guard_or_false
 
 Bounds: TypeAlias = Tensor | tuple[Tensor, Tensor | None]
 
@@ -65,7 +69,9 @@ def lengths_from_mask(
             ``~key_padding_mask``.)
         dim: the dimension of the columns in ``mask``.
         ndim: the number of dimensions of the scores, or the scores themselves, to which the mask
-            is then broadcast. Optional for a mask of one dimension.
+            is then broadcast. Optional for a mask of one dimension. A mask of several dimensions
+            with one column, ``(B, 1, Q, 1)``, needs the scores: their number of columns is what it
+            stands for.
         validate: on CUDA, raise for rows with several runs, which costs a synchronisation.
 
     Returns:
@@ -76,7 +82,8 @@ def lengths_from_mask(
     Raises:
         ValueError: a row has several runs (the message names the first such row and its runs);
             scores to which the mask does not broadcast; fewer dimensions than the mask has.
-        TypeError: ``mask`` is not a bool tensor; no ``ndim`` for a mask of several dimensions.
+        TypeError: ``mask`` is not a bool tensor; no ``ndim`` for a mask of several dimensions; a
+            number as ``ndim`` for one of several dimensions with one column.
         IndexError: ``dim`` out of range.
 
     Example:
@@ -99,6 +106,7 @@ def lengths_from_mask(
     if not isinstance(mask, Tensor):
         raise TypeError(
             f"lengths_from_mask(): expected mask to be a Tensor, but got {type(mask).__name__}"
+            + _to_mask_remedy(mask)
         )
     check_dense("lengths_from_mask", "mask", mask)
     if mask.dtype != torch.bool:
@@ -122,7 +130,11 @@ def lengths_from_mask(
 
 @overridable
 def mask_from_lengths(
-    lengths: Lengths, cols: int, starts: Index | None = None, *, ndim: int | None = None
+    lengths: Lengths,
+    cols: int,
+    starts: Index | None = None,
+    *,
+    ndim: int | Tensor | None = None,
 ) -> Tensor:
     """The mask of the columns ``start <= column < start + length``.
 
@@ -134,9 +146,10 @@ def mask_from_lengths(
         cols: the number of columns of the mask.
         starts: the first valid column, like ``lengths``; ``None`` is 0. Its shape and that of
             lengths broadcast from the first dimension on: ``(B, 1, Q)`` with ``(B,)``.
-        ndim: the number of dimensions of the mask; ``None`` is one more than lengths have. A mask
-            for scores needs as many as they have, because torch aligns it with their last
-            dimensions: ``(B, 1, 1, K)`` for lengths ``(B,)`` and scores ``(B, H, Q, K)``.
+        ndim: the number of dimensions of the mask, or scores of as many; ``None`` is one more than
+            lengths have. A mask for scores needs as many as they have, because torch aligns it
+            with their last dimensions: ``(B, 1, 1, K)`` for lengths ``(B,)`` and scores
+            ``(B, H, Q, K)``.
 
     Returns:
         bool, ``(*shape, cols)`` for lengths (broadcast with starts) of that shape, on their device;
@@ -153,14 +166,15 @@ def mask_from_lengths(
         >>> mask_from_lengths(torch.tensor([2, 1]), 3, ndim=4).shape
         torch.Size([2, 1, 1, 3])
     """
-    length, start = map(numpy_scalar_to_tensor, split_pair("mask_from_lengths", lengths, starts))
+    pair = split_pair("mask_from_lengths", lengths, starts, device=None)
+    length, start = map(numpy_scalar_to_tensor, pair)
     (cols,) = _convert_sizes("mask_from_lengths", cols=cols)
     given = [index for index in (length, start) if isinstance(index, Tensor)]
     for index in given:
         check_dense("mask_from_lengths", "lengths and starts", index)
     rows = [*_broadcast("mask_from_lengths", given)[0].shape] if given else []
     if ndim is not None:
-        (ndim,) = _convert_sizes("mask_from_lengths", ndim=ndim)
+        ndim = _convert_ndim("mask_from_lengths", ndim)
         if ndim <= len(rows):
             raise ValueError(
                 f"mask_from_lengths(): expected ndim of at least {len(rows) + 1}, one more than "
@@ -178,7 +192,7 @@ def causal_lengths(
     keys: int,
     *,
     align: str = "lower_right",
-    ndim: int = 4,
+    ndim: int | Tensor = 4,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """The lengths of causal attention: a query sees itself and the keys before it.
@@ -193,7 +207,8 @@ def causal_lengths(
         align: ``"lower_right"`` aligns the last query with the last key; ``"upper_left"`` the first
             query with the first key, as ``is_causal`` of
             ``torch.nn.functional.scaled_dot_product_attention`` does.
-        ndim: the number of dimensions of the scores, ``(..., queries, keys)``.
+        ndim: the number of dimensions of the scores, ``(..., queries, keys)``, or the scores
+            themselves.
         device: the device of the result.
 
     Returns:
@@ -225,7 +240,7 @@ def window(
     size: int | tuple[int | None, int | None],
     *,
     align: str = "lower_right",
-    ndim: int = 4,
+    ndim: int | Tensor = 4,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The bounds of sliding-window attention: a query sees its key and the ``size - 1`` before it.
@@ -240,7 +255,7 @@ def window(
             Or ``(left, right)``, the numbers of keys on either side of its own; ``None`` is no
             limit.
         align: as for :func:`causal_lengths`.
-        ndim: the number of dimensions of the scores.
+        ndim: as for :func:`causal_lengths`.
         device: the device of the results.
 
     Returns:
@@ -336,14 +351,18 @@ def _aligned_mask(mask: Tensor, dim: int, ndim: int | Tensor | None) -> tuple[Te
                 "with the first dimensions of the scores, a mask with the last)"
             )
         return mask, dim
-    scores = None
-    if isinstance(ndim, Tensor):
-        scores, ndim = ndim, ndim.dim()
-    (ndim,) = _convert_sizes(name, ndim=ndim)
+    scores = ndim if isinstance(ndim, Tensor) else None
+    ndim = _convert_ndim(name, ndim)
     if ndim < mask.dim():
         raise ValueError(
             f"{name}(): expected scores of at least as many dimensions as mask, {mask.dim()}, but "
             f"got {ndim}"
+        )
+    if scores is None and mask.dim() > 1 and guard_or_false(mask.size(dim) == 1):
+        raise TypeError(
+            f"{name}(): expected the scores with a mask of shape {list(mask.shape)}, whose one "
+            f"column is broadcast to theirs, but got only their number of dimensions, {ndim} (pass "
+            "ndim=scores)"
         )
     mask = mask[(None,) * (ndim - mask.dim())]
     if scores is None or ndim == 0:
@@ -362,6 +381,18 @@ def _aligned_mask(mask: Tensor, dim: int, ndim: int | Tensor | None) -> tuple[Te
     return mask.expand(shape), dim
 
 
+def _to_mask_remedy(mask: object) -> str:
+    """How to make a bool mask of a sequence or an array of bools, or of ones and zeros."""
+    tensor = try_tensor(mask)
+    if tensor is None:
+        return ""
+    if tensor.dtype == torch.bool:
+        return " (torch.tensor(mask) makes a tensor)"
+    if not is_integer_dtype(tensor.dtype) or bool((tensor < 0).any()):
+        return ""
+    return " (torch.tensor(mask).bool() is True where a mask of 1 and 0 is 1)"
+
+
 def _to_bool_remedy(mask: Tensor) -> str:
     """How to make a bool mask of this one: an additive mask is 0 where a column is valid."""
     additive = "mask == 0 is True where an additive mask of 0 and -inf is 0"
@@ -378,10 +409,16 @@ def _to_bool_remedy(mask: Tensor) -> str:
 
 
 def _positions(
-    name: str, queries: int, keys: int, align: str, ndim: int, device: torch.device | str | None
+    name: str,
+    queries: int,
+    keys: int,
+    align: str,
+    ndim: int | Tensor,
+    device: torch.device | str | None,
 ) -> tuple[Tensor, int]:
     """The column of each query's own key, which may lie outside of the columns; keys as a size."""
-    queries, keys, ndim = _convert_sizes(name, queries=queries, keys=keys, ndim=ndim)
+    queries, keys = _convert_sizes(name, queries=queries, keys=keys)
+    ndim = _convert_ndim(name, ndim)
     if ndim < 2:
         raise ValueError(f"{name}(): expected ndim of at least 2 (queries, keys), but got {ndim}")
     if align not in _ALIGNMENTS:
@@ -396,19 +433,38 @@ def _positions(
 def _window_sides(size: int | tuple[int | None, int | None]) -> tuple[int | None, int | None]:
     """The number of keys on the left and on the right of a query's own; None is no limit."""
     if not isinstance(size, tuple):
+        number = convert_int(size)
+        if not is_int(number) and not isinstance(number, Tensor):
+            is_pair = isinstance(size, list) and len(size) == 2
+            raise TypeError(
+                f"window(): expected size to be an int or (left, right), but got "
+                f"{type(size).__name__}" + (" (tuple() makes a pair)" if is_pair else "")
+            )
         (count,) = _convert_sizes("window", size=size)
-        return count - 1, 0
+        return _limit(count - 1), 0
     if len(size) != 2:
         raise ValueError(
             f"window(): expected size to be an int or (left, right), but got a tuple of {len(size)}"
         )
     left, right = (
-        _convert_sizes("window", " (None is no limit)", **{side: count})[0]
+        _limit(_convert_sizes("window", " (None is no limit)", **{side: count})[0])
         if count is not None
         else None
         for side, count in zip(("left", "right"), size, strict=True)
     )
     return left, right
+
+
+def _limit(count: Any) -> Any:
+    """The number of keys; None, which is no limit, for one that an int64 cannot hold."""
+    return count if isinstance(count, Tensor) or fits_int64(count) else None
+
+
+def _convert_ndim(name: str, ndim: int | Tensor) -> int:
+    """A number of dimensions, that of a tensor of scores included."""
+    number: int
+    (number,) = _convert_sizes(name, ndim=ndim.dim() if isinstance(ndim, Tensor) else ndim)
+    return number
 
 
 def _convert_sizes(name: str, remedy: str = "", /, **sizes: int) -> list[Any]:
@@ -434,7 +490,7 @@ def _checked(name: str, index: object) -> Tensor:
     if not isinstance(index, Tensor):
         raise TypeError(
             f"{name}(): expected lengths, or a pair of lengths and starts, of Tensors, but got "
-            f"{type(index).__name__}"
+            f"{type(index).__name__}" + to_tensor_remedy("lengths", index)
         )
     check_dense(name, "lengths and starts", index)
     if not is_integer_dtype(index.dtype):

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from masked_softmax_ext._arguments import (
-    INTEGER_DTYPES,
     Index,
     Lengths,
     Scale,
@@ -18,11 +17,14 @@ from masked_softmax_ext._arguments import (
     is_dtensor,
     overridable,
     to_integer_remedy,
+    to_tensor_remedy,
 )
 from masked_softmax_ext._numbers import (
+    INTEGER_DTYPES,
     check_not_negative,
     convert_int,
     is_int,
+    is_integer_dtype,
     is_traced_int,
 )
 from masked_softmax_ext._operators import call_operator
@@ -195,13 +197,15 @@ def _packed(
     if not isinstance(offsets, Tensor):
         raise TypeError(
             f"{name}(): expected offsets to be a Tensor, but got {type(offsets).__name__}"
+            + to_tensor_remedy("offsets", offsets, "values.device")
         )
     check_dense(name, "offsets", offsets)
-    if offsets.dtype not in INTEGER_DTYPES:
+    if not is_integer_dtype(offsets.dtype):
+        remedy = "" if offsets.dtype == torch.bool else to_integer_remedy(offsets.dtype)
         names = ", ".join(str(allowed).removeprefix("torch.") for allowed in INTEGER_DTYPES)
         raise TypeError(
             f"{name}(): expected offsets of an integer type ({names}), but got {offsets.dtype}"
-            + to_integer_remedy(offsets.dtype)
+            + remedy
         )
     if offsets.dim() != 1 or guard_or_false(offsets.size(0) == 0):
         raise ValueError(
@@ -210,8 +214,14 @@ def _packed(
     max_length = convert_int(max_length)
     if is_traced_int(max_length):
         max_length = None  # no constant of the program: an upper bound that would not hold later
+    if max_length is not None and not is_int(max_length):
+        is_number = isinstance(max_length, Tensor) and max_length.dim() == 0
+        raise TypeError(
+            f"{name}(): expected max_length to be an int, but got {type(max_length).__name__}"
+            + (" (max_length.item() is a number)" if is_number else "")
+        )
     if max_length is not None and not (
-        is_int(max_length) and check_not_negative(max_length) and guard_or_true(max_length < 2**63)
+        check_not_negative(max_length) and guard_or_true(max_length < 2**63)
     ):
         raise ValueError(
             f"{name}(): expected max_length to be an int of at least 0, but got {max_length!r}"

@@ -16,6 +16,7 @@ from masked_softmax_ext._arguments import (
     Index,
     Lengths,
     Scale,
+    check_index_type,
     convert_scale,
     overridable,
     split_pair,
@@ -25,7 +26,6 @@ from masked_softmax_ext._numbers import (
     broadcasts_to,
     fits_int64,
     is_constant,
-    is_int,
     is_integer_dtype,
     is_traced_numpy_scalar,
     read_bool,
@@ -109,6 +109,8 @@ def valid_mask(
         tensor([[ True, False, False, False],
                 [ True,  True,  True, False]])
     """
+    check_index_type("valid_mask", "lengths", lengths)
+    check_index_type("valid_mask", "starts", starts)
     return _mask(input, lengths, dim, starts, checks=True)
 
 
@@ -174,11 +176,6 @@ def per_row(name: str, index: Index, input: Tensor, dim: int) -> Tensor:
     if is_traced_numpy_scalar(index):
         index = torch.as_tensor(index, device=input.device)
     if not isinstance(index, Tensor):
-        if not is_int(index):
-            raise TypeError(
-                f"expected {name} to be an int or a tensor of an integer type, but got "
-                f"{type(index).__name__}"
-            )
         if not fits_int64(index):
             raise ValueError(f"expected {name} from 0 to {input.size(dim)}, but got {index}")
         index = torch.full((), index, device=input.device)

@@ -390,11 +390,17 @@ def test_jit_trace_of_sizes(program: Callable[[Tensor], Any]) -> None:
 
 
 def test_jit_trace_of_an_int_on_another_device() -> None:
-    """A size lies on the CPU wherever the scores are."""
-    traced = torch.jit.trace(
-        lambda x: masked_softmax(x, x.size(-1)), (scores().to("meta"),), check_trace=False
-    )
+    """A size lies on the CPU wherever the scores are. It is no constant: nothing warns of one."""
+    # Recorded, because the tracer swallows a warning that is an error.
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        traced = torch.jit.trace(
+            lambda x: masked_softmax(x, 3, starts=x.size(-1) - 3) + masked_softmax(x, x.size(-1)),
+            (scores().to("meta"),),
+            check_trace=False,
+        )
     assert traced(scores(3, 5).to("meta")).shape == (3, 5)
+    assert not [str(one.message) for one in caught if one.category is torch.jit.TracerWarning]
 
 
 # 0-dim tensors as scales

@@ -6,6 +6,7 @@ The expected masks are built with torch's comparisons, triu, tril and logical an
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -166,6 +167,42 @@ def test_a_mask_of_queries_and_keys_is_the_same_for_every_batch() -> None:
 def test_a_mask_of_several_dimensions_needs_ndim(shape: tuple[int, ...]) -> None:
     with pytest.raises(TypeError, match=rf"expected ndim=.* a mask of {len(shape)} dimensions"):
         lengths_from_mask(torch.ones(shape, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((4, 1, 4, 1), -1), ((4, 1), 1), ((1, 4), 0)], ids=str)
+def test_a_mask_of_one_column_needs_the_scores(shape: tuple[int, ...], dim: int) -> None:
+    """With the number of dimensions alone, a valid row would have length 1, for any scores."""
+    mask = (torch.arange(4) > 1).expand(math.prod(shape) // 4, 4).reshape(shape)
+    for ndim in (len(shape), 4):
+        with pytest.raises(TypeError, match=r"whose one column is .*\(pass ndim=scores\)"):
+            lengths_from_mask(mask, dim, ndim=ndim)
+    scores = random_input((4,) * len(shape), torch.float32, seed=8)
+    got = masked_softmax(scores, lengths_from_mask(mask, dim, ndim=scores), dim)
+    expected = torch.softmax(scores, dim).masked_fill(~mask, 0.0)  # a row is full or empty
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (2, 2, 3, 4), (1, 2, 2, 3, 4)], ids=str)
+def test_scores_stand_for_their_number_of_dimensions(shape: tuple[int, ...]) -> None:
+    """In every function that takes ndim, in eager and in compiled programs."""
+    scores = torch.zeros(shape)
+
+    def call(scores: Tensor, ndim: int | Tensor) -> tuple[Tensor, ...]:
+        queries, keys = scores.shape[-2:]
+        return (
+            causal_lengths(queries, keys, ndim=ndim),
+            *window(queries, keys, (1, 1), ndim=ndim),
+            mask_from_lengths(torch.tensor([2]), keys, ndim=ndim),
+        )
+
+    program = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for got in (call(scores, scores), program(scores, scores)):
+        for result, expected in zip(got, call(scores, scores.dim()), strict=True):
+            assert torch.equal(result, expected)
+    masked_softmax(scores, causal_lengths(3, 4, ndim=scores))
+    for wrong in (torch.zeros(4), torch.zeros(())):
+        with pytest.raises(ValueError, match=rf"ndim of at least 2 .* but got {wrong.dim()}"):
+            causal_lengths(3, 4, ndim=wrong)
 
 
 def test_ndim_errors() -> None:
@@ -401,6 +438,11 @@ def test_window_sizes_do_not_overflow() -> None:
     assert_bounds(window(3, 5, (huge, huge), ndim=2), *unlimited)
     assert_bounds(window(5, 3, (huge, huge), ndim=2), *window(5, 3, (None, None), ndim=2))
     assert_bounds(window(3, 5, huge, ndim=2), *window(3, 5, (None, 0), ndim=2))
+    huger = 2**70  # no int64 holds it
+    assert_bounds(window(3, 5, (huger, huger), ndim=2), *unlimited)
+    assert_bounds(window(3, 5, (1, huger), ndim=2), *window(3, 5, (1, None), ndim=2))
+    for size in (huger, 2**63, 2**63 + 1):
+        assert_bounds(window(3, 5, size, ndim=2), *window(3, 5, (None, 0), ndim=2))
 
 
 @pytest.mark.parametrize("align", ["lower_right", "upper_left"])
@@ -426,6 +468,14 @@ def test_window_and_align_errors() -> None:
             window(4, 4, size)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="expected left to be an int, but got float"):
         window(4, 4, (1.0, 2))  # type: ignore[arg-type]
+    for wrong, end in (
+        ([1, 2], r"list \(tuple\(\) makes a pair\)"),
+        ([1], "list"),
+        (None, "NoneType"),
+        (1.0, "float"),
+    ):
+        with pytest.raises(TypeError, match=rf"an int or \(left, right\), but got {end}$"):
+            window(4, 4, wrong)  # type: ignore[arg-type]
     for function in (causal_lengths, lambda *sizes, **options: window(*sizes, 1, **options)):
         with pytest.raises(ValueError, match="'lower_right' or 'upper_left', but got 'left'"):
             function(4, 4, align="left")
@@ -559,9 +609,9 @@ def test_round_trip_of_masks() -> None:
         mask = torch.tensor(rows)
         if first is not None:
             with pytest.raises(ValueError, match=f"row {first} has {runs[first]}:"):
-                lengths_from_mask(mask, ndim=2)
+                lengths_from_mask(mask, ndim=mask)
         else:
-            lengths, starts = lengths_from_mask(mask, ndim=2)
+            lengths, starts = lengths_from_mask(mask, ndim=mask)
             assert_same_mask(mask_from_lengths(lengths, cols, starts), mask)
 
     round_trip()

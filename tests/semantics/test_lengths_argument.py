@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -360,10 +361,12 @@ def test_tuples_that_are_no_pair(call: Callable[..., Tensor]) -> None:
     x, tensor = scores(2, 5), torch.tensor([1, 2])
     wrong: tuple[Any, ...]
     for wrong in ((3, 2), (), (tensor,), (tensor, tensor, tensor), (None, None), (1, None)):
-        with pytest.raises(
-            TypeError, match=r"\(lengths, starts\).* but got tuple of .*torch\.tensor"
-        ):
+        with pytest.raises(TypeError, match=r"\(lengths, starts\).* but got tuple of ") as caught:
             call(x, wrong)
+        remedy = re.search(r"torch\.tensor\([^)]*\)", str(caught.value))
+        assert (remedy is not None) == (len(wrong) > 0 and all(type(n) is int for n in wrong))
+        if remedy is not None:
+            call(x, eval(remedy[0], {"torch": torch, "lengths": wrong, "input": x}))
     with pytest.raises(TypeError, match=r"in the pair .* or as starts=, but got both"):
         call(x, (tensor, tensor), starts=tensor)
     for wrong in ((tensor, [1, 2]), ([1, 2], tensor), (tensor.float(), tensor)):

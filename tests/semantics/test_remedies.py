@@ -111,7 +111,6 @@ HELPERS: dict[str, Callable[[Tensor], Any]] = {
     "intersect_bounds": lambda index: intersect_bounds(causal_lengths(3, 4, ndim=2), index),
     "a pair": lambda index: intersect_bounds((torch.tensor(1), index)),
     "reference": lambda index: reference.masked_softmax(torch.zeros(3, 4), index),
-    "offsets": lambda index: packed_softmax(torch.zeros(2), index[[1, 0]]),
 }
 
 
@@ -119,19 +118,134 @@ HELPERS: dict[str, Callable[[Tensor], Any]] = {
 def test_helpers_name_the_same_remedies(helper: Callable[[Tensor], Any]) -> None:
     with pytest.raises(TypeError, match=r"got torch\.bool \(lengths_from_mask\(\) makes"):
         helper(LENGTHS > 0)
-    with pytest.raises(TypeError, match=r"got torch\.float64 \(its long\(\) has one\)"):
-        helper(LENGTHS.double())
+    for dtype in (torch.float64, torch.uint64):  # uint64: as the softmax itself
+        with pytest.raises(TypeError, match=rf"got {dtype} \(its long\(\) has one\)"):
+            helper(LENGTHS.to(dtype))
     helper(LENGTHS.double().long())
 
 
+def test_offsets_of_a_wrong_type() -> None:
+    """No mask makes offsets."""
+    values, offsets = torch.zeros(2), torch.tensor([0, 2])
+    with pytest.raises(TypeError, match=r"expected offsets .* got torch\.bool$"):
+        packed_softmax(values, offsets > 0)
+    with pytest.raises(TypeError, match=r"got torch\.float64 \(its long\(\) has one\)"):
+        packed_softmax(values, offsets.double())
+    packed_softmax(values, offsets.double().long())
+
+
+OF_SEQUENCES: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "offsets": (
+        r"packed_softmax\(\): expected offsets",
+        lambda offsets: packed_softmax(torch.zeros(3), offsets),
+    ),
+    "mask_from_lengths": (
+        r"mask_from_lengths\(\): expected lengths",
+        lambda lengths: mask_from_lengths(lengths, 4),
+    ),
+    "intersect_bounds": (r"intersect_bounds\(\): expected lengths", intersect_bounds),
+    "reference": (
+        r"masked_softmax\(\): expected lengths",
+        lambda lengths: reference.masked_softmax(torch.zeros(2, 4), lengths),
+    ),
+    "valid_mask": (
+        r"valid_mask\(\): expected lengths",
+        lambda lengths: reference.valid_mask(torch.zeros(2, 4), lengths),
+    ),
+}
+
+
+@pytest.mark.parametrize("function", OF_SEQUENCES)
+@pytest.mark.parametrize("wrong", [[0, 3], np.array([0, 3])], ids=repr)
+def test_sequences_and_arrays_in_helpers(function: str, wrong: Any) -> None:
+    message, call = OF_SEQUENCES[function]
+    with pytest.raises(TypeError, match=message) as caught:
+        call(wrong)
+    remedy = re.search(r"torch\.tensor\([^)]*\)", str(caught.value))
+    assert remedy is not None
+    names = {"torch": torch, "lengths": wrong, "offsets": wrong}
+    call(eval(remedy[0], {**names, "input": torch.zeros(2, 4), "values": torch.zeros(3)}))
+
+
 @pytest.mark.parametrize(
-    "wrong", ["1", 1.0, True, object()], ids=lambda wrong: type(wrong).__name__
+    "wrong",
+    [[True, False], [[1, 1, 0], [0, 1, 0]], np.array([1, 0]) > 0, np.ones(2, int)],
+    ids=repr,
+)
+def test_sequences_and_arrays_as_a_mask(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"lengths_from_mask\(\): expected mask") as caught:
+        lengths_from_mask(wrong)
+    remedy = re.search(r"torch\.tensor\(mask\)(\.bool\(\))?", str(caught.value))
+    assert remedy is not None
+    mask = eval(remedy[0], {"torch": torch, "mask": wrong})
+    lengths, _ = lengths_from_mask(mask, ndim=mask)
+    assert lengths.tolist() == np.sum(wrong, -1).tolist()
+
+
+@pytest.mark.parametrize("wrong", [[0.0, -1e9], [0, -10000], ["1"], None], ids=repr)
+def test_what_is_no_bool_mask(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="expected mask to be a Tensor") as caught:
+        lengths_from_mask(wrong)
+    assert "torch.tensor" not in str(caught.value)
+
+
+@every_function
+def test_a_list_of_lengths_and_starts(function: Callable[..., Tensor]) -> None:
+    pair: Any = [LENGTHS, torch.tensor([1, 4, 0])]
+    for wrong in (pair, [LENGTHS, None], [2, LENGTHS]):
+        with pytest.raises(TypeError, match=r"but got list \(tuple\(\) makes a pair\)$"):
+            function(scores(), wrong)
+    function(scores(), tuple(pair))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [[LENGTHS], [LENGTHS] * 3, [], [1.0], [None, 1], [[1], [1, 2]], [2**70], [True]],
+    ids=repr,
+)
+def test_sequences_that_make_no_lengths(wrong: list[Any]) -> None:
+    """torch.tensor() raises for them, or makes a tensor that is refused next."""
+    calls: tuple[Callable[[Any], Any], ...] = (
+        lambda lengths: masked_softmax(scores(), lengths),
+        lambda lengths: reference.masked_softmax(scores(), lengths),
+        lambda lengths: mask_from_lengths(lengths, 4),
+        intersect_bounds,
+    )
+    for call in calls:
+        with pytest.raises(TypeError, match=r"expected lengths.* got list$"):
+            call(wrong)
+
+
+@pytest.mark.parametrize("wrong", [3.0, np.float64(3), np.float32(3)], ids=repr)
+def test_whole_floats_as_lengths(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=rf"got {type(wrong).__name__} \(int\(lengths\) makes"):
+        masked_softmax(scores(), wrong)
+    masked_softmax(scores(), int(wrong))
+
+
+@pytest.mark.parametrize("function", [packed_softmax, packed_log_softmax])
+def test_a_max_length_of_a_wrong_type(function: Callable[..., Tensor]) -> None:
+    values, offsets, longest = torch.zeros(4), torch.tensor([0, 4]), torch.tensor(4)
+    with pytest.raises(
+        TypeError, match=r"int, but got Tensor \(max_length\.item\(\) is a number\)"
+    ):
+        function(values, offsets, max_length=longest)
+    function(values, offsets, max_length=longest.item())
+    for wrong in (4.0, "4", torch.tensor([4])):
+        with pytest.raises(TypeError, match=r"expected max_length to be an int, but got \w+$"):
+            function(values, offsets, max_length=wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["1", 1.5, True, object(), np.bool_(True), np.float64(0.5), np.array(0.5)],
+    ids=lambda wrong: type(wrong).__name__,
 )
 def test_no_remedy_where_there_is_none(wrong: Any) -> None:
     for arguments in ({"lengths": wrong}, {"lengths": 1, "starts": wrong}):
         with pytest.raises(TypeError, match="to be an int or a tensor") as caught:
             masked_softmax(scores(), **arguments)
-        assert "torch.tensor" not in str(caught.value)
+        assert str(caught.value).endswith(f"but got {type(wrong).__name__}")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +295,7 @@ def test_a_masked_tensor(function: Callable[..., Tensor]) -> None:
         function(masked, LENGTHS)
     with pytest.raises(NotImplementedError, match=r"input .* a MaskedTensor"):
         function(masked)
-    bounds = lengths_from_mask(masked.get_mask(), ndim=masked.dim())
+    bounds = lengths_from_mask(masked.get_mask(), ndim=masked.get_data())
     got = function(masked.get_data(), bounds)
     assert not isinstance(got, MaskedTensor)
     assert torch.equal(got, function(scores(), LENGTHS))
@@ -205,9 +319,16 @@ def test_other_functions_of_masked_tensors() -> None:
 
 def test_a_scale_of_another_type() -> None:
     """Only a tensor can be multiplied into the scores; a str is a number spelled out."""
-    for scale, remedy in (("0.5", r"\(float\(\) makes a number of it\)"), ([0.5], "got list$")):
+    wrong: Any
+    for wrong, remedy in (
+        ("0.5", r"\(float\(\) makes a number of it\)"),
+        (np.array(0.5), r"got ndarray \(float\(\) makes a number of it\)"),
+        ([0.5], "got list$"),
+    ):
         with pytest.raises(TypeError, match=remedy):
-            masked_softmax(scores(), LENGTHS, scale=scale)  # type: ignore[arg-type]
+            masked_softmax(scores(), LENGTHS, scale=wrong)
+    for number in ("0.5", np.array(0.5)):
+        masked_softmax(scores(), LENGTHS, scale=float(number))
     with pytest.raises(TypeError, match=r"got complex$"):
         masked_softmax(scores(), LENGTHS, scale=1j)  # type: ignore[arg-type]
     vector = torch.ones(4, requires_grad=True)
@@ -248,16 +369,21 @@ def calls_the_operator_without_lengths(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "scripted",
+    ("scripted", "operator"),
     [
-        *(masked_softmax, masked_log_softmax, packed_softmax, causal_lengths, calls_the_function),
-        *(MaskedSoftmax(), MaskedLogSoftmax(), AttentionPooling(4), Caller()),
+        *((masked_softmax, "masked_softmax"), (masked_log_softmax, "masked_log_softmax")),
+        *((MaskedSoftmax(), "masked_softmax"), (MaskedLogSoftmax(), "masked_log_softmax")),
+        *((Caller(), "masked_softmax"), (calls_the_function, "masked_log_softmax")),
+        *((packed_softmax, None), (causal_lengths, None), (AttentionPooling(4), None)),
     ],
     ids=lambda scripted: getattr(scripted, "__name__", type(scripted).__name__),
 )
-def test_jit_script(scripted: Any) -> None:
-    with pytest.raises(NotImplementedError, match=r"torch\.ops\.masked_softmax_ext.*jit\.trace"):
+def test_jit_script(scripted: Any, operator: str | None) -> None:
+    """The operator is named only for what it computes."""
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace and torch\.export") as caught:
         torch.jit.script(scripted)
+    named = re.findall(r"torch\.ops\.masked_softmax_ext\.(\w+)\(", str(caught.value))
+    assert named == ([] if operator is None else [operator])
 
 
 def test_what_jit_script_compiles_instead() -> None:
