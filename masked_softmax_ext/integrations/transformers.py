@@ -204,7 +204,7 @@ def attention(
 
 def _contiguous_bounds(mask: Tensor) -> tuple[Tensor, Tensor]:
     try:
-        return lengths_from_mask(mask, ndim=mask.dim(), validate=not torch.compiler.is_compiling())
+        return lengths_from_mask(mask, ndim=mask, validate=not torch.compiler.is_compiling())
     except ValueError as error:
         raise ValueError(
             f"{NAME} attention: expected the valid keys of each query to be contiguous ({error}); "
