@@ -201,7 +201,7 @@ def test_packed_rows(log: bool) -> None:
     assert_close(got, expected)
 
 
-@pytest.mark.parametrize("modes", ("rf", "fr", *MODES))
+@pytest.mark.parametrize("modes", ["rf", "fr", *MODES])
 def test_in_place(modes: str) -> None:
     """The write replaces the tangent too, which an outer level may have saved."""
     jacobians = [jacrev if mode == "r" else jacfwd for mode in modes]
