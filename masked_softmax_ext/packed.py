@@ -169,6 +169,10 @@ def jagged_softmax(
         validate,
     )
     result: Tensor = torch.nested.nested_tensor_from_jagged(values, offsets, jagged_dim=row_dim)
+    if torch.compiler.is_compiling() and result.dim() == 2:
+        # torch cannot recreate a 2-d jagged tensor that a program returns and that is a view of its
+        # values: "view(): cannot view shape (3, j1) as [3, j1]".
+        return result.clone()
     return result
 
 

@@ -358,9 +358,10 @@ void softmax_in_place(at::Tensor& input, const RowArguments& rows, bool validate
   OperatorNode* const node = OperatorNode::create(kForwardFormula<Operation::kSoftmax>, view, {&input}, owner);
   at::Tensor tangent;
   if (has_tangent(input)) {
-    const at::Tensor primal = primal_of(input);
+    // Of copies: an outer level of differentiation may save them or their tangents, which are overwritten below.
+    const at::Tensor primal = primal_of(input).clone();
     const at::Tensor y = call<Operation::kSoftmax>(primal, rows, primal.scalar_type(), validate, std::nullopt);
-    tangent = call<Operation::kSoftmaxBackward>(tangent_of(input), y, rows, y.scalar_type(), std::nullopt);
+    tangent = call<Operation::kSoftmaxBackward>(tangent_of(input).clone(), y, rows, y.scalar_type(), std::nullopt);
   }
   {
     const at::AutoDispatchBelowAutograd below_autograd;  // in_place.cpp is next

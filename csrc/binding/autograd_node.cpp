@@ -24,6 +24,9 @@ auto make_node(Arguments&&... arguments) {
   }
 }
 
+// The caller's name of the argument. The starts of packed rows are a view of the offsets.
+const char* starts_name(const CallOptions& options) { return options.packed.has_value() ? "offsets" : "starts"; }
+
 // torch's own error does not say which tensor it is.
 SavedVariable save_bounds(const char* what, const OptionalTensor& bounds, const GradientFormula& formula) {
   TORCH_CHECK(!bounds.has_value() || !bounds->is_inference(), formula.node_name, ": expected ", what,
@@ -37,7 +40,7 @@ SavedVariable save_bounds(const char* what, const OptionalTensor& bounds, const 
 OperatorNode::OperatorNode(const GradientFormula& formula, const CallView& call) : formula_(formula), options_(call) {
   saved_.reserve(5);
   saved_.push_back({save_bounds("lengths", call.lengths, formula), false});
-  saved_.push_back({save_bounds("starts", call.starts, formula), false});
+  saved_.push_back({save_bounds(starts_name(call), call.starts, formula), false});
 }
 
 OperatorNode* OperatorNode::create(const GradientFormula& formula, const CallView& call,
@@ -81,7 +84,7 @@ variable_list OperatorNode::unpack() {
     } catch (c10::Error& error) {
       // It was changed since: torch's error does not say which tensor it is.
       if (i < 2) {
-        const std::string what = i == 0 ? "lengths" : "starts";
+        const std::string what = i == 0 ? "lengths" : starts_name(options_);
         error.add_context("it is " + what + " of " + name() + "; pass " + what + ".clone() if it changes later");
       }
       throw;

@@ -221,7 +221,8 @@ def _read_mask(mask: Tensor | None, scores: Tensor) -> tuple[Any, Any, Tensor | 
     keys = scores.size(-1)
     if mask is None:
         return keys, None, None
-    if mask.dtype == torch.int64 and mask.dim() == 4 and mask.size(-1) == 2:
+    # For one or two keys, bounds_mask() makes no bounds.
+    if mask.dtype == torch.int64 and mask.dim() == 4 and mask.size(-1) == 2 and keys > 2:
         return mask[..., 1], mask[..., 0], None
     if mask.size(-1) != keys or not (mask.is_floating_point() or mask.dtype == torch.bool):
         raise ValueError(

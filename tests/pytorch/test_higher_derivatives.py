@@ -201,7 +201,18 @@ def test_packed_rows(log: bool) -> None:
     assert_close(got, expected)
 
 
-def test_in_place() -> None:
+@pytest.mark.parametrize("modes", ["rf", "fr", *MODES])
+def test_in_place(modes: str) -> None:
+    """The write replaces the tangent too, which an outer level may have saved."""
+    jacobians = [jacrev if mode == "r" else jacfwd for mode in modes]
+    functions = (
+        lambda x: cubes(masked_softmax_(x.clone(), LENGTHS, **OPTIONS)),
+        fused_and_reference(False)[1],
+    )
+    assert_close(*(reduce(lambda f, j: j(f), jacobians, f)(scores()) for f in functions))
+
+
+def test_in_place_by_repeated_backward() -> None:
     got = directional(lambda x: cubes(masked_softmax_(x * 1, LENGTHS, **OPTIONS)), scores(), 3)
     assert_close(got, directional(fused_and_reference(False)[1], scores(), 3))
 

@@ -182,6 +182,37 @@ def test_jagged(module: nn.Module, backend: str | None) -> None:
     assert_close((got_gradient.values(),) * 2, (expected,) * 2)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("layer", [MaskedSoftmax(1), MaskedLogSoftmax(1)], ids=repr)
+def test_jagged_of_two_dimensions(layer: nn.Module, backend: str) -> None:
+    """``(batch, steps)``: a compiled program returns it, and its gradient, as eager mode does."""
+    leaf = jagged().values()[:, 0].detach()
+    offsets = jagged().offsets()
+    values = []
+    for run in (layer, compiled(layer, backend)):
+        x = torch.nested.nested_tensor_from_jagged(leaf, offsets).detach().requires_grad_()
+        got = run(x)
+        assert got.shape[0] == len(LENGTHS)
+        (gradient,) = torch.autograd.grad(got.values().pow(2).sum(), x)
+        values.append((got.values().detach(), gradient.values()))
+    assert_close(values[1], values[0])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_weights_of_pooled_jagged_input(backend: str) -> None:
+    torch.manual_seed(1)
+    pool = AttentionPooling(FEATURES)
+    values = []
+    for run in (pool, compiled(pool, backend)):
+        x = jagged().detach().requires_grad_()
+        pooled, weights = run(x, return_weights=True)
+        total = pooled.pow(2).sum() + weights.values().pow(2).sum()
+        (gradient,) = torch.autograd.grad(total, x)
+        values.append((pooled.detach(), weights.values().detach(), gradient.values()))
+    assert_close(values[1][:2], values[0][:2])
+    assert_close(values[1][1:], values[0][1:])
+
+
 def test_gradients_of_parameters_with_jagged_input() -> None:
     torch.manual_seed(1)
     pool = AttentionPooling(FEATURES, hidden=3)

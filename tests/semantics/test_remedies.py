@@ -442,6 +442,28 @@ def test_lengths_changed_before_the_backward_pass(argument: str, log: bool) -> N
     y.sum().backward()
 
 
+@pytest.mark.parametrize("function", [packed_softmax, packed_log_softmax])
+def test_offsets_that_the_backward_pass_cannot_use(function: Callable[..., Tensor]) -> None:
+    """They are called offsets, as in the call, not starts."""
+    with torch.inference_mode():
+        inference = torch.tensor([0, 1, 3])
+    x = scores().requires_grad_()
+    with pytest.raises(RuntimeError, match=r"expected offsets .*inference.* offsets\.clone"):
+        function(x, inference)
+    offsets = inference.clone()
+    y = function(x, offsets)
+    offsets.add_(0)
+    with pytest.raises(RuntimeError) as caught:
+        y.square().sum().backward()
+    assert "it is offsets of" in str(caught.value)
+    assert "pass offsets.clone()" in str(caught.value)
+    assert "starts" not in str(caught.value)
+    offsets = inference.clone()
+    y = function(x, offsets.clone())
+    offsets.add_(0)
+    y.square().sum().backward()
+
+
 def test_a_changed_result_is_not_called_lengths() -> None:
     y = masked_softmax(scores().requires_grad_(), LENGTHS)
     y.add_(1)
