@@ -176,6 +176,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.as_strided((elems,), (1,), 0)
 
 
+def as_computable(tensor: Tensor) -> Tensor:
+    """The same values in a type that torch indexes and gathers, which uint16 and uint32 are not."""
+    return tensor if tensor.dtype.is_floating_point else tensor.long()
+
+
 def raw(tensor: Tensor) -> Tensor:
     return bits_of(tensor) if tensor.dtype.is_floating_point else tensor
 
@@ -443,8 +448,10 @@ def test_rows_are_independent(
     adjacent = data.draw(st.booleans())
     # If columns are not contiguous, the strided strategy takes over, with the forced one's order.
     for x in call.inputs:
-        alone = torch.zeros(cols, dtype=x.dtype)
-        alone[alone_valid] = as_rows(x, -1)[row][valid[row]]
+        wide = as_computable(x)
+        alone = torch.zeros(cols, dtype=wide.dtype)
+        alone[alone_valid] = as_rows(wide, -1)[row][valid[row]]
+        alone = alone.to(x.dtype)
         step = 1 if adjacent else 2
         layout = Layout((cols,), (step,), shift % 5)
         tensors.append(layout.place(alone, alone_valid, poison_of(x.dtype)))
@@ -501,7 +508,8 @@ def test_permuting_permutes(run: Runner, strategy: str, data: st.DataObject) -> 
     layout = replace(
         call.output, offset=MAX_VECTOR_ELEMS if strategy == TAKES_PLAIN_ROWS_ONLY else 3
     )
-    permuted = layout.place(x.gather(-1, order), call.valid, poison_of(x.dtype))
+    values = as_computable(x).gather(-1, order).to(x.dtype)
+    permuted = layout.place(values, call.valid, poison_of(x.dtype))
     y = run(replace(call, inputs=(permuted,)))
     back = torch.empty_like(y).scatter_(-1, order, y)
     assert_forward(back, x, call.lengths, log=call.is_log, **call.options())
