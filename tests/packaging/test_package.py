@@ -107,6 +107,9 @@ def test_docstring_examples(module: str) -> None:
         assert result.attempted > 0
 
 
+@pytest.mark.skipif(
+    not (ROOT / "masked_softmax_ext").is_dir(), reason="the source of the package is not here"
+)
 def test_every_folder_with_modules_is_packaged() -> None:
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (listed,) = re.findall(r"^packages = \[(.*)\]$", pyproject, re.M)
