@@ -112,7 +112,7 @@ PROGRAMS: dict[str, Program] = {
         x[k], lengths_from_mask(bool_mask(x[k], n[k]), ndim=x[k])
     ),
     "bounds of columns": lambda x, n, k: lengths_from_mask(
-        bool_mask(x.T[:, k], n.new_ones(8)), ndim=2
+        bool_mask(x.T[:, k], n.new_ones(8)), ndim=x.T[:, k]
     ),
     "mask_from_lengths": lambda x, n, k: mask_from_lengths(n[k], 8, n[k] - 1, ndim=3),
     "columns of a mask": lambda x, n, k: mask_from_lengths(n, x[k].size(0)),
