@@ -6,7 +6,7 @@ import functools
 import numbers
 import sys
 from collections.abc import Callable
-from typing import ParamSpec, TypeAlias, TypeVar
+from typing import ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -256,8 +256,8 @@ def check_index_type(
 ) -> None:
     if index is None or isinstance(index, Tensor) or is_int(index) or is_traced_numpy_scalar(index):
         return
-    is_whole = isinstance(index, numbers.Real) and float(index).is_integer()
-    if is_whole and not isinstance(index, bool):
+    is_float = isinstance(index, numbers.Real) and not isinstance(index, numbers.Rational)
+    if is_float and float(cast(float, index)).is_integer():
         remedy = f" (int({argument}) makes an int)"
     else:
         remedy = to_tensor_remedy(argument, index, device)

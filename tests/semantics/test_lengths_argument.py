@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -425,3 +427,9 @@ def test_scores_of_unsigned_types(capability: str, log: bool) -> None:
         assert_same_bits(got, expected)
     with pytest.raises(TypeError, match=r"integer type \(.*uint16 or uint32\), but got UInt64"):
         forward(x.to(torch.uint64), lengths, log=log, dtype=torch.float32)
+
+
+def test_a_number_beyond_floats_is_an_error_in_a_sentence() -> None:
+    for bad in (Fraction(10**400, 3), Fraction(3), math.inf):
+        with pytest.raises(TypeError, match="expected lengths to be an int or a tensor"):
+            masked_softmax(torch.ones(2, 3), bad)  # type: ignore[arg-type]
