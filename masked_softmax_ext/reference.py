@@ -260,8 +260,10 @@ def scaled_difference(x: Tensor, row_max: Tensor, scale: float) -> Tensor:
 
 
 def _result_dtype(input: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    if dtype is not None:
+    if isinstance(dtype, torch.dtype):
         return dtype
+    if dtype is not None:
+        raise TypeError(f"expected dtype to be a torch.dtype, but got {type(dtype).__name__}")
     if not input.is_floating_point():
         raise TypeError(f"expected input of a floating point type, or dtype=; got {input.dtype}")
     return autocast_dtype(input.device.type, input.dtype)
