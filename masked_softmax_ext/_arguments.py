@@ -190,12 +190,24 @@ def _convert_scale_tensor(prefix: str, argument: str, scale: Tensor) -> Scale:
             f"{prefix}expected scale to be a number, or a 0-dim tensor on the CPU without gradient,"
             f" but got a tensor {reason} (multiply {argument} by it instead)"
         )
-    if torch.compiler.is_compiling() or is_jit_tracing():
+    if torch.compiler.is_compiling():
         return scale
+    if not is_jit_tracing():
+        try:
+            return float(scale)
+        except RuntimeError:  # under vmap, for fake and meta tensors, and without memory
+            pass
+    if not _has_memory(scale):
+        raise ValueError(f"{prefix}expected scale to have memory, but its storage was freed")
+    return scale
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether torch can read it: with a storage that was freed, an operator would crash."""
     try:
-        return float(scale)
-    except RuntimeError:  # under vmap, and for fake and meta tensors
-        return scale
+        return tensor.untyped_storage().nbytes() >= tensor.itemsize
+    except NotImplementedError:  # under vmap
+        return True
 
 
 def check_dim(dim: int, ndim: int) -> None:

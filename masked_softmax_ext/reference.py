@@ -239,10 +239,6 @@ def fold_scale(
         return input, scale, dtype
     if input.is_complex() or (dtype is None and not input.is_floating_point()):
         return input, None, dtype  # which the softmax refuses
-    if type(scale) is Tensor and not torch.compiler.is_compiling():
-        size = scale.untyped_storage().nbytes()
-        if size < scale.itemsize:  # torch would read beyond it
-            raise ValueError(f"expected scale to have memory, but its storage has {size} bytes")
     dtype = _result_dtype(input, dtype)
     scores: Any = input.to(accumulation_dtype(input.dtype, dtype, None))
     return scores * scale, None, dtype

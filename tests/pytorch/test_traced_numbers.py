@@ -444,6 +444,16 @@ def test_vmap_over_scales(log: bool) -> None:
     assert_close(got, torch.stack(expected))
 
 
+def test_a_scale_whose_storage_was_freed() -> None:
+    scale = torch.tensor(0.5)
+    scale.untyped_storage().resize_(0)
+    for call in (masked_softmax, masked_softmax_, reference.masked_softmax):
+        with pytest.raises(ValueError, match="expected scale to have memory"):
+            call(scores(), LENGTHS, scale=scale)
+    with pytest.raises(ValueError, match="expected scale to have memory"):
+        packed_softmax(scores(), OFFSETS, scale=scale)
+
+
 def test_fake_and_meta_scales() -> None:
     with FakeTensorMode():
         result = masked_softmax(torch.empty(4, 8), torch.ones(4).long(), scale=torch.tensor(0.5))
