@@ -22,14 +22,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from masked_softmax_ext._operators import SCORE_TENSORS, find_operator, packed_argument
-from masked_softmax_ext.reference import (
-    accumulation_dtype,
-    are_invalid,
-    autocast_dtype,
-    columns_between,
-    per_row,
-    scaled_difference,
-)
+from masked_softmax_ext._scale import accumulation_dtype, autocast_dtype, scaled_difference
+from masked_softmax_ext.reference import are_invalid, columns_between, per_row
 
 
 def call_operator(

@@ -24,8 +24,8 @@ from masked_softmax_ext._arguments import (
 )
 from masked_softmax_ext._numbers import is_constant
 from masked_softmax_ext._operators import call_operator
+from masked_softmax_ext._scale import fold_scale
 from masked_softmax_ext.packed import jagged_softmax
-from masked_softmax_ext.reference import fold_scale
 
 _MAX_DIMS = 64  # torch's limit; a dim beyond it is out of range, and may not even fit 64 bits
 

@@ -28,13 +28,13 @@ from masked_softmax_ext._numbers import (
     is_traced_int,
 )
 from masked_softmax_ext._operators import call_operator
+from masked_softmax_ext._scale import fold_scale
 from masked_softmax_ext._torch_internals import (
     cached_max_length,
     guard_or_false,
     guard_or_true,
     ragged_dim,
 )
-from masked_softmax_ext.reference import fold_scale
 
 _UNKNOWN_LENGTH = -1  # the value of the operators' argument packed without a max_length
 

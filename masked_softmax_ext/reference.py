@@ -7,7 +7,6 @@ mask, copies the scores, and computes on padding.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +24,15 @@ from masked_softmax_ext._arguments import (
 from masked_softmax_ext._numbers import (
     broadcasts_to,
     fits_int64,
-    is_constant,
     is_integer_dtype,
     is_traced_numpy_scalar,
     read_bool,
+)
+from masked_softmax_ext._scale import (
+    accumulation_dtype,
+    fold_scale,
+    result_dtype,
+    scaled_difference,
 )
 from masked_softmax_ext._torch_internals import is_statically_true
 
@@ -213,8 +217,8 @@ def _masked_logits(
 ) -> Tensor:
     """The scaled scores, -inf in the padding, in the accumulation type: at least float32."""
     input, factor, dtype = fold_scale(input, convert_scale("", "input", scale), dtype)
-    result = _result_dtype(input, dtype)
-    logits = input.to(accumulation_dtype(input.dtype, result, factor))
+    acc_dtype = accumulation_dtype(input.dtype, result_dtype(input, dtype), factor)
+    logits = input.to(acc_dtype)
     if factor is not None and not is_statically_true(input.numel() == 0):  # amax needs a column
         if factor < 0:
             # So that the maximum is that of scale * x. Filled, so that padding's gradient is +0.
@@ -227,60 +231,10 @@ def _masked_logits(
     return logits.masked_fill(~valid.any(dim, keepdim=True), 0.0)
 
 
-def fold_scale(
-    input: Tensor, scale: Scale, dtype: torch.dtype | None
-) -> tuple[Tensor, float | None, torch.dtype | None]:
-    """input, scale and dtype as the kernels take them, which is without symbols.
-
-    A scale that only the traced program knows is multiplied into the input, in the accumulation
-    type. That rounds the product, as torch's own operators do.
-    """
-    if scale is None or is_constant(scale):
-        return input, scale, dtype
-    if input.is_complex() or (dtype is None and not input.is_floating_point()):
-        return input, None, dtype  # which the softmax refuses
-    dtype = _result_dtype(input, dtype)
-    scores: Any = input.to(accumulation_dtype(input.dtype, dtype, None))
-    return scores * scale, None, dtype
-
-
-def accumulation_dtype(input: torch.dtype, result: torch.dtype, scale: float | None) -> torch.dtype:
-    """At least float32; float64 where float32 cannot hold scale and what it multiplies."""
-    is_extreme = scale is not None and not 2.0**-100 <= abs(scale) <= 2.0**100
-    # torch.export would record a call of torch.promote_types().
-    is_double = is_extreme or torch.float64 in (input, result)
-    return torch.float64 if is_double else torch.float32
-
-
-def scaled_difference(x: Tensor, row_max: Tensor, scale: float) -> Tensor:
-    """``scale * (x - row_max)`` for a scale of at least 0, without overflow on the way."""
-    if scale >= 1:
-        return (x - row_max) * scale  # where the difference overflows, so does the product
-    return (x / 2 - row_max / 2) * (2 * scale)
-
-
-def _result_dtype(input: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype is not None:
-        raise TypeError(f"expected dtype to be a torch.dtype, but got {type(dtype).__name__}")
-    if not input.is_floating_point():
-        raise TypeError(f"expected input of a floating point type, or dtype=; got {input.dtype}")
-    return autocast_dtype(input.device.type, input.dtype)
-
-
-def autocast_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
-    """The type of the result without ``dtype=``: as torch.softmax, which the CPU leaves alone."""
-    is_16bit = dtype in (torch.float16, torch.bfloat16)
-    if is_16bit and device_type not in ("cpu", "meta") and torch.is_autocast_enabled(device_type):
-        return torch.float32
-    return dtype
-
-
 def _convert_result(
     result: Tensor, input: Tensor, dtype: torch.dtype | None, out: Tensor | None
 ) -> Tensor:
-    result = result.to(_result_dtype(input, dtype))
+    result = result.to(result_dtype(input, dtype))
     if out is None:
         return result
     if not isinstance(out, Tensor):

@@ -1,0 +1,62 @@
+"""The scale and the types of a softmax that PyTorch's operators compute, or a part of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from masked_softmax_ext._arguments import Scale
+from masked_softmax_ext._numbers import is_constant
+
+
+def fold_scale(
+    input: Tensor, scale: Scale, dtype: torch.dtype | None
+) -> tuple[Tensor, float | None, torch.dtype | None]:
+    """input, scale and dtype as the kernels take them, which is without symbols.
+
+    A scale that only the traced program knows is multiplied into the input, in the accumulation
+    type. That rounds the product, as torch's own operators do.
+    """
+    if scale is None or is_constant(scale):
+        return input, scale, dtype
+    if input.is_complex() or (dtype is None and not input.is_floating_point()):
+        return input, None, dtype  # which the softmax refuses
+    dtype = result_dtype(input, dtype)
+    scores: Any = input.to(accumulation_dtype(input.dtype, dtype, None))
+    return scores * scale, None, dtype
+
+
+def accumulation_dtype(input: torch.dtype, result: torch.dtype, scale: float | None) -> torch.dtype:
+    """At least float32; float64 where float32 cannot hold scale and what it multiplies."""
+    is_extreme = scale is not None and not 2.0**-100 <= abs(scale) <= 2.0**100
+    # torch.export would record a call of torch.promote_types().
+    is_double = is_extreme or torch.float64 in (input, result)
+    return torch.float64 if is_double else torch.float32
+
+
+def scaled_difference(x: Tensor, row_max: Tensor, scale: float) -> Tensor:
+    """``scale * (x - row_max)`` for a scale of at least 0, without overflow on the way."""
+    if scale >= 1:
+        return (x - row_max) * scale  # where the difference overflows, so does the product
+    return (x / 2 - row_max / 2) * (2 * scale)
+
+
+def result_dtype(input: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The type of the result of a softmax with this ``dtype=``."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is not None:
+        raise TypeError(f"expected dtype to be a torch.dtype, but got {type(dtype).__name__}")
+    if not input.is_floating_point():
+        raise TypeError(f"expected input of a floating point type, or dtype=; got {input.dtype}")
+    return autocast_dtype(input.device.type, input.dtype)
+
+
+def autocast_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
+    """The type of the result without ``dtype=``: as torch.softmax, which the CPU leaves alone."""
+    is_16bit = dtype in (torch.float16, torch.bfloat16)
+    if is_16bit and device_type not in ("cpu", "meta") and torch.is_autocast_enabled(device_type):
+        return torch.float32
+    return dtype
