@@ -130,7 +130,7 @@ def _convert_dim(name: str, dim: int) -> int:
             "the value of a NumPy scalar that it gets, but got such a scalar (int(dim) outside of "
             "the program makes an int)"
         )
-    return int(number)  # of a symbol too: as in torch.softmax, each dim is a program of its own
+    return int(number)  # of a symbol too: as in torch.softmax, each dim is compiled anew
 
 
 def check_dense(name: str, argument: str, tensor: Tensor) -> None:

@@ -252,8 +252,8 @@ def window(
         queries: the number of rows; aligned with keys as in :func:`causal_lengths`.
         keys: the number of columns.
         size: the largest number of keys that a query sees: causal, the same as ``(size - 1, 0)``.
-            Or ``(left, right)``, the numbers of keys on either side of its own; ``None`` is no
-            limit.
+            Or ``(left, right)``, the numbers of keys before and after the query's own; ``None`` is
+            no limit.
         align: as for :func:`causal_lengths`.
         ndim: as for :func:`causal_lengths`.
         device: the device of the results.

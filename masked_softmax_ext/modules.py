@@ -95,7 +95,7 @@ class AttentionPooling(nn.Module):
     Shape:
         - input: ``(..., steps, features)``; lengths, starts: as for the softmax of scores
           ``(..., steps)``, so ``(B,)`` for an input ``(B, T, D)``. Or a jagged nested tensor
-          ``(batch, steps, features)``: it has lengths of its own.
+          ``(batch, steps, features)``, which knows its lengths.
         - output: ``(..., features)``; with ``return_weights``, weights ``(..., steps)`` too.
 
     Raises:

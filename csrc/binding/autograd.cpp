@@ -1,6 +1,6 @@
 // Derivatives of every order, in reverse and forward mode. Those of the two functions and of their first derivatives
-// are operators with kernels of their own. Those of a second derivative are combinations of these same operators, so
-// they are differentiable too, and no order is the last.
+// are operators with kernels. Those of a second derivative are combinations of these same operators, so they are
+// differentiable too, and no order is the last.
 //
 // A forward node saves its output, lengths and starts, nothing else. Writes are counted one level below (in_place.cpp).
 #include <ATen/core/LegacyTypeDispatch.h>

@@ -93,9 +93,9 @@ MASKED_SOFTMAX_DEVICE unsigned shared_address(const void* p) {
   return static_cast<unsigned>(__cvta_generic_to_shared(p));
 }
 
-// The same value, whose comparisons the compiler does not take for earlier ones: it would keep their results in
-// registers rather than compare again.
-MASKED_SOFTMAX_DEVICE int compared_again(int value) {
+// Hides a value from the optimizer, which would otherwise keep the results of earlier comparisons in registers rather
+// than compare again.
+MASKED_SOFTMAX_DEVICE int optimization_barrier(int value) {
   asm volatile("" : "+r"(value));
   return value;
 }

@@ -8,7 +8,7 @@
 //   held_*.cu                   the kernels of held rows for one type pair
 //   held_rows.cuh               held rows, which threads hold in registers: lanes, block, cluster, split; their launch
 //   staged_rows.cuh             held rows that come through shared memory: staged
-//   plain_columns.cuh           rows side by side, which lanes hold in registers: column
+//   plain_columns.cuh           rows with unit row stride, which lanes hold in registers: column
 //   strided_*.cu                the kernels of any rows for one accumulation type
 //   strided_rows.cuh            rows of any types and layout: column, strided
 //   packed_gaps.cuh             NaN in the elements that no packed row covers

@@ -1,6 +1,5 @@
-// Plain columns: rows that lie side by side in memory (unit row stride: the softmax dimension is not the last), held in
-// registers, so that the scores are read once. column_rows in strided_rows.cuh takes the others: longer rows, other
-// types and layouts, starts.
+// Plain columns: rows with unit row stride (the softmax dimension is not the last), held in registers, so that the
+// scores are read once. column_rows in strided_rows.cuh takes the others: longer rows, other types and layouts, starts.
 //
 // Who holds what. A lane of a warp has one row, so a warp loads 32 adjacent elements of a column at a time. `warps`
 // warps share 32 rows; each of their lanes holds the elements of kSlots consecutive threads of SumOrder
@@ -10,7 +9,7 @@
 //   held by              |----- warp 0 -----|----- warp 1 -----|-----    kSlots = 4: slots 0, 1, 2, 3 of each lane
 //
 // The computation is that of held rows (Forward and Backward in held_rows.cuh), where each of a lane's slots is one of
-// kRowCount rows: they have partials of their own, of which ColumnSlots::reduce() makes the row's total.
+// kRowCount rows. Each slot has its partials, which ColumnSlots::reduce() adds to the row's total.
 //
 // Bytes moved, accumulation type: as held rows. Loads and stores are of single elements, because adjacent rows have
 // different lengths. A warp skips vectors in which none of its 32 rows has a valid element.
@@ -30,7 +29,7 @@ class ColumnSlots {
   static constexpr unsigned kMaxWarps = kWarpThreads / kSlots;
   static constexpr int kVectorsOfOneThread = kLanesSteps[0].elems_per_thread / RowTypes<T, T>::kElems;
   static_assert(kLanesSteps[0].threads_per_row == 1 && kVectorsOfOneThread <= 2 && kVectorsOfOneThread <= kSlots,
-                "two vectors have the same sum in slots of their own as in one");
+                "two vectors have the same sum in two slots as in one");
 
  public:
   static constexpr unsigned kBlockThreads = kMaxWarps * kWarpThreads;
@@ -177,7 +176,7 @@ class ColumnRow {
           values[i] = result(k, i);
         }
         if (selects_padding) {
-          const int length = compared_again(length_);
+          const int length = optimization_barrier(length_);
           MASKED_SOFTMAX_UNROLL
           for (int i = 0; i < kElems; ++i) {
             values[i] = first_elem + i < length - first ? values[i] : padding;

@@ -218,7 +218,7 @@ def test_in_place_by_repeated_backward() -> None:
 
 
 def test_vmap(log: bool) -> None:
-    """Third derivatives of each sample in one call, with lengths of its own."""
+    """Third derivatives of each sample, which has its length, in one call."""
     unfused = reference.masked_log_softmax if log else reference.masked_softmax
 
     def third(softmax: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -136,7 +136,7 @@ def test_a_subclass(module: nn.Module) -> None:
 
 
 def test_vmap(module: nn.Module) -> None:
-    """Each sample with a length of its own."""
+    """Each sample has its length."""
     lengths = lengths_of(module)
     samples = lengths if isinstance(module, AttentionPooling) else lengths[:, 0]
 

@@ -229,7 +229,7 @@ def test_ints_of_numpy(program: Program, number: Any) -> None:
 
 
 def test_dims(log: bool) -> None:
-    """As with torch.softmax, each dim is a program of its own."""
+    """As with torch.softmax, each dim is compiled anew."""
     run, _ = compiled(lambda x, dim: forward(x, 2, dim, log=log))
     for dim in (0, 1, -1, -2):
         expected = forward(scores(), 2, dim, log=log)
@@ -492,4 +492,4 @@ def test_lengths_of_a_generated_program() -> None:
     for n, start in draws:
         scale = 0.5 + n
         assert_close(run(scores(), n, start, scale), function(scores(), n, start, scale))
-    assert counter.frame_count <= 4  # an int of 0 or 1 is a constant of a program of its own
+    assert counter.frame_count <= 4  # an int of 0 or 1 is a constant, for which torch compiles anew

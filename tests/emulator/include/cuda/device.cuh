@@ -74,7 +74,7 @@ T* computed_once(T* p) {
   return p;
 }
 
-inline int compared_again(int value) { return value; }
+inline int optimization_barrier(int value) { return value; }
 
 template <class V>
 V load_vector_if(bool condition, const void* p, V otherwise) {
