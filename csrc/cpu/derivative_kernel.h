@@ -1,5 +1,5 @@
 // The derivatives of one row, over its valid columns: up to two sums over the row, then one expression for each
-// element. The formulas are those of common/formulas.h; short_rows.h, narrow_rows.h and long_row.h run them over rows.
+// element. The formulas are those of common/formulas.h; row_block.h and long_row.h run them over rows.
 //
 // Types: inputs are converted to the accumulation type as they are loaded; sums and results are of that type, and
 // results are rounded once as they are stored. Memory: each valid element of each input is read once, the second pass
@@ -47,48 +47,44 @@ struct InputRows {
   const T* rows[kInputs];
 };
 
-// A vector, or a group, of every input.
-template <class W, int kInputs>
+// A vector of every input.
+template <class V, int kInputs>
 struct InputVectors {
-  W in[kInputs];
-
-  template <class T, class Mask>
-  MASKED_SOFTMAX_INLINE InputVectors(const InputRows<T, kInputs>& inputs, int64_t i, Mask mask) {
-    for (int k = 0; k < kInputs; ++k) {
-      in[k] = load<W>(inputs.rows[k] + i, mask);
-    }
-  }
+  V in[kInputs];
 };
 
-template <class W, Operation kOperation>
-MASKED_SOFTMAX_INLINE auto derivative_terms(const W* in, const DerivativeScale<typename W::acc_t>& scale) {
-  Terms<W, Formula<kOperation>::kSums> result;
-  Formula<kOperation>::terms(in, scale.exp, result.terms);
+template <class V, class T, int kInputs, class Mask>
+MASKED_SOFTMAX_INLINE InputVectors<V, kInputs> load_inputs(const InputRows<T, kInputs>& inputs, int64_t i, Mask mask) {
+  InputVectors<V, kInputs> result;
+  for (int k = 0; k < kInputs; ++k) {
+    result.in[k] = load<V>(inputs.rows[k] + i, mask);
+  }
   return result;
 }
 
-template <class W, Operation kOperation>
-MASKED_SOFTMAX_INLINE W derivative_of(const W* in, const typename W::acc_t* row_sums,
-                                      const DerivativeScale<typename W::acc_t>& scale) {
-  W sums[Formula<kOperation>::kSums];
-  for (int s = 0; s < Formula<kOperation>::kSums; ++s) {
-    sums[s] = W::broadcast(row_sums[s]);
-  }
-  return Formula<kOperation>::result(in, sums, W::broadcast(scale.scale), scale.exp);
+template <class V, Operation kOperation, int kInputs>
+MASKED_SOFTMAX_INLINE auto derivative_terms(const InputVectors<V, kInputs>& inputs,
+                                            const DerivativeScale<typename V::acc_t>& scale) {
+  Terms<V, Formula<kOperation>::kSums> result;
+  Formula<kOperation>::terms(inputs.in, scale.exp, result.terms);
+  return result;
 }
 
 // The row's derivative, as a value for write_row(). It holds copies, because the output might alias references.
-template <Operation kOperation, class acc_t, class T>
+template <class V, Operation kOperation, class T>
 struct DerivativeValue {
-  static constexpr int kInputs = input_count(kOperation);
-  InputRows<T, kInputs> inputs;
+  using acc_t = typename V::acc_t;
+  InputRows<T, input_count(kOperation)> inputs;
   DerivativeScale<acc_t> scale;
   acc_t row_sums[Formula<kOperation>::kSums];
 
-  template <class Tag, class Mask>
-  MASKED_SOFTMAX_INLINE auto operator()(Tag, int64_t i, Mask mask) const {
-    using W = typename Tag::type;
-    return derivative_of<W, kOperation>(InputVectors<W, kInputs>(inputs, i, mask).in, row_sums, scale);
+  template <class Mask>
+  MASKED_SOFTMAX_INLINE V operator()(int64_t i, Mask mask) const {
+    V sums[Formula<kOperation>::kSums];
+    for (int s = 0; s < Formula<kOperation>::kSums; ++s) {
+      sums[s] = V::broadcast(row_sums[s]);
+    }
+    return Formula<kOperation>::result(load_inputs<V>(inputs, i, mask).in, sums, V::broadcast(scale.scale), scale.exp);
   }
 };
 

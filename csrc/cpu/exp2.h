@@ -15,7 +15,7 @@
 // operation half an eps.
 #pragma once
 
-#include "cpu/vector_group.h"
+#include "cpu/vector_defaults.h"
 
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
@@ -107,31 +107,55 @@ MASKED_SOFTMAX_INLINE bool is_sum_out_of_range(acc_t sum) {
 template <class acc_t>
 constexpr acc_t kToInfinity = sizeof(acc_t) == 4 ? static_cast<acc_t>(0x1p112) : static_cast<acc_t>(0x1p984);
 
-template <class V>
-MASKED_SOFTMAX_INLINE ExponentialParams<typename V::acc_t> params_of_rounded(typename V::acc_t r,
-                                                                             const ScaledLog2e<typename V::acc_t>& c) {
+template <class N, class acc_t>
+MASKED_SOFTMAX_INLINE N constant(acc_t value) {
+  if constexpr (std::is_same_v<N, acc_t>) {
+    return value;
+  } else {
+    return N::broadcast(value);
+  }
+}
+
+template <class V, class N>
+MASKED_SOFTMAX_INLINE N round_to_step(const N& product) {
+  const N magic = constant<N>(magic_constant<V>());
+  return (product + magic) - magic;
+}
+
+// Of one row, or of as many rows as V has lanes: N is a number or V.
+template <class V, class N>
+struct ReferenceParams {
   using acc_t = typename V::acc_t;
-  constexpr acc_t kUnderflows = -200;  // scalef by 2^-200 gives 0: the smallest subnormal float is 2^-149
-  const acc_t zero_below = V::kHasScalef ? (r + kUnderflows) * (1 / c.high) : r + Exp2<acc_t>::kMinExponent;
-  return {0, magic_constant<V>() - r, zero_below, c.high, c.low};
+  N magic_minus_r;
+  N zero_below;
+
+  MASKED_SOFTMAX_INLINE ReferenceParams(const N& r, const ScaledLog2e<acc_t>& c) {
+    magic_minus_r = constant<N>(magic_constant<V>()) - r;
+    if constexpr (V::kHasScalef) {
+      constexpr acc_t kUnderflows = -200;  // scalef by 2^-200 gives 0: the smallest subnormal float is 2^-149
+      zero_below = (r + constant<N>(kUnderflows)) * constant<N>(1 / c.high);
+    } else {
+      zero_below = r + constant<N>(Exp2<acc_t>::kMinExponent);
+    }
+  }
+};
+
+// A failed reference gives NaN, as explained above.
+template <class V, class N>
+MASKED_SOFTMAX_INLINE ReferenceParams<V, N> params_from_references(const N& reference,
+                                                                   const ScaledLog2e<typename V::acc_t>& c) {
+  const N product = reference * constant<N>(c.high);
+  const N large = product * constant<N>(kToInfinity<typename V::acc_t>);
+  ReferenceParams<V, N> params(round_to_step<V>(product), c);
+  params.magic_minus_r = params.magic_minus_r + (large - large);  // NaN where `large` is infinite or NaN
+  return params;
 }
 
-template <class V>
-MASKED_SOFTMAX_INLINE typename V::acc_t round_to_step(typename V::acc_t product) {
-  return (product + magic_constant<V>()) - magic_constant<V>();
-}
-
-// Without a branch, for the loop of narrow_rows.h. A failed reference gives NaN, as explained above.
 template <class V>
 MASKED_SOFTMAX_INLINE ExponentialParams<typename V::acc_t> params_from_reference(
     typename V::acc_t reference, const ScaledLog2e<typename V::acc_t>& c) {
-  using acc_t = typename V::acc_t;
-  const acc_t product = reference * c.high;
-  const acc_t large = product * kToInfinity<acc_t>;
-  const acc_t zero_or_nan = large - large;  // NaN where `large` is infinite or NaN
-  auto params = params_of_rounded<V>(round_to_step<V>(product), c);
-  params.magic_minus_r += zero_or_nan;
-  return params;
+  const auto params = params_from_references<V>(reference, c);
+  return {0, params.magic_minus_r, params.zero_below, c.high, c.low};
 }
 
 template <class V>
@@ -139,19 +163,9 @@ MASKED_SOFTMAX_INLINE ExponentialParams<typename V::acc_t> params_from_maximum(
     typename V::acc_t row_max, const ScaledLog2e<typename V::acc_t>& c) {
   using acc_t = typename V::acc_t;
   const acc_t product = row_max * c.high;
-  if (product > -kMaxProduct<acc_t> && product < kMaxProduct<acc_t>) {
-    return params_of_rounded<V>(round_to_step<V>(product), c);
-  }
-  auto params = params_of_rounded<V>(0, c);
-  params.offset = row_max;
-  return params;
-}
-
-// Of a row of one element: the exponential is exactly 1, or NaN where the element is not finite. Relative to a rounded
-// reference it would be some e, and e * (1 / e) is not always 1.
-template <class V>
-MASKED_SOFTMAX_INLINE ExponentialParams<typename V::acc_t> params_of_single() {
-  return {0, magic_constant<V>(), -std::numeric_limits<typename V::acc_t>::infinity(), 0, 0};
+  const bool is_on_step = product > -kMaxProduct<acc_t> && product < kMaxProduct<acc_t>;
+  const ReferenceParams<V, acc_t> params(is_on_step ? round_to_step<V>(product) : 0, c);
+  return {is_on_step ? 0 : row_max, params.magic_minus_r, params.zero_below, c.high, c.low};
 }
 
 template <bool kHasOffset, class V>

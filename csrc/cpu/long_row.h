@@ -1,11 +1,10 @@
-// One row that does not fit the scratch buffer of short_rows.h, tile by tile.
+// Rows of any length, type and stride, one at a time, segment by segment.
 //
-// Tiles are read and written in place where the row is contiguous and of the accumulation type. Otherwise they are
-// packed into a buffer on the stack, where they take no more of the time than the row's three passes over memory.
+// Segments are read and written in place where the row is contiguous and of the accumulation type. Otherwise they are
+// packed into a buffer on the stack, where they take no more of the time than the row's passes over memory.
 //
-// Softmax's exponentials wait for their sum in the output where it is written in place and is not the input, which
-// params_from_maximum() may still need (exp2.h). Elsewhere they are computed twice: the same values, and no memory
-// beyond the output.
+// Softmax's exponentials are computed twice, once for their sum and once as results: keeping them in the output instead
+// would read and write a row once more, and most rows of this length are bound by memory.
 #pragma once
 
 #include "cpu/derivative_kernel.h"
@@ -14,9 +13,23 @@
 
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
-// The tiles of one input.
+// A multiple of kTileElems, as RowSums::add() requires. 2 to 8 KiB, so that the segments of three inputs and of the
+// output fit an L1 of 32 KiB.
 template <class V>
-class TileReader {
+constexpr int64_t kSegmentElems = 16 * kTileElems<V>;
+
+// Calls body(first, count) for every segment of `count` elements.
+template <class V, class Body>
+MASKED_SOFTMAX_INLINE void for_each_segment(int64_t count, const Body& body) {
+  for (int64_t first = 0; first < count; first += kSegmentElems<V>) {
+    const int64_t rest = count - first;
+    body(first, rest < kSegmentElems<V> ? rest : kSegmentElems<V>);
+  }
+}
+
+// The segments of one input.
+template <class V>
+class SegmentReader {
  public:
   using acc_t = typename V::acc_t;
 
@@ -26,15 +39,20 @@ class TileReader {
     stride_ = operand.col_stride;
     input_factor_ = input_factor;
     is_in_place_ = type_ == ElementTraits<acc_t>::kType && stride_ == 1 && input_factor == 1;
+    packed_count_ = 0;
   }
 
-  // Valid until the next call.
-  const acc_t* tile(int64_t first, int64_t count) {
+  // Valid until the next call. The segment that was packed last is not packed again: a short row is packed once.
+  const acc_t* segment(int64_t first, int64_t count) {
     const void* const from = element_at(row_, type_, first * stride_);
     if (is_in_place_) {
       return static_cast<const acc_t*>(from);
     }
-    pack_row<V>(from, type_, stride_, count, input_factor_, buffer_);
+    if (first != packed_first_ || count > packed_count_) {
+      pack_row<V>(from, type_, stride_, count, input_factor_, buffer_);
+      packed_first_ = first;
+      packed_count_ = count;
+    }
     return buffer_;
   }
 
@@ -44,27 +62,31 @@ class TileReader {
   int64_t stride_;
   acc_t input_factor_;
   bool is_in_place_;
-  alignas(64) acc_t buffer_[kTileElems<V>];
+  int64_t packed_first_;
+  int64_t packed_count_;
+  alignas(64) acc_t buffer_[kSegmentElems<V>];
 };
 
-// The tiles of the output.
+// The segments of the output.
 template <class V>
-class TileWriter {
+class SegmentWriter {
  public:
   using acc_t = typename V::acc_t;
 
-  TileWriter(void* row, const Operand& operand)
+  SegmentWriter(void* row, const Operand& operand, StoreHint hint)
       : row_(row),
         type_(operand.type),
         stride_(operand.col_stride),
+        hint_(hint),
         is_in_place_(type_ == ElementTraits<acc_t>::kType && stride_ == 1) {}
 
-  bool is_in_place() const { return is_in_place_; }
-  acc_t* tile(int64_t first) { return is_in_place_ ? static_cast<acc_t*>(row_) + first : buffer_; }
-
-  // Call after each tile that was written.
-  void finish(int64_t first, int64_t count) {
-    if (!is_in_place_) {
+  // Writes value(i, mask) to the elements [first, first + count).
+  template <class Value>
+  void write(int64_t first, int64_t count, const Value& value) {
+    if (is_in_place_) {
+      write_values<V>(static_cast<acc_t*>(row_) + first, count, count, 0, hint_, value);
+    } else {
+      write_values<V>(buffer_, count, count, 0, StoreHint::kCached, value);
       unpack_row<V>(buffer_, count, element_at(row_, type_, first * stride_), type_, stride_);
     }
   }
@@ -73,78 +95,73 @@ class TileWriter {
   void* const row_;
   const ElementType type_;
   const int64_t stride_;
+  const StoreHint hint_;
   const bool is_in_place_;
-  alignas(64) acc_t buffer_[kTileElems<V>];
+  alignas(64) acc_t buffer_[kSegmentElems<V>];
 };
 
+// Not inlined, so that each is compiled once.
 template <class V, class acc_t>
-MASKED_SOFTMAX_NOINLINE acc_t tile_max(const acc_t* x, int64_t count) {
+MASKED_SOFTMAX_NOINLINE acc_t segment_max(const acc_t* x, int64_t count) {
   return max_of_elements<V>(x, count).reduce_max();
 }
 
-template <class V, bool kHasOffset, class acc_t>
-MASKED_SOFTMAX_NOINLINE void tile_exponentials(const acc_t* x, int64_t count, const ExponentialParams<acc_t>& params,
-                                               acc_t* e, RowSums<V>& sum) {
-  sum.add(count, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
-    return exponential<typename decltype(tag)::type, kHasOffset, false>(x + i, params, e + i, mask);
-  });
-}
-
-// The same exponentials without their sum. The offset is 0 if the row needs none, and subtracting 0 changes nothing.
 template <class V, class acc_t>
-MASKED_SOFTMAX_NOINLINE void recompute_tile_exponentials(const acc_t* x, int64_t count,
-                                                         const ExponentialParams<acc_t>& params, acc_t* e) {
-  for_each_vector<V, V::kGroupVectors>(count, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
-    exponential<typename decltype(tag)::type, true, false>(x + i, params, e + i, mask);
+MASKED_SOFTMAX_NOINLINE void add_exponentials(const acc_t* x, int64_t count, const ExponentialParams<acc_t>& params,
+                                              RowSums<V>& sum) {
+  sum.add(count, [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
+    return Terms<V>{{masked(exponential_of<true>(load<V>(x + i, mask), params), mask)}};
   });
 }
 
 template <class V, class acc_t>
-MASKED_SOFTMAX_NOINLINE void tile_exponentials_and_max(const acc_t* x, int64_t count,
-                                                       const ExponentialParams<acc_t>& params, RowSums<V>& sum,
-                                                       V& maxima) {
+MASKED_SOFTMAX_NOINLINE void add_exponentials_and_max(const acc_t* x, int64_t count,
+                                                      const ExponentialParams<acc_t>& params, RowSums<V>& sum,
+                                                      V& maxima) {
   V raised = maxima;
-  sum.add(count, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
-    return exponential_and_max<typename decltype(tag)::type>(x + i, params, raised, mask);
+  sum.add(count, [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
+    return exponential_and_max<V>(x + i, params, raised, mask);
   });
   maxima = raised;
 }
 
 template <class V, class acc_t>
-MASKED_SOFTMAX_NOINLINE void tile_rest_and_max_count(const acc_t* x, int64_t count, acc_t row_max,
-                                                     const ScaledLog2e<acc_t>& log2e, RowSums<V, 2>& sums) {
-  sums.add(count, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
-    return rest_and_max_count<typename decltype(tag)::type>(x + i, row_max, log2e, mask);
+MASKED_SOFTMAX_NOINLINE void add_rest_and_max_count(const acc_t* x, int64_t count, acc_t row_max,
+                                                    const ScaledLog2e<acc_t>& log2e, RowSums<V, 2>& sums) {
+  sums.add(count, [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
+    return rest_and_max_count<V>(x + i, row_max, log2e, mask);
   });
 }
 
 template <class V, class acc_t>
-acc_t max_of_long_row(TileReader<V>& x, int64_t length) {
+acc_t max_of_long_row(SegmentReader<V>& x, int64_t length) {
   acc_t row_max = -std::numeric_limits<acc_t>::infinity();
-  for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-    const acc_t tile = tile_max<V>(x.tile(first, count), count);
-    row_max = tile > row_max ? tile : row_max;
+  for_each_segment<V>(length, [&](int64_t first, int64_t count) {
+    const acc_t max = segment_max<V>(x.segment(first, count), count);
+    row_max = max > row_max ? max : row_max;
   });
   return row_max;
 }
 
 template <class V, class acc_t>
-ExponentialParams<acc_t> params_of_long_row(TileReader<V>& x, int64_t length, const ForwardScale<acc_t>& scale) {
-  const acc_t first = read_element(x.tile(0, 1));
-  const acc_t last = read_element(x.tile(length - 1, 1));
+ExponentialParams<acc_t> params_of_long_row(SegmentReader<V>& x, int64_t length, const ForwardScale<acc_t>& scale) {
+  const int64_t last_segment = (length - 1) / kSegmentElems<V> * kSegmentElems<V>;
+  const acc_t last = read_element(x.segment(last_segment, length - last_segment) + (length - 1 - last_segment));
+  const acc_t first = read_element(x.segment(0, length < kSegmentElems<V> ? length : kSegmentElems<V>));
   return params_from_reference<V>(row_reference(first, last), scale.log2e);
 }
 
 template <class V, class acc_t>
-void log_softmax_of_long_row(TileReader<V>& x, TileWriter<V>& y, int64_t length, const ForwardScale<acc_t>& scale) {
+MASKED_SOFTMAX_NOINLINE void log_softmax_of_long_row(SegmentReader<V>& x, SegmentWriter<V>& y, int64_t length,
+                                                     const ForwardScale<acc_t>& scale) {
   acc_t row_max = 0;
   acc_t log_sum = 0;
   if constexpr (kHasFastLogSum<acc_t>) {
     const auto params = params_of_long_row<V, acc_t>(x, length, scale);
     RowSums<V> sum;
     V maxima = V::broadcast(-std::numeric_limits<acc_t>::infinity());
-    for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-      tile_exponentials_and_max<V>(x.tile(first, count), count, params, sum, maxima);
+    for_each_segment<V>(length, [&](int64_t first, int64_t count) {
+      add_exponentials_and_max<V>(x.segment(first, count), count, params, sum, maxima);
     });
     row_max = maxima.reduce_max();
     log_sum = sum.total(0);
@@ -153,101 +170,123 @@ void log_softmax_of_long_row(TileReader<V>& x, TileWriter<V>& y, int64_t length,
   if (!kHasFastLogSum<acc_t> || !is_log_sum_accurate(log_sum)) {
     row_max = max_of_long_row<V, acc_t>(x, length);
     RowSums<V, 2> sums;
-    for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-      tile_rest_and_max_count<V>(x.tile(first, count), count, row_max, scale.log2e, sums);
+    for_each_segment<V>(length, [&](int64_t first, int64_t count) {
+      add_rest_and_max_count<V>(x.segment(first, count), count, row_max, scale.log2e, sums);
     });
     log_sum = log_of_sum(sums.total(0), sums.total(1));
   }
-  for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-    const LogProbability<acc_t, acc_t> value(x.tile(first, count), row_max, scale.scale, log_sum);
-    write_row<V>(y.tile(first), count, count, StoreHint::kCached, value);
-    y.finish(first, count);
+  for_each_segment<V>(length, [&](int64_t first, int64_t count) {
+    y.write(first, count, LogProbability<V, acc_t>(x.segment(first, count), row_max, scale.scale, log_sum));
   });
 }
 
 template <class V, class acc_t>
-void softmax_of_long_row(TileReader<V>& x, TileWriter<V>& y, bool is_output_input, int64_t length,
-                         const ForwardScale<acc_t>& scale) {
-  alignas(64) acc_t scratch[kTileElems<V>];
-  const bool are_exponentials_kept = y.is_in_place() && !is_output_input;
-  const auto exponentials_at = [&](int64_t first) { return are_exponentials_kept ? y.tile(first) : scratch; };
-  const auto sum_exponentials = [&](auto has_offset, const ExponentialParams<acc_t>& params) {
+MASKED_SOFTMAX_NOINLINE void softmax_of_long_row(SegmentReader<V>& x, SegmentWriter<V>& y, int64_t length,
+                                                 const ForwardScale<acc_t>& scale) {
+  const auto sum_of_exponentials = [&](const ExponentialParams<acc_t>& params) {
     RowSums<V> sum;
-    for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-      tile_exponentials<V, has_offset.value>(x.tile(first, count), count, params, exponentials_at(first), sum);
+    for_each_segment<V>(length, [&](int64_t first, int64_t count) {
+      add_exponentials<V>(x.segment(first, count), count, params, sum);
     });
     return sum.total(0);
   };
-  ExponentialParams<acc_t> params = params_of_long_row<V, acc_t>(x, length, scale);
-  acc_t row_sum = sum_exponentials(std::false_type(), params);
+  if (length == 1) {  // e * (1 / e) is not always 1
+    const acc_t element = read_element(x.segment(0, 1));
+    y.write(0, 1, [&](int64_t, auto) MASKED_SOFTMAX_LAMBDA_INLINE { return V::broadcast(element - element + 1); });
+    return;
+  }
+  auto params = params_of_long_row<V, acc_t>(x, length, scale);
+  acc_t row_sum = sum_of_exponentials(params);
   if (is_sum_out_of_range(row_sum)) {
     params = params_from_maximum<V>(max_of_long_row<V, acc_t>(x, length), scale.log2e);
-    row_sum = sum_exponentials(std::true_type(), params);
+    row_sum = sum_of_exponentials(params);
   }
   const acc_t reciprocal = 1 / row_sum;
-  for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-    if (!are_exponentials_kept) {
-      recompute_tile_exponentials<V>(x.tile(first, count), count, params, scratch);
-    }
-    write_row<V>(y.tile(first), count, count, StoreHint::kCached,
-                 Probability<acc_t>{exponentials_at(first), reciprocal});
-    y.finish(first, count);
+  for_each_segment<V>(length, [&](int64_t first, int64_t count) {
+    const acc_t* const elements = x.segment(first, count);
+    y.write(first, count, [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
+      return exponential_of<true>(load<V>(elements + i, mask), params) * V::broadcast(reciprocal);
+    });
   });
 }
 
 template <class V, Operation kOperation, class acc_t, int kInputs>
-MASKED_SOFTMAX_NOINLINE void tile_derivative_terms(const InputRows<acc_t, kInputs>& inputs, int64_t count,
-                                                   const DerivativeScale<acc_t>& scale,
-                                                   RowSums<V, Formula<kOperation>::kSums>& sums) {
-  sums.add(count, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
-    using W = typename decltype(tag)::type;
-    return derivative_terms<W, kOperation>(InputVectors<W, kInputs>(inputs, i, mask).in, scale);
+MASKED_SOFTMAX_NOINLINE void add_derivative_terms(const InputRows<acc_t, kInputs>& inputs, int64_t count,
+                                                  const DerivativeScale<acc_t>& scale,
+                                                  RowSums<V, Formula<kOperation>::kSums>& sums) {
+  sums.add(count, [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
+    return derivative_terms<V, kOperation>(load_inputs<V>(inputs, i, mask), scale);
   });
 }
 
 template <class V, Operation kOperation, class acc_t>
-void derivative_of_long_row(TileReader<V>* inputs, TileWriter<V>& output, int64_t length,
+void derivative_of_long_row(SegmentReader<V>* inputs, SegmentWriter<V>& output, int64_t length,
                             const DerivativeScale<acc_t>& scale) {
-  using Value = DerivativeValue<kOperation, acc_t, acc_t>;
-  const auto tiles = [&](int64_t first, int64_t count) {
-    InputRows<acc_t, Value::kInputs> result;
-    for (int k = 0; k < Value::kInputs; ++k) {
-      result.rows[k] = inputs[k].tile(first, count);
+  constexpr int kInputs = input_count(kOperation);
+  const auto segments = [&](int64_t first, int64_t count) {
+    InputRows<acc_t, kInputs> result;
+    for (int k = 0; k < kInputs; ++k) {
+      result.rows[k] = inputs[k].segment(first, count);
     }
     return result;
   };
   RowSums<V, Formula<kOperation>::kSums> sums;
-  for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-    tile_derivative_terms<V, kOperation>(tiles(first, count), count, scale, sums);
+  for_each_segment<V>(length, [&](int64_t first, int64_t count) {
+    add_derivative_terms<V, kOperation>(segments(first, count), count, scale, sums);
   });
-  Value value{{}, scale, {}};
+  DerivativeValue<V, kOperation, acc_t> value{{}, scale, {}};
   for (int s = 0; s < Formula<kOperation>::kSums; ++s) {
     value.row_sums[s] = sums.total(s);
   }
-  for_each_tile<V>(length, [&](int64_t first, int64_t count) {
-    value.inputs = tiles(first, count);
-    write_row<V>(output.tile(first), count, count, StoreHint::kCached, value);
-    output.finish(first, count);
+  for_each_segment<V>(length, [&](int64_t first, int64_t count) {
+    value.inputs = segments(first, count);
+    output.write(first, count, value);
   });
 }
 
-// inputs, output: the row's first valid element, of the problem's types and column strides. Inputs are multiplied by
-// `input_factor`.
-template <class V, Operation kOperation, class acc_t>
-MASKED_SOFTMAX_NOINLINE void run_long_row(const Problem& problem, const void* const* inputs, void* output,
-                                          int64_t length, const KernelScale<kOperation, acc_t>& scale,
-                                          acc_t input_factor) {
-  TileReader<V> readers[input_count(kOperation)];
-  for (int k = 0; k < input_count(kOperation); ++k) {
-    readers[k].open(inputs[k], problem.inputs[k], input_factor);
+template <class V, Operation kOperation>
+MASKED_SOFTMAX_NOINLINE void run_long_rows(const Problem& problem, int64_t begin, int64_t end) {
+  using acc_t = typename V::acc_t;
+  constexpr int kInputs = input_count(kOperation);
+  constexpr double kPadding = padding_value(kOperation);
+  const StoreHint hint = store_hint_of(problem);
+  const double factor = input_factor(problem);
+  const KernelScale<kOperation, acc_t> scale(problem.scale / factor);
+  const Operand& output = problem.output;
+  SegmentReader<V> readers[kInputs];
+  RowWalker walker(problem, begin, end);
+  for (RowRun run; walker.next(run);) {
+    for (int64_t i = 0; i < run.rows; ++i) {
+      const RowBounds bounds = run.bounds(i);
+      const auto output_at = [&](int64_t col) {
+        return element_at(output.data, output.type, run.output_offset(i) + col * output.col_stride);
+      };
+      const auto fill = [&](int64_t first, int64_t last) {
+        fill_strided(kPadding, last - first, output_at(first), output.type, output.col_stride);
+      };
+      if (bounds.length() > 0) {
+        for (int k = 0; k < kInputs; ++k) {
+          const Operand& input = problem.inputs[k];
+          const int64_t offset = run.input_offset(k, i) + bounds.start * input.col_stride;
+          readers[k].open(element_at(input.data, input.type, offset), input, static_cast<acc_t>(factor));
+        }
+        SegmentWriter<V> writer(output_at(bounds.start), output, hint);
+        if constexpr (kOperation == Operation::kSoftmax) {
+          softmax_of_long_row<V>(readers[0], writer, bounds.length(), scale);
+        } else if constexpr (kOperation == Operation::kLogSoftmax) {
+          log_softmax_of_long_row<V>(readers[0], writer, bounds.length(), scale);
+        } else {
+          derivative_of_long_row<V, kOperation>(readers, writer, bounds.length(), scale);
+        }
+      }
+      if (!problem.packing.is_packed) {
+        fill(0, bounds.start);
+        fill(bounds.end, problem.cols);
+      }
+    }
   }
-  TileWriter<V> writer(output, problem.output);
-  if constexpr (kOperation == Operation::kSoftmax) {
-    softmax_of_long_row<V>(readers[0], writer, inputs[0] == output, length, scale);
-  } else if constexpr (kOperation == Operation::kLogSoftmax) {
-    log_softmax_of_long_row<V>(readers[0], writer, length, scale);
-  } else {
-    derivative_of_long_row<V, kOperation>(readers, writer, length, scale);
+  if (hint == StoreHint::kNonTemporal) {
+    V::store_fence();
   }
 }
 

@@ -12,8 +12,8 @@
 //     for (int i = 0; i < cols; ++i) y[i] = start <= i && i < start + length ? y[i] / sum : 0;
 //   }
 //
-// The kernels keep its three passes, but softmax needs the maximum in few rows only (exp2.h), so most rows take two.
-// This file holds the expressions of the passes; narrow_rows.h, short_rows.h and long_row.h run them over rows.
+// The kernels need the maximum before the exponentials in few rows only (exp2.h), so most rows take two passes. This
+// file holds the expressions of the passes; row_block.h and long_row.h run them over rows.
 //
 // Types: x is converted to the accumulation type as it is loaded; exponentials, sums and y are of that type, and y is
 // rounded once as it is stored. Memory: each valid element is read once. In later passes log_softmax finds it in the
@@ -41,42 +41,35 @@ struct ForwardScale {
 template <class V, class T>
 MASKED_SOFTMAX_INLINE V max_of_elements(const T* x, int64_t count) {
   constexpr auto kNone = -std::numeric_limits<typename V::acc_t>::infinity();
-  auto maxima = VectorGroup<V, kAccumulators>::broadcast(kNone);
-  accumulate<V, V::kGroupVectors>(
-      count,
-      [&](auto tag, int64_t i, auto mask)
-          MASKED_SOFTMAX_LAMBDA_INLINE { return masked(load<typename decltype(tag)::type>(x + i, mask), mask, kNone); },
-      [&](auto index, const auto& loaded) MASKED_SOFTMAX_LAMBDA_INLINE {
-        for (int k = 0; k < loaded.kVectors; ++k) {
-          V& accumulator = maxima.v[index + k];
-          accumulator = V::max(loaded.vector(k), accumulator);
-        }
-      });
-  return V::max(V::max(maxima.v[0], maxima.v[1]), V::max(maxima.v[2], maxima.v[3]));
+  constexpr int kAccumulators = 4;
+  V maxima[kAccumulators] = {V::broadcast(kNone), V::broadcast(kNone), V::broadcast(kNone), V::broadcast(kNone)};
+  int64_t i = 0;
+  for (; i + kAccumulators * V::kLanes <= count; i += kAccumulators * V::kLanes) {
+    for (int k = 0; k < kAccumulators; ++k) {
+      maxima[k] = V::max(V::load(x + i + k * V::kLanes), maxima[k]);
+    }
+  }
+  for_each_vector<V>(count - i, [&](int64_t k, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
+    maxima[0] = V::max(masked(load<V>(x + i + k, mask), mask, kNone), maxima[0]);
+  });
+  return V::max(V::max(maxima[0], maxima[1]), V::max(maxima[2], maxima[3]));
 }
 
-// e = exp(scale * (x - max)) times a factor common to the row (exp2.h). kHasRoom: e has room for full vectors.
-template <class W, bool kHasOffset, bool kHasRoom, class T, class Mask>
-MASKED_SOFTMAX_INLINE Terms<W> exponential(const T* x, const ExponentialParams<typename W::acc_t>& params,
-                                           typename W::acc_t* e, Mask mask) {
-  const W value = masked(exponential_of<kHasOffset>(load<W>(x, mask), params), mask);
-  if constexpr (kHasRoom) {
-    value.store(e);
-  } else {
-    store(e, value, mask);
-  }
+// e = exp(scale * (x - max)) times a factor common to the row (exp2.h). e has room for full vectors.
+template <class V, bool kHasOffset, class T, class Mask>
+MASKED_SOFTMAX_INLINE Terms<V> exponential(const T* x, const ExponentialParams<typename V::acc_t>& params,
+                                           typename V::acc_t* e, Mask mask) {
+  const V value = masked(exponential_of<kHasOffset>(load<V>(x, mask), params), mask);
+  value.store(e);
   return {{value}};
 }
 
 // The same without storing it; also raises `maxima` to x.
-template <class W, class V, class T, class Mask>
-MASKED_SOFTMAX_INLINE Terms<W> exponential_and_max(const T* x, const ExponentialParams<typename W::acc_t>& params,
+template <class V, class T, class Mask>
+MASKED_SOFTMAX_INLINE Terms<V> exponential_and_max(const T* x, const ExponentialParams<typename V::acc_t>& params,
                                                    V& maxima, Mask mask) {
-  const W value = load<W>(x, mask);
-  const W compared = masked(value, mask, -std::numeric_limits<typename W::acc_t>::infinity());
-  for (int k = 0; k < W::kVectors; ++k) {
-    maxima = V::max(compared.vector(k), maxima);
-  }
+  const V value = load<V>(x, mask);
+  maxima = V::max(masked(value, mask, -std::numeric_limits<typename V::acc_t>::infinity()), maxima);
   return {{masked(exponential_of<false>(value, params), mask)}};
 }
 
@@ -93,8 +86,8 @@ MASKED_SOFTMAX_INLINE bool is_log_sum_accurate(acc_t log_sum) {
 
 // log_sums: on entry sums. The loop has no branches, so that the compiler vectorizes it.
 template <class V>
-MASKED_SOFTMAX_INLINE void log_sums_relative_to_maxima(int rows, const float* magic_minus_r, const float* maxima,
-                                                       float scale, float* log_sums) {
+MASKED_SOFTMAX_INLINE void log_sums_relative_to_maxima(int rows, const float* magic_minus_r, const float* maxima, float scale,
+                                                       float* log_sums) {
   constexpr double kLog2 = 0x1.62e42fefa39efp-1;
   for (int r = 0; r < rows; ++r) {
     // sum = m * 2^n with m in [sqrt(1/2), sqrt(2)), and log(m) = 2 * atanh((m - 1) / (m + 1)), a series in odd powers
@@ -123,17 +116,17 @@ MASKED_SOFTMAX_INLINE void log_sums_relative_to_maxima(int rows, const float* ma
 // An element equal to the maximum contributes exactly 1. With these counted apart, log(sum) = log1p(sum - 1), and a row
 // that one element dominates keeps its relative accuracy. For the same reason the rest carries the rounding errors of
 // x - max (TwoSum) and of the exponent.
-template <class W, class T, class Mask>
-MASKED_SOFTMAX_INLINE Terms<W, 2> rest_and_max_count(const T* x, typename W::acc_t row_max,
-                                                     const ScaledLog2e<typename W::acc_t>& c, Mask mask) {
-  const W m = W::broadcast(row_max);
-  const W high = W::broadcast(c.high);
-  const W a = load<W>(x, mask);
-  const W t = a - m;
-  const W part = t - a;
-  const W error = (a - (t - part)) - (m + part);
-  const W e = exp2_product<W, kRestBias>(t, high, W::fma(t, W::broadcast(c.low), error * high));
-  return {{masked(W::zero_where_zero(t, e), mask), masked(W::one_where_zero(t), mask)}};
+template <class V, class T, class Mask>
+MASKED_SOFTMAX_INLINE Terms<V, 2> rest_and_max_count(const T* x, typename V::acc_t row_max,
+                                                     const ScaledLog2e<typename V::acc_t>& c, Mask mask) {
+  const V m = V::broadcast(row_max);
+  const V high = V::broadcast(c.high);
+  const V a = load<V>(x, mask);
+  const V t = a - m;
+  const V part = t - a;
+  const V error = (a - (t - part)) - (m + part);
+  const V e = exp2_product<V, kRestBias>(t, high, V::fma(t, V::broadcast(c.low), error * high));
+  return {{masked(V::zero_where_zero(t, e), mask), masked(V::one_where_zero(t), mask)}};
 }
 
 template <class acc_t>
@@ -147,8 +140,8 @@ template <class V, class T, class acc_t>
 MASKED_SOFTMAX_NOINLINE acc_t accurate_log_sum(const T* x, int64_t length, acc_t row_max,
                                                const ScaledLog2e<acc_t>& log2e) {
   RowSums<V, 2> sums;
-  sums.add(length, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
-    return rest_and_max_count<typename decltype(tag)::type>(x + i, row_max, log2e, mask);
+  sums.add(length, [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
+    return rest_and_max_count<V>(x + i, row_max, log2e, mask);
   });
   return log_of_sum(sums.total(0), sums.total(1));
 }
@@ -156,22 +149,23 @@ MASKED_SOFTMAX_NOINLINE acc_t accurate_log_sum(const T* x, int64_t length, acc_t
 // The results, as values for write_row().
 
 // y[i] = e[i] * reciprocal, where reciprocal = 1 / sum(e)
-template <class acc_t>
+template <class V>
 struct Probability {
-  const acc_t* e;
-  acc_t reciprocal;
+  const typename V::acc_t* e;
+  typename V::acc_t reciprocal;
 
-  template <class Tag, class Mask>
-  MASKED_SOFTMAX_INLINE auto operator()(Tag, int64_t i, Mask mask) const {
-    using W = typename Tag::type;
-    return load<W>(e + i, mask) * W::broadcast(reciprocal);
+  template <class Mask>
+  MASKED_SOFTMAX_INLINE V operator()(int64_t i, Mask mask) const {
+    return load<V>(e + i, mask) * V::broadcast(reciprocal);
   }
 };
 
 // y[i] = scale * (x[i] - max) - log_sum
-template <class acc_t, class T>
+template <class V, class T>
 class LogProbability {
  public:
+  using acc_t = typename V::acc_t;
+
   MASKED_SOFTMAX_INLINE LogProbability(const T* x, acc_t row_max, acc_t scale, acc_t log_sum)
       : x_(x),
         unit_(scale <= 1 && std::fabs(row_max) > kLarge ? acc_t{0.5} : acc_t{1}),
@@ -179,11 +173,10 @@ class LogProbability {
         scale_(scale / unit_),
         log_sum_(log_sum) {}
 
-  template <class Tag, class Mask>
-  MASKED_SOFTMAX_INLINE auto operator()(Tag, int64_t i, Mask mask) const {
-    using W = typename Tag::type;
-    const W distance = W::fms(load<W>(x_ + i, mask), W::broadcast(unit_), W::broadcast(max_));
-    return W::fms(distance, W::broadcast(scale_), W::broadcast(log_sum_));
+  template <class Mask>
+  MASKED_SOFTMAX_INLINE V operator()(int64_t i, Mask mask) const {
+    const V distance = V::fms(load<V>(x_ + i, mask), V::broadcast(unit_), V::broadcast(max_));
+    return V::fms(distance, V::broadcast(scale_), V::broadcast(log_sum_));
   }
 
  private:

@@ -1,233 +1,141 @@
-// Passes over a row: the loops over its vectors, and its sums.
+// Passes over a row: the loops over its vectors, its sums, and the stores of its results.
 //
-// The order of additions depends on the row's length alone: element i of the valid columns is added in lane i % kLanes
-// of accumulator (i / kLanes) % 4. Neither alignment, nor padding, nor the kernel changes it, so a row has the same
-// bits wherever it lies.
-//
-// An accumulator takes at most kIterationsPerFlush terms, so that a large term absorbs few small ones. Then the
-// accumulators are flushed: added to the row's sum, whose rounding error is kept in a second word (TwoSum: Knuth, The
-// Art of Computer Programming, vol. 2, 4.2.2). At last the lanes are added in a wider type, or compensated. A sum of
-// 2^20 terms is then as accurate as one of 16: below 2 eps, wherever its large terms are.
+// The order of additions depends on the row's length alone. From the first valid column on, a row is cut into tiles of
+// V::kTileVectors vectors. The vectors of a tile are added in pairs (a binary tree), and then the sums of kFlushTiles tiles.
+// That is added to the row's sum, whose rounding error is kept in a second word (TwoSum: Knuth, The Art of Computer Programming, vol. 2, 4.2.2).
+// At last the lanes are added in a wider type, or compensated. So a row has the same bits wherever it lies, and a sum of
+// 2^20 terms is as accurate as one of 16: below 2 eps, wherever its large terms are.
 #pragma once
 
-#include "cpu/vector_group.h"
+#include "cpu/vector_defaults.h"
 
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
-constexpr int kAccumulators = 4;
-constexpr int kIterationsPerFlush = 4;
-
-// An unrolled iteration takes one vector for each accumulator.
-template <class V>
-constexpr int64_t kIterationElems = int64_t{V::kLanes} * kAccumulators;
+constexpr int kFlushTiles = 4;
 
 template <class V>
-constexpr int64_t kFlushElems = kIterationElems<V> * kIterationsPerFlush;
+constexpr int64_t kTileElems = int64_t{V::kLanes} * V::kTileVectors;
 
-// Long rows are computed tile by tile (long_row.h). A tile is a multiple of kFlushElems, as RowSums::add() requires. It
-// has 2 to 8 KiB, so that the tiles of three inputs and of the output fit an L1 of 32 KiB.
 template <class V>
-constexpr int64_t kTileElems = 8 * kFlushElems<V>;
+constexpr int64_t kFlushElems = kTileElems<V> * kFlushTiles;
 
-// Passes the type of a vector or of a group to a generic lambda.
-template <class W>
-struct VectorTag {
-  using type = W;
-};
-
-// Calls body(tag, i, mask) for all vectors of `count` elements, in groups of kGroupVectors while they last.
-template <class V, int kGroupVectors, class Body>
+// Calls body(i, mask) for all vectors of `count` elements.
+template <class V, class Body>
 MASKED_SOFTMAX_INLINE void for_each_vector(int64_t count, const Body& body) {
   int64_t i = 0;
-  if constexpr (kGroupVectors > 1) {
-    using W = VectorGroup<V, kGroupVectors>;
-    for (; i + W::kLanes <= count; i += W::kLanes) {
-      body(VectorTag<W>{}, i, Full{});
-    }
-  }
   for (; i + V::kLanes <= count; i += V::kLanes) {
-    body(VectorTag<V>{}, i, Full{});
+    body(i, Full{});
   }
   if (i < count) {
-    body(VectorTag<V>{}, i, V::first_n(count - i));
+    body(i, V::first_n(count - i));
   }
 }
 
-// Writes y[i] = value(tag, i, mask) for `count` elements; where y has room for it (`room` elements in all), also zeros
-// behind them up to the end of the last group: then no branch depends on the length modulo the group. Returns how many
-// elements were written.
-template <class V, class U, class Value>
-MASKED_SOFTMAX_INLINE int64_t write_row(U* y, int64_t count, int64_t room, StoreHint hint, const Value value) {
-  using W = VectorGroup<V, V::kGroupVectors>;
-  const auto write_vectors = [&](int64_t first, int64_t end) MASKED_SOFTMAX_LAMBDA_INLINE {
-    for_each_vector<V, 1>(end - first, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
-      store(y + first + i, value(tag, first + i, mask), mask);
-    });
-  };
-  const auto tail = [&](int64_t first) MASKED_SOFTMAX_LAMBDA_INLINE {
-    const auto mask = W::first_n(count - first);
-    return value(VectorTag<W>{}, first, mask).masked(mask);
-  };
-  int64_t i = 0;
-  if constexpr (V::kHasNonTemporalStores) {
-    // Non-temporal stores begin at a cache line, so that groups fill whole lines (half lines where AVX2 stores 16-bit
-    // types). A line begins with an element only if elements are aligned to their size.
-    const auto address = reinterpret_cast<uintptr_t>(y);
-    if (hint == StoreHint::kNonTemporal && address % sizeof(U) == 0) {
-      constexpr uintptr_t kLineBytes = 64;
-      const auto unaligned = static_cast<int64_t>(-address % kLineBytes / sizeof(U));
-      i = unaligned < count ? unaligned : count;
-      write_vectors(0, i);
-      for (; i + W::kLanes <= count; i += W::kLanes) {
-        value(VectorTag<W>{}, i, Full{}).store_non_temporal(y + i);
-      }
-      if (V::kHasCheapMasks && i < count && i + W::kLanes <= room) {
-        tail(i).store_non_temporal(y + i);
-        return i + W::kLanes;
-      }
-    }
-  }
-  for (; i + W::kLanes <= count; i += W::kLanes) {
-    value(VectorTag<W>{}, i, Full{}).store(y + i);
-  }
-  if (V::kHasCheapMasks && i < count && i + W::kLanes <= room) {
-    tail(i).store(y + i);
-    return i + W::kLanes;
-  }
-  write_vectors(i, count);
-  return count;
-}
-
-template <int kIndex>
-using AccumulatorIndex = std::integral_constant<int, kIndex>;
-
-// Calls add(index, term(tag, i, mask)) for all vectors of `count` elements, one for each accumulator in an unrolled
-// iteration. Vectors come in groups of kGroupVectors where there are as many; `index` is the accumulator of a group's
-// first.
-template <class V, int kGroupVectors, class Term, class Add>
-MASKED_SOFTMAX_INLINE void accumulate(int64_t count, const Term& term, const Add& add) {
-  constexpr int64_t kLanes = V::kLanes;
-  using W = std::conditional_t<kGroupVectors == 1, V, VectorGroup<V, kGroupVectors>>;
-  static_assert(kGroupVectors == 1 || kGroupVectors == 2 || kGroupVectors == kAccumulators);
-  const auto iterate = [&](int64_t first, const auto& mask_at) MASKED_SOFTMAX_LAMBDA_INLINE {
-    const auto step = [&](auto index) MASKED_SOFTMAX_LAMBDA_INLINE {
-      const int64_t i = first + index * kLanes;
-      add(index, term(VectorTag<W>{}, i, mask_at(i)));
-    };
-    step(AccumulatorIndex<0>{});
-    if constexpr (kGroupVectors == 1) {
-      step(AccumulatorIndex<1>{});
-    }
-    if constexpr (kGroupVectors <= 2) {
-      step(AccumulatorIndex<2>{});
-    }
-    if constexpr (kGroupVectors == 1) {
-      step(AccumulatorIndex<3>{});
-    }
-  };
-  int64_t i = 0;
-  for (; i + kAccumulators * kLanes <= count; i += kAccumulators * kLanes) {
-    iterate(i, [](int64_t) MASKED_SOFTMAX_LAMBDA_INLINE { return Full{}; });
-  }
-  if constexpr (V::kHasCheapMasks) {
-    // One masked iteration, however few of its vectors hold elements: their number is unpredictable, and a branch
-    // misprediction costs more than three vectors.
-    if (i < count) {
-      iterate(i, [&](int64_t at) MASKED_SOFTMAX_LAMBDA_INLINE { return W::first_n(count - at); });
-    }
-    return;
-  }
-  // The code of a term is long: it is expanded once for the last full vectors and once for the tail.
-  int index = 0;
-  const auto add_next = [&](const auto& value) MASKED_SOFTMAX_LAMBDA_INLINE {
-    switch (index++) {
-      case 0: return add(AccumulatorIndex<0>{}, value);
-      case 1: return add(AccumulatorIndex<1>{}, value);
-      case 2: return add(AccumulatorIndex<2>{}, value);
-      case 3: return add(AccumulatorIndex<3>{}, value);
-    }
-  };
-  for (; i + kLanes <= count; i += kLanes) {
-    add_next(term(VectorTag<V>{}, i, Full{}));
-  }
-  if (i < count) {
-    add_next(term(VectorTag<V>{}, i, V::first_n(count - i)));
-  }
-}
-
-template <class V>
-MASKED_SOFTMAX_INLINE V sum_of_accumulators(const V* accumulators) {
-  return (accumulators[0] + accumulators[1]) + (accumulators[2] + accumulators[3]);
-}
-
-// Calls body(first, count) for every tile of `count` elements.
-template <class V, class Body>
-MASKED_SOFTMAX_INLINE void for_each_tile(int64_t count, const Body& body) {
-  for (int64_t first = 0; first < count; first += kTileElems<V>) {
-    const int64_t rest = count - first;
-    body(first, rest < kTileElems<V> ? rest : kTileElems<V>);
-  }
-}
-
-// The terms of kSums sums, each a vector or a group.
-template <class W, int kSums = 1>
+// The terms of kSums sums.
+template <class V, int kSums = 1>
 struct Terms {
-  W terms[kSums];
+  V terms[kSums] = {};
+
+  MASKED_SOFTMAX_INLINE Terms operator+(const Terms& other) const {
+    Terms result;
+    for (int s = 0; s < kSums; ++s) {
+      result.terms[s] = terms[s] + other.terms[s];
+    }
+    return result;
+  }
 };
+
+// The sum of kCount full vectors, the first of which holds element `first`: term(i, mask) returns Terms<V, kSums>.
+template <class V, int kCount, class Term>
+MASKED_SOFTMAX_INLINE auto sum_of_vectors(int64_t first, const Term& term) {
+  if constexpr (kCount == 1) {
+    return term(first, Full{});
+  } else {
+    const auto sum = sum_of_vectors<V, kCount / 2>(first, term);
+    return sum + sum_of_vectors<V, kCount / 2>(first + kCount / 2 * V::kLanes, term);
+  }
+}
+
+template <class V, class Term>
+MASKED_SOFTMAX_INLINE auto sum_of_full_tile(int64_t first, const Term& term) {
+  return sum_of_vectors<V, V::kTileVectors>(first, term);
+}
+
+// The same for a tile of `count` elements. Vectors that hold no element add nothing. From the third on, they are
+// computed in pairs, because a branch misprediction costs more than a vector.
+template <class V, class Term>
+MASKED_SOFTMAX_INLINE auto sum_of_last_tile(int64_t first, int64_t count, const Term& term) {
+  const auto vector = [&](int k) MASKED_SOFTMAX_LAMBDA_INLINE {
+    return term(first + k * V::kLanes, V::first_n(count, k));
+  };
+  auto sum = vector(0);
+  if (count > V::kLanes) {
+    sum = sum + vector(1);
+  }
+  MASKED_SOFTMAX_UNROLL
+  for (int k = 2; k < V::kTileVectors; k += 2) {
+    if (count > k * V::kLanes) {
+      sum = sum + (vector(k) + vector(k + 1));
+    }
+  }
+  return sum;
+}
 
 template <class V, int kSums = 1>
 class RowSums {
  public:
   using acc_t = typename V::acc_t;
 
-  // Adds the terms of `count` elements: term(tag, i, mask) returns Terms. All calls for a row but the last take a
-  // multiple of kFlushElems.
+  // Adds the terms of `count` elements: term(i, mask) returns Terms<V, kSums>. All calls for a row but the last take a
+  // multiple of kFlushElems. Calls before_tile(i) before each tile.
+  template <class Term, class BeforeTile>
+  MASKED_SOFTMAX_INLINE void add(int64_t count, const Term& term, const BeforeTile& before_tile) {
+    Terms<V, kSums> pending;
+    int64_t i = 0;
+    for (; i + kTileElems<V> <= count; i += kTileElems<V>) {
+      before_tile(i);
+      pending = pending + sum_of_full_tile<V>(i, term);
+      if ((i & (kFlushElems<V> - kTileElems<V>)) == kFlushElems<V> - kTileElems<V>) {
+        flush(pending);
+        pending = {};
+      }
+    }
+    if (i < count) {
+      before_tile(i);
+      pending = pending + sum_of_last_tile<V>(i, count - i, term);
+    }
+    flush(pending);
+  }
+
   template <class Term>
   MASKED_SOFTMAX_INLINE void add(int64_t count, const Term& term) {
-    for (int64_t first = 0; first < count; first += kFlushElems<V>) {
-      add_and_flush(first, count - first < kFlushElems<V> ? count - first : kFlushElems<V>, term);
+    add(count, term, [](int64_t /*i*/) MASKED_SOFTMAX_LAMBDA_INLINE {});
+  }
+
+  // The same for a row of at most one tile.
+  template <class Term>
+  MASKED_SOFTMAX_INLINE void add_only_tile(int64_t count, const Term& term) {
+    const auto sum = count == kTileElems<V> ? sum_of_full_tile<V>(0, term) : sum_of_last_tile<V>(0, count, term);
+    for (int s = 0; s < kSums; ++s) {
+      high_[s] = high_[s] + sum.terms[s];  // a sum of -0 becomes 0, as in add()
     }
-    count_ += count;
   }
 
   // The sum, spread over the lanes.
-  MASKED_SOFTMAX_INLINE V lane_sums(int sum) const {
-    return count_ <= kFlushElems<V> ? high_[sum] : high_[sum] + low_[sum];
-  }
+  MASKED_SOFTMAX_INLINE V lane_sums(int sum) const { return high_[sum] + low_[sum]; }
 
   MASKED_SOFTMAX_INLINE acc_t total(int sum) const { return lane_sums(sum).reduce_add(); }
 
  private:
-  template <class Term>
-  MASKED_SOFTMAX_INLINE void add_and_flush(int64_t first, int64_t count, const Term& term) {
-    V accumulators[kSums][kAccumulators] = {};
-    // Two sums take twice the registers.
-    constexpr int kGroupVectors = V::kGroupVectors > kSums ? V::kGroupVectors / kSums : 1;
-    accumulate<V, kGroupVectors>(
-        count, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE { return term(tag, first + i, mask); },
-        [&](auto index, const auto& added) MASKED_SOFTMAX_LAMBDA_INLINE {
-          for (int s = 0; s < kSums; ++s) {
-            for (int k = 0; k < added.terms[s].kVectors; ++k) {
-              V& accumulator = accumulators[s][index + k];
-              accumulator = accumulator + added.terms[s].vector(k);
-            }
-          }
-        });
+  MASKED_SOFTMAX_INLINE void flush(const Terms<V, kSums>& added) {
     for (int s = 0; s < kSums; ++s) {
-      const V flushed = sum_of_accumulators(accumulators[s]);
-      if (count_ == 0 && first == 0) {
-        high_[s] = flushed;  // most rows have no other
-        continue;
-      }
-      const V sum = high_[s] + flushed;
+      const V sum = high_[s] + added.terms[s];
       const V part = sum - high_[s];
-      const V error = (high_[s] - (sum - part)) + (flushed - part);
+      low_[s] = low_[s] + ((high_[s] - (sum - part)) + (added.terms[s] - part));
       high_[s] = sum;
-      low_[s] = low_[s] + error;
     }
   }
 
-  int64_t count_ = 0;
   V high_[kSums] = {};
   V low_[kSums] = {};
 };
@@ -263,19 +171,85 @@ MASKED_SOFTMAX_INLINE void reduce_max_rows(const typename V::acc_t* vectors, int
       [&](const V& one, int r) MASKED_SOFTMAX_LAMBDA_INLINE { maxima[r] = one.reduce_max(); });
 }
 
-// Fills `count` elements. Not inlined, so that the loops over rows stay short.
+// Writes y[i] = value(i, mask) for i in 0..count. Where y has room for it (`room` elements in all), the last vector is
+// stored in full, with `padding` behind the count: on AVX2 a masked store would branch. Returns how many elements were
+// written. Precondition of non-temporal stores: the value does not depend on y.
+template <class V, class U, class Value>
+MASKED_SOFTMAX_INLINE int64_t write_values(U* y, int64_t count, int64_t room, typename V::acc_t padding, StoreHint hint,
+                                           const Value& value) {
+  constexpr int64_t kLanes = V::kLanes;
+  int64_t i = 0;
+  if constexpr (V::kHasNonTemporalStores) {
+    // Non-temporal stores need vectors that are aligned in memory: the first vector overlaps the second.
+    constexpr uintptr_t kVectorBytes = kLanes * sizeof(U);
+    const uintptr_t to_vector = -reinterpret_cast<uintptr_t>(y) % kVectorBytes;
+    if (hint == StoreHint::kNonTemporal && count >= kLanes && to_vector % sizeof(U) == 0) {
+      if (to_vector > 0) {
+        value(0, Full{}).store(y);
+        i = static_cast<int64_t>(to_vector / sizeof(U));
+      }
+      for (; i + kLanes <= count; i += kLanes) {
+        value(i, Full{}).store_non_temporal(y + i);
+      }
+    }
+  }
+  MASKED_SOFTMAX_UNROLL_4
+  for (; i + kLanes <= count; i += kLanes) {
+    value(i, Full{}).store(y + i);
+  }
+  if (i == count) {
+    return count;
+  }
+  const auto mask = V::first_n(count - i);
+  const V result = value(i, mask).masked(mask, padding);
+  if (i + kLanes <= room) {
+    result.store(y + i);
+    return i + kLanes;
+  }
+  result.store(y + i, mask);
+  return count;
+}
+
 template <class V, class U>
 MASKED_SOFTMAX_NOINLINE void fill(U* to, int64_t count, typename V::acc_t value, StoreHint hint) {
-  constexpr int64_t kMinMemsetBytes = 512;  // below, memset's startup costs more than our stores
-  const int64_t size_bytes = count * static_cast<int64_t>(sizeof(U));
-  if (hint == StoreHint::kCached && value == 0 && size_bytes >= kMinMemsetBytes) {
-    std::memset(static_cast<void*>(to), 0, static_cast<size_t>(size_bytes));
-    return;
+  const V filling = V::broadcast(optimization_barrier(value));
+  write_values<V>(to, count, count, value, hint,
+                  [&](int64_t /*i*/, auto /*mask*/) MASKED_SOFTMAX_LAMBDA_INLINE { return filling; });
+}
+
+// Writes a row: value(i, mask) to its valid columns, counted from the first of them, and `padding` to the columns
+// before and after them. valid: the address of the first valid column.
+template <class V, class U, class Value>
+MASKED_SOFTMAX_INLINE void write_row(U* valid, int64_t before, int64_t length, int64_t after,
+                                     typename V::acc_t padding, StoreHint hint, const Value& value) {
+  if (before > 0) {
+    fill<V>(valid - before, before, padding, hint);
   }
-  const auto filling = optimization_barrier(value);
-  write_row<V>(to, count, count, hint, [&](auto tag, int64_t /*i*/, auto /*mask*/) MASKED_SOFTMAX_LAMBDA_INLINE {
-    return decltype(tag)::type::broadcast(filling);
-  });
+  const int64_t written = write_values<V>(valid, length, length + after, padding, hint, value);
+  if (written < length + after) {
+    fill<V>(valid + written, length + after - written, padding, hint);
+  }
+}
+
+// The same for a row of at most one tile, `cols` elements, that begins with its valid columns. No branch depends on the
+// length.
+template <class V, class U, class Value>
+MASKED_SOFTMAX_INLINE void write_narrow_row(U* y, int64_t length, int64_t cols, typename V::acc_t padding,
+                                            const Value& value) {
+  constexpr int64_t kLanes = V::kLanes;
+  MASKED_SOFTMAX_UNROLL
+  for (int k = 0; k < V::kTileVectors; ++k) {
+    if (k * kLanes >= cols) {
+      return;
+    }
+    const auto mask = V::first_n(length, k);
+    const V result = value(k * kLanes, mask).masked(mask, padding);
+    if ((k + 1) * kLanes <= cols) {
+      result.store(y + k * kLanes);
+    } else {
+      result.store(y + k * kLanes, V::first_n(cols, k));
+    }
+  }
 }
 
 }  // namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE

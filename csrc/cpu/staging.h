@@ -25,16 +25,14 @@ inline bool visit_loadable_type(ElementType type, const Visitor& visit) {
 
 template <class V, class T, class U>
 MASKED_SOFTMAX_NOINLINE void convert(const T* from, int64_t count, U* to) {
-  for_each_vector<V, V::kGroupVectors>(count, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
-    store(to + i, load<typename decltype(tag)::type>(from + i, mask), mask);
-  });
+  for_each_vector<V>(count, [&](int64_t i, auto mask)
+                                MASKED_SOFTMAX_LAMBDA_INLINE { store(to + i, load<V>(from + i, mask), mask); });
 }
 
 template <class V>
 MASKED_SOFTMAX_NOINLINE void multiply(typename V::acc_t* elements, int64_t count, typename V::acc_t factor) {
-  for_each_vector<V, V::kGroupVectors>(count, [&](auto tag, int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
-    using W = typename decltype(tag)::type;
-    store(elements + i, load<W>(elements + i, mask) * W::broadcast(factor), mask);
+  for_each_vector<V>(count, [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
+    store(elements + i, load<V>(elements + i, mask) * V::broadcast(factor), mask);
   });
 }
 

@@ -16,6 +16,15 @@ enum class StoreHint { kCached, kNonTemporal };
 // narrow_rows.h ignores it. (Zen 4, backward, 4096 x 512 floats, November 2026: 210 ns a row cached, 120 non-temporal.)
 StoreHint store_hint_of(const Problem& problem);
 
+// How rows are read and written.
+struct MemoryHints {
+  bool prefetch;
+  StoreHint store;
+};
+
+// Prefetches where the operands leave L2.
+MemoryHints memory_hints_of(const Problem& problem);
+
 // For tests: the result of store_hint_of() for every problem from now on; with nullopt, its own choice again.
 void force_store_hint(std::optional<StoreHint> hint);
 

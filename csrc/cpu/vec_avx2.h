@@ -7,21 +7,19 @@
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
 struct Float : X86Defaults<Float, float, 8> {
-  static constexpr int kGroupVectors = 2;
+  static constexpr int kTileVectors = 8;
   static constexpr int kExp2TableSize = 8;
-  static constexpr int kMaxNarrowVectors = 8;
   __m256 v;
 
   Float() = default;
   Float(__m256 value) : v(value) {}
 
-  // Lane i is element first + i of a group, of which the mask has the first `count`. Two numbers rather than a vector,
+  // Lane i is element first + i of a tile, of which the mask has the first `count`. Two numbers rather than a vector,
   // because stores branch on them.
   struct Mask {
     int count;
     int first;
 
-    Mask part(int i) const { return {count, first + i * kLanes}; }
     int size() const { return count - first; }  // may be negative, or more than kLanes
 
     __m256i lane_mask() const {
@@ -39,7 +37,7 @@ struct Float : X86Defaults<Float, float, 8> {
                              _mm_setr_epi16(lane(0), lane(1), lane(2), lane(3), lane(4), lane(5), lane(6), lane(7)));
     }
   };
-  static Mask first_n(int64_t n) { return {static_cast<int>(n), 0}; }
+  static Mask first_n(int64_t n, int k = 0) { return {static_cast<int>(n), k * kLanes}; }
 
   static Float broadcast(float value) { return _mm256_set1_ps(value); }
 
@@ -149,7 +147,7 @@ struct Float : X86Defaults<Float, float, 8> {
   __m128 max_halves() const { return _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
 
   // There is no masked load of 16-bit elements: pairs are loaded as 32 bits, and the last element is inserted. Its
-  // address is the same for all vectors of a group, so that the group loads it once.
+  // address is the same for all vectors of a tile, so that the tile loads it once.
   template <class T>
   static __m128i load_16bit(const T* p, Mask mask) {
     static constexpr T kNone{};
@@ -217,7 +215,6 @@ struct Float : X86Defaults<Float, float, 8> {
 };
 
 struct Double : X86Defaults<Double, double, 4> {
-  static constexpr int kGroupVectors = 2;
   __m256d v;
 
   Double() = default;

@@ -5,28 +5,26 @@
 
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
-// The mask of a group: bit i is lane i, and the lowest bits are the first vector's. A group has at most 64 lanes:
-// four vectors of 16 floats.
-template <class lanes_t, int kLanes>
+// Bit i is lane i.
+template <class lanes_t>
 struct BitMask {
-  uint64_t bits;
-
-  static BitMask first_n(int64_t n) { return {n >= 64 ? ~uint64_t{0} : n <= 0 ? 0 : (uint64_t{1} << n) - 1}; }
-  BitMask part(int i) const { return {bits >> (i * kLanes)}; }
-  lanes_t lane_mask() const { return static_cast<lanes_t>(bits); }
+  lanes_t bits;
 };
 
 struct Float : X86Defaults<Float, float, 16> {
   static constexpr int kExp2TableSize = 32;
   static constexpr bool kHasScalef = true;
-  static constexpr int kMaxNarrowVectors = 4;
   __m512 v;
 
   Float() = default;
   Float(__m512 value) : v(value) {}
 
-  using Mask = BitMask<__mmask16, kLanes>;
-  static Mask first_n(int64_t n) { return Mask::first_n(n); }
+  using Mask = BitMask<__mmask16>;
+  static Mask first_n(int64_t n, int k = 0) {
+    const __m512i lanes = _mm512_add_epi32(
+        _mm512_set1_epi32(k * kLanes), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    return {_mm512_cmpgt_epi32_mask(_mm512_set1_epi32(static_cast<int>(n)), lanes)};
+  }
 
   static Float broadcast(float value) { return _mm512_set1_ps(value); }
 
@@ -34,12 +32,12 @@ struct Float : X86Defaults<Float, float, 16> {
   static Float load(const bfloat16_t* p) { return from_bfloat16(_mm256_loadu_si256(as_vector(p))); }
   static Float load(const float16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(as_vector(p))); }
 
-  static Float load(const float* p, Mask mask) { return _mm512_maskz_loadu_ps(mask.lane_mask(), p); }
+  static Float load(const float* p, Mask mask) { return _mm512_maskz_loadu_ps(mask.bits, p); }
   static Float load(const bfloat16_t* p, Mask mask) {
-    return from_bfloat16(_mm256_maskz_loadu_epi16(mask.lane_mask(), p));
+    return from_bfloat16(_mm256_maskz_loadu_epi16(mask.bits, p));
   }
   static Float load(const float16_t* p, Mask mask) {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask.lane_mask(), p));
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask.bits, p));
   }
 
   void store(float* p) const { _mm512_storeu_ps(p, v); }
@@ -52,12 +50,12 @@ struct Float : X86Defaults<Float, float, 16> {
   void store_non_temporal(bfloat16_no_nan_t* p) const { _mm256_stream_si256(as_vector(p), to_bfloat16<false>()); }
   void store_non_temporal(float16_t* p) const { _mm256_stream_si256(as_vector(p), to_float16()); }
 
-  void store(float* p, Mask mask) const { _mm512_mask_storeu_ps(p, mask.lane_mask(), v); }
-  void store(bfloat16_t* p, Mask mask) const { _mm256_mask_storeu_epi16(p, mask.lane_mask(), to_bfloat16<true>()); }
+  void store(float* p, Mask mask) const { _mm512_mask_storeu_ps(p, mask.bits, v); }
+  void store(bfloat16_t* p, Mask mask) const { _mm256_mask_storeu_epi16(p, mask.bits, to_bfloat16<true>()); }
   void store(bfloat16_no_nan_t* p, Mask mask) const {
-    _mm256_mask_storeu_epi16(p, mask.lane_mask(), to_bfloat16<false>());
+    _mm256_mask_storeu_epi16(p, mask.bits, to_bfloat16<false>());
   }
-  void store(float16_t* p, Mask mask) const { _mm256_mask_storeu_epi16(p, mask.lane_mask(), to_float16()); }
+  void store(float16_t* p, Mask mask) const { _mm256_mask_storeu_epi16(p, mask.bits, to_float16()); }
 
   Float operator+(Float b) const { return _mm512_add_ps(v, b.v); }
   Float operator-(Float b) const { return _mm512_sub_ps(v, b.v); }
@@ -66,8 +64,8 @@ struct Float : X86Defaults<Float, float, 16> {
   static Float fms(Float a, Float b, Float c) { return _mm512_fmsub_ps(a.v, b.v, c.v); }
   static Float max(Float a, Float b) { return _mm512_max_ps(a.v, b.v); }
 
-  Float masked(Mask mask) const { return _mm512_maskz_mov_ps(mask.lane_mask(), v); }
-  Float masked(Mask mask, float fill) const { return _mm512_mask_mov_ps(_mm512_set1_ps(fill), mask.lane_mask(), v); }
+  Float masked(Mask mask) const { return _mm512_maskz_mov_ps(mask.bits, v); }
+  Float masked(Mask mask, float fill) const { return _mm512_mask_mov_ps(_mm512_set1_ps(fill), mask.bits, v); }
 
   // 2^(k/32), where k is the low five bits of `encoded`.
   static Float table_lookup(Float encoded) {
@@ -187,16 +185,19 @@ struct Double : X86Defaults<Double, double, 8> {
   Double() = default;
   Double(__m512d value) : v(value) {}
 
-  using Mask = BitMask<__mmask8, kLanes>;
-  static Mask first_n(int64_t n) { return Mask::first_n(n); }
+  using Mask = BitMask<__mmask8>;
+  static Mask first_n(int64_t n, int k = 0) {
+    const __m512i lanes = _mm512_add_epi64(_mm512_set1_epi64(k * kLanes), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+    return {_mm512_cmpgt_epi64_mask(_mm512_set1_epi64(n), lanes)};
+  }
 
   static Double broadcast(double value) { return _mm512_set1_pd(value); }
 
   static Double load(const double* p) { return _mm512_loadu_pd(p); }
-  static Double load(const double* p, Mask mask) { return _mm512_maskz_loadu_pd(mask.lane_mask(), p); }
+  static Double load(const double* p, Mask mask) { return _mm512_maskz_loadu_pd(mask.bits, p); }
   void store(double* p) const { _mm512_storeu_pd(p, v); }
   void store_non_temporal(double* p) const { _mm512_stream_pd(p, v); }
-  void store(double* p, Mask mask) const { _mm512_mask_storeu_pd(p, mask.lane_mask(), v); }
+  void store(double* p, Mask mask) const { _mm512_mask_storeu_pd(p, mask.bits, v); }
 
   Double operator+(Double b) const { return _mm512_add_pd(v, b.v); }
   Double operator-(Double b) const { return _mm512_sub_pd(v, b.v); }
@@ -206,8 +207,8 @@ struct Double : X86Defaults<Double, double, 8> {
   static Double max(Double a, Double b) { return _mm512_max_pd(a.v, b.v); }
   static Double min(Double a, Double b) { return _mm512_min_pd(a.v, b.v); }
 
-  Double masked(Mask mask) const { return _mm512_maskz_mov_pd(mask.lane_mask(), v); }
-  Double masked(Mask mask, double fill) const { return _mm512_mask_mov_pd(_mm512_set1_pd(fill), mask.lane_mask(), v); }
+  Double masked(Mask mask) const { return _mm512_maskz_mov_pd(mask.bits, v); }
+  Double masked(Mask mask, double fill) const { return _mm512_mask_mov_pd(_mm512_set1_pd(fill), mask.bits, v); }
 
   static Double exp2_of(Double encoded) {
     return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(encoded.v), 52));

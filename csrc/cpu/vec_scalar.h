@@ -15,7 +15,6 @@ template <class T, int kCount>
 struct Array : VectorDefaults<Array<T, kCount>, T, kCount> {
   using bits_t = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
   using Mask = typename VectorDefaults<Array, T, kCount>::Mask;
-  static constexpr int kGroupVectors = 1;
   static constexpr bool kLoads16Bit = false;
   static constexpr int kMantissaBits = sizeof(T) == 4 ? 23 : 52;
   T v[kCount];

@@ -1,15 +1,14 @@
 // The interface of the vector types, and the defaults that most of them share.
 //
 // Every instruction set's vec_*.h defines two types, Float and Double. Kernels are templates over such a type. Their
-// parameters: V a vector, W a vector or a group of vectors (vector_group.h), T the type of an input's element, U of the
-// output's, acc_t the accumulation type.
+// parameters: V a vector, T the type of an input's element, U of the output's, acc_t the accumulation type.
 //
 //   V{}, broadcast(x)               zeros; every lane x
 //   element(p)                      one element, converted
 //   load(p), store(p)               kLanes elements at any address, converted from and to 16-bit types
 //   store_non_temporal(p)           as store(p); p is aligned to the vector in memory; x86 only
-//   Mask first_n(n)                 the first n lanes: none where n <= 0, all where n >= kLanes; n < 2^15, because AVX2
-//                                   compares 16-bit numbers
+//   Mask first_n(n, k = 0)          the lanes of vector k of a tile that hold one of the tile's first n elements;
+//                                   |n| < 2^15, because AVX2 compares 16-bit numbers
 //   load(p, mask), store(p, mask)   touch the elements p[0..n) only; other lanes load as zeros
 //   masked(mask, fill = 0)          replaces the lanes outside of the mask
 //   a + b, a - b, a * b, fma, fms   fma(a, b, c) = a * b + c and fms(a, b, c) = a * b - c round once
@@ -22,7 +21,6 @@
 //   reduce_add(), reduce_max()      over the lanes; the sum is rounded once (AVX-512 float: twice)
 //   reduce_add_four, reduce_max_four    the same for four vectors at once
 //   transpose(vectors)              kLanes vectors as a matrix
-//   vector(i), kVectors             vector i of a group; of a vector, itself
 #pragma once
 
 #include "cpu/prelude.h"
@@ -41,7 +39,7 @@ template <class V, class T, int kCount>
 struct VectorDefaults {
   using acc_t = T;
   static constexpr int kLanes = kCount;
-  static constexpr int kGroupVectors = 4;        // vectors of a group (vector_group.h) in the main loops
+  static constexpr int kTileVectors = 4;         // vectors of a tile (row_passes.h), 4 or 8
   static constexpr int kExp2TableSize = 1;       // entries of the exponential's table (exp2.h); 1: no table
   static constexpr bool kHasScalef = false;      // has scalef() and table_lookup()
   static constexpr bool kHasCheapMasks = false;  // masked loads cost about as much as full ones
@@ -49,21 +47,14 @@ struct VectorDefaults {
   // Whether 16-bit types get contiguous kernels (rows.h). false: load() goes element by element, and staging is as
   // fast.
   static constexpr bool kLoads16Bit = true;
-  static constexpr int kMaxNarrowVectors = 0;  // vectors of the widest row that narrow_rows.h takes; 0: none
-
-  // A vector is a group of one.
-  static constexpr int kVectors = 1;
-  V vector(int /*i*/) const { return static_cast<const V&>(*this); }
 
   // Orders the non-temporal stores before it with all later stores.
   static void store_fence() {}
 
-  // part(i) is the mask of vector i of a group that has this mask.
   struct Mask {
     int count;
-    Mask part(int i) const { return {count - i * kCount}; }
   };
-  static Mask first_n(int64_t n) { return {static_cast<int>(n)}; }
+  static Mask first_n(int64_t n, int k = 0) { return {static_cast<int>(n) - k * kCount}; }
 
   template <class E>
   static T element(const E* p) {
@@ -104,5 +95,31 @@ struct VectorDefaults {
     }
   }
 };
+
+// For loops that treat full vectors and the tail alike: `mask` is Full or V's Mask.
+template <class V, class T>
+MASKED_SOFTMAX_INLINE V load(const T* p, Full) {
+  return V::load(p);
+}
+template <class V, class T>
+MASKED_SOFTMAX_INLINE V load(const T* p, typename V::Mask mask) {
+  return V::load(p, mask);
+}
+template <class V, class T>
+MASKED_SOFTMAX_INLINE void store(T* p, const V& value, Full) {
+  value.store(p);
+}
+template <class V, class T>
+MASKED_SOFTMAX_INLINE void store(T* p, const V& value, typename V::Mask mask) {
+  value.store(p, mask);
+}
+template <class V, class... Fill>
+MASKED_SOFTMAX_INLINE V masked(const V& value, Full, Fill...) {
+  return value;
+}
+template <class V, class... Fill>
+MASKED_SOFTMAX_INLINE V masked(const V& value, typename V::Mask mask, Fill... fill) {
+  return value.masked(mask, fill...);
+}
 
 }  // namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE
