@@ -174,22 +174,32 @@ MASKED_SOFTMAX_INLINE void reduce_max_rows(const typename V::acc_t* vectors, int
 // Writes y[i] = value(i, mask) for i in 0..count. Where y has room for it (`room` elements in all), the last vector is
 // stored in full, with `padding` behind the count: on AVX2 a masked store would branch. Returns how many elements were
 // written. Precondition of non-temporal stores: the value does not depend on y.
+//
+// Non-temporal stores write whole cache lines, the line where padding begins included: one cached store that misses
+// would stall all stores behind it, and a line that gets stores of both kinds is written to memory twice.
 template <class V, class U, class Value>
 MASKED_SOFTMAX_INLINE int64_t write_values(U* y, int64_t count, int64_t room, typename V::acc_t padding, StoreHint hint,
                                            const Value& value) {
   constexpr int64_t kLanes = V::kLanes;
   int64_t i = 0;
   if constexpr (V::kHasNonTemporalStores) {
-    // Non-temporal stores need vectors that are aligned in memory: the first vector overlaps the second.
-    constexpr uintptr_t kVectorBytes = kLanes * sizeof(U);
-    const uintptr_t to_vector = -reinterpret_cast<uintptr_t>(y) % kVectorBytes;
-    if (hint == StoreHint::kNonTemporal && count >= kLanes && to_vector % sizeof(U) == 0) {
-      if (to_vector > 0) {
-        value(0, Full{}).store(y);
-        i = static_cast<int64_t>(to_vector / sizeof(U));
+    constexpr int64_t kLineElems = 64 / int64_t{sizeof(U)};
+    if (hint == StoreHint::kNonTemporal) {
+      const auto to_line = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(y) % 64 / sizeof(U));
+      const int64_t head = to_line < count ? to_line : count;
+      for (; i < head; i += kLanes) {
+        const auto mask = V::first_n(head - i);
+        store(y + i, value(i, mask), mask);
       }
-      for (; i + kLanes <= count; i += kLanes) {
+      i = head;
+      const int64_t end = head + (room - head) / kLineElems * kLineElems;  // of the whole lines
+      for (; i + kLanes <= count && i < end; i += kLanes) {
         value(i, Full{}).store_non_temporal(y + i);
+      }
+      if (i < count && i < end) {
+        const auto mask = V::first_n(count - i);
+        value(i, mask).masked(mask, padding).store_non_temporal(y + i);
+        return i + kLanes;
       }
     }
   }
