@@ -70,16 +70,17 @@ class BlockKernel {
     std::swap(current_, next_);
   }
 
-  // The sums of term(i, mask) over a row of the current block, spread over the lanes.
+  // The sums of term(i, mask) over a row of the block, spread over the lanes.
   template <int kSums, class Term>
-  MASKED_SOFTMAX_INLINE void sum_row(Block& block, const Block& next, int row, const Term& term) const {
-    const Prefetcher<Block> prefetch(block, next, hints_, row);
+  MASKED_SOFTMAX_INLINE void sum_row(Block& block, int row, const Term& term, Prefetcher<Block>& prefetcher) const {
     RowSums<V, kSums> sums;
+    prefetcher.before_row(row);
     if constexpr (kIsNarrow) {
-      prefetch(0);
+      prefetcher.before_tile(row, 0);
       sums.add_only_tile(block.lengths[row], term);
     } else {
-      sums.add(block.lengths[row], term, prefetch);
+      sums.add(block.lengths[row], term,
+               [&](int64_t i) MASKED_SOFTMAX_LAMBDA_INLINE { prefetcher.before_tile(row, i); });
     }
     for (int s = 0; s < kSums; ++s) {
       sums.lane_sums(s).store(block.unreduced[s] + row * V::kLanes);
@@ -95,14 +96,16 @@ class BlockKernel {
 
   MASKED_SOFTMAX_NOINLINE void sum_exponentials(Block& block, const Block& next) {
     const BlockParams<V> block_params(block, scale_.log2e);
+    Prefetcher<Block> prefetcher(block, next, hints_);
     for (int r = 0; r < block.rows; ++r) {
       const auto params = block_params[r];
       const T* const x = block.inputs[0][r];
       acc_t* const e = scratch_ + block.scratch_offsets[r];
-      sum_row<1>(block, next, r, [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
+      sum_row<1>(block, r, [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
         return exponential<V, false>(x + i, params, e + i, mask);
-      });
+      }, prefetcher);
     }
+    prefetcher.finish();
     reduce_sums<1>(block);
     acc_t* const sums = block.sums[0];
     bool is_final = true;
@@ -136,15 +139,17 @@ class BlockKernel {
     acc_t* const log_sums = block.sums[0];
     if constexpr (kHasFastLogSum<acc_t>) {
       const BlockParams<V> block_params(block, scale_.log2e);
+      Prefetcher<Block> prefetcher(block, next, hints_);
       for (int r = 0; r < block.rows; ++r) {
         const auto params = block_params[r];
         const T* const x = block.inputs[0][r];
         V maxima = V::broadcast(-std::numeric_limits<acc_t>::infinity());
-        sum_row<1>(block, next, r, [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
+        sum_row<1>(block, r, [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
           return exponential_and_max<V>(x + i, params, maxima, mask);
-        });
+        }, prefetcher);
         maxima.store(block.unreduced[1] + r * V::kLanes);
       }
+      prefetcher.finish();
       reduce_sums<1>(block);
       reduce_max_rows<V>(block.unreduced[1], block.rows, block.maxima);
       log_sums_relative_to_maxima<V>(block.rows, block_params.magic_minus_r(), block.maxima, scale_.scale, log_sums);
@@ -160,12 +165,14 @@ class BlockKernel {
 
   MASKED_SOFTMAX_NOINLINE void sum_derivative_terms(Block& block, const Block& next) {
     constexpr int kSums = Formula<kOperation>::kSums;
+    Prefetcher<Block> prefetcher(block, next, hints_);
     for (int r = 0; r < block.rows; ++r) {
       const auto inputs = block.input_rows(r);
-      sum_row<kSums>(block, next, r, [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
+      sum_row<kSums>(block, r, [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
         return derivative_terms<V, kOperation>(load_inputs<V>(inputs, i, mask), scale_);
-      });
+      }, prefetcher);
     }
+    prefetcher.finish();
     reduce_sums<kSums>(block);
   }
 

@@ -86,54 +86,73 @@ struct RowBlock {
   }
 };
 
-// While row `row` of a block is computed, prefetches the next block's same row, and, unless stores are non-temporal,
-// this row's output, padding included. Hardware prefetchers stop at the end of a page and know nothing of lengths. It
-// prefetches into L2: L1 has fewer misses in flight at a time, and so less bandwidth. The output is prefetched for
-// reading, although it will be written: x86's prefetch for writing always goes to L1. (Zen 4, 4096 x 512 floats, uniform
-// lengths, ns a row. Data in memory: 300; prefetched into L1 instead: 560; without prefetching the padding's lines: 520.
-// Data in L3: 130, 240 and 350.)
+// While a block is computed, prefetches the next block's inputs, and, unless stores are non-temporal, this block's
+// output, padding included. Hardware prefetchers stop at the end of a page and know nothing of lengths. It prefetches
+// into L2: L1 has fewer misses in flight at a time, and so less bandwidth. The output is prefetched for reading, although
+// it will be written: x86's prefetch for writing always goes to L1.
 template <class Block>
 class Prefetcher {
  public:
-  MASKED_SOFTMAX_INLINE Prefetcher(const Block& block, const Block& next, MemoryHints hints, int row)
-      : block_(block), next_(next), hints_(hints), row_(row) {
-    if (hints_.prefetch && hints_.store == StoreHint::kCached) {
+  MASKED_SOFTMAX_INLINE Prefetcher(const Block& block, const Block& next, MemoryHints hints)
+      : block_(block),
+        next_(next),
+        next_rows_(hints.prefetch ? next.rows : 0),
+        has_outputs_(hints.prefetch && hints.store == StoreHint::kCached) {}
+
+  // Before row `row` of the block is computed.
+  MASKED_SOFTMAX_INLINE void before_row(int row) const {
+    if (has_outputs_) {
       constexpr int64_t kMaxBytes = 4096;  // beyond, hardware prefetchers recognize the stores as a stream
-      const int64_t bytes = block.after[row] * int64_t{sizeof(typename Block::output_t)};
-      prefetch(block.outputs[row] + block.lengths[row], bytes < kMaxBytes ? bytes : kMaxBytes);
+      const int64_t bytes = block_.after[row] * int64_t{sizeof(typename Block::output_t)};
+      prefetch(block_.outputs[row] + block_.lengths[row], bytes < kMaxBytes ? bytes : kMaxBytes);
     }
   }
 
-  // As many columns as a tile has, from column i on. Of a shorter next row that includes its last tile again.
-  MASKED_SOFTMAX_INLINE void operator()(int64_t i) const {
-    if (!hints_.prefetch) {
-      return;
+  // Before the tile at column i of that row. Prefetches one tile of the next block: the two blocks have about as many.
+  MASKED_SOFTMAX_INLINE void before_tile(int row, int64_t i) {
+    if (next_row_ < next_rows_) {
+      prefetch_next_tile();
     }
-    constexpr int64_t kElems = kTileElems<typename Block::Vector>;
-    if (row_ < next_.rows) {
-      const int64_t first = i < next_.lengths[row_] ? i : 0;
-      for (int k = 0; k < Block::kInputs; ++k) {
-        prefetch(next_.inputs[k][row_] + first, kElems * int64_t{sizeof(typename Block::input_t)});
-      }
+    if (has_outputs_) {
+      prefetch(block_.outputs[row] + i, kElems * int64_t{sizeof(typename Block::output_t)});
     }
-    if (hints_.store == StoreHint::kCached) {
-      prefetch(block_.outputs[row_] + i, kElems * int64_t{sizeof(typename Block::output_t)});
+  }
+
+  // After the last row.
+  MASKED_SOFTMAX_INLINE void finish() {
+    while (next_row_ < next_rows_) {
+      prefetch_next_tile();
     }
   }
 
  private:
+  static constexpr int kElems = kTileElems<typename Block::Vector>;
+
+  MASKED_SOFTMAX_INLINE void prefetch_next_tile() {
+    for (int k = 0; k < Block::kInputs; ++k) {
+      prefetch(next_.inputs[k][next_row_] + next_col_, kElems * int64_t{sizeof(typename Block::input_t)});
+    }
+    // Without branches, which would be mispredicted.
+    next_col_ += kElems;
+    const bool is_row_done = next_col_ >= next_.lengths[next_row_];
+    next_col_ = is_row_done ? 0 : next_col_;
+    next_row_ += is_row_done ? 1 : 0;
+  }
+
   static MASKED_SOFTMAX_INLINE void prefetch(const void* first, int64_t bytes) {
-    constexpr int kIntoL2 = 2;
+    constexpr int kIntoL1 = 3;
     constexpr int64_t kLineBytes = 64;
     for (int64_t i = 0; i < bytes; i += kLineBytes) {
-      __builtin_prefetch(static_cast<const char*>(first) + i, 0, kIntoL2);
+      __builtin_prefetch(static_cast<const char*>(first) + i, 0, kIntoL1);
     }
   }
 
   const Block& block_;
   const Block& next_;
-  const MemoryHints hints_;
-  const int row_;
+  const int next_rows_;
+  const bool has_outputs_;
+  int next_row_ = 0;
+  int next_col_ = 0;
 };
 
 // The parameters of the exponentials of a block's rows.

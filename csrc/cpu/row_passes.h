@@ -199,7 +199,13 @@ MASKED_SOFTMAX_INLINE int64_t write_values(U* y, int64_t count, int64_t room, ty
       if (i < count && i < end) {
         const auto mask = V::first_n(count - i);
         value(i, mask).masked(mask, padding).store_non_temporal(y + i);
-        return i + kLanes;
+        i += kLanes;
+      }
+      for (; i < end && (i - head) % kLineElems != 0; i += kLanes) {
+        V::broadcast(padding).store_non_temporal(y + i);
+      }
+      if (i >= count) {
+        return i;
       }
     }
   }
