@@ -1,8 +1,8 @@
 // Runs rows of at most kMaxBlockCols columns, a block of them at a time, pass by pass.
 //
-// A pass over one short row ends in a reduction whose result the next pass waits for. So each pass runs over all rows of
-// a block before the next pass begins: one row's elements are computed while another's are reduced. Between the passes
-// softmax's exponentials, each computed once, are kept in a scratch buffer, which stays in L1 or L2.
+// A pass over one short row ends in a reduction whose result the next pass waits for. So each pass runs over all rows
+// of a block before the next pass begins: one row's elements are computed while another's are reduced. Between the
+// passes softmax's exponentials, each computed once, are kept in a scratch buffer, which stays in L1 or L2.
 //
 // Narrow rows have at most one tile, padding included, and no loop whose end depends on the length.
 //
@@ -14,8 +14,8 @@
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
 // The valid elements of a block's rows have at most so many bytes, twice as many where the operands are in L2; a single
-// row may have kMaxBlockCols columns. With softmax's exponentials and the output that is 24 KiB for float32 rows without
-// padding.
+// row may have kMaxBlockCols columns. With softmax's exponentials and the output that is 24 KiB for float32 rows
+// without padding.
 #ifndef KB
 #define KB 8192
 #endif
@@ -26,8 +26,7 @@ constexpr int64_t kMaxBlockCols = 8192;
 template <class V, Operation kOperation, class T, class U, bool kIsNarrow>
 class BlockKernel {
  public:
-  BlockKernel(const Problem& problem, MemoryHints hints)
-      : problem_(problem), hints_(hints), scale_(problem.scale) {}
+  BlockKernel(const Problem& problem, MemoryHints hints) : problem_(problem), hints_(hints), scale_(problem.scale) {}
 
   MASKED_SOFTMAX_NOINLINE void run(int64_t begin, int64_t end) {
     const int64_t max_elems = (hints_.prefetch ? kBlockBytes : 2 * kBlockBytes) / int64_t{sizeof(T)};
@@ -76,11 +75,10 @@ class BlockKernel {
     RowSums<V, kSums> sums;
     prefetcher.before_row(row);
     if constexpr (kIsNarrow) {
-      prefetcher.before_tile(row, 0);
+      prefetcher.before_tile();
       sums.add_only_tile(block.lengths[row], term);
     } else {
-      sums.add(block.lengths[row], term,
-               [&](int64_t i) MASKED_SOFTMAX_LAMBDA_INLINE { prefetcher.before_tile(row, i); });
+      sums.add(block.lengths[row], term, [&] MASKED_SOFTMAX_LAMBDA_INLINE { prefetcher.before_tile(); });
     }
     for (int s = 0; s < kSums; ++s) {
       sums.lane_sums(s).store(block.unreduced[s] + row * V::kLanes);
@@ -101,9 +99,11 @@ class BlockKernel {
       const auto params = block_params[r];
       const T* const x = block.inputs[0][r];
       acc_t* const e = scratch_ + block.scratch_offsets[r];
-      sum_row<1>(block, r, [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
-        return exponential<V, false>(x + i, params, e + i, mask);
-      }, prefetcher);
+      sum_row<1>(
+          block, r,
+          [&](int64_t i, auto mask)
+              MASKED_SOFTMAX_LAMBDA_INLINE { return exponential<V, false>(x + i, params, e + i, mask); },
+          prefetcher);
     }
     prefetcher.finish();
     reduce_sums<1>(block);
@@ -122,14 +122,13 @@ class BlockKernel {
     }
   }
 
-  // The exponentials relative to the row's maximum, and their sum: for rows whose sum was out of range relative to their
-  // reference.
+  // The exponentials relative to the row's maximum, and their sum: for rows whose sum was out of range relative to
+  // their reference.
   MASKED_SOFTMAX_NOINLINE acc_t exponentials_from_maximum(const T* x, int64_t length, acc_t* e) const {
     const auto params = params_from_maximum<V>(max_of_elements<V>(x, length).reduce_max(), scale_.log2e);
     RowSums<V> sum;
-    sum.add(length, [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
-      return exponential<V, true>(x + i, params, e + i, mask);
-    });
+    sum.add(length, [&](int64_t i, auto mask)
+                        MASKED_SOFTMAX_LAMBDA_INLINE { return exponential<V, true>(x + i, params, e + i, mask); });
     return sum.total(0);
   }
 
@@ -144,9 +143,11 @@ class BlockKernel {
         const auto params = block_params[r];
         const T* const x = block.inputs[0][r];
         V maxima = V::broadcast(-std::numeric_limits<acc_t>::infinity());
-        sum_row<1>(block, r, [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
-          return exponential_and_max<V>(x + i, params, maxima, mask);
-        }, prefetcher);
+        sum_row<1>(
+            block, r,
+            [&](int64_t i, auto mask)
+                MASKED_SOFTMAX_LAMBDA_INLINE { return exponential_and_max<V>(x + i, params, maxima, mask); },
+            prefetcher);
         maxima.store(block.unreduced[1] + r * V::kLanes);
       }
       prefetcher.finish();
@@ -168,9 +169,12 @@ class BlockKernel {
     Prefetcher<Block> prefetcher(block, next, hints_);
     for (int r = 0; r < block.rows; ++r) {
       const auto inputs = block.input_rows(r);
-      sum_row<kSums>(block, r, [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
-        return derivative_terms<V, kOperation>(load_inputs<V>(inputs, i, mask), scale_);
-      }, prefetcher);
+      sum_row<kSums>(
+          block, r,
+          [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
+            return derivative_terms<V, kOperation>(load_inputs<V>(inputs, i, mask), scale_);
+          },
+          prefetcher);
     }
     prefetcher.finish();
     reduce_sums<kSums>(block);

@@ -23,9 +23,9 @@ template <class acc_t>
 struct SavedExp {
   ScaledLog2e<acc_t> log2e{1.0};
 
-  template <class W>
-  MASKED_SOFTMAX_INLINE W operator()(const W& y) const {
-    return exp2_product(y, W::broadcast(log2e.high), y * W::broadcast(log2e.low));
+  template <class V>
+  MASKED_SOFTMAX_INLINE V operator()(const V& y) const {
+    return exp2_product(y, V::broadcast(log2e.high), y * V::broadcast(log2e.low));
   }
 };
 

@@ -119,18 +119,16 @@ MASKED_SOFTMAX_NOINLINE void add_exponentials_and_max(const acc_t* x, int64_t co
                                                       const ExponentialParams<acc_t>& params, RowSums<V>& sum,
                                                       V& maxima) {
   V raised = maxima;
-  sum.add(count, [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
-    return exponential_and_max<V>(x + i, params, raised, mask);
-  });
+  sum.add(count, [&](int64_t i, auto mask)
+                     MASKED_SOFTMAX_LAMBDA_INLINE { return exponential_and_max<V>(x + i, params, raised, mask); });
   maxima = raised;
 }
 
 template <class V, class acc_t>
 MASKED_SOFTMAX_NOINLINE void add_rest_and_max_count(const acc_t* x, int64_t count, acc_t row_max,
                                                     const ScaledLog2e<acc_t>& log2e, RowSums<V, 2>& sums) {
-  sums.add(count, [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
-    return rest_and_max_count<V>(x + i, row_max, log2e, mask);
-  });
+  sums.add(count, [&](int64_t i, auto mask)
+                      MASKED_SOFTMAX_LAMBDA_INLINE { return rest_and_max_count<V>(x + i, row_max, log2e, mask); });
 }
 
 template <class V, class acc_t>

@@ -86,35 +86,42 @@ struct RowBlock {
   }
 };
 
-// While a block is computed, prefetches the next block's inputs, and, unless stores are non-temporal, this block's
-// output, padding included. Hardware prefetchers stop at the end of a page and know nothing of lengths. It prefetches
-// into L2: L1 has fewer misses in flight at a time, and so less bandwidth. The output is prefetched for reading, although
-// it will be written: x86's prefetch for writing always goes to L1.
+// While a block is computed, prefetches the next block's inputs: hardware prefetchers stop at the end of a page and
+// know nothing of lengths. Also prefetches output lines that would stall the stores behind them: the padding, where
+// stores are cached, and otherwise the line that a row shares with the next one.
+//
+// The next block is walked in its own order, whatever the lengths of the rows computed meanwhile, and prefetched into
+// L1. (Zen 5, November 2026, 32768 x 512 floats, uniform lengths, ns a row: 85; into L2: 150; each row with the row of
+// the same number in the next block: 175.)
 template <class Block>
 class Prefetcher {
  public:
   MASKED_SOFTMAX_INLINE Prefetcher(const Block& block, const Block& next, MemoryHints hints)
-      : block_(block),
-        next_(next),
-        next_rows_(hints.prefetch ? next.rows : 0),
-        has_outputs_(hints.prefetch && hints.store == StoreHint::kCached) {}
+      : block_(block), next_(next), next_rows_(hints.prefetch ? next.rows : 0), hints_(hints) {}
 
   // Before row `row` of the block is computed.
   MASKED_SOFTMAX_INLINE void before_row(int row) const {
-    if (has_outputs_) {
+    if (!hints_.prefetch) {
+      return;
+    }
+    const auto* const padding = block_.outputs[row] + block_.lengths[row];
+    const int64_t bytes = block_.after[row] * int64_t{sizeof(typename Block::output_t)};
+    if (hints_.store == StoreHint::kCached) {
       constexpr int64_t kMaxBytes = 4096;  // beyond, hardware prefetchers recognize the stores as a stream
-      const int64_t bytes = block_.after[row] * int64_t{sizeof(typename Block::output_t)};
-      prefetch(block_.outputs[row] + block_.lengths[row], bytes < kMaxBytes ? bytes : kMaxBytes);
+      prefetch(padding, bytes < kMaxBytes ? bytes : kMaxBytes);
+    } else {
+      // The line that this row shares with the next one gets cached stores.
+      const char* const end = reinterpret_cast<const char*>(padding) + bytes;
+      if (reinterpret_cast<uintptr_t>(end) % kLineBytes != 0) {
+        __builtin_prefetch(end, 1, kIntoL1);
+      }
     }
   }
 
-  // Before the tile at column i of that row. Prefetches one tile of the next block: the two blocks have about as many.
-  MASKED_SOFTMAX_INLINE void before_tile(int row, int64_t i) {
+  // Before each tile. Prefetches one tile of the next block: the two blocks have about as many.
+  MASKED_SOFTMAX_INLINE void before_tile() {
     if (next_row_ < next_rows_) {
       prefetch_next_tile();
-    }
-    if (has_outputs_) {
-      prefetch(block_.outputs[row] + i, kElems * int64_t{sizeof(typename Block::output_t)});
     }
   }
 
@@ -127,6 +134,8 @@ class Prefetcher {
 
  private:
   static constexpr int kElems = kTileElems<typename Block::Vector>;
+  static constexpr int kIntoL1 = 3;
+  static constexpr int64_t kLineBytes = 64;
 
   MASKED_SOFTMAX_INLINE void prefetch_next_tile() {
     for (int k = 0; k < Block::kInputs; ++k) {
@@ -140,8 +149,6 @@ class Prefetcher {
   }
 
   static MASKED_SOFTMAX_INLINE void prefetch(const void* first, int64_t bytes) {
-    constexpr int kIntoL1 = 3;
-    constexpr int64_t kLineBytes = 64;
     for (int64_t i = 0; i < bytes; i += kLineBytes) {
       __builtin_prefetch(static_cast<const char*>(first) + i, 0, kIntoL1);
     }
@@ -150,7 +157,7 @@ class Prefetcher {
   const Block& block_;
   const Block& next_;
   const int next_rows_;
-  const bool has_outputs_;
+  const MemoryHints hints_;
   int next_row_ = 0;
   int next_col_ = 0;
 };

@@ -86,8 +86,8 @@ MASKED_SOFTMAX_INLINE bool is_log_sum_accurate(acc_t log_sum) {
 
 // log_sums: on entry sums. The loop has no branches, so that the compiler vectorizes it.
 template <class V>
-MASKED_SOFTMAX_INLINE void log_sums_relative_to_maxima(int rows, const float* magic_minus_r, const float* maxima, float scale,
-                                                       float* log_sums) {
+MASKED_SOFTMAX_INLINE void log_sums_relative_to_maxima(int rows, const float* magic_minus_r, const float* maxima,
+                                                       float scale, float* log_sums) {
   constexpr double kLog2 = 0x1.62e42fefa39efp-1;
   for (int r = 0; r < rows; ++r) {
     // sum = m * 2^n with m in [sqrt(1/2), sqrt(2)), and log(m) = 2 * atanh((m - 1) / (m + 1)), a series in odd powers
@@ -140,9 +140,8 @@ template <class V, class T, class acc_t>
 MASKED_SOFTMAX_NOINLINE acc_t accurate_log_sum(const T* x, int64_t length, acc_t row_max,
                                                const ScaledLog2e<acc_t>& log2e) {
   RowSums<V, 2> sums;
-  sums.add(length, [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
-    return rest_and_max_count<V>(x + i, row_max, log2e, mask);
-  });
+  sums.add(length, [&](int64_t i, auto mask)
+                       MASKED_SOFTMAX_LAMBDA_INLINE { return rest_and_max_count<V>(x + i, row_max, log2e, mask); });
   return log_of_sum(sums.total(0), sums.total(1));
 }
 

@@ -1,10 +1,11 @@
 // Passes over a row: the loops over its vectors, its sums, and the stores of its results.
 //
 // The order of additions depends on the row's length alone. From the first valid column on, a row is cut into tiles of
-// V::kTileVectors vectors. The vectors of a tile are added in pairs (a binary tree), and then the sums of kFlushTiles tiles.
-// That is added to the row's sum, whose rounding error is kept in a second word (TwoSum: Knuth, The Art of Computer Programming, vol. 2, 4.2.2).
-// At last the lanes are added in a wider type, or compensated. So a row has the same bits wherever it lies, and a sum of
-// 2^20 terms is as accurate as one of 16: below 2 eps, wherever its large terms are.
+// V::kTileVectors vectors. The vectors of a tile are added in pairs (a binary tree), and then the sums of kFlushTiles
+// tiles. That is added to the row's sum, whose rounding error is kept in a second word (TwoSum: Knuth, The Art of
+// Computer Programming, vol. 2, 4.2.2). At last the lanes are added in a wider type, or compensated. So a row has the
+// same bits wherever it lies, and a sum of 2^20 terms is as accurate as one of 16: below 2 eps, wherever its large
+// terms are.
 #pragma once
 
 #include "cpu/vector_defaults.h"
@@ -65,9 +66,8 @@ MASKED_SOFTMAX_INLINE auto sum_of_full_tile(int64_t first, const Term& term) {
 // computed in pairs, because a branch misprediction costs more than a vector.
 template <class V, class Term>
 MASKED_SOFTMAX_INLINE auto sum_of_last_tile(int64_t first, int64_t count, const Term& term) {
-  const auto vector = [&](int k) MASKED_SOFTMAX_LAMBDA_INLINE {
-    return term(first + k * V::kLanes, V::first_n(count, k));
-  };
+  const auto vector = [&](int k)
+                          MASKED_SOFTMAX_LAMBDA_INLINE { return term(first + k * V::kLanes, V::first_n(count, k)); };
   auto sum = vector(0);
   if (count > V::kLanes) {
     sum = sum + vector(1);
@@ -87,13 +87,13 @@ class RowSums {
   using acc_t = typename V::acc_t;
 
   // Adds the terms of `count` elements: term(i, mask) returns Terms<V, kSums>. All calls for a row but the last take a
-  // multiple of kFlushElems. Calls before_tile(i) before each tile.
+  // multiple of kFlushElems. Calls before_tile() before each tile.
   template <class Term, class BeforeTile>
   MASKED_SOFTMAX_INLINE void add(int64_t count, const Term& term, const BeforeTile& before_tile) {
     Terms<V, kSums> pending;
     int64_t i = 0;
     for (; i + kTileElems<V> <= count; i += kTileElems<V>) {
-      before_tile(i);
+      before_tile();
       pending = pending + sum_of_full_tile<V>(i, term);
       if ((i & (kFlushElems<V> - kTileElems<V>)) == kFlushElems<V> - kTileElems<V>) {
         flush(pending);
@@ -101,7 +101,7 @@ class RowSums {
       }
     }
     if (i < count) {
-      before_tile(i);
+      before_tile();
       pending = pending + sum_of_last_tile<V>(i, count - i, term);
     }
     flush(pending);
@@ -109,7 +109,7 @@ class RowSums {
 
   template <class Term>
   MASKED_SOFTMAX_INLINE void add(int64_t count, const Term& term) {
-    add(count, term, [](int64_t /*i*/) MASKED_SOFTMAX_LAMBDA_INLINE {});
+    add(count, term, [] MASKED_SOFTMAX_LAMBDA_INLINE {});
   }
 
   // The same for a row of at most one tile.
@@ -236,8 +236,8 @@ MASKED_SOFTMAX_NOINLINE void fill(U* to, int64_t count, typename V::acc_t value,
 // Writes a row: value(i, mask) to its valid columns, counted from the first of them, and `padding` to the columns
 // before and after them. valid: the address of the first valid column.
 template <class V, class U, class Value>
-MASKED_SOFTMAX_INLINE void write_row(U* valid, int64_t before, int64_t length, int64_t after,
-                                     typename V::acc_t padding, StoreHint hint, const Value& value) {
+MASKED_SOFTMAX_INLINE void write_row(U* valid, int64_t before, int64_t length, int64_t after, typename V::acc_t padding,
+                                     StoreHint hint, const Value& value) {
   if (before > 0) {
     fill<V>(valid - before, before, padding, hint);
   }

@@ -25,8 +25,8 @@ inline bool visit_loadable_type(ElementType type, const Visitor& visit) {
 
 template <class V, class T, class U>
 MASKED_SOFTMAX_NOINLINE void convert(const T* from, int64_t count, U* to) {
-  for_each_vector<V>(count, [&](int64_t i, auto mask)
-                                MASKED_SOFTMAX_LAMBDA_INLINE { store(to + i, load<V>(from + i, mask), mask); });
+  for_each_vector<V>(
+      count, [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE { store(to + i, load<V>(from + i, mask), mask); });
 }
 
 template <class V>

@@ -21,8 +21,8 @@ struct Float : X86Defaults<Float, float, 16> {
 
   using Mask = BitMask<__mmask16>;
   static Mask first_n(int64_t n, int k = 0) {
-    const __m512i lanes = _mm512_add_epi32(
-        _mm512_set1_epi32(k * kLanes), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    const __m512i lanes = _mm512_add_epi32(_mm512_set1_epi32(k * kLanes),
+                                           _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
     return {_mm512_cmpgt_epi32_mask(_mm512_set1_epi32(static_cast<int>(n)), lanes)};
   }
 
@@ -33,12 +33,8 @@ struct Float : X86Defaults<Float, float, 16> {
   static Float load(const float16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(as_vector(p))); }
 
   static Float load(const float* p, Mask mask) { return _mm512_maskz_loadu_ps(mask.bits, p); }
-  static Float load(const bfloat16_t* p, Mask mask) {
-    return from_bfloat16(_mm256_maskz_loadu_epi16(mask.bits, p));
-  }
-  static Float load(const float16_t* p, Mask mask) {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask.bits, p));
-  }
+  static Float load(const bfloat16_t* p, Mask mask) { return from_bfloat16(_mm256_maskz_loadu_epi16(mask.bits, p)); }
+  static Float load(const float16_t* p, Mask mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask.bits, p)); }
 
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(bfloat16_t* p) const { _mm256_storeu_si256(as_vector(p), to_bfloat16<true>()); }
@@ -52,9 +48,7 @@ struct Float : X86Defaults<Float, float, 16> {
 
   void store(float* p, Mask mask) const { _mm512_mask_storeu_ps(p, mask.bits, v); }
   void store(bfloat16_t* p, Mask mask) const { _mm256_mask_storeu_epi16(p, mask.bits, to_bfloat16<true>()); }
-  void store(bfloat16_no_nan_t* p, Mask mask) const {
-    _mm256_mask_storeu_epi16(p, mask.bits, to_bfloat16<false>());
-  }
+  void store(bfloat16_no_nan_t* p, Mask mask) const { _mm256_mask_storeu_epi16(p, mask.bits, to_bfloat16<false>()); }
   void store(float16_t* p, Mask mask) const { _mm256_mask_storeu_epi16(p, mask.bits, to_float16()); }
 
   Float operator+(Float b) const { return _mm512_add_ps(v, b.v); }
