@@ -183,9 +183,11 @@ MASKED_SOFTMAX_INLINE int64_t write_values(U* y, int64_t count, int64_t room, ty
   constexpr int64_t kLanes = V::kLanes;
   int64_t i = 0;
   if constexpr (V::kHasNonTemporalStores) {
-    constexpr int64_t kLineElems = 64 / int64_t{sizeof(U)};
-    if (hint == StoreHint::kNonTemporal) {
-      const auto to_line = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(y) % 64 / sizeof(U));
+    constexpr int64_t kLineBytes = 64;
+    constexpr int64_t kLineElems = kLineBytes / int64_t{sizeof(U)};
+    const auto bytes_to_line = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(y) % kLineBytes);
+    if (hint == StoreHint::kNonTemporal && bytes_to_line % int64_t{sizeof(U)} == 0) {
+      const int64_t to_line = bytes_to_line / int64_t{sizeof(U)};
       const int64_t head = to_line < count ? to_line : count;
       for (; i < head; i += kLanes) {
         const auto mask = V::first_n(head - i);
