@@ -242,7 +242,7 @@ def packed() -> Any:
     return figure
 
 
-def cpu_batch() -> Any:
+def cpu_block() -> Any:
     """The memory traffic of a forward pass on the CPU."""
     figure, axes = canvas(30, 6.4, 0.26)
     lengths = torch.tensor([5, 3, 4, 2])
@@ -250,7 +250,7 @@ def cpu_batch() -> Any:
     valid = unchecked_mask(ones, lengths, -1, None)
     places = (
         (0.0, "scores, in memory", "valid columns only"),
-        (12.5, "exponentials, in L1 cache", "a batch: up to 16 rows, 8 KiB"),
+        (12.5, "exponentials, in L1 cache", "a block: up to 32 rows, 8 KiB"),
         (25.0, "weights, in memory", "each element once, padding too"),
     )
     for x, title, below in places:
@@ -321,7 +321,7 @@ DRAWINGS: dict[str, Callable[[], Any]] = {
     "broadcasting": broadcasting,
     "empty_rows": empty_rows,
     "packed": packed,
-    "cpu_batch": cpu_batch,
+    "cpu_block": cpu_block,
     "cuda_strategies": cuda_strategies,
     "zen4_columns": result(ZEN4, plot.draw_columns),
     "zen4_padding": result(ZEN4, plot.draw_padding),

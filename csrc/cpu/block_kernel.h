@@ -16,10 +16,7 @@ namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 // The valid elements of a block's rows have at most so many bytes, twice as many where the operands are in L2; a single
 // row may have kMaxBlockCols columns. With softmax's exponentials and the output that is 24 KiB for float32 rows
 // without padding.
-#ifndef KB
-#define KB 8192
-#endif
-constexpr int64_t kBlockBytes = KB;
+constexpr int64_t kBlockBytes = 8192;
 constexpr int64_t kMaxBlockCols = 8192;
 
 // kIsNarrow: rows have at most one tile.

@@ -4,12 +4,13 @@
 //
 //   dispatch, isa_table.inc, isa_*.cpp   the instruction set; each compiles all that follows once, in its own namespace
 //   rows.h                               the operation and its types: contiguous or staged rows
-//   contiguous_rows.h                    narrow, short or long rows; padding
-//   staged_rows.h, staging.h, gather     any other types and strides, staged as contiguous blocks on the stack
-//   narrow_rows.h, short_rows.h, long_row.h    the passes over a few rows at a time
-//   row_kernel.h, derivative_kernel.h    the expressions of those passes; row_kernel.h begins with the algorithm
+//   contiguous_rows.h                    blocks of rows, or long rows
+//   block_kernel.h, row_block.h          the passes over a block of rows
+//   long_row.h, staging.h, gather        the passes over one long row, or one of any other type and stride
+//   staged_rows.h, column_tile.h         column tiles (dim != -1), transposed into contiguous rows on the stack
+//   row_kernel.h, derivative_kernel.h    the expressions of the passes; row_kernel.h begins with the algorithm
 //   row_passes.h, exp2.h                 loops over a row, sums, the exponential
-//   vector_group.h, vector_defaults.h, vec_*.h    vectors
+//   vector_defaults.h, vec_*.h           vectors
 //   partition, store_hint, huge_pages    rows to threads; how results are written
 #pragma once
 

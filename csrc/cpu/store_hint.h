@@ -11,9 +11,9 @@ namespace masked_softmax {
 // and leave no line in the caches.
 enum class StoreHint { kCached, kNonTemporal };
 
-// Non-temporal where inputs and output together come near to the size of the last-level cache: the output's first lines
-// would be evicted before its last are written. Not in place, where the lines to write have just been read.
-// narrow_rows.h ignores it. (Zen 4, backward, 4096 x 512 floats, November 2026: 210 ns a row cached, 120 non-temporal.)
+// Non-temporal where inputs and output together come near to what a core can use of the last-level cache: the output's
+// first lines would be evicted before its last are written. Not in place, where the lines to write have just been read.
+// (Zen 4, backward, 4096 x 512 floats, November 2026: 210 ns a row cached, 120 non-temporal.)
 StoreHint store_hint_of(const Problem& problem);
 
 // How rows are read and written.

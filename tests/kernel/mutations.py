@@ -39,21 +39,21 @@ MUTATIONS = (
     # The table of operations, common/operations.inc: each row's formula, which the table's name leads to
     Mutation(
         "softmax: the sum instead of its reciprocal",
-        "cpu/short_rows.h",
-        "Probability<acc_t>{scratch, 1 / sum}",
-        "Probability<acc_t>{scratch, sum}",
+        "cpu/block_kernel.h",
+        "scratch_ + block.scratch_offsets[r], 1 / block.sums[0][r]}",
+        "scratch_ + block.scratch_offsets[r], block.sums[0][r]}",
     ),
     Mutation(
-        "softmax of narrow rows: the sum instead of its reciprocal",
-        "cpu/narrow_rows.h",
-        "reciprocals_[r] = 1 / (sums[r] > kMinSum ? sums[r] : kMinSum);",
-        "reciprocals_[r] = sums[r] > kMinSum ? sums[r] : kMinSum;",
+        "softmax of a long row: the sum instead of its reciprocal",
+        "cpu/long_row.h",
+        "const acc_t reciprocal = 1 / row_sum;",
+        "const acc_t reciprocal = row_sum;",
     ),
     Mutation(
         "log_softmax: the logarithm of the sum added",
         "cpu/row_kernel.h",
-        "return W::fms(distance, W::broadcast(scale_), W::broadcast(log_sum_));",
-        "return W::fma(distance, W::broadcast(scale_), W::broadcast(log_sum_));",
+        "return V::fms(distance, V::broadcast(scale_), V::broadcast(log_sum_));",
+        "return V::fma(distance, V::broadcast(scale_), V::broadcast(log_sum_));",
     ),
     Mutation(
         "softmax_backward: the sum added",
@@ -166,47 +166,59 @@ MUTATIONS = (
     ),
     # Ends of rows
     Mutation(
-        "a tail one element short",
+        "a last tile one element short",
         "cpu/row_passes.h",
-        "add_next(term(VectorTag<V>{}, i, V::first_n(count - i)));",
-        "add_next(term(VectorTag<V>{}, i, V::first_n(count - i - 1)));",
+        "return term(first + k * V::kLanes, V::first_n(count, k));",
+        "return term(first + k * V::kLanes, V::first_n(count - 1, k));",
     ),
     Mutation(
-        "a masked last iteration one element short",
+        "a last tile's third vector left out",
         "cpu/row_passes.h",
-        "return W::first_n(count - at); });",
-        "return W::first_n(count - at - 1); });",
+        "if (count > k * V::kLanes) {",
+        "if (count > (k + 1) * V::kLanes) {",
     ),
     Mutation(
-        "a tail that is not written",
+        "a tail that is not converted",
         "cpu/row_passes.h",
-        "  if (i < count) {\n    body(VectorTag<V>{}, i, V::first_n(count - i));\n  }",
+        "  if (i < count) {\n    body(i, V::first_n(count - i));\n  }",
         "",
     ),
     Mutation(
         "lanes behind the end included in the sum",
         "cpu/row_kernel.h",
-        "const W value = masked(exponential_of<kHasOffset>(load<W>(x, mask), params), mask);",
-        "const W value = exponential_of<kHasOffset>(load<W>(x, mask), params);",
+        "const V value = masked(exponential_of<kHasOffset>(load<V>(x, mask), params), mask);",
+        "const V value = exponential_of<kHasOffset>(load<V>(x, mask), params);",
     ),
     Mutation(
-        "a group completed beyond the room there is",
+        "a vector completed beyond the room there is",
         "cpu/row_passes.h",
-        "  if (V::kHasCheapMasks && i < count && i + W::kLanes <= room) {\n    tail(i).store(y + i);",
-        "  if (V::kHasCheapMasks && i < count) {\n    tail(i).store(y + i);",
+        "  if (i + kLanes <= room) {\n    result.store(y + i);",
+        "  if (room > 0) {\n    result.store(y + i);",
+    ),
+    Mutation(
+        "a narrow row's last vector stored beyond its columns",
+        "cpu/row_passes.h",
+        "if ((k + 1) * kLanes <= cols) {",
+        "if (k * kLanes <= cols) {",
     ),
     Mutation(
         "non-temporal stores that begin behind an aligned address",
         "cpu/row_passes.h",
-        "-address % kLineBytes / sizeof(U)",
-        "(-address % kLineBytes + sizeof(U)) / sizeof(U)",
+        "const int64_t to_line = bytes_to_line / int64_t{sizeof(U)};",
+        "const int64_t to_line = bytes_to_line / int64_t{sizeof(U)} + 1;",
+    ),
+    Mutation(
+        "non-temporal stores beyond the room there is",
+        "cpu/row_passes.h",
+        "const int64_t end = head + (room - head) / kLineElems * kLineElems;",
+        "const int64_t end = head + (room - head + kLineElems - 1) / kLineElems * kLineElems;",
     ),
     # Maxima, references, exponentials
     Mutation(
         "a maximum that begins at 0",
         "cpu/row_kernel.h",
-        "constexpr auto kNone = -std::numeric_limits<typename V::acc_t>::infinity();\n  auto maxima",
-        "constexpr auto kNone = typename V::acc_t{0};\n  auto maxima",
+        "constexpr auto kNone = -std::numeric_limits<typename V::acc_t>::infinity();",
+        "constexpr auto kNone = typename V::acc_t{0};",
     ),
     Mutation(
         "a sum that is never out of range",
@@ -217,8 +229,8 @@ MUTATIONS = (
     Mutation(
         "a reference too large for the rounding step that is not noticed",
         "cpu/exp2.h",
-        "params.magic_minus_r += zero_or_nan;",
-        "",
+        "params.magic_minus_r = params.magic_minus_r + (large - large);",
+        "(void)large;",
     ),
     Mutation(
         "a maximum of log_softmax counted twice",
@@ -229,40 +241,43 @@ MUTATIONS = (
     Mutation(
         "the rounding error of a distance dropped",
         "cpu/row_kernel.h",
-        "W::fma(t, W::broadcast(c.low), error * high)",
-        "t * W::broadcast(c.low)",
+        "V::fma(t, V::broadcast(c.low), error * high)",
+        "t * V::broadcast(c.low)",
     ),
     # Sums
     Mutation(
         "a flush's rounding error dropped",
         "cpu/row_passes.h",
-        "      low_[s] = low_[s] + error;\n",
-        "",
+        "low_[s] = low_[s] + ((high_[s] - (sum - part)) + (added.terms[s] - part));",
+        "(void)part;",
     ),
     Mutation(
-        "an accumulator left out of the flush",
+        "the last tiles left out of the flush",
         "cpu/row_passes.h",
-        "const V flushed = sum_of_accumulators(accumulators[s]);",
-        "const V flushed = (accumulators[s][0] + accumulators[s][1]) + accumulators[s][2];",
+        "    }\n    flush(pending);\n  }",
+        "    }\n    if (count < kFlushElems<V>) {\n      flush(pending);\n    }\n  }",
     ),
     Mutation(
         "another order of additions in narrow rows",
-        "cpu/narrow_rows.h",
-        "    return sum_of_accumulators(accumulators);",
-        "    return accumulators[0] + (accumulators[1] + (accumulators[2] + accumulators[3]));",
+        "cpu/row_passes.h",
+        "const auto sum = count == kTileElems<V> ? sum_of_full_tile<V>(0, term) : sum_of_last_tile<V>(0, count, term);",
+        "auto sum = term(0, V::first_n(count, 0));\n"
+        "    for (int k = 1; k < V::kTileVectors; ++k) {\n"
+        "      sum = sum + term(k * V::kLanes, V::first_n(count, k));\n"
+        "    }",
     ),
     # Padding and bounds
     Mutation(
         "no padding before the valid columns",
-        "cpu/contiguous_rows.h",
-        "  if (before > 0) {\n    fill<V>(valid - before, before, value, hint);\n  }\n",
+        "cpu/row_passes.h",
+        "  if (before > 0) {\n    fill<V>(valid - before, before, padding, hint);\n  }\n",
         "  (void)before;\n",
     ),
     Mutation(
         "one padding column short",
-        "cpu/contiguous_rows.h",
-        "fill<V>(valid + written, row_end - written, value, hint);",
-        "fill<V>(valid + written, row_end - written - 1, value, hint);",
+        "cpu/row_passes.h",
+        "fill<V>(valid + written, length + after - written, padding, hint);",
+        "fill<V>(valid + written, length + after - written - 1, padding, hint);",
     ),
     Mutation(
         "zeros in log_softmax's padding",
@@ -272,9 +287,9 @@ MUTATIONS = (
     ),
     Mutation(
         "padding of packed rows written",
-        "cpu/contiguous_rows.h",
-        "const int64_t after = is_packed ? 0 : problem.cols - bounds.end;",
-        "const int64_t after = problem.cols - bounds.end;",
+        "cpu/row_block.h",
+        "after[row] = is_packed ? 0 : static_cast<int32_t>(problem.cols - starts[i]) - lengths[row];",
+        "after[row] = static_cast<int32_t>(problem.cols - starts[i]) - lengths[row];",
     ),
     Mutation(
         "lengths that are not clamped to the row",
@@ -291,9 +306,9 @@ MUTATIONS = (
     # Strides, column tiles, types
     Mutation(
         "the output's stride taken for the input's",
-        "cpu/staged_rows.h",
-        "run.input_offset(k, i) + bounds.start * input.col_stride);",
-        "run.input_offset(k, i) + bounds.start * output.col_stride);",
+        "cpu/long_row.h",
+        "run.input_offset(k, i) + bounds.start * input.col_stride;",
+        "run.input_offset(k, i) + bounds.start * output.col_stride;",
     ),
     Mutation(
         "a staged row that is not multiplied by the input factor",

@@ -63,6 +63,23 @@ void check_refused(const std::string& name) {
 
 }  // namespace
 
+TEST("store hint: non-temporal for operands of 96 MiB on every machine, cached for small ones and in place") {
+  float first = 0;
+  float second = 0;
+  const auto hint_of = [](int64_t rows, float* input, float* output) {
+    Problem problem;
+    problem.rows = rows;
+    problem.cols = 1024;
+    problem.inputs[0].data = input;
+    problem.output.data = output;
+    return store_hint_of(problem);
+  };
+  constexpr int64_t kRowsOf96MiB = 12 << 10;  // 8 bytes for each element
+  CHECK(hint_of(kRowsOf96MiB, &first, &second) == StoreHint::kNonTemporal, "large operands");
+  CHECK(hint_of(kRowsOf96MiB, &first, &first) == StoreHint::kCached, "in place");
+  CHECK(hint_of(16, &first, &second) == StoreHint::kCached, "small operands");
+}
+
 TEST("dispatch: the table knows every name, the plainest first; a build has those of its architecture") {
   CHECK(kTable == std::vector<std::string>({"scalar", "avx2", "avx512", "neon"}), "the table's names or their order");
   CHECK(names_of(compiled_cpu_capabilities()) == kOfThisArchitecture, "compiled names or their order");

@@ -132,7 +132,7 @@ TEST("packed rows of every size that matters, with cached and with non-temporal 
   });
 }
 
-TEST("packed rows that are longer than a batch, than the scratch buffer, than a column tile") {
+TEST("packed rows that are longer than a block, than the scratch buffer, than a column tile") {
   for (int64_t width : {1, 8}) {
     for (Operation operation : {Operation::kSoftmax, Operation::kLogSoftmax, Operation::kSoftmaxBackward}) {
       check_packed({{9000, 2, 2500}, width}, operation, ElementType::kFloat32, ElementType::kFloat32, 1.0);

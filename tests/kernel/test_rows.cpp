@@ -1,4 +1,4 @@
-// Values of unusual rows: operands of different types, extreme scales, a million columns, uneven batches, single
+// Values of unusual rows: operands of different types, extreme scales, a million columns, uneven blocks, single
 // columns, no columns. And a check of the error bounds themselves: zeros are outside of them.
 #include <algorithm>
 
@@ -82,7 +82,7 @@ void check_rows(Operation operation, std::vector<Matrix>& inputs, ElementType ou
   });
 }
 
-// Rows so uneven that no batch is like the next: empty ones, single elements, and long ones in between.
+// Rows so uneven that no block is like the next: empty ones, single elements, and long ones in between.
 Bounds uneven_bounds(int64_t rows, int64_t cols, unsigned seed) {
   std::mt19937 random(seed);
   Bounds bounds;
@@ -136,7 +136,7 @@ TEST("types: a derivative's inputs may differ in type; the widest one is the acc
   }
 }
 
-TEST("batches: rows of very different lengths next to each other") {
+TEST("blocks: rows of very different lengths next to each other") {
   constexpr int64_t kCols = 2100;
   const Bounds bounds = uneven_bounds(70, kCols, 2);
   for (Operation operation : kOperations) {

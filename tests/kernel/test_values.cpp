@@ -69,7 +69,7 @@ Bounds every_length(int64_t cols) {
   return bounds;
 }
 
-// Rows around the sizes at which the strategy changes: a flush, a batch, a tile, the scratch buffer.
+// Rows around the sizes at which the strategy changes: a flush, a block, a tile, the scratch buffer.
 Bounds threshold_lengths(int64_t* cols) {
   Bounds bounds;
   for (int64_t threshold : {64, 128, 256, 512, 1024, 2048, 4096, 8192}) {
