@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -41,6 +42,16 @@ def scaled_difference(x: Tensor, row_max: Tensor, scale: float) -> Tensor:
     if scale >= 1:
         return (x - row_max) * scale  # where the difference overflows, so does the product
     return (x / 2 - row_max / 2) * (2 * scale)
+
+
+def add_sink(logsumexp: Tensor, sink: Tensor) -> Tensor:
+    """``log(exp(logsumexp) + exp(sink))``, with a gradient of 0 where both are 0."""
+    both_are_absent = (logsumexp == -math.inf) & (sink == -math.inf)
+    sum_of_both = torch.logaddexp(
+        logsumexp.masked_fill(both_are_absent, 0.0),
+        sink.to(logsumexp.dtype).masked_fill(both_are_absent, 0.0),
+    )
+    return sum_of_both.masked_fill(both_are_absent, -math.inf)
 
 
 def result_dtype(input: Tensor, dtype: torch.dtype | None) -> torch.dtype:
