@@ -45,13 +45,15 @@ def scaled_difference(x: Tensor, row_max: Tensor, scale: float) -> Tensor:
 
 
 def add_sink(logsumexp: Tensor, sink: Tensor) -> Tensor:
-    """``log(exp(logsumexp) + exp(sink))``, with a gradient of 0 where both are 0."""
-    both_are_absent = (logsumexp == -math.inf) & (sink == -math.inf)
+    """``log(exp(logsumexp) + exp(sink))``, whose derivatives are finite where a term is 0."""
+    sink = sink.to(logsumexp.dtype)
+    has_no_sink = sink == -math.inf
+    has_sink_only = logsumexp == -math.inf
+    has_one_term = has_no_sink | has_sink_only
     sum_of_both = torch.logaddexp(
-        logsumexp.masked_fill(both_are_absent, 0.0),
-        sink.to(logsumexp.dtype).masked_fill(both_are_absent, 0.0),
+        logsumexp.masked_fill(has_one_term, 0.0), sink.masked_fill(has_one_term, 0.0)
     )
-    return sum_of_both.masked_fill(both_are_absent, -math.inf)
+    return torch.where(has_no_sink, logsumexp, torch.where(has_sink_only, sink, sum_of_both))
 
 
 def result_dtype(input: Tensor, dtype: torch.dtype | None) -> torch.dtype:

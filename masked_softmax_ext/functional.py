@@ -28,9 +28,9 @@ from masked_softmax_ext._arguments import (
 )
 from masked_softmax_ext._numbers import is_constant
 from masked_softmax_ext._operators import call_operator
-from masked_softmax_ext._scale import accumulation_dtype, add_sink, fold_scale
+from masked_softmax_ext._scale import accumulation_dtype, add_sink, fold_scale, result_dtype
 from masked_softmax_ext.packed import jagged_logsumexp, jagged_softmax
-from masked_softmax_ext.reference import aligned
+from masked_softmax_ext.reference import row_numbers
 
 _NO_VALUE = -math.inf  # the default padding_value, compared by identity
 _MAX_DIMS = 64  # torch's limit; a dim beyond it is out of range, and may not even fit 64 bits
@@ -333,15 +333,14 @@ def masked_logsumexp(
         call = _call_decomposition
     else:
         call = call_operator
-    result = call(name, input, lengths, dim, starts, scale=scale, dtype=dtype, validate=validate)
-    if sink is not None:
-        row_dim = dim % max(input.dim(), 1)
-        sink = aligned("sink", sink, input, row_dim)
-        sum_of_both = add_sink(
-            result.to(accumulation_dtype(result.dtype, result.dtype, None)),
-            sink.squeeze(row_dim) if input.dim() > 0 else sink,
-        )
-        result = sum_of_both.to(result.dtype)
+    rows = (lengths, dim, starts)
+    if sink is None:
+        result = call(name, input, *rows, scale=scale, dtype=dtype, validate=validate)
+    else:
+        dtype = result_dtype(input, dtype)
+        acc_dtype = accumulation_dtype(dtype, dtype, None)  # so that the sum is rounded once
+        result = call(name, input, *rows, scale=scale, dtype=acc_dtype, validate=validate)
+        result = add_sink(result, row_numbers("sink", sink, input, dim)).to(dtype)
     return result.unsqueeze(dim) if keepdim and input.dim() > 0 else result
 
 

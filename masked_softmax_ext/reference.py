@@ -262,8 +262,13 @@ def per_row(name: str, index: Index, input: Tensor, dim: int) -> Tensor:
 
 def aligned(name: str, index: Tensor, input: Tensor, dim: int) -> Tensor:
     """One number a row as a tensor that broadcasts with input, of size 1 in ``dim``."""
-    if input.dim() == 0 and index.dim() == 0:
-        return index
+    numbers = row_numbers(name, index, input, dim)
+    return numbers if input.dim() == 0 else numbers.unsqueeze(dim)
+
+
+def row_numbers(name: str, index: Tensor, input: Tensor, dim: int) -> Tensor:
+    """The same as a tensor that broadcasts with input without ``dim``."""
+    dim = dim % max(input.dim(), 1)
     rows = [*input.shape[:dim], *input.shape[dim + 1 :]]
     missing = len(rows) - index.dim()
     if missing < 0 or not all(
@@ -273,7 +278,7 @@ def aligned(name: str, index: Tensor, input: Tensor, dim: int) -> Tensor:
             f"expected {name} to broadcast, from its first dimension on, to input's shape without "
             f"dimension {dim}, {tuple(rows)}, but got {name} of shape {tuple(index.shape)}"
         )
-    return index[(...,) + (None,) * missing].unsqueeze(dim)
+    return index[(...,) + (None,) * missing]
 
 
 def _check_bounds(length: Tensor, start: Tensor, input: Tensor, dim: int) -> None:
