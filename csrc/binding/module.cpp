@@ -57,9 +57,7 @@ at::Tensor softmax_in_place(at::Tensor input, const RowArguments& rows, bool val
 std::vector<std::pair<std::string, int>> operations() {
   std::vector<std::pair<std::string, int>> result;
   for (Operation operation : kOperations) {
-    if (!returns_or_takes_row_numbers(info_of(operation).signature)) {
-      result.emplace_back(info_of(operation).name, input_count(operation));
-    }
+    result.emplace_back(info_of(operation).name, input_count(operation));
   }
   return result;
 }
@@ -68,15 +66,15 @@ std::vector<std::pair<std::string, int>> operations() {
 // a tensor of one number a row follows, whether it returns one of the scores' shape, whether one of the rows').
 std::vector<std::tuple<std::string, int, bool, bool, bool>> row_operations() {
   std::vector<std::tuple<std::string, int, bool, bool, bool>> result;
-  for (Operation operation : kOperations) {
-    const OperationInfo info = info_of(operation);
-    if (has_variants(operation)) {
-      result.emplace_back(info.sink_name, 1, true, true, true);
-    } else if (returns_or_takes_row_numbers(info.signature)) {
-      const bool is_reduced = is_reduction(operation);
-      result.emplace_back(info.name, input_count(operation), !is_reduced, !is_reduced, is_reduced);
+  for_each_operation([&](auto operation) {
+    constexpr OperationInfo kInfo = info_of(operation.value);
+    if constexpr (has_variants(operation.value)) {
+      result.emplace_back(kInfo.sink_name, 1, true, true, true);
+    } else if constexpr (returns_or_takes_row_numbers(kInfo.signature)) {
+      constexpr bool kIsReduced = is_reduction(operation.value);
+      result.emplace_back(kInfo.name, input_count(operation.value), !kIsReduced, !kIsReduced, kIsReduced);
     }
-  }
+  });
   return result;
 }
 

@@ -143,6 +143,7 @@ struct SignatureOf;
     using Type = Signature;                                      \
   };
 #include "common/operations.inc"
+#include "common/row_operations.inc"
 #undef MASKED_SOFTMAX_OPERATION
 
 // The operator of an operation.

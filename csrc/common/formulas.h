@@ -127,12 +127,20 @@ struct Formula<Operation::kRowDot> {
   static MASKED_SOFTMAX_INLINE void terms(const N* in, const Exp& /*exp*/, N* terms) {
     terms[0] = in[0] * in[1];
   }
+  template <class N, class Exp>
+  static MASKED_SOFTMAX_INLINE N result(const N* /*in*/, const N* sums, const N& scale, const Exp& /*exp*/) {
+    return scale * sums[0];
+  }
 };
 
 // (a; r): scale * a * r for a number r of each row, which the caller passes in place of the sum
 template <>
 struct Formula<Operation::kRowScale> {
   static constexpr int kSums = 1;
+  template <class N, class Exp>
+  static MASKED_SOFTMAX_INLINE void terms(const N* /*in*/, const Exp& /*exp*/, N* terms) {
+    terms[0] = N{};
+  }
   template <class N, class Exp>
   static MASKED_SOFTMAX_INLINE N result(const N* in, const N* sums, const N& scale, const Exp& /*exp*/) {
     return scale * in[0] * sums[0];

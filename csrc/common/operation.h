@@ -12,6 +12,7 @@ namespace masked_softmax {
 enum class Operation : uint8_t {
 #define MASKED_SOFTMAX_OPERATION(Name, name, Signature, Kernels) k##Name,
 #include "common/operations.inc"
+#include "common/row_operations.inc"
 #undef MASKED_SOFTMAX_OPERATION
 };
 
@@ -26,6 +27,7 @@ struct OperationInfo {
   Kernels kernels;
 };
 
+// Those of operations.inc.
 constexpr Operation kOperations[] = {
 #define MASKED_SOFTMAX_OPERATION(Name, name, Signature, Kernels) Operation::k##Name,
 #include "common/operations.inc"
@@ -34,10 +36,12 @@ constexpr Operation kOperations[] = {
 
 constexpr OperationInfo info_of(Operation operation) {
   switch (operation) {
-#define MASKED_SOFTMAX_OPERATION(Name, name, Signature_, Kernels_) \
-  case Operation::k##Name:                                         \
-    return {"masked_" #name, "packed_" #name, "masked_" #name "_with_sink", Signature::k##Signature_, Kernels::Kernels_};
+#define MASKED_SOFTMAX_OPERATION(Name, name, Signature_, Kernels_)                                    \
+  case Operation::k##Name:                                                                            \
+    return {"masked_" #name, "packed_" #name, "masked_" #name "_with_sink", Signature::k##Signature_, \
+            Kernels::Kernels_};
 #include "common/operations.inc"
+#include "common/row_operations.inc"
 #undef MASKED_SOFTMAX_OPERATION
   }
   return {};
@@ -89,6 +93,7 @@ MASKED_SOFTMAX_HOST_DEVICE auto visit_operation(Operation operation, const Visit
 #define MASKED_SOFTMAX_OPERATION(Name, name, Signature, Kernels) \
   case Operation::k##Name: return visit(OperationConstant<Operation::k##Name>());
 #include "common/operations.inc"
+#include "common/row_operations.inc"
 #undef MASKED_SOFTMAX_OPERATION
   }
   __builtin_unreachable();  // every enumerator has a case
@@ -99,6 +104,7 @@ template <class Visitor>
 inline void for_each_operation(const Visitor& visit) {
 #define MASKED_SOFTMAX_OPERATION(Name, name, Signature, Kernels) visit(OperationConstant<Operation::k##Name>());
 #include "common/operations.inc"
+#include "common/row_operations.inc"
 #undef MASKED_SOFTMAX_OPERATION
 }
 
