@@ -319,7 +319,9 @@ def masked_logsumexp(
     """
     name = "masked_logsumexp"
     if not isinstance(keepdim, bool):
-        raise TypeError(f"{name}(): expected keepdim to be a bool, but got {type(keepdim).__name__}")
+        raise TypeError(
+            f"{name}(): expected keepdim to be a bool, but got {type(keepdim).__name__}"
+        )
     if isinstance(input, Tensor) and input.is_nested:
         return jagged_logsumexp(input, lengths, dim, starts, scale, sink, keepdim, dtype, validate)
     lengths, dim, starts, scale, dtype = convert(
@@ -341,7 +343,8 @@ def masked_logsumexp(
         acc_dtype = accumulation_dtype(dtype, dtype, None)  # so that the sum is rounded once
         result = call(name, input, *rows, scale=scale, dtype=acc_dtype, validate=validate)
         result = add_sink(result, row_numbers("sink", sink, input, dim)).to(dtype)
-    return result.unsqueeze(dim) if keepdim and input.dim() > 0 else result
+    kept: Tensor = result.unsqueeze(dim) if keepdim and input.dim() > 0 else result
+    return kept
 
 
 def build_info() -> dict[str, Any]:

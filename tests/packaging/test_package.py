@@ -7,8 +7,8 @@ import doctest
 import importlib
 import importlib.metadata
 import inspect
-import math
 import io
+import math
 import pickle
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Promise: sinks and masked_logsumexp work with autograd of every order and with torch's transforms.
+"""Promise: sinks and masked_logsumexp work with every order of autograd and every transform.
 
 Compared with masked_softmax_ext.reference under the same transformation.
 """
@@ -89,9 +89,14 @@ def test_transforms(name: str) -> None:
     def loss(function: Function, x: Tensor, sink: Tensor) -> Tensor:
         return function(x, LENGTHS, sink=sink).sin().sum()
 
-    for transform in (grad, hessian, jacrev, jacfwd, lambda f: jacrev(grad(f)), lambda f: grad(
-        lambda s: grad(f)(s).square().sum()
-    )):
+    for transform in (
+        grad,
+        hessian,
+        jacrev,
+        jacfwd,
+        lambda f: jacrev(grad(f)),
+        lambda f: grad(lambda s: grad(f)(s).square().sum()),
+    ):
         got = transform(lambda s: loss(function, x, s))(sink)
         expected = transform(lambda s: loss(of_reference, x, s))(sink)
         assert torch.allclose(got, expected)
