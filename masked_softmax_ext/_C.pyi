@@ -11,6 +11,7 @@ def masked_softmax(
     dim: int,
     starts: Tensor | None,
     scale: float | None,
+    padding_value: float | None,
     dtype: torch.dtype | None,
     validate: bool,
     out: Tensor | None,
@@ -22,6 +23,7 @@ def masked_log_softmax(
     dim: int,
     starts: Tensor | None,
     scale: float | None,
+    padding_value: float | None,
     dtype: torch.dtype | None,
     validate: bool,
     out: Tensor | None,
@@ -37,6 +39,7 @@ def masked_softmax_(
     /,
 ) -> Tensor: ...
 def operations() -> list[tuple[str, int]]: ...
+def row_operations() -> list[tuple[str, int, bool, bool, bool]]: ...
 def build_info() -> dict[str, Any]: ...
 def cpu_capability() -> str: ...
 def cpu_capabilities() -> list[str]: ...

@@ -28,6 +28,7 @@ from masked_softmax_ext.functional import (  # noqa: E402
     build_info,
     cpu_capability,
     masked_log_softmax,
+    masked_logsumexp,
     masked_softmax,
     masked_softmax_,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "lengths_from_mask",
     "mask_from_lengths",
     "masked_log_softmax",
+    "masked_logsumexp",
     "masked_softmax",
     "masked_softmax_",
     "packed_log_softmax",

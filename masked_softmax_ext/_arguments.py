@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import numbers
 import sys
 from collections.abc import Callable
-from typing import ParamSpec, TypeAlias, TypeVar, cast
+from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ from masked_softmax_ext._torch_internals import guard_or_false, has_static_value
 Index: TypeAlias = int | Tensor  # lengths or starts
 # The argument scale. What is no float stands for a number in a program that is being traced.
 Scale: TypeAlias = float | torch.SymFloat | torch.SymInt | Tensor | None
+# The argument sink: one more logit of each row.
+Sink: TypeAlias = float | torch.SymFloat | torch.SymInt | Tensor | None
 # The argument lengths: None is every column; a pair is (lengths, starts).
 Lengths: TypeAlias = Index | tuple[Index | None, Index | None] | None
 
@@ -168,6 +171,46 @@ def convert_scale(prefix: str, argument: str, scale: Scale) -> Scale:
             f"{prefix}expected scale to be a number that a float can hold, but got a larger "
             f"{type(scale).__name__}"
         ) from None
+
+
+def convert_sink(name: str, sink: Sink, input: Tensor) -> Tensor | None:
+    """The sink as the operators take it: a tensor of a floating point type."""
+    if sink is None:
+        return None
+    if isinstance(sink, Tensor):
+        check_dense(name, "sink", sink)
+        if not sink.is_floating_point():
+            raise TypeError(
+                f"{name}(): expected sink to be a number or a tensor of a floating point type, but "
+                f"got a tensor of {sink.dtype}"
+                + ("" if sink.dtype.is_complex else " (its float() has one)")
+            )
+        return sink
+    if is_traced_numpy_scalar(sink):
+        return torch.as_tensor(sink, dtype=torch.float64, device=input.device)
+    is_symbol = isinstance(sink, torch.SymFloat | torch.SymInt)
+    if isinstance(sink, bool) or not (is_symbol or isinstance(sink, numbers.Real)):
+        tensor = try_tensor(sink)
+        has_remedy = tensor is not None and tensor.is_floating_point()
+        raise TypeError(
+            f"{name}(): expected sink to be a number or a tensor of a floating point type, but got "
+            + type(sink).__name__
+            + (" (torch.tensor(sink, device=input.device) makes a tensor)" if has_remedy else "")
+        )
+    number: Any = sink if is_symbol else float(sink)
+    return torch.full((), number, dtype=torch.float64, device=input.device)
+
+
+def convert_padding_value(name: str, padding_value: float) -> float | None:
+    """A float; None for -inf, what padding holds anyway."""
+    if isinstance(padding_value, Tensor) and padding_value.dim() == 0:
+        padding_value = padding_value.item()
+    if isinstance(padding_value, bool) or not isinstance(padding_value, numbers.Real):
+        raise TypeError(
+            f"{name}(): expected padding_value to be a number, but got "
+            f"{type(padding_value).__name__}"
+        )
+    return None if padding_value == -math.inf else float(padding_value)
 
 
 def _is_0_dim_array(scale: object) -> bool:

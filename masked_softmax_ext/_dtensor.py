@@ -21,60 +21,72 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
-from masked_softmax_ext._operators import SCORE_TENSORS, find_operator, packed_argument
+from masked_softmax_ext._operators import OPERATORS, Tensors, find_operator, packed_argument
 from masked_softmax_ext._scale import accumulation_dtype, autocast_dtype, scaled_difference
 from masked_softmax_ext.reference import are_invalid, columns_between, per_row
 
 
-def call_operator(
-    name: str, input: Any, lengths: Tensor | None, dim: int, starts: Tensor | None, **options: Any
-) -> Tensor:
-    """Calls the operator on a DTensor; lengths that are plain tensors count as replicated."""
+def call_operator(name: str, input: Any, *args: Any, **options: Any) -> Any:
+    """Calls the operator on a DTensor; other arguments that are plain tensors are replicated.
+
+    ``args`` are the sink, if the operator takes one, and lengths, dim and starts.
+    """
     operator = find_operator(name)
     # A call on meta tensors first: it checks the arguments, and its errors reach the caller as they
     # are, whereas a DTensor would wrap them.
-    meta = operator(*map(_to_meta, (input, lengths)), dim, _to_meta(starts), **options)
-    lengths = _on_mesh(lengths, input.device_mesh)
-    starts = _on_mesh(starts, input.device_mesh)
+    meta = operator(*map(_to_meta, (input, *args)), **options)
+    *sinks, lengths, dim, starts = (_on_mesh(argument, input.device_mesh) for argument in args)
     dim %= max(input.dim(), 1)
     is_packed = "packed" in options
     if not is_packed and any(placement.is_shard(dim) for placement in input.placements):
+        if sinks or name == "masked_logsumexp":
+            what = "a sink" if sinks else "masked_logsumexp()"
+            raise NotImplementedError(
+                f"{name.removesuffix('_with_sink')}(): {what} is not supported for a DTensor that "
+                "is sharded in the softmax dimension; input.redistribute() to placements that do "
+                "not shard this dimension"
+            )
         return _softmax_of_sharded_rows(name, input, lengths, dim, starts, meta, **options)
-    result: Tensor = operator(input, lengths, dim, starts, **options)
-    return result
+    return operator(input, *sinks, lengths, dim, starts, **options)
 
 
-def _to_meta(tensor: Tensor | None) -> Tensor | None:
-    if tensor is None:
-        return None
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+def _to_meta(argument: Any) -> Any:
+    if not isinstance(argument, Tensor):
+        return argument
+    return torch.empty(argument.shape, dtype=argument.dtype, device="meta")
 
 
-def _on_mesh(tensor: Tensor | None, mesh: DeviceMesh) -> DTensor | None:
-    if tensor is None or isinstance(tensor, DTensor):
+def _on_mesh(tensor: Any, mesh: DeviceMesh) -> Any:
+    if not isinstance(tensor, Tensor) or isinstance(tensor, DTensor):
         return tensor
     return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def _bounds_placement(bounds: Any, sharded_dim: int, dim: int) -> Placement:
     """Placement of lengths or starts for scores sharded along ``sharded_dim``, which is not dim."""
-    row_dim = sharded_dim if sharded_dim < dim else sharded_dim - 1
+    row_dim = _row_dim(sharded_dim, dim)
     is_broadcast = row_dim >= bounds.ndim or bounds.shape[row_dim] == 1
     return Replicate() if is_broadcast else Shard(row_dim)
+
+
+def _row_dim(sharded_dim: int, dim: int) -> int:
+    return sharded_dim if sharded_dim < dim else sharded_dim - 1
 
 
 # Sharding along other dimensions
 
 
-def _register(name: str, count: int) -> None:
-    """Registers the sharding rule of an operator whose first ``count`` arguments are scores."""
+def _register(name: str, tensors: Tensors) -> None:
+    """Registers the sharding rule of an operator."""
     operator = find_operator(name)
+    count = tensors.scores
+    first = count + tensors.takes_row_number  # of lengths, dim and starts
 
     def shardings(*args: Any, **options: Any) -> list[tuple[Any, Any]]:
         input = args[0]
-        lengths = args[count] if len(args) > count else None
-        dim = args[count + 1] if len(args) > count + 1 else -1
-        starts = args[count + 2] if len(args) > count + 2 else None
+        lengths = args[first] if len(args) > first else None
+        dim = args[first + 1] if len(args) > first + 1 else -1
+        starts = args[first + 2] if len(args) > first + 2 else None
         dim %= max(input.ndim, 1)
         is_packed = packed_argument(operator, args, options) is not None
 
@@ -86,20 +98,26 @@ def _register(name: str, count: int) -> None:
 
             placements: list[Any] = [None] * len(args)
             placements[:count] = [scores] * count
+            if tensors.takes_row_number:
+                placements[count] = place(args[count])
             if lengths is not None:
-                placements[count] = place(lengths)
+                placements[first] = place(lengths)
             if starts is not None:
-                placements[count + 2] = place(starts)
-            return [scores], placements
+                placements[first + 2] = place(starts)
+            rows = scores if sharded_dim is None else Shard(_row_dim(sharded_dim, dim))
+            results = [scores] * tensors.returns_scores + [rows] * tensors.returns_row_number
+            return results, placements
 
         sharded_dims = [d for d in range(input.ndim) if d != dim]
+        if is_packed and (tensors.takes_row_number or tensors.returns_row_number):
+            sharded_dims = []  # their numbers of a row have one more dimension: gathered
         return [sharding(Replicate(), None), *(sharding(Shard(d), d) for d in sharded_dims)]
 
     register_sharding(operator)(shardings)
 
 
-for _name, _count in SCORE_TENSORS.items():
-    _register(_name, _count)
+for _name, _tensors in OPERATORS.items():
+    _register(_name, _tensors)
 
 
 # Sharding along the softmax dimension

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -41,6 +42,18 @@ def scaled_difference(x: Tensor, row_max: Tensor, scale: float) -> Tensor:
     if scale >= 1:
         return (x - row_max) * scale  # where the difference overflows, so does the product
     return (x / 2 - row_max / 2) * (2 * scale)
+
+
+def add_sink(logsumexp: Tensor, sink: Tensor) -> Tensor:
+    """``log(exp(logsumexp) + exp(sink))``, whose derivatives are finite where a term is 0."""
+    sink = sink.to(logsumexp.dtype)
+    has_no_sink = sink == -math.inf
+    has_sink_only = logsumexp == -math.inf
+    has_one_term = has_no_sink | has_sink_only
+    sum_of_both = torch.logaddexp(
+        logsumexp.masked_fill(has_one_term, 0.0), sink.masked_fill(has_one_term, 0.0)
+    )
+    return torch.where(has_no_sink, logsumexp, torch.where(has_sink_only, sink, sum_of_both))
 
 
 def result_dtype(input: Tensor, dtype: torch.dtype | None) -> torch.dtype:

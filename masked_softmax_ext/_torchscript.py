@@ -11,11 +11,12 @@ from typing import Any, NoReturn
 
 import torch
 
-_OPERATORS = ("masked_softmax", "masked_log_softmax", "masked_softmax_")
+_OPERATORS = ("masked_softmax", "masked_log_softmax", "masked_logsumexp", "masked_softmax_")
 # The operator that does what a function or a module does.
 _SCRIPTABLE = {
     "masked_softmax": "masked_softmax",
     "masked_log_softmax": "masked_log_softmax",
+    "masked_logsumexp": "masked_logsumexp",
     "MaskedSoftmax": "masked_softmax",
     "MaskedLogSoftmax": "masked_log_softmax",
 }

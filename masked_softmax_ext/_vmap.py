@@ -14,23 +14,27 @@ import torch
 from torch import Tensor
 
 from masked_softmax_ext._arguments import check_dim
-from masked_softmax_ext._operators import SCORE_TENSORS, find_operator, packed_argument
+from masked_softmax_ext._operators import OPERATORS, Tensors, find_operator, packed_argument
 
 
 def register() -> None:
     """Registers the batching rules. May run once only."""
-    for name, count in SCORE_TENSORS.items():
+    for name, tensors in OPERATORS.items():
         operator = find_operator(name)
-        torch.library.register_vmap(operator, _batching_rule(operator, count))
+        torch.library.register_vmap(operator, _batching_rule(operator, tensors))
     torch.library.register_vmap(find_operator("masked_softmax_"), _in_place_batching_rule)
+    torch.library.register_vmap(
+        find_operator("masked_softmax_with_sink_"), _in_place_with_sink_batching_rule
+    )
 
 
-def _batching_rule(operator: Any, count: int) -> Callable[..., tuple[Tensor, int]]:
-    """The rule of an operator that takes ``count`` score-shaped tensors first."""
+def _batching_rule(operator: Any, tensors: Tensors) -> Callable[..., tuple[Any, Any]]:
+    count = tensors.scores
+    first_row_argument = count + tensors.takes_row_number  # lengths
 
     def rule(
         info: Any, in_dims: tuple[int | None, ...], *args: Any, **options: Any
-    ) -> tuple[Tensor, int]:
+    ) -> tuple[Any, Any]:
         scores = [
             _batch_first(tensor, batch_dim, info.batch_size)
             for tensor, batch_dim in zip(args[:count], in_dims[:count], strict=True)
@@ -39,27 +43,76 @@ def _batching_rule(operator: Any, count: int) -> Callable[..., tuple[Tensor, int
         if is_scalar:
             scores = [tensor.unsqueeze(1) for tensor in scores]
         is_packed = packed_argument(operator, args, options) is not None
-        rows = _batched_rows(scores[0], in_dims[count:], is_packed, *args[count : count + 3])
-        result = operator(*scores, *rows, *args[count + 3 :], **options)
-        return (result.squeeze(1) if is_scalar else result), 0
+        row_batch_dim = 1 if is_packed else 0  # packed rows come before the other dimensions
+        row_numbers = [
+            _batch_at(row_batch_dim, number, in_dims[count])
+            for number in args[count:first_row_argument]
+        ]
+        rows = _batched_rows(
+            scores[0],
+            in_dims[first_row_argument:],
+            is_packed,
+            *args[first_row_argument : first_row_argument + 3],
+        )
+        others = args[first_row_argument + 3 :]
+        results = operator(*scores, *row_numbers, *rows, *others, **options)
+        out_dims = [0] * tensors.returns_scores + [row_batch_dim] * tensors.returns_row_number
+        if len(out_dims) == 1:
+            is_squeezed = is_scalar and tensors.returns_scores
+            return (results.squeeze(1) if is_squeezed else results), out_dims[0]
+        scores_of_batch, numbers_of_batch = results
+        return (
+            (scores_of_batch.squeeze(1) if is_scalar else scores_of_batch, numbers_of_batch),
+            tuple(out_dims),
+        )
 
     return rule
+
+
+def _batch_at(row_batch_dim: int, number: Tensor, batch_dim: int | None) -> Tensor:
+    """One number a row, which aligns with the rows from its first dimension on."""
+    if batch_dim is not None:
+        number = number.movedim(batch_dim, 0)
+    if row_batch_dim == 0:
+        return number.unsqueeze(0) if batch_dim is None else number
+    if batch_dim is not None:
+        return (number.unsqueeze(1) if number.dim() == 1 else number).movedim(0, row_batch_dim)
+    return number if number.dim() == 0 else number.unsqueeze(row_batch_dim)
 
 
 def _in_place_batching_rule(
     info: Any, in_dims: tuple[int | None, ...], input: Tensor, *args: Any, **options: Any
 ) -> tuple[None, None]:
+    scores = _overwritten(info, in_dims, input)
+    rows = _batched_rows(scores, in_dims[1:], False, *args)
+    find_operator("masked_softmax_")(scores, *rows, **options)
+    return None, None
+
+
+def _in_place_with_sink_batching_rule(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    input: Tensor,
+    sink: Tensor,
+    *args: Any,
+    **options: Any,
+) -> tuple[None, None]:
+    scores = _overwritten(info, in_dims, input)
+    rows = _batched_rows(scores, in_dims[2:], False, *args)
+    find_operator("masked_softmax_with_sink_")(
+        scores, _batch_at(0, sink, in_dims[1]), *rows, **options
+    )
+    return None, None
+
+
+def _overwritten(info: Any, in_dims: tuple[int | None, ...], input: Tensor) -> Tensor:
     if in_dims[0] is None:
         raise ValueError(
             "masked_softmax_(): expected input, which is overwritten, to be batched like lengths "
             "or starts, but got an input without a batch dimension"
         )
     scores = _batch_first(input, in_dims[0], info.batch_size)
-    if scores.dim() == 1:
-        scores = scores.unsqueeze(1)
-    rows = _batched_rows(scores, in_dims[1:], False, *args)
-    find_operator("masked_softmax_")(scores, *rows, **options)
-    return None, None
+    return scores.unsqueeze(1) if scores.dim() == 1 else scores
 
 
 def _batch_first(tensor: Tensor, batch_dim: int | None, size: int) -> Tensor:

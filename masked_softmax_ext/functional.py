@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,18 +16,23 @@ from masked_softmax_ext._arguments import (
     Index,
     Lengths,
     Scale,
+    Sink,
     check_dense,
     check_out,
     convert,
+    convert_padding_value,
+    convert_sink,
     is_dtensor,
     overridable,
     tensor_likes,
 )
 from masked_softmax_ext._numbers import is_constant
 from masked_softmax_ext._operators import call_operator
-from masked_softmax_ext._scale import fold_scale
-from masked_softmax_ext.packed import jagged_softmax
+from masked_softmax_ext._scale import accumulation_dtype, add_sink, fold_scale, result_dtype
+from masked_softmax_ext.packed import jagged_logsumexp, jagged_softmax
+from masked_softmax_ext.reference import row_numbers
 
+_NO_VALUE = -math.inf  # the default padding_value, compared by identity
 _MAX_DIMS = 64  # torch's limit; a dim beyond it is out of range, and may not even fit 64 bits
 
 
@@ -37,6 +43,7 @@ def masked_softmax(
     *,
     starts: Index | None = None,
     scale: Scale = None,
+    sink: Sink = None,
     dtype: torch.dtype | None = None,
     validate: bool = False,
     out: Tensor | None = None,
@@ -64,6 +71,11 @@ def masked_softmax(
         starts: the first valid column of each row, like ``lengths``; ``None`` is 0.
         scale: a number multiplied into the scores; ``None`` is 1. Not differentiable. A 0-dim
             tensor on the CPU without gradient is a number too.
+        sink: one more logit of each row, which takes part in its sum but belongs to no column
+            (attention sinks, "softmax off by one"): a number, or a floating point tensor on input's
+            device that broadcasts as lengths do: ``(1, H)`` for one sink a head. It is not
+            multiplied by ``scale``. The weights of a row then sum to less than 1; a sink of
+            ``-inf`` is the same as none. Differentiable.
         dtype: the result's type; the conversion happens in the kernel. ``None`` is input's type, or
             under autocast the one that ``torch.softmax`` has on that device (float32 on CUDA).
         validate: on CUDA, raise for invalid lengths, which costs a synchronisation. Otherwise
@@ -72,8 +84,8 @@ def masked_softmax(
             ``input``.
 
     Returns:
-        A contiguous tensor of input's shape (or ``out``). Differentiable in ``input`` to
-        any order, backward and forward.
+        A contiguous tensor of input's shape (or ``out``). Differentiable in ``input`` and ``sink``
+        to any order, backward and forward.
 
     Raises:
         ValueError: lengths (and starts) outside of the columns, a wrong shape or device, an
@@ -104,14 +116,15 @@ def masked_softmax(
         and -_MAX_DIMS <= dim < _MAX_DIMS
         and (starts is None or type(starts) is Tensor)
         and (scale is None or type(scale) is float)
+        and sink is None
         and (dtype is None or type(dtype) is torch.dtype)
         and type(validate) is bool
         and (out is None or type(out) is Tensor)
         and not is_dynamo_compiling()
         and not has_torch_function_unary(input)  # so that a TorchFunctionMode sees the call
     ):
-        return _C.masked_softmax(input, lengths, dim, starts, scale, dtype, validate, out)
-    return _call(masked_softmax, input, lengths, dim, starts, scale, dtype, validate, out)
+        return _C.masked_softmax(input, lengths, dim, starts, scale, None, dtype, validate, out)
+    return _call(masked_softmax, input, lengths, dim, starts, scale, sink, dtype, validate, out)
 
 
 def masked_log_softmax(
@@ -121,11 +134,13 @@ def masked_log_softmax(
     *,
     starts: Index | None = None,
     scale: Scale = None,
+    sink: Sink = None,
+    padding_value: float = _NO_VALUE,
     dtype: torch.dtype | None = None,
     validate: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    r"""Logarithm of :func:`masked_softmax`; padding becomes exactly ``-inf`` and is never read.
+    r"""Logarithm of :func:`masked_softmax`; padding becomes ``padding_value`` and is never read.
 
     .. math:: y_j = scale \cdot (x_j - \max x) - \log \sum_k \exp(scale \cdot (x_k - \max x))
 
@@ -139,13 +154,17 @@ def masked_log_softmax(
         dim: the softmax dimension.
         starts: the first valid column of each row.
         scale: a number multiplied into the scores.
+        sink: one more logit of each row.
+        padding_value: what padding becomes. With 0, ``(weights * log_weights).sum()`` and
+            ``torch.nn.functional.kl_div`` are right over padded rows, where ``-inf`` times 0 would
+            be NaN. The gradient of padding is 0 in any case.
         dtype: the result's type.
         validate: raise for invalid lengths on CUDA too.
         out: a tensor to write to.
 
     Returns:
-        A contiguous tensor of input's shape (or ``out``). Differentiable in ``input`` to
-        any order, backward and forward.
+        A contiguous tensor of input's shape (or ``out``). Differentiable in ``input`` and ``sink``
+        to any order, backward and forward.
 
     Raises:
         ValueError, TypeError, NotImplementedError, IndexError: as for :func:`masked_softmax`.
@@ -162,14 +181,28 @@ def masked_log_softmax(
         and -_MAX_DIMS <= dim < _MAX_DIMS
         and (starts is None or type(starts) is Tensor)
         and (scale is None or type(scale) is float)
+        and sink is None
+        and padding_value is _NO_VALUE
         and (dtype is None or type(dtype) is torch.dtype)
         and type(validate) is bool
         and (out is None or type(out) is Tensor)
         and not is_dynamo_compiling()
         and not has_torch_function_unary(input)  # so that a TorchFunctionMode sees the call
     ):
-        return _C.masked_log_softmax(input, lengths, dim, starts, scale, dtype, validate, out)
-    return _call(masked_log_softmax, input, lengths, dim, starts, scale, dtype, validate, out)
+        return _C.masked_log_softmax(input, lengths, dim, starts, scale, None, dtype, validate, out)
+    return _call(
+        masked_log_softmax,
+        input,
+        lengths,
+        dim,
+        starts,
+        scale,
+        sink,
+        dtype,
+        validate,
+        out,
+        padding_value,
+    )
 
 
 @overridable
@@ -180,6 +213,7 @@ def masked_softmax_(
     *,
     starts: Index | None = None,
     scale: Scale = None,
+    sink: Sink = None,
     validate: bool = False,
 ) -> Tensor:
     """:func:`masked_softmax` in place: overwrites ``input`` and returns it.
@@ -191,6 +225,7 @@ def masked_softmax_(
         dim: the softmax dimension.
         starts: the first valid column of each row.
         scale: a number multiplied into the scores.
+        sink: one more logit of each row. If it requires grad, a temporary tensor is allocated.
         validate: raise for invalid lengths on CUDA too.
 
     Returns:
@@ -212,6 +247,7 @@ def masked_softmax_(
     lengths, dim, starts, scale, _ = convert(
         name, input, lengths, dim, starts, scale, None, validate
     )
+    sink = convert_sink(name, sink, input)
     if (
         torch.compiler.is_compiling()
         or is_dtensor(input)
@@ -219,19 +255,93 @@ def masked_softmax_(
     ):  # see _call()
         dtype = input.dtype if input.is_floating_point() else None  # takes precedence over autocast
         return input.copy_(
-            _call(masked_softmax, input, lengths, dim, starts, scale, dtype, validate, None)
+            _call(masked_softmax, input, lengths, dim, starts, scale, sink, dtype, validate, None)
         )
     if (
         type(input) is Tensor
         and (lengths is None or type(lengths) is Tensor)
         and (starts is None or type(starts) is Tensor)
+        and sink is None
         and not has_torch_function_unary(input)
     ):
         return _C.masked_softmax_(input, lengths, dim, starts, scale, validate)
-    torch.ops.masked_softmax_ext.masked_softmax_(
-        input, lengths, dim, starts, scale=scale, validate=validate
-    )
+    options: dict[str, Any] = {"scale": scale, "validate": validate}
+    if sink is None:
+        torch.ops.masked_softmax_ext.masked_softmax_(input, lengths, dim, starts, **options)
+    else:
+        torch.ops.masked_softmax_ext.masked_softmax_with_sink_(
+            input, sink, lengths, dim, starts, **options
+        )
     return input
+
+
+@overridable
+def masked_logsumexp(
+    input: Tensor,
+    lengths: Lengths = None,
+    dim: int = -1,
+    *,
+    starts: Index | None = None,
+    scale: Scale = None,
+    sink: Sink = None,
+    keepdim: bool = False,
+    dtype: torch.dtype | None = None,
+    validate: bool = False,
+) -> Tensor:
+    r"""Logarithm of the sum of exponentials over the valid columns, one number a row.
+
+    .. math:: scale \cdot \max x + \log \sum_k \exp(scale \cdot (x_k - \max x))
+
+    It reads the valid columns once and writes no others. A row of length 0 is ``-inf``, with zero
+    gradient.
+
+    Args:
+        input: the scores; all arguments are those of :func:`masked_softmax`.
+        lengths: the number of valid columns in each row, or a pair ``(lengths, starts)``.
+        dim: the dimension that is summed over.
+        starts: the first valid column of each row.
+        scale: a number multiplied into the scores.
+        sink: one more term of the sum, ``exp(sink)``.
+        keepdim: keep ``dim``, with a size of 1.
+        dtype: the result's type.
+        validate: raise for invalid lengths on CUDA too.
+
+    Returns:
+        A tensor of input's shape without ``dim``. Differentiable in ``input`` and ``sink`` to any
+        order, backward and forward.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError, IndexError: as for :func:`masked_softmax`.
+
+    Example:
+        >>> masked_logsumexp(torch.zeros(2, 3), torch.tensor([1, 2]))
+        tensor([0.0000, 0.6931])
+    """
+    name = "masked_logsumexp"
+    if not isinstance(keepdim, bool):
+        raise TypeError(f"{name}(): expected keepdim to be a bool, but got {type(keepdim).__name__}")
+    if isinstance(input, Tensor) and input.is_nested:
+        return jagged_logsumexp(input, lengths, dim, starts, scale, sink, keepdim, dtype, validate)
+    lengths, dim, starts, scale, dtype = convert(
+        name, input, lengths, dim, starts, scale, dtype, validate
+    )
+    sink = convert_sink(name, sink, input)
+    input, scale, dtype = fold_scale(input, scale, dtype)
+    if is_dtensor(input):
+        from masked_softmax_ext._dtensor import call_operator as call
+    elif torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        call = _call_decomposition
+    else:
+        call = call_operator
+    rows = (lengths, dim, starts)
+    if sink is None:
+        result = call(name, input, *rows, scale=scale, dtype=dtype, validate=validate)
+    else:
+        dtype = result_dtype(input, dtype)
+        acc_dtype = accumulation_dtype(dtype, dtype, None)  # so that the sum is rounded once
+        result = call(name, input, *rows, scale=scale, dtype=acc_dtype, validate=validate)
+        result = add_sink(result, row_numbers("sink", sink, input, dim)).to(dtype)
+    return result.unsqueeze(dim) if keepdim and input.dim() > 0 else result
 
 
 def build_info() -> dict[str, Any]:
@@ -269,16 +379,22 @@ def _call(
     dim: int,
     starts: Index | None,
     scale: Scale,
+    sink: Sink,
     dtype: torch.dtype | None,
     validate: bool,
     out: Tensor | None,
+    padding_value: float = _NO_VALUE,
 ) -> Tensor:
     """The general path: converts the arguments and calls the operator of the function's name."""
     name = function.__name__
     pair = lengths if isinstance(lengths, tuple) else (lengths,)
-    overriding = tensor_likes(input, *pair, dim, starts, scale, out)
+    overriding = tensor_likes(input, *pair, dim, starts, scale, sink, out)
     if overriding:
         options = {"starts": starts, "scale": scale, "dtype": dtype, "validate": validate}
+        if sink is not None:
+            options["sink"] = sink
+        if padding_value is not _NO_VALUE:
+            options["padding_value"] = padding_value
         if out is not None:
             options["out"] = out
         overridden: Tensor = handle_torch_function(
@@ -286,10 +402,14 @@ def _call(
         )
         return overridden
     if isinstance(input, Tensor) and input.is_nested:
-        return jagged_softmax(name, input, lengths, dim, starts, scale, dtype, validate, out)
+        return jagged_softmax(name, input, lengths, dim, starts, scale, sink, dtype, validate, out)
     lengths, dim, starts, scale, dtype = convert(
         name, input, lengths, dim, starts, scale, dtype, validate
     )
+    sink = convert_sink(name, sink, input)
+    padding = {}
+    if padding_value is not _NO_VALUE:
+        padding["padding_value"] = convert_padding_value(name, padding_value)
     input, scale, dtype = fold_scale(input, scale, dtype)
     if out is not None:
         if not isinstance(out, Tensor):
@@ -300,7 +420,16 @@ def _call(
     # operators that return nothing.
     if out is not None and not is_distributed and not torch.compiler.is_compiling():
         getattr(torch.ops.masked_softmax_ext, name).out(
-            input, lengths, dim, starts, scale=scale, dtype=dtype, validate=validate, out=out
+            input,
+            lengths,
+            dim,
+            starts,
+            scale=scale,
+            sink=sink,
+            **padding,
+            dtype=dtype,
+            validate=validate,
+            out=out,
         )
         return out
     if out is not None and dtype is None and input.is_floating_point():
@@ -311,15 +440,18 @@ def _call(
         call = _call_decomposition  # the exporter translates torch's own operators only
     else:
         call = call_operator
-    result: Tensor = call(
-        name, input, lengths, dim, starts, scale=scale, dtype=dtype, validate=validate
-    )
+    rows = (lengths, dim, starts)
+    options = {"scale": scale, **padding, "dtype": dtype, "validate": validate}
+    result: Tensor
+    if sink is None:
+        result = call(name, input, *rows, **options)
+    else:
+        result, _ = call(f"{name}_with_sink", input, sink, *rows, **options)
     if out is None:
         return result
     check_out(name, input, result, out)  # copy_ would convert and broadcast
     return out.copy_(result)
 
 
-def _call_decomposition(name: str, *args: Any, **options: Any) -> Tensor:
-    result: Tensor = getattr(decompositions, name)(*args, **options)
-    return result
+def _call_decomposition(name: str, *args: Any, **options: Any) -> Any:
+    return getattr(decompositions, name)(*args, **options)

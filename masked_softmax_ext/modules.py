@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from masked_softmax_ext._arguments import Index, Lengths, Scale, check_dense, convert_scale
+from masked_softmax_ext._arguments import (
+    Index,
+    Lengths,
+    Scale,
+    Sink,
+    check_dense,
+    convert_padding_value,
+    convert_scale,
+)
 from masked_softmax_ext._numbers import convert_int
 from masked_softmax_ext._torch_internals import ragged_dim
 from masked_softmax_ext.functional import masked_log_softmax, masked_softmax
@@ -20,7 +30,8 @@ class MaskedSoftmax(nn.Module):
         scale: a number multiplied into the scores; ``None`` is 1.
 
     Shape:
-        - input: any shape; lengths, starts: as for the function, by default every column.
+        - input: any shape; lengths, starts, sink: as for the function, by default every column
+          and no sink.
         - output: input's shape.
 
     Example:
@@ -35,9 +46,13 @@ class MaskedSoftmax(nn.Module):
         self.scale = convert_scale(f"{type(self).__name__}: ", "input", scale)
 
     def forward(
-        self, input: Tensor, lengths: Lengths = None, starts: Index | None = None
+        self,
+        input: Tensor,
+        lengths: Lengths = None,
+        starts: Index | None = None,
+        sink: Sink = None,
     ) -> Tensor:
-        return masked_softmax(input, lengths, self.dim, starts=starts, scale=self.scale)
+        return masked_softmax(input, lengths, self.dim, starts=starts, scale=self.scale, sink=sink)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}" + ("" if self.scale is None else f", scale={self.scale}")
@@ -49,9 +64,11 @@ class MaskedLogSoftmax(nn.Module):
     Args:
         dim: the softmax dimension.
         scale: a number multiplied into the scores; ``None`` is 1.
+        padding_value: what padding becomes.
 
     Shape:
-        - input: any shape; lengths, starts: as for the function, by default every column.
+        - input: any shape; lengths, starts, sink: as for the function, by default every column
+          and no sink.
         - output: input's shape.
 
     Example:
@@ -60,18 +77,37 @@ class MaskedLogSoftmax(nn.Module):
         tensor([[0., -inf, -inf]])
     """
 
-    def __init__(self, dim: int = -1, *, scale: Scale = None) -> None:
+    def __init__(
+        self, dim: int = -1, *, scale: Scale = None, padding_value: float = -math.inf
+    ) -> None:
         super().__init__()
         self.dim = convert_int(dim)
         self.scale = convert_scale(f"{type(self).__name__}: ", "input", scale)
+        converted = convert_padding_value(type(self).__name__, padding_value)
+        self.padding_value = -math.inf if converted is None else converted
 
     def forward(
-        self, input: Tensor, lengths: Lengths = None, starts: Index | None = None
+        self,
+        input: Tensor,
+        lengths: Lengths = None,
+        starts: Index | None = None,
+        sink: Sink = None,
     ) -> Tensor:
-        return masked_log_softmax(input, lengths, self.dim, starts=starts, scale=self.scale)
+        return masked_log_softmax(
+            input,
+            lengths,
+            self.dim,
+            starts=starts,
+            scale=self.scale,
+            sink=sink,
+            padding_value=self.padding_value,
+        )
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}" + ("" if self.scale is None else f", scale={self.scale}")
+        scale = "" if self.scale is None else f", scale={self.scale}"
+        is_default = self.padding_value == -math.inf
+        padding = "" if is_default else f", padding_value={self.padding_value}"
+        return f"dim={self.dim}{scale}{padding}"
 
 
 class AttentionPooling(nn.Module):

@@ -11,9 +11,11 @@ from masked_softmax_ext._arguments import (
     Index,
     Lengths,
     Scale,
+    Sink,
     check_dense,
     check_dim,
     convert_options,
+    convert_sink,
     is_dtensor,
     overridable,
     to_integer_remedy,
@@ -28,7 +30,7 @@ from masked_softmax_ext._numbers import (
     is_traced_int,
 )
 from masked_softmax_ext._operators import call_operator
-from masked_softmax_ext._scale import fold_scale
+from masked_softmax_ext._scale import accumulation_dtype, add_sink, fold_scale
 from masked_softmax_ext._torch_internals import (
     cached_max_length,
     guard_or_false,
@@ -46,6 +48,7 @@ def packed_softmax(
     dim: int = 0,
     *,
     scale: Scale = None,
+    sink: Sink = None,
     dtype: torch.dtype | None = None,
     max_length: int | None = None,
     validate: bool = False,
@@ -63,6 +66,8 @@ def packed_softmax(
             ascending from 0 to ``total``.
         dim: the dimension along which the rows lie.
         scale: a number multiplied into the values; ``None`` is 1. Not differentiable.
+        sink: one more logit of each row, as for :func:`masked_softmax`: a number, or a floating
+            point tensor that broadcasts, from its first dimension on, to ``(batch, ...)``.
         dtype: the result's type; ``None`` is values' type, or under autocast the one that
             ``torch.softmax`` has on that device (float32 on CUDA).
         max_length: an upper bound of the rows' lengths. Without it, CUDA synchronises once in the
@@ -71,7 +76,7 @@ def packed_softmax(
             elements that no valid row covers become NaN. The CPU always raises.
 
     Returns:
-        A contiguous tensor of values' shape. Differentiable in ``values`` to any
+        A contiguous tensor of values' shape. Differentiable in ``values`` and ``sink`` to any
         order.
 
     Raises:
@@ -85,7 +90,7 @@ def packed_softmax(
         >>> packed_softmax(torch.zeros(5), torch.tensor([0, 2, 2, 5]))
         tensor([0.5000, 0.5000, 0.3333, 0.3333, 0.3333])
     """
-    return _packed("softmax", values, offsets, dim, scale, dtype, max_length, validate)
+    return _packed("softmax", values, offsets, dim, scale, sink, dtype, max_length, validate)
 
 
 @overridable
@@ -95,6 +100,7 @@ def packed_log_softmax(
     dim: int = 0,
     *,
     scale: Scale = None,
+    sink: Sink = None,
     dtype: torch.dtype | None = None,
     max_length: int | None = None,
     validate: bool = False,
@@ -106,12 +112,13 @@ def packed_log_softmax(
         offsets: the ends of the rows.
         dim: the dimension along which the rows lie.
         scale: a number multiplied into the values.
+        sink: one more logit of each row.
         dtype: the result's type.
         max_length: an upper bound of the rows' lengths.
         validate: raise for invalid offsets on CUDA too.
 
     Returns:
-        A contiguous tensor of values' shape. Differentiable in ``values`` to any
+        A contiguous tensor of values' shape. Differentiable in ``values`` and ``sink`` to any
         order.
 
     Raises:
@@ -121,7 +128,7 @@ def packed_log_softmax(
         >>> packed_log_softmax(torch.zeros(3), torch.tensor([0, 2, 3]))
         tensor([-0.6931, -0.6931,  0.0000])
     """
-    return _packed("log_softmax", values, offsets, dim, scale, dtype, max_length, validate)
+    return _packed("log_softmax", values, offsets, dim, scale, sink, dtype, max_length, validate)
 
 
 def jagged_softmax(
@@ -131,11 +138,77 @@ def jagged_softmax(
     dim: int,
     starts: Index | None,
     scale: Scale,
+    sink: Sink,
     dtype: torch.dtype | None,
     validate: bool,
     out: Tensor | None,
 ) -> Tensor:
     """``masked_softmax`` or ``masked_log_softmax`` of a nested tensor, whose rows are packed."""
+    row_dim = _check_jagged(name, input, lengths, dim, starts, out)
+    offsets = input.offsets()
+    values = _packed(
+        name.removeprefix("masked_"),
+        input.values(),
+        offsets,
+        row_dim - 1,
+        scale,
+        sink,
+        dtype,
+        cached_max_length(input),
+        validate,
+    )
+    result: Tensor = torch.nested.nested_tensor_from_jagged(values, offsets, jagged_dim=row_dim)
+    if torch.compiler.is_compiling() and result.dim() == 2:
+        # torch cannot recreate a 2-d jagged tensor that a program returns and that is a view of its
+        # values: "view(): cannot view shape (3, j1) as [3, j1]".
+        return result.clone()
+    return result
+
+
+def jagged_logsumexp(
+    input: Any,
+    lengths: Lengths,
+    dim: int,
+    starts: Index | None,
+    scale: Scale,
+    sink: Sink,
+    keepdim: bool,
+    dtype: torch.dtype | None,
+    validate: bool,
+) -> Tensor:
+    """``masked_logsumexp`` of a nested tensor: a dense tensor, one number a row."""
+    row_dim = _check_jagged("masked_logsumexp", input, lengths, dim, starts, None)
+    values = input.values()
+    result = _packed(
+        "logsumexp",
+        values,
+        input.offsets(),
+        row_dim - 1,
+        scale,
+        None,
+        dtype,
+        cached_max_length(input),
+        validate,
+    )
+    sink = convert_sink("masked_logsumexp", sink, values)
+    if sink is not None:
+        sink = sink[(...,) + (None,) * (result.dim() - sink.dim())]
+        sum_of_both = add_sink(
+            result.to(accumulation_dtype(result.dtype, result.dtype, None)), sink
+        )
+        result = sum_of_both.to(result.dtype)
+    return result.unsqueeze(row_dim) if keepdim else result
+
+
+def _check_jagged(
+    name: str,
+    input: Any,
+    lengths: Lengths,
+    dim: int,
+    starts: Index | None,
+    out: Tensor | None,
+) -> int:
+    """Returns the ragged dimension."""
     if input.layout != torch.jagged:
         raise NotImplementedError(
             f"{name}(): expected a dense or a jagged input, but got a nested tensor of layout "
@@ -157,23 +230,7 @@ def jagged_softmax(
             f"{name}(): expected a jagged input without gaps between its rows, but got one with "
             "lengths in addition to its offsets; input.contiguous() removes the gaps"
         )
-    offsets = input.offsets()
-    values = _packed(
-        name.removeprefix("masked_"),
-        input.values(),
-        offsets,
-        row_dim - 1,
-        scale,
-        dtype,
-        cached_max_length(input),
-        validate,
-    )
-    result: Tensor = torch.nested.nested_tensor_from_jagged(values, offsets, jagged_dim=row_dim)
-    if torch.compiler.is_compiling() and result.dim() == 2:
-        # torch cannot recreate a 2-d jagged tensor that a program returns and that is a view of its
-        # values: "view(): cannot view shape (3, j1) as [3, j1]".
-        return result.clone()
-    return result
+    return row_dim
 
 
 def weighted_sum_of_rows(weights: Any, input: Any) -> Tensor:
@@ -192,6 +249,7 @@ def _packed(
     offsets: Tensor,
     dim: int,
     scale: Scale,
+    sink: Sink,
     dtype: torch.dtype | None,
     max_length: int | None,
     validate: bool,
@@ -230,20 +288,23 @@ def _packed(
         raise ValueError(
             f"{name}(): expected max_length to be an int of at least 0, but got {max_length!r}"
         )
+    sink = convert_sink(name, sink, values)
     values, scale, dtype = fold_scale(values, scale, dtype)
     offsets = offsets.to(torch.int64)
     if is_dtensor(values):
         from masked_softmax_ext._dtensor import call_operator as call
     else:
         call = call_operator
-    return call(
-        f"masked_{function}",
-        values,
-        offsets.diff(),
-        dim,
-        offsets[:-1],
-        scale=scale,
-        dtype=dtype,
-        validate=validate,
-        packed=_UNKNOWN_LENGTH if max_length is None else max_length,
-    )
+    rows = (offsets.diff(), dim, offsets[:-1])
+    options = {
+        "scale": scale,
+        "dtype": dtype,
+        "validate": validate,
+        "packed": _UNKNOWN_LENGTH if max_length is None else max_length,
+    }
+    result: Tensor
+    if sink is None:
+        result = call(f"masked_{function}", values, *rows, **options)
+    else:
+        result, _ = call(f"masked_{function}_with_sink", values, sink, *rows, **options)
+    return result

@@ -15,6 +15,7 @@ from masked_softmax_ext._arguments import (
     Index,
     Lengths,
     Scale,
+    Sink,
     check_index_type,
     convert_scale,
     overridable,
@@ -30,6 +31,7 @@ from masked_softmax_ext._numbers import (
 )
 from masked_softmax_ext._scale import (
     accumulation_dtype,
+    add_sink,
     fold_scale,
     result_dtype,
     scaled_difference,
@@ -45,6 +47,7 @@ def masked_softmax(
     *,
     starts: Index | None = None,
     scale: Scale = None,
+    sink: Sink = None,
     dtype: torch.dtype | None = None,
     validate: bool = False,
     out: Tensor | None = None,
@@ -64,7 +67,7 @@ def masked_softmax(
     """
     lengths, starts = split_pair("masked_softmax", lengths, starts)
     valid = valid_mask(input, lengths, dim, starts)
-    return _convert_result(softmax_where(valid, input, dim, scale, dtype), input, dtype, out)
+    return _convert_result(softmax_where(valid, input, dim, scale, dtype, sink), input, dtype, out)
 
 
 @overridable
@@ -75,6 +78,8 @@ def masked_log_softmax(
     *,
     starts: Index | None = None,
     scale: Scale = None,
+    sink: Sink = None,
+    padding_value: float = -math.inf,
     dtype: torch.dtype | None = None,
     validate: bool = False,
     out: Tensor | None = None,
@@ -82,7 +87,7 @@ def masked_log_softmax(
     """Log-softmax over the valid columns; arguments as for :func:`masked_softmax`.
 
     Returns:
-        A tensor of input's shape (or ``out``); ``-inf`` in the padding.
+        A tensor of input's shape (or ``out``); ``padding_value`` in the padding.
 
     Example:
         >>> masked_log_softmax(torch.zeros(2, 3), torch.tensor([1, 0]))
@@ -91,7 +96,39 @@ def masked_log_softmax(
     """
     lengths, starts = split_pair("masked_log_softmax", lengths, starts)
     valid = valid_mask(input, lengths, dim, starts)
-    return _convert_result(log_softmax_where(valid, input, dim, scale, dtype), input, dtype, out)
+    result = log_softmax_where(valid, input, dim, scale, dtype, sink, padding_value)
+    return _convert_result(result, input, dtype, out)
+
+
+@overridable
+def masked_logsumexp(
+    input: Tensor,
+    lengths: Lengths = None,
+    dim: int = -1,
+    *,
+    starts: Index | None = None,
+    scale: Scale = None,
+    sink: Sink = None,
+    keepdim: bool = False,
+    dtype: torch.dtype | None = None,
+    validate: bool = False,
+) -> Tensor:
+    """The logarithm of the sum of the exponentials of the valid columns, one number a row.
+
+    Arguments as for :func:`masked_softmax_ext.masked_logsumexp`.
+
+    Returns:
+        A tensor of input's shape without ``dim``, or with a size of 1 there if ``keepdim``.
+
+    Example:
+        >>> masked_logsumexp(torch.zeros(2, 3), torch.tensor([1, 0]))
+        tensor([0., -inf])
+    """
+    lengths, starts = split_pair("masked_logsumexp", lengths, starts)
+    valid = valid_mask(input, lengths, dim, starts)
+    result = logsumexp_where(valid, input, dim, scale, dtype, sink)
+    result = result if keepdim or input.dim() == 0 else result.squeeze(dim)
+    return result.to(result_dtype(input, dtype))
 
 
 @overridable
@@ -124,10 +161,11 @@ def softmax_where(
     dim: int,
     scale: Scale = None,
     dtype: torch.dtype | None = None,
+    sink: Sink = None,
 ) -> Tensor:
     """Softmax over the columns where the mask is True, in the accumulation type."""
-    logits = _masked_logits(input, valid, dim, scale, dtype)
-    return torch.softmax(logits, dim).masked_fill(~valid, 0.0)
+    logits = _masked_logits(input, valid, dim, scale, dtype, sink)
+    return _without_sink(torch.softmax(logits, dim), valid, dim, sink).masked_fill(~valid, 0.0)
 
 
 def log_softmax_where(
@@ -136,10 +174,41 @@ def log_softmax_where(
     dim: int,
     scale: Scale = None,
     dtype: torch.dtype | None = None,
+    sink: Sink = None,
+    padding_value: float | None = None,
 ) -> Tensor:
     """Log-softmax over the columns where the mask is True, in the accumulation type."""
-    logits = _masked_logits(input, valid, dim, scale, dtype)
-    return torch.log_softmax(logits, dim).masked_fill(~valid, -math.inf)
+    logits = _masked_logits(input, valid, dim, scale, dtype, sink)
+    result = _without_sink(torch.log_softmax(logits, dim), valid, dim, sink)
+    return result.masked_fill(~valid, -math.inf if padding_value is None else padding_value)
+
+
+def logsumexp_where(
+    valid: Tensor,
+    input: Tensor,
+    dim: int,
+    scale: Scale = None,
+    dtype: torch.dtype | None = None,
+    sink: Sink = None,
+) -> Tensor:
+    """Log-sum-exp over the columns where the mask is True, of size 1 in ``dim``."""
+    logits, row_max = _logits_and_shift(input, valid, dim, scale, dtype)
+    if input.dim() == 0:
+        result = torch.where(valid, logits, -math.inf)
+    else:
+        result = logits.logsumexp(dim, keepdim=True)
+        result = result.masked_fill(~valid.any(dim, keepdim=True), -math.inf)
+    result = result if row_max is None else result + row_max
+    return result if sink is None else add_sink(result, sink_column(sink, input, dim))
+
+
+def sink_column(sink: Sink, input: Tensor, dim: int) -> Tensor:
+    """The sink as a tensor that broadcasts with input, of size 1 in ``dim``."""
+    if not isinstance(sink, Tensor):
+        sink = torch.full((), sink, dtype=torch.float64, device=input.device)
+    if not sink.is_floating_point():
+        raise TypeError(f"expected sink of a floating point type, but got {sink.dtype}")
+    return aligned("sink", sink, input, dim % max(input.dim(), 1))
 
 
 def unchecked_mask(input: Tensor, lengths: Index | None, dim: int, starts: Index | None) -> Tensor:
@@ -188,6 +257,19 @@ def per_row(name: str, index: Index, input: Tensor, dim: int) -> Tensor:
             f"expected {name} of an integer type, but got {index.dtype}"
             + to_integer_remedy(index.dtype)
         )
+    return aligned(name, index, input, dim).long()
+
+
+def aligned(name: str, index: Tensor, input: Tensor, dim: int) -> Tensor:
+    """One number a row as a tensor that broadcasts with input, of size 1 in ``dim``."""
+    numbers = row_numbers(name, index, input, dim)
+    return numbers if input.dim() == 0 else numbers.unsqueeze(dim)
+
+
+def row_numbers(name: str, index: Tensor, input: Tensor, dim: int) -> Tensor:
+    """The same as a tensor that broadcasts with input without ``dim``."""
+    dim = dim % max(input.dim(), 1)
+    rows = [*input.shape[:dim], *input.shape[dim + 1 :]]
     missing = len(rows) - index.dim()
     if missing < 0 or not all(
         broadcasts_to(given, size) for given, size in zip(index.shape, rows, strict=False)
@@ -196,7 +278,7 @@ def per_row(name: str, index: Index, input: Tensor, dim: int) -> Tensor:
             f"expected {name} to broadcast, from its first dimension on, to input's shape without "
             f"dimension {dim}, {tuple(rows)}, but got {name} of shape {tuple(index.shape)}"
         )
-    return index[(...,) + (None,) * missing].unsqueeze(dim).long()
+    return index[(...,) + (None,) * missing]
 
 
 def _check_bounds(length: Tensor, start: Tensor, input: Tensor, dim: int) -> None:
@@ -213,22 +295,54 @@ def _check_bounds(length: Tensor, start: Tensor, input: Tensor, dim: int) -> Non
 
 
 def _masked_logits(
-    input: Tensor, valid: Tensor, dim: int, scale: Scale, dtype: torch.dtype | None
+    input: Tensor,
+    valid: Tensor,
+    dim: int,
+    scale: Scale,
+    dtype: torch.dtype | None,
+    sink: Sink = None,
 ) -> Tensor:
-    """The scaled scores, -inf in the padding, in the accumulation type: at least float32."""
+    """The scaled scores, -inf in the padding; with a sink, it is one more column."""
+    logits, row_max = _logits_and_shift(input, valid, dim, scale, dtype)
+    if sink is None:
+        return logits
+    column = sink_column(sink, input, dim).to(logits.dtype)
+    if row_max is not None:
+        column = column - row_max
+    if input.dim() == 0:
+        logits, column = logits.unsqueeze(0), column.reshape(1)
+    shape = list(logits.shape)
+    shape[dim] = 1
+    return torch.cat([logits, column.expand(shape)], dim)
+
+
+def _without_sink(result: Tensor, valid: Tensor, dim: int, sink: Sink) -> Tensor:
+    if sink is None:
+        return result
+    return result[0] if valid.dim() == 0 else result.narrow(dim, 0, result.size(dim) - 1)
+
+
+def _logits_and_shift(
+    input: Tensor, valid: Tensor, dim: int, scale: Scale, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """The scaled scores in the accumulation type, at least float32, and what was subtracted."""
     input, factor, dtype = fold_scale(input, convert_scale("", "input", scale), dtype)
     acc_dtype = accumulation_dtype(input.dtype, result_dtype(input, dtype), factor)
     logits = input.to(acc_dtype)
+    shift = None
     if factor is not None and not is_statically_true(input.numel() == 0):  # amax needs a column
         if factor < 0:
             # So that the maximum is that of scale * x. Filled, so that padding's gradient is +0.
             logits = -logits.masked_fill(~valid, 0.0)
         # A constant in the gradient: softmax does not depend on it.
         row_max = logits.detach().masked_fill(~valid, -math.inf).amax(dim, keepdim=True)
+        # A row without a finite maximum is not shifted, so that a sink stays a number.
+        row_max = row_max.masked_fill(row_max.isinf(), 0.0)
         logits = scaled_difference(logits, row_max, abs(factor))
+        shift = row_max * abs(factor)
     logits = logits.masked_fill(~valid, -math.inf)
     # An empty row of -inf would give NaN, in the gradient too; any finite value avoids that.
-    return logits.masked_fill(~valid.any(dim, keepdim=True), 0.0)
+    return logits.masked_fill(~valid.any(dim, keepdim=True), 0.0), shift
 
 
 def _convert_result(

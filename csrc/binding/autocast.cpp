@@ -9,23 +9,45 @@
 namespace masked_softmax {
 namespace {
 
-template <Operation kOperation>
-at::Tensor forward(const at::Tensor& input, const RowArguments& rows, OptionalType dtype, bool validate,
-                   OptionalSymInt packed) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{c10::DispatchKey::AutocastCUDA});
+const c10::DispatchKeySet kAutocast{c10::DispatchKey::AutocastCUDA};
+
+OptionalType autocast_type(const at::Tensor& input, OptionalType dtype) {
   const bool is_16bit = input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;
-  if (!dtype.has_value() && is_16bit) {
-    dtype = at::kFloat;
-  }
-  return call<kOperation>(input, rows, dtype, validate, packed);
+  return !dtype.has_value() && is_16bit ? at::kFloat : dtype;
+}
+
+template <Operation kOperation>
+at::Tensor forward(const at::Tensor& input, const RowArguments& rows, OptionalDouble padding_value, OptionalType dtype,
+                   bool validate, OptionalSymInt packed) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocast);
+  return call<kOperation>(input, rows, padding_value, autocast_type(input, dtype), validate, packed);
+}
+
+template <Operation kOperation>
+std::tuple<at::Tensor, at::Tensor> forward_with_sink(const at::Tensor& input, const at::Tensor& sink,
+                                                     const RowArguments& rows, OptionalDouble padding_value,
+                                                     OptionalType dtype, bool validate, OptionalSymInt packed) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocast);
+  return call_with_sink<kOperation>(input, sink, rows, padding_value, autocast_type(input, dtype), validate, packed);
+}
+
+template <Operation kOperation>
+at::Tensor reduction(const at::Tensor& input, const RowArguments& rows, OptionalType dtype, bool validate,
+                     OptionalSymInt packed) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocast);
+  return call<kOperation>(input, rows, autocast_type(input, dtype), validate, packed);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(masked_softmax_ext, AutocastCUDA, m) {
   for_each_operation([&](auto operation) {
-    if constexpr (is_forward(operation.value)) {
-      m.impl(info_of(operation.value).name, Forward::kernel<forward<operation.value>>);
+    constexpr OperationInfo kInfo = info_of(operation.value);
+    if constexpr (kInfo.signature == Signature::kForward) {
+      m.impl(kInfo.name, Forward::kernel<forward<operation.value>>);
+      m.impl(kInfo.sink_name, ForwardWithSink::kernel<forward_with_sink<operation.value>>);
+    } else if constexpr (kInfo.signature == Signature::kReduction) {
+      m.impl(kInfo.name, Reduction::kernel<reduction<operation.value>>);
     }
   });
 }

@@ -184,17 +184,19 @@ template <Operation kForward>
 constexpr GradientFormula kForwardFormula = {
     DerivativesOf<kForward>::kNodeName, 1,
     // saved: output
-    [](const CallView& c, const at::Tensor& grad, const variable_list& saved, const std::vector<bool>&) {
-      return variable_list{call<DerivativesOf<kForward>::kBackward>(grad, saved[0], c.rows(), c.input_dtype, c.packed)};
+    [](const CallView& c, const variable_list& grads, const variable_list& saved, const std::vector<bool>&) {
+      return variable_list{
+          call<DerivativesOf<kForward>::kBackward>(grads[0], saved[0], c.rows(), c.input_dtype, c.packed)};
     }};
 
 template <Operation kDerivative>
 constexpr GradientFormula kDerivativeFormula = {
     DerivativesOf<kDerivative>::kNodeName, 2,
     // saved: a, output
-    [](const CallView& c, const at::Tensor& grad, const variable_list& saved, const std::vector<bool>& is_needed) {
+    [](const CallView& c, const variable_list& grads, const variable_list& saved, const std::vector<bool>& is_needed) {
       using D = DerivativesOf<kDerivative>;
       constexpr bool kIsBackward = info_of(kDerivative).signature == Signature::kBackward;
+      const at::Tensor& grad = grads[0];
       const at::Tensor& a = saved[0];
       const at::Tensor& y = saved[1];
       variable_list result(2);
@@ -211,7 +213,7 @@ template <Operation kSecondOrder>
 constexpr GradientFormula kSecondOrderFormula = {
     DerivativesOf<kSecondOrder>::kNodeName, 3,
     // saved: a, b, output
-    [](const CallView& c, const at::Tensor& grad, const variable_list& saved, const std::vector<bool>& is_needed) {
+    [](const CallView& c, const variable_list& grads, const variable_list& saved, const std::vector<bool>& is_needed) {
       using D = DerivativesOf<kSecondOrder>;
       const RowArguments rows = c.rows();
       const SecondOrderCall second{saved[0], saved[1], saved[2], rows, c.packed};
@@ -219,33 +221,19 @@ constexpr GradientFormula kSecondOrderFormula = {
       variable_list result(3);
       for (size_t i = 0; i < result.size(); ++i) {
         if (is_needed[i]) {
-          result[i] = kGradients[i](second, grad);
+          result[i] = kGradients[i](second, grads[0]);
         }
       }
       return result;
     }};
 
-at::Tensor tangent_of(const at::Tensor& tensor) { return tensor._fw_grad(/*level=*/0); }
-
-bool has_tangent(const at::Tensor& tensor) { return tangent_of(tensor).defined(); }
-
-at::Tensor primal_of(const at::Tensor& tensor) { return has_tangent(tensor) ? tensor._fw_primal(/*level=*/0) : tensor; }
-
-void set_tangent(const at::Tensor& tensor, const at::Tensor& tangent, bool is_in_place) {
-  tensor._set_fw_grad(tangent, /*level=*/0, is_in_place);
-}
-
-CallView view_of(const RowArguments& rows, OptionalSymInt packed, at::ScalarType input_dtype) {
-  return {{rows.dim, rows.scale, packed, input_dtype}, rows.lengths, rows.starts};
-}
-
 template <Operation kForward>
-at::Tensor forward(const at::Tensor& input, const RowArguments& rows, OptionalType dtype, bool validate,
-                   OptionalSymInt packed) {
+at::Tensor forward(const at::Tensor& input, const RowArguments& rows, OptionalDouble padding_value, OptionalType dtype,
+                   bool validate, OptionalSymInt packed) {
   at::Tensor output;
   {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    output = call<kForward>(input, rows, dtype, validate, packed);
+    output = call<kForward>(input, rows, padding_value, dtype, validate, packed);
   }
   const CallView view = view_of(rows, packed, input.scalar_type());
   OperatorNode::Pointer owner;
@@ -337,20 +325,22 @@ at::Tensor second_order(const at::Tensor& a, const at::Tensor& b, const at::Tens
 }
 
 template <Operation kForward>
-void forward_out(const at::Tensor& input, const RowArguments& rows, OptionalType dtype, bool validate,
-                 at::Tensor& out) {
+void forward_out(const at::Tensor& input, const RowArguments& rows, const OptionalTensor& sink,
+                 OptionalDouble padding_value, OptionalType dtype, bool validate, at::Tensor& out) {
   constexpr const char* kName = info_of(kForward).name;
-  TORCH_CHECK(!torch::autograd::compute_requires_grad(input, out), kName,
+  TORCH_CHECK(!torch::autograd::compute_requires_grad(input, out, sink), kName,
               "(): functions with out=... arguments don't support automatic differentiation, but one of the arguments "
               "requires grad.");
-  TORCH_CHECK_NOT_IMPLEMENTED(!has_tangent(input) && !has_tangent(out), kName,
+  TORCH_CHECK_NOT_IMPLEMENTED(!has_tangent(input) && !has_tangent(out) && !(sink.has_value() && has_tangent(*sink)),
+                              kName,
                               "(): functions with out=... arguments don't support forward-mode differentiation, but "
                               "one of the arguments has a tangent.");
   const at::AutoDispatchBelowAutograd below_autograd;  // in_place.cpp is next
-  call_operator<OutOperator<kForward>>(input, rows, dtype, validate, out);
+  call_operator<OutOperator<kForward>>(input, rows, sink, padding_value, dtype, validate, out);
 }
 
-void softmax_in_place(at::Tensor& input, const RowArguments& rows, bool validate) {
+// sink: null if there is none; then nothing is differentiated with respect to it.
+void compute_in_place(at::Tensor& input, const RowArguments& rows, const at::Tensor* sink, bool validate) {
   torch::autograd::check_inplace(input, torch::autograd::compute_requires_grad(input));
   const CallView view = view_of(rows, std::nullopt, input.scalar_type());
   OperatorNode::Pointer owner;
@@ -360,12 +350,17 @@ void softmax_in_place(at::Tensor& input, const RowArguments& rows, bool validate
   if (has_tangent(input)) {
     // Of copies: an outer level of differentiation may save them or their tangents, which are overwritten below.
     const at::Tensor primal = primal_of(input).clone();
-    const at::Tensor y = call<Operation::kSoftmax>(primal, rows, primal.scalar_type(), validate, std::nullopt);
+    const at::Tensor y =
+        call<Operation::kSoftmax>(primal, rows, std::nullopt, primal.scalar_type(), validate, std::nullopt);
     tangent = call<Operation::kSoftmaxBackward>(tangent_of(input).clone(), y, rows, y.scalar_type(), std::nullopt);
   }
   {
     const at::AutoDispatchBelowAutograd below_autograd;  // in_place.cpp is next
-    call_operator<SoftmaxInPlaceOperator>(input, rows, validate);
+    if (sink != nullptr) {
+      call_operator<SinkInPlaceOperator>(input, *sink, rows, validate);
+    } else {
+      call_operator<SoftmaxInPlaceOperator>(input, rows, validate);
+    }
   }
   if (node != nullptr) {
     torch::autograd::rebase_history(input, owner);
@@ -379,6 +374,21 @@ void softmax_in_place(at::Tensor& input, const RowArguments& rows, bool validate
   }
 }
 
+void softmax_in_place(at::Tensor& input, const RowArguments& rows, bool validate) {
+  compute_in_place(input, rows, nullptr, validate);
+}
+
+void softmax_with_sink_in_place(at::Tensor& input, const at::Tensor& sink, const RowArguments& rows, bool validate) {
+  if (!torch::autograd::compute_requires_grad(sink) && !has_tangent(sink) && !has_tangent(input)) {
+    return compute_in_place(input, rows, &sink, validate);
+  }
+  // The derivative also takes the sink's weight, which is one more result.
+  torch::autograd::check_inplace(input, /*requires_grad=*/true);
+  const auto [output, weight] =
+      call_with_sink<Operation::kSoftmax>(input, sink, rows, std::nullopt, input.scalar_type(), validate, std::nullopt);
+  input.copy_(output);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(masked_softmax_ext, Autograd, m) {
@@ -388,7 +398,9 @@ TORCH_LIBRARY_IMPL(masked_softmax_ext, Autograd, m) {
     if constexpr (kInfo.signature == Signature::kForward) {
       m.impl(full_name(OutOperator<kOperation>()).c_str(), ForwardOut::kernel<forward_out<kOperation>>);
     }
-    if constexpr (DerivativesOf<kOperation>::kNodeName == nullptr) {
+    if constexpr (returns_or_takes_row_numbers(kInfo.signature)) {
+      // autograd_rows.cpp
+    } else if constexpr (DerivativesOf<kOperation>::kNodeName == nullptr) {
       m.impl(kInfo.name, torch::autograd::autogradNotImplementedFallback());
     } else if constexpr (kInfo.signature == Signature::kForward) {
       m.impl(kInfo.name, Forward::kernel<forward<kOperation>>);
@@ -396,12 +408,12 @@ TORCH_LIBRARY_IMPL(masked_softmax_ext, Autograd, m) {
       m.impl(kInfo.name, Backward::kernel<derivative<kOperation>>);
     } else if constexpr (kInfo.signature == Signature::kJvp) {
       m.impl(kInfo.name, Jvp::kernel<jvp<kOperation>>);
-    } else {
-      static_assert(kInfo.signature == Signature::kSecondOrder);
+    } else if constexpr (kInfo.signature == Signature::kSecondOrder) {
       m.impl(kInfo.name, SecondOrder::kernel<second_order<kOperation>>);
     }
   });
   m.impl(SoftmaxInPlaceOperator::kName, InPlace::kernel<softmax_in_place>);
+  m.impl(SinkInPlaceOperator::kName, InPlaceWithSink::kernel<softmax_with_sink_in_place>);
 }
 
 }  // namespace masked_softmax

@@ -2,6 +2,7 @@
 
 #include <torch/csrc/autograd/functions/utils.h>
 
+#include <algorithm>
 #include <memory>
 #include <mutex>
 #include <type_traits>
@@ -94,20 +95,20 @@ variable_list OperatorNode::unpack() {
 }
 
 variable_list OperatorNode::gradients_of(const GradientFormula& formula, const CallOptions& options,
-                                         const at::Tensor& grad, const variable_list& tensors,
+                                         const variable_list& grads, const variable_list& tensors,
                                          const std::vector<bool>& is_needed) {
-  if (!grad.defined()) {
+  if (std::none_of(grads.begin(), grads.end(), [](const at::Tensor& grad) { return grad.defined(); })) {
     return variable_list(formula.inputs);
   }
   const auto bounds = [&](size_t i) { return tensors[i].defined() ? OptionalTensor(tensors[i]) : std::nullopt; };
   const OptionalTensor lengths = bounds(0);
   const OptionalTensor starts = bounds(1);
-  return formula.gradients({options, lengths, starts}, grad, {tensors.begin() + 2, tensors.end()}, is_needed);
+  return formula.gradients({options, lengths, starts}, grads, {tensors.begin() + 2, tensors.end()}, is_needed);
 }
 
 variable_list OperatorNode::apply(variable_list&& grads) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return gradients_of(formula_, options_, grads[0], unpack(), needed());
+  return gradients_of(formula_, options_, grads, unpack(), needed());
 }
 
 void OperatorNode::release_variables() {

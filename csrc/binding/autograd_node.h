@@ -34,12 +34,29 @@ struct CallView : CallOptions {
 struct GradientFormula {
   const char* node_name;
   size_t inputs;  // number of tensors that the operator is differentiated with respect to
-  // Returns the gradients of the inputs, where is_needed, from the gradient of the result. `saved` holds the tensors
-  // that save() got, in order.
-  torch::autograd::variable_list (*gradients)(const CallView& call, const at::Tensor& grad,
+  // Returns the gradients of the inputs, where is_needed, from the gradients of the results, of which at least one is
+  // defined. `saved` holds the tensors that save() got, in order.
+  torch::autograd::variable_list (*gradients)(const CallView& call, const torch::autograd::variable_list& grads,
                                               const torch::autograd::variable_list& saved,
                                               const std::vector<bool>& is_needed);
 };
+
+inline CallView view_of(const RowArguments& rows, OptionalSymInt packed, at::ScalarType input_dtype) {
+  return {{rows.dim, rows.scale, packed, input_dtype}, rows.lengths, rows.starts};
+}
+
+// Tangents of forward-mode differentiation.
+inline at::Tensor tangent_of(const at::Tensor& tensor) { return tensor._fw_grad(/*level=*/0); }
+
+inline bool has_tangent(const at::Tensor& tensor) { return tangent_of(tensor).defined(); }
+
+inline at::Tensor primal_of(const at::Tensor& tensor) {
+  return has_tangent(tensor) ? tensor._fw_primal(/*level=*/0) : tensor;
+}
+
+inline void set_tangent(const at::Tensor& tensor, const at::Tensor& tangent, bool is_in_place) {
+  tensor._set_fw_grad(tangent, /*level=*/0, is_in_place);
+}
 
 class OperatorNode : public torch::autograd::Node {
  public:
@@ -72,7 +89,7 @@ class OperatorNode : public torch::autograd::Node {
 
   // tensors: lengths, starts, and those of the formula.
   static torch::autograd::variable_list gradients_of(const GradientFormula& formula, const CallOptions& options,
-                                                     const at::Tensor& grad,
+                                                     const torch::autograd::variable_list& grads,
                                                      const torch::autograd::variable_list& tensors,
                                                      const std::vector<bool>& is_needed);
 

@@ -54,6 +54,12 @@ std::vector<c10::SymInt> row_shape(const at::Tensor& input, int64_t dim) {
   return shape;
 }
 
+std::vector<c10::SymInt> packed_row_shape(const at::Tensor& values, int64_t dim, const at::Tensor& lengths) {
+  std::vector<c10::SymInt> shape = row_shape(values, dim);
+  shape.insert(shape.begin(), lengths.sym_size(0));
+  return shape;
+}
+
 bool is_one(int64_t size) { return size == 1; }
 bool is_one(const c10::SymInt& size) { return TORCH_GUARD_OR_FALSE(size.sym_eq(1)); }
 
@@ -216,6 +222,29 @@ void check_row_arguments(const at::Tensor& input, const CallArguments& arguments
   check_row_index("starts", arguments.starts, input, dim, arguments.name);
 }
 
+std::vector<c10::SymInt> row_shape(const at::Tensor& input, const CallArguments& arguments) {
+  const int64_t dim = at::maybe_wrap_dim(arguments.dim, input.dim());
+  return arguments.packed.has_value() ? packed_row_shape(input, dim, *arguments.lengths) : row_shape(input, dim);
+}
+
+void check_row_input(const char* what, const at::Tensor& input, const CallArguments& arguments) {
+  const at::Tensor& given = *arguments.row_input;
+  TORCH_CHECK_TYPE(is_floating(given.scalar_type()), arguments.name, "(): expected ", what,
+                   " to be a number or a tensor of a floating point type (", names_of(ElementKind::kFloating),
+                   "), but got a tensor of ", given.scalar_type());
+  TORCH_CHECK_VALUE(given.device() == input.device(), arguments.name, "(): expected ", what,
+                    " on the device of input, ", input.device(), ", but got ", what, " on ", given.device());
+  const std::vector<c10::SymInt> rows = row_shape(input, arguments);
+  const c10::SymIntArrayRef sizes = given.sym_sizes();
+  bool fits = sizes.size() <= rows.size();
+  for (size_t k = 0; fits && k < sizes.size(); ++k) {
+    fits = is_one(sizes[k]) || is_same_size(sizes[k], rows[k]);
+  }
+  TORCH_CHECK_VALUE(fits, arguments.name, "(): expected ", what, " to broadcast, from its first dimension on, to the ",
+                    "shape of the rows, ", c10::SymIntArrayRef(rows), ", but got ", what, " of shape ", sizes,
+                    " for input of shape ", input.sym_sizes());
+}
+
 void check_no_internal_overlap(const at::Tensor& output, const char* name) {
   TORCH_CHECK_VALUE(at::has_internal_overlap(output) == at::MemOverlap::No || !shares_own_elements(output), name,
                     "(): expected an output whose elements each have memory of their own, but got one of shape ",
@@ -244,6 +273,9 @@ void check_output(const at::Tensor& output, const at::Tensor& input, at::ScalarT
   check_apart("input", input, true);
   check_apart("lengths", arguments.lengths, false);
   check_apart("starts", arguments.starts, false);
+  if (arguments.row_input != nullptr) {
+    check_apart("sink", *arguments.row_input, false);
+  }
 }
 
 void check_like_output(const char* what, const at::Tensor& tensor, const at::Tensor& output,

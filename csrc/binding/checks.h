@@ -4,6 +4,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/ScalarType.h>
 
+#include <vector>
+
 #include "binding/operators.h"
 #include "common/problem.h"
 
@@ -13,6 +15,9 @@ struct CallArguments : RowArguments {
   const char* name;       // of the function that messages name
   OptionalSymInt packed;  // for packed rows, an upper bound of their lengths: see operators.h
   bool validate;          // CUDA: check bounds before the launch, which synchronizes
+  OptionalDouble padding_value = std::nullopt;
+  const at::Tensor* row_input = nullptr;   // the sink, or row_scale's factor
+  const at::Tensor* row_result = nullptr;  // for the sink's weight
 
   // Of a call with data, where sizes are not symbols.
   int64_t packed_bound() const { return packed->guard_int(__FILE__, __LINE__); }
@@ -28,6 +33,12 @@ void check_row_arguments(const at::Tensor& input, const CallArguments& arguments
 // tensor (except that it may be the input itself).
 void check_output(const at::Tensor& output, const at::Tensor& input, at::ScalarType dtype,
                   const CallArguments& arguments);
+
+// The shape of one number a row. For packed rows the batch of rows comes first.
+std::vector<c10::SymInt> row_shape(const at::Tensor& input, const CallArguments& arguments);
+
+// Checks the type, device and shape of arguments.row_input, for scores like `input`.
+void check_row_input(const char* what, const at::Tensor& input, const CallArguments& arguments);
 
 void check_no_internal_overlap(const at::Tensor& output, const char* name);
 

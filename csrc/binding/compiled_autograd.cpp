@@ -43,7 +43,7 @@ variable_list OperatorNode::apply_with_saved(const variable_list& grads,
     PackedArgs args(values);
     const auto tensors = args.unpack<variable_list>();
     const auto is_needed = args.unpack<std::vector<bool>>();
-    return gradients_of(*formula, options, inputs[0], tensors, is_needed);
+    return gradients_of(*formula, options, inputs, tensors, is_needed);
   };
   PackedArgs args;
   args.pack(unpack());

@@ -40,8 +40,8 @@ struct Cpu {
   static void compute(Operation operation, const at::Tensor& output, std::initializer_list<const at::Tensor*> inputs,
                       const CallArguments& arguments) {
     Problem problem = make_problem(operation, output, inputs, arguments);
-    check_bounds(problem, output, arguments);
-    if (problem.rows > 0 && problem.cols > 0) {
+    check_bounds(problem, scores_of(operation, output, inputs), arguments);
+    if (problem.rows > 0 && (problem.cols > 0 || problem.row_result.data != nullptr)) {
       run_on_threads(problem);
     }
   }

@@ -38,7 +38,7 @@ void check_bounds_on_host(Operation operation, const at::Tensor& output,
                               arguments.packed,
                               /*validate=*/true};
   Problem problem = make_problem(operation, output, inputs, on_host);
-  check_bounds(problem, output, on_host);
+  check_bounds(problem, scores_of(operation, output, inputs), on_host);
 }
 
 // A misaligned load on a GPU is an error that invalidates the context. torch makes no misaligned tensors, but accepts
@@ -57,6 +57,7 @@ void check_alignment(const Problem& problem, const char* name) {
   }
   check_alignment(problem.lengths.data, problem.lengths.type, "lengths", name);
   check_alignment(problem.starts.data, problem.starts.type, "starts", name);
+  check_alignment(problem.row_input.data, problem.row_input.type, "sink", name);
 }
 
 struct Cuda {
@@ -71,7 +72,7 @@ struct Cuda {
     }
     Problem problem = make_problem(operation, output, inputs, arguments);
     if (problem.rows == 0 || problem.cols == 0) {
-      return fill_uncovered(output, arguments);
+      return fill_uncovered(operation, output, arguments);
     }
     check_alignment(problem, arguments.name);
     const c10::cuda::CUDAGuard guard(output.device());
@@ -80,7 +81,7 @@ struct Cuda {
           std::clamp<int64_t>(arguments.lengths->to(at::kLong).max().item<int64_t>(), 0, problem.cols);
     }
     if (problem.longest() == 0) {
-      return fill_uncovered(output, arguments);
+      return fill_uncovered(operation, output, arguments);
     }
     const cuda::Strategy forced = forced_strategy.load(std::memory_order_relaxed);
     cuda::DeviceProperties device;
@@ -100,7 +101,14 @@ struct Cuda {
 
  private:
   // Elements that no packed row covers are NaN: all of them, where no row may have any. A launch fills them itself.
-  static void fill_uncovered(const at::Tensor& output, const CallArguments& arguments) {
+  static void fill_uncovered(Operation operation, const at::Tensor& output, const CallArguments& arguments) {
+    if (is_reduction(operation)) {
+      output.fill_(operation == Operation::kLogSumExp ? -std::numeric_limits<double>::infinity() : 0.0);
+      return;
+    }
+    if (arguments.row_result != nullptr) {
+      arguments.row_result->fill_(1);  // the sink is all that an empty row has
+    }
     if (arguments.packed.has_value()) {
       output.fill_(std::numeric_limits<double>::quiet_NaN());
     }

@@ -7,7 +7,11 @@
 //                       const CallArguments&);
 #pragma once
 
+#include <ATen/ops/empty.h>
+#include <c10/core/ScalarType.h>
 #include <torch/library.h>
+
+#include <tuple>
 
 #include "binding/checks.h"
 #include "binding/operators.h"
@@ -17,10 +21,9 @@ namespace masked_softmax {
 template <class Device>
 struct DeviceOps {
   template <Operation kOperation>
-  static at::Tensor forward(const at::Tensor& input, const RowArguments& rows, OptionalType dtype, bool validate,
-                            OptionalSymInt packed) {
-    constexpr OperationInfo kInfo = info_of(kOperation);
-    const CallArguments arguments{rows, packed.has_value() ? kInfo.packed_name : kInfo.name, packed, validate};
+  static at::Tensor forward(const at::Tensor& input, const RowArguments& rows, OptionalDouble padding_value,
+                            OptionalType dtype, bool validate, OptionalSymInt packed) {
+    const CallArguments arguments{rows, name_of(kOperation, packed), packed, validate, padding_value};
     const at::ScalarType type = result_dtype(arguments.name, input.scalar_type(), dtype);
     check_row_arguments(input, arguments);
     at::Tensor output = Device::empty(input, type, arguments);
@@ -29,14 +32,70 @@ struct DeviceOps {
   }
 
   template <Operation kOperation>
-  static void forward_out(const at::Tensor& input, const RowArguments& rows, OptionalType dtype, bool validate,
-                          at::Tensor& out) {
-    compute_into(kOperation, out, input, dtype, {rows, info_of(kOperation).name, std::nullopt, validate});
+  static std::tuple<at::Tensor, at::Tensor> forward_with_sink(const at::Tensor& input, const at::Tensor& sink,
+                                                              const RowArguments& rows, OptionalDouble padding_value,
+                                                              OptionalType dtype, bool validate,
+                                                              OptionalSymInt packed) {
+    CallArguments arguments{rows, name_of(kOperation, packed), packed, validate, padding_value, &sink};
+    const at::ScalarType type = result_dtype(arguments.name, input.scalar_type(), dtype);
+    check_row_arguments(input, arguments);
+    check_row_input("sink", input, arguments);
+    at::Tensor output = Device::empty(input, type, arguments);
+    at::Tensor sink_weight = empty_rows(input, c10::promoteTypes(type, at::kFloat), arguments);
+    arguments.row_result = &sink_weight;
+    Device::compute(kOperation, output, {&input}, arguments);
+    return {output, sink_weight};
+  }
+
+  template <Operation kOperation>
+  static void forward_out(const at::Tensor& input, const RowArguments& rows, const OptionalTensor& sink,
+                          OptionalDouble padding_value, OptionalType dtype, bool validate, at::Tensor& out) {
+    compute_into(kOperation, out, input, dtype,
+                 {rows, info_of(kOperation).name, std::nullopt, validate, padding_value, pointer_to(sink)});
   }
 
   static void softmax_in_place(at::Tensor& input, const RowArguments& rows, bool validate) {
     compute_into(Operation::kSoftmax, input, input, std::nullopt,
                  {rows, SoftmaxInPlaceOperator::kName, std::nullopt, validate});
+  }
+
+  static void softmax_with_sink_in_place(at::Tensor& input, const at::Tensor& sink, const RowArguments& rows,
+                                         bool validate) {
+    compute_into(Operation::kSoftmax, input, input, std::nullopt,
+                 {rows, SoftmaxInPlaceOperator::kName, std::nullopt, validate, std::nullopt, &sink});
+  }
+
+  template <Operation kOperation>
+  static at::Tensor reduction(const at::Tensor& input, const RowArguments& rows, OptionalType dtype, bool validate,
+                              OptionalSymInt packed) {
+    const CallArguments arguments{rows, info_of(kOperation).name, packed, validate};
+    const at::ScalarType type = result_dtype(arguments.name, input.scalar_type(), dtype);
+    check_row_arguments(input, arguments);
+    at::Tensor result = empty_rows(input, type, arguments);
+    Device::compute(kOperation, result, {&input}, arguments);
+    return result;
+  }
+
+  static at::Tensor row_dot(const at::Tensor& a, const at::Tensor& b, const RowArguments& rows, OptionalSymInt packed) {
+    const CallArguments arguments{rows, info_of(Operation::kRowDot).name, packed, /*validate=*/false};
+    const at::ScalarType type = result_dtype(arguments.name, b.scalar_type(), std::nullopt);
+    check_row_arguments(b, arguments);
+    check_like_output("a", a, b, arguments);
+    at::Tensor result = empty_rows(b, c10::promoteTypes(type, at::kFloat), arguments);
+    Device::compute(Operation::kRowDot, result, {&a, &b}, arguments);
+    return result;
+  }
+
+  static at::Tensor row_scale(const at::Tensor& a, const at::Tensor& factor, const RowArguments& rows,
+                              OptionalSymInt packed) {
+    const CallArguments arguments{rows,   info_of(Operation::kRowScale).name, packed, /*validate=*/false, std::nullopt,
+                                  &factor};
+    const at::ScalarType type = result_dtype(arguments.name, a.scalar_type(), std::nullopt);
+    check_row_arguments(a, arguments);
+    check_row_input("factor", a, arguments);
+    at::Tensor result = Device::empty(a, type, arguments);
+    Device::compute(Operation::kRowScale, result, {&a}, arguments);
+    return result;
   }
 
   template <Operation kOperation>
@@ -64,20 +123,38 @@ struct DeviceOps {
       constexpr OperationInfo kInfo = info_of(kOperation);
       if constexpr (kInfo.signature == Signature::kForward) {
         library.impl(kInfo.name, Forward::kernel<forward<kOperation>>);
+        library.impl(kInfo.sink_name, ForwardWithSink::kernel<forward_with_sink<kOperation>>);
         library.impl(full_name(OutOperator<kOperation>()).c_str(), ForwardOut::kernel<forward_out<kOperation>>);
       } else if constexpr (kInfo.signature == Signature::kBackward) {
         library.impl(kInfo.name, Backward::kernel<backward<kOperation>>);
       } else if constexpr (kInfo.signature == Signature::kJvp) {
         library.impl(kInfo.name, Jvp::kernel<jvp<kOperation>>);
+      } else if constexpr (kInfo.signature == Signature::kReduction) {
+        library.impl(kInfo.name, Reduction::kernel<reduction<kOperation>>);
+      } else if constexpr (kInfo.signature == Signature::kRowDot) {
+        library.impl(kInfo.name, RowDot::kernel<row_dot>);
+      } else if constexpr (kInfo.signature == Signature::kRowScale) {
+        library.impl(kInfo.name, RowScale::kernel<row_scale>);
       } else {
         static_assert(kInfo.signature == Signature::kSecondOrder);
         library.impl(kInfo.name, SecondOrder::kernel<second_order<kOperation>>);
       }
     });
     library.impl(SoftmaxInPlaceOperator::kName, InPlace::kernel<softmax_in_place>);
+    library.impl(SinkInPlaceOperator::kName, InPlaceWithSink::kernel<softmax_with_sink_in_place>);
   }
 
  private:
+  static const char* name_of(Operation operation, const OptionalSymInt& packed) {
+    return packed.has_value() ? info_of(operation).packed_name : info_of(operation).name;
+  }
+
+  static const at::Tensor* pointer_to(const OptionalTensor& tensor) { return tensor.has_value() ? &*tensor : nullptr; }
+
+  static at::Tensor empty_rows(const at::Tensor& input, at::ScalarType dtype, const CallArguments& arguments) {
+    return at::empty_symint(row_shape(input, arguments), input.options().dtype(dtype));
+  }
+
   struct NamedTensor {
     const char* name;
     const at::Tensor* tensor;
@@ -87,6 +164,9 @@ struct DeviceOps {
                            const CallArguments& arguments) {
     const at::ScalarType type = result_dtype(arguments.name, input.scalar_type(), dtype);
     check_row_arguments(input, arguments);
+    if (arguments.row_input != nullptr) {
+      check_row_input("sink", input, arguments);
+    }
     check_output(output, input, type, arguments);
     Device::compute(operation, output, {&input}, arguments);
   }

@@ -55,11 +55,16 @@ RowIndex make_row_index(const std::optional<at::Tensor>& tensor, int64_t value_o
   return index;
 }
 
+int64_t broadcast_stride(const at::Tensor& rows, int64_t row_dim) {
+  return row_dim >= rows.dim() || rows.size(row_dim) == 1 ? 0 : rows.stride(row_dim);
+}
+
 int64_t row_index_stride(const std::optional<at::Tensor>& index, int64_t row_dim) {
-  if (!index.has_value() || row_dim >= index->dim() || index->size(row_dim) == 1) {
-    return 0;
-  }
-  return index->stride(row_dim);
+  return index.has_value() ? broadcast_stride(*index, row_dim) : 0;
+}
+
+int64_t row_input_stride(const at::Tensor* row_input, int64_t row_dim) {
+  return row_input != nullptr ? broadcast_stride(*row_input, row_dim) : 0;
 }
 
 void add_row_dimension(Problem& problem, int64_t size, const RowStrides& strides, const char* name) {
@@ -68,6 +73,11 @@ void add_row_dimension(Problem& problem, int64_t size, const RowStrides& strides
 }
 
 }  // namespace
+
+const at::Tensor& scores_of(Operation operation, const at::Tensor& output,
+                            std::initializer_list<const at::Tensor*> inputs) {
+  return is_reduction(operation) ? **inputs.begin() : output;
+}
 
 Problem make_problem(Operation operation, const at::Tensor& output, std::initializer_list<const at::Tensor*> inputs,
                      const CallArguments& arguments) {
@@ -81,14 +91,33 @@ Problem make_problem(Operation operation, const at::Tensor& output, std::initial
     }
   }
 
-  const int64_t ndim = output.dim();
+  if (arguments.row_input != nullptr) {
+    check_memory(*arguments.row_input, arguments.name);
+  }
+
+  const at::Tensor& scores = scores_of(operation, output, inputs);
+  const int64_t ndim = scores.dim();
   const int64_t dim = at::maybe_wrap_dim(arguments.dim, ndim);
   Problem problem;
   problem.operation = operation;
   problem.scale = arguments.scale.value_or(1.0);
   problem.rows = 1;
-  problem.cols = columns(output, dim).size;
-  problem.output = make_operand(output, dim, output.mutable_data_ptr());
+  problem.cols = columns(scores, dim).size;
+  problem.padding = arguments.padding_value;
+  const at::Tensor* const row_result = is_reduction(operation) ? &output : arguments.row_result;
+  if (row_result != nullptr) {
+    problem.row_result = {row_result->mutable_data_ptr(), element_type(row_result->scalar_type())};
+  }
+  if (is_reduction(operation)) {
+    problem.output.data = problem.row_result.data;  // it has no elements
+    problem.output.type = problem.row_result.type;
+  } else {
+    problem.output = make_operand(output, dim, output.mutable_data_ptr());
+  }
+  if (arguments.row_input != nullptr) {
+    problem.row_input.data = arguments.row_input->const_data_ptr();
+    problem.row_input.type = element_type(arguments.row_input->scalar_type());
+  }
   problem.input_count = 0;
   for (const at::Tensor* input : inputs) {
     problem.inputs[problem.input_count++] = make_operand(*input, dim, const_cast<void*>(input->const_data_ptr()));
@@ -100,11 +129,12 @@ Problem make_problem(Operation operation, const at::Tensor& output, std::initial
   if (arguments.packed.has_value()) {
     const int64_t bound = arguments.packed_bound();
     const int64_t longest = bound >= 0 ? bound : problem.cols;
-    problem.packing = {true, longest < problem.cols ? longest : problem.cols, output.numel(),
-                       arguments.lengths->size(0)};
+    problem.packing = {true, longest < problem.cols ? longest : problem.cols, scores.numel(),
+                       is_reduction(operation) ? 0 : arguments.lengths->size(0)};
     RowStrides strides;
     strides.lengths = arguments.lengths->stride(0);
     strides.starts = arguments.starts->stride(0);
+    strides.row_input = row_input_stride(arguments.row_input, 0);
     add_row_dimension(problem, arguments.lengths->size(0), strides, arguments.name);
     row_dim = 1;  // the others are broadcast
   }
@@ -113,13 +143,14 @@ Problem make_problem(Operation operation, const at::Tensor& output, std::initial
       continue;
     }
     RowStrides strides;
-    strides.output = output.stride(d);
+    strides.output = is_reduction(operation) ? 0 : output.stride(d);
     for (int k = 0; k < problem.input_count; ++k) {
       strides.inputs[k] = inputs.begin()[k]->stride(d);
     }
     strides.lengths = row_index_stride(arguments.lengths, row_dim);
     strides.starts = row_index_stride(arguments.starts, row_dim);
-    add_row_dimension(problem, output.size(d), strides, arguments.name);
+    strides.row_input = row_input_stride(arguments.row_input, row_dim);
+    add_row_dimension(problem, scores.size(d), strides, arguments.name);
     ++row_dim;
   }
   return problem;

@@ -22,7 +22,8 @@ namespace py = pybind11;
 namespace masked_softmax {
 namespace {
 
-using PythonForward = OperatorSignature<at::Tensor, Scores<const at::Tensor&>, OptionalType, bool, OptionalTensor>;
+using PythonForward =
+    OperatorSignature<at::Tensor, Scores<const at::Tensor&>, OptionalDouble, OptionalType, bool, OptionalTensor>;
 using PythonInPlace = OperatorSignature<at::Tensor, Scores<at::Tensor>, bool>;
 
 // torch.jit.trace follows sizes as 0-dim tensors, which are on the CPU wherever the scores are.
@@ -31,18 +32,19 @@ OptionalTensor traced_to_device(const OptionalTensor& bounds, const at::Tensor& 
 }
 
 template <Operation kOperation>
-at::Tensor forward(const at::Tensor& input, const RowArguments& rows, OptionalType dtype, bool validate,
-                   OptionalTensor out) {
+at::Tensor forward(const at::Tensor& input, const RowArguments& rows, OptionalDouble padding_value, OptionalType dtype,
+                   bool validate, OptionalTensor out) {
   if (out.has_value()) {
-    call_operator<OutOperator<kOperation>>(input, rows, dtype, validate, *out);
+    call_operator<OutOperator<kOperation>>(input, rows, std::nullopt, padding_value, dtype, validate, *out);
     return *out;
   }
   if (C10_UNLIKELY(torch::jit::tracer::isTracing())) {
     const OptionalTensor lengths = traced_to_device(rows.lengths, input);
     const OptionalTensor starts = traced_to_device(rows.starts, input);
-    return call<kOperation>(input, RowArguments{lengths, rows.dim, starts, rows.scale}, dtype, validate, std::nullopt);
+    return call<kOperation>(input, RowArguments{lengths, rows.dim, starts, rows.scale}, padding_value, dtype, validate,
+                            std::nullopt);
   }
-  return call<kOperation>(input, rows, dtype, validate, std::nullopt);
+  return call<kOperation>(input, rows, padding_value, dtype, validate, std::nullopt);
 }
 
 at::Tensor softmax_in_place(at::Tensor input, const RowArguments& rows, bool validate) {
@@ -50,12 +52,29 @@ at::Tensor softmax_in_place(at::Tensor input, const RowArguments& rows, bool val
   return input;
 }
 
-// (name, number of score-shaped tensors that it takes first) of every operator that returns a new tensor.
+// (name, number of score-shaped tensors that it takes first) of every operator that returns a new tensor of their
+// shape, and takes no number a row.
 std::vector<std::pair<std::string, int>> operations() {
   std::vector<std::pair<std::string, int>> result;
   for (Operation operation : kOperations) {
     result.emplace_back(info_of(operation).name, input_count(operation));
   }
+  return result;
+}
+
+// Of every other operator that returns new tensors: (name, number of score-shaped tensors that it takes first, whether
+// a tensor of one number a row follows, whether it returns one of the scores' shape, whether one of the rows').
+std::vector<std::tuple<std::string, int, bool, bool, bool>> row_operations() {
+  std::vector<std::tuple<std::string, int, bool, bool, bool>> result;
+  for_each_operation([&](auto operation) {
+    constexpr OperationInfo kInfo = info_of(operation.value);
+    if constexpr (has_variants(operation.value)) {
+      result.emplace_back(kInfo.sink_name, 1, true, true, true);
+    } else if constexpr (returns_or_takes_row_numbers(kInfo.signature)) {
+      constexpr bool kIsReduced = is_reduction(operation.value);
+      result.emplace_back(kInfo.name, input_count(operation.value), !kIsReduced, !kIsReduced, kIsReduced);
+    }
+  });
   return result;
 }
 
@@ -110,6 +129,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("masked_log_softmax", PythonForward::kernel<forward<Operation::kLogSoftmax>>, no_gil);
   m.def("masked_softmax_", PythonInPlace::kernel<softmax_in_place>, no_gil);
   m.def("operations", operations);
+  m.def("row_operations", row_operations);
   m.def("build_info", build_info);
   m.def("cpu_capability", [] { return cpu_capability().name; });
   m.def("cpu_capabilities", supported_capability_names);

@@ -27,6 +27,9 @@ struct ResolveNegative {
   // Tensors without the negative bit; `plain` in place of the one that is written to.
   static at::Tensor& resolved(at::Tensor& /*written*/, at::Tensor& plain) { return plain; }
   static at::Tensor resolved(const at::Tensor& tensor, at::Tensor& /*plain*/) { return tensor.resolve_neg(); }
+  static OptionalTensor resolved(const OptionalTensor& tensor, at::Tensor& /*plain*/) {
+    return tensor.has_value() ? OptionalTensor(tensor->resolve_neg()) : std::nullopt;
+  }
   template <class Other>
   static const Other& resolved(const Other& argument, at::Tensor& /*plain*/) {
     return argument;

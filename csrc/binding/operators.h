@@ -5,6 +5,7 @@
 //   module.cpp                            Python's functions, which call the operators
 //   operators.h, schema.cpp               signatures and schemas of the operators
 //   autocast, autograd, in_place, negative, not_dense   one file for each dispatch key that wraps the operators
+//   autograd_rows                         autograd's part for operators that return or take a number a row
 //   autograd_node, compiled_autograd      the node of the autograd graph
 //   device_ops.h                          every operator on a device: check, allocate, compute
 //   cpu_ops, cuda_ops, meta_ops, without_cuda           the devices
@@ -26,6 +27,7 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
 
 #include "common/operation.h"
 
@@ -33,6 +35,7 @@ namespace masked_softmax {
 
 using OptionalTensor = std::optional<at::Tensor>;
 using OptionalScale = std::optional<double>;
+using OptionalDouble = std::optional<double>;
 using OptionalType = std::optional<at::ScalarType>;
 using OptionalSymInt = std::optional<c10::SymInt>;
 
@@ -74,18 +77,47 @@ struct OperatorSignature<Result, Scores<Tensors...>, Options...> {
 #define MASKED_SOFTMAX_DERIVATIVE_ROWS "Tensor? lengths, int dim, Tensor? starts, float? scale"
 using InputTensor = const at::Tensor&;
 
-struct Forward : OperatorSignature<at::Tensor, Scores<InputTensor>, OptionalType, bool, OptionalSymInt> {
+struct Forward
+    : OperatorSignature<at::Tensor, Scores<InputTensor>, OptionalDouble, OptionalType, bool, OptionalSymInt> {
   static constexpr const char* kSchema =
       "(Tensor input, " MASKED_SOFTMAX_FORWARD_ROWS
-      ", ScalarType? dtype=None, bool validate=False, SymInt? packed=None) -> Tensor";
+      ", float? padding_value=None, ScalarType? dtype=None, bool validate=False, SymInt? packed=None) -> Tensor";
 };
-struct ForwardOut : OperatorSignature<void, Scores<InputTensor>, OptionalType, bool, at::Tensor&> {
-  static constexpr const char* kSchema = "(Tensor input, " MASKED_SOFTMAX_FORWARD_ROWS
-                                         ", ScalarType? dtype=None, bool validate=False, Tensor(a!) out) -> ()";
+// sink_weight: exp(sink - L) of each row, where L is its logsumexp, sink included.
+struct ForwardWithSink : OperatorSignature<std::tuple<at::Tensor, at::Tensor>, Scores<InputTensor, InputTensor>,
+                                           OptionalDouble, OptionalType, bool, OptionalSymInt> {
+  static constexpr const char* kSchema =
+      "(Tensor input, Tensor sink, " MASKED_SOFTMAX_FORWARD_ROWS
+      ", float? padding_value=None, ScalarType? dtype=None, bool validate=False, SymInt? packed=None)"
+      " -> (Tensor output, Tensor sink_weight)";
+};
+struct ForwardOut : OperatorSignature<void, Scores<InputTensor>, const OptionalTensor&, OptionalDouble, OptionalType,
+                                      bool, at::Tensor&> {
+  static constexpr const char* kSchema =
+      "(Tensor input, " MASKED_SOFTMAX_FORWARD_ROWS
+      ", Tensor? sink=None, float? padding_value=None, ScalarType? dtype=None, bool validate=False, Tensor(a!) out)"
+      " -> ()";
 };
 struct InPlace : OperatorSignature<void, Scores<at::Tensor&>, bool> {
   static constexpr const char* kSchema =
       "(Tensor(a!) input, " MASKED_SOFTMAX_FORWARD_ROWS ", bool validate=False) -> ()";
+};
+struct InPlaceWithSink : OperatorSignature<void, Scores<at::Tensor&, InputTensor>, bool> {
+  static constexpr const char* kSchema =
+      "(Tensor(a!) input, Tensor sink, " MASKED_SOFTMAX_FORWARD_ROWS ", bool validate=False) -> ()";
+};
+struct Reduction : OperatorSignature<at::Tensor, Scores<InputTensor>, OptionalType, bool, OptionalSymInt> {
+  static constexpr const char* kSchema =
+      "(Tensor input, " MASKED_SOFTMAX_FORWARD_ROWS
+      ", ScalarType? dtype=None, bool validate=False, SymInt? packed=None) -> Tensor";
+};
+struct RowDot : OperatorSignature<at::Tensor, Scores<InputTensor, InputTensor>, OptionalSymInt> {
+  static constexpr const char* kSchema =
+      "(Tensor a, Tensor b, " MASKED_SOFTMAX_DERIVATIVE_ROWS ", SymInt? packed=None) -> Tensor";
+};
+struct RowScale : OperatorSignature<at::Tensor, Scores<InputTensor, InputTensor>, OptionalSymInt> {
+  static constexpr const char* kSchema =
+      "(Tensor a, Tensor factor, " MASKED_SOFTMAX_DERIVATIVE_ROWS ", SymInt? packed=None) -> Tensor";
 };
 struct Backward : OperatorSignature<at::Tensor, Scores<InputTensor, InputTensor>, at::ScalarType, OptionalSymInt> {
   static constexpr const char* kSchema = "(Tensor grad_output, Tensor output, " MASKED_SOFTMAX_DERIVATIVE_ROWS
@@ -111,6 +143,7 @@ struct SignatureOf;
     using Type = Signature;                                      \
   };
 #include "common/operations.inc"
+#include "common/row_operations.inc"
 #undef MASKED_SOFTMAX_OPERATION
 
 // The operator of an operation.
@@ -121,7 +154,16 @@ struct FunctionalOperator {
   using Signature = typename SignatureOf<kOperation>::Type;
 };
 
-// Its overload with out=, for a forward operation.
+// Whether it is softmax or log_softmax, which have operators with a sink and overloads with out=.
+constexpr bool has_variants(Operation operation) { return info_of(operation).signature == Signature::kForward; }
+
+template <Operation kOperation>
+struct SinkOperator {
+  static constexpr const char* kName = info_of(kOperation).sink_name;
+  static constexpr const char* kOverload = "";
+  using Signature = ForwardWithSink;
+};
+
 template <Operation kOperation>
 struct OutOperator {
   static constexpr const char* kName = FunctionalOperator<kOperation>::kName;
@@ -135,21 +177,33 @@ struct SoftmaxInPlaceOperator {
   using Signature = InPlace;
 };
 
+struct SinkInPlaceOperator {
+  static constexpr const char* kName = "masked_softmax_with_sink_";
+  static constexpr const char* kOverload = "";
+  using Signature = InPlaceWithSink;
+};
+
 // Calls visit(op) with an object of every type of operator that returns a new tensor.
 template <class Visitor>
 void for_each_functional_operator(const Visitor& visit) {
-  for_each_operation([&](auto operation) { visit(FunctionalOperator<operation.value>()); });
+  for_each_operation([&](auto operation) {
+    visit(FunctionalOperator<operation.value>());
+    if constexpr (has_variants(operation.value)) {
+      visit(SinkOperator<operation.value>());
+    }
+  });
 }
 
 // The same for every operator that writes to an argument.
 template <class Visitor>
 void for_each_writing_operator(const Visitor& visit) {
   for_each_operation([&](auto operation) {
-    if constexpr (is_forward(operation.value)) {
+    if constexpr (has_variants(operation.value)) {
       visit(OutOperator<operation.value>());
     }
   });
   visit(SoftmaxInPlaceOperator());
+  visit(SinkInPlaceOperator());
 }
 
 // As torch::Library names it: masked_softmax, masked_softmax.out.
@@ -176,6 +230,10 @@ auto call_operator(Arguments&&... arguments) {
 template <Operation kOperation, class... Arguments>
 at::Tensor call(Arguments&&... arguments) {
   return call_operator<FunctionalOperator<kOperation>>(std::forward<Arguments>(arguments)...);
+}
+template <Operation kOperation, class... Arguments>
+std::tuple<at::Tensor, at::Tensor> call_with_sink(Arguments&&... arguments) {
+  return call_operator<SinkOperator<kOperation>>(std::forward<Arguments>(arguments)...);
 }
 
 }  // namespace masked_softmax

@@ -119,4 +119,32 @@ struct Formula<Operation::kLogSoftmaxJvpJvpWrtY> {
   }
 };
 
+// (a, b): scale * <a, b>, one number a row
+template <>
+struct Formula<Operation::kRowDot> {
+  static constexpr int kSums = 1;
+  template <class N, class Exp>
+  static MASKED_SOFTMAX_INLINE void terms(const N* in, const Exp& /*exp*/, N* terms) {
+    terms[0] = in[0] * in[1];
+  }
+  template <class N, class Exp>
+  static MASKED_SOFTMAX_INLINE N result(const N* /*in*/, const N* sums, const N& scale, const Exp& /*exp*/) {
+    return scale * sums[0];
+  }
+};
+
+// (a; r): scale * a * r for a number r of each row, which the caller passes in place of the sum
+template <>
+struct Formula<Operation::kRowScale> {
+  static constexpr int kSums = 1;
+  template <class N, class Exp>
+  static MASKED_SOFTMAX_INLINE void terms(const N* /*in*/, const Exp& /*exp*/, N* terms) {
+    terms[0] = N{};
+  }
+  template <class N, class Exp>
+  static MASKED_SOFTMAX_INLINE N result(const N* in, const N* sums, const N& scale, const Exp& /*exp*/) {
+    return scale * in[0] * sums[0];
+  }
+};
+
 }  // namespace masked_softmax

@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <optional>
 
 #include "common/inline.h"
 #include "common/numeric.h"
@@ -33,6 +34,19 @@ struct RowIndex {
   int64_t row_strides[kMaxRowDims];
 };
 
+// One floating point number a row that the caller passes, in its own type, broadcast by strides of 0.
+struct RowInput {
+  const void* data = nullptr;  // null: none
+  ElementType type = ElementType::kFloat32;
+  int64_t row_strides[kMaxRowDims] = {};
+};
+
+// One number a row that the kernel writes, contiguous: that of row r is element r.
+struct RowResult {
+  void* data = nullptr;  // null: none
+  ElementType type = ElementType::kFloat32;
+};
+
 // Packed rows lie end to end without padding: `starts` holds the offset of each row in the buffer, and Problem::cols is
 // the size of the whole buffer.
 struct Packing {
@@ -56,8 +70,13 @@ struct Problem {
   Operand inputs[kMaxInputs];  // in the order of operations.inc
   RowIndex lengths;
   RowIndex starts;
+  RowInput row_input;    // of softmax and log_softmax, the sink; of row_scale, the factor
+  RowResult row_result;  // of a reduction, its result; of softmax and log_softmax, the sink's weight exp(sink - L),
+                         // where L is the row's logsumexp, sink included
+  std::optional<double> padding;  // what padding holds in the output; nullopt: padding_value(operation)
   Packing packing;
 
+  double padding_value() const { return padding.value_or(masked_softmax::padding_value(operation)); }
   constexpr int64_t longest() const { return packing.is_packed ? packing.longest : cols; }
   constexpr int64_t output_elems() const { return packing.is_packed ? packing.output_elems : rows * cols; }
 };
@@ -82,6 +101,22 @@ inline int64_t load_index(const RowIndex& index, int64_t offset) {
     value = static_cast<int64_t>(read_element(static_cast<const decltype(element)*>(index.data) + offset));
   });
   return value;
+}
+
+// In double, which holds the numbers of every type.
+inline double load_row_input(const RowInput& input, int64_t offset) {
+  double value = 0;
+  visit_element_type_of<ElementKind::kFloating>(input.type, [&](auto element) {
+    value = to_acc<double>(read_element(static_cast<const decltype(element)*>(input.data) + offset));
+  });
+  return value;
+}
+
+inline void store_row_result(const RowResult& result, int64_t row, double value) {
+  visit_element_type_of<ElementKind::kFloating>(result.type, [&](auto element) {
+    using T = decltype(element);
+    write_element(static_cast<T*>(result.data) + row, from_acc<T>(value));
+  });
 }
 
 // Whether float32 might not hold scale * log2(e), or a forward pass's x - max where scale is so small that

@@ -11,6 +11,7 @@ struct RowStrides {
   int64_t inputs[kMaxInputs] = {};
   int64_t lengths = 0;
   int64_t starts = 0;
+  int64_t row_input = 0;
 };
 
 // Calls visit(row_strides, stride) for each operand of the problem.
@@ -22,6 +23,7 @@ void for_each_operand(Problem& problem, const RowStrides& strides, const Visit& 
   }
   visit(problem.lengths.row_strides, strides.lengths);
   visit(problem.starts.row_strides, strides.starts);
+  visit(problem.row_input.row_strides, strides.row_input);
 }
 
 // Adds a row dimension inside of those that the problem has. It is merged with the last one if that keeps every

@@ -13,12 +13,16 @@ namespace masked_softmax {
 class RowRun {
  public:
   int64_t rows = 0;
+  int64_t first_row = 0;  // the problem's number of row 0
 
   int64_t output_offset(int64_t i) const { return output_.at(i); }
   int64_t input_offset(int input, int64_t i) const { return inputs_[input].at(i); }
 
   int64_t output_step() const { return output_.step; }
   int64_t input_step(int input) const { return inputs_[input].step; }
+
+  int64_t row_input_offset(int64_t i) const { return row_input_.at(i); }
+  int64_t row_input_step() const { return row_input_.step; }
 
   // As the caller gave them.
   int64_t raw_start(int64_t i) const { return load_index(*starts_index_, starts_.at(i)); }
@@ -91,12 +95,14 @@ class RowRun {
   Offset inputs_[kMaxInputs];
   Offset lengths_;
   Offset starts_;
+  Offset row_input_;
 };
 
 class RowWalker {
  public:
   // Walks the rows [begin, end).
   RowWalker(const Problem& problem, int64_t begin, int64_t end) : problem_(problem), left_(end - begin) {
+    next_.first_row = begin;
     next_.cols_ = problem.cols;
     next_.lengths_index_ = &problem.lengths;
     next_.starts_index_ = &problem.starts;
@@ -108,6 +114,7 @@ class RowWalker {
       }
       next_.lengths_.step = problem.lengths.row_strides[inner];
       next_.starts_.step = problem.starts.row_strides[inner];
+      next_.row_input_.step = problem.row_input.row_strides[inner];
     }
     for (int dim = inner; dim >= 0; --dim) {
       position_[dim] = begin % problem.row_sizes[dim];
@@ -125,6 +132,7 @@ class RowWalker {
     run = next_;
     run.rows = inner < 0 ? 1 : std::min(left_, problem_.row_sizes[inner] - position_[inner]);
     left_ -= run.rows;
+    next_.first_row += run.rows;
     if (left_ > 0) {
       advance(inner, run.rows);
     }
@@ -151,6 +159,7 @@ class RowWalker {
     }
     next_.lengths_.move(steps, problem_.lengths.row_strides[dim]);
     next_.starts_.move(steps, problem_.starts.row_strides[dim]);
+    next_.row_input_.move(steps, problem_.row_input.row_strides[dim]);
   }
 
   const Problem& problem_;

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "cpu/row_block.h"
+#include "cpu/sink.h"
 
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
@@ -23,7 +24,14 @@ constexpr int64_t kMaxBlockCols = 8192;
 template <class V, Operation kOperation, class T, class U, bool kIsNarrow>
 class BlockKernel {
  public:
-  BlockKernel(const Problem& problem, MemoryHints hints) : problem_(problem), hints_(hints), scale_(problem.scale) {}
+  using acc_t = typename V::acc_t;
+
+  BlockKernel(const Problem& problem, MemoryHints hints)
+      : problem_(problem),
+        hints_(hints),
+        scale_(problem.scale),
+        padding_(static_cast<acc_t>(problem.padding_value())),
+        has_sinks_(is_forward(kOperation) && problem.row_input.data != nullptr) {}
 
   MASKED_SOFTMAX_NOINLINE void run(int64_t begin, int64_t end) {
     const int64_t max_elems = (hints_.prefetch ? kBlockBytes : 2 * kBlockBytes) / int64_t{sizeof(T)};
@@ -44,11 +52,9 @@ class BlockKernel {
   }
 
  private:
-  using acc_t = typename V::acc_t;
   using Block = RowBlock<V, T, U, input_count(kOperation)>;
   static constexpr bool kIsSoftmax = kOperation == Operation::kSoftmax;
   static constexpr bool kIsLogSoftmax = kOperation == Operation::kLogSoftmax;
-  static constexpr auto kPadding = static_cast<acc_t>(padding_value(kOperation));
   static constexpr int32_t kRowRounding = kTileElems<V>;
 
   // Rows are appended to the next block. Once it is full, the current block is computed, which prefetches the rows of
@@ -105,13 +111,15 @@ class BlockKernel {
     prefetcher.finish();
     reduce_sums<1>(block);
     acc_t* const sums = block.sums[0];
-    bool is_final = true;
+    bool is_final = !has_sinks_;
     for (int r = 0; r < block.rows; ++r) {
       is_final &= !is_sum_out_of_range(sums[r]) & (block.lengths[r] != 1);
     }
     for (int r = 0; !is_final && r < block.rows; ++r) {
       acc_t* const e = scratch_ + block.scratch_offsets[r];
-      if (is_sum_out_of_range(sums[r])) {
+      if (has_sinks_ && !is_absent(block, r)) {
+        add_sink(block, r, block_params[r]);
+      } else if (is_sum_out_of_range(sums[r])) {
         sums[r] = exponentials_from_maximum(block.inputs[0][r], block.lengths[r], e);
       } else if (block.lengths[r] == 1) {
         e[0] = sums[r] = 1;  // e * (1 / e) is not always 1
@@ -121,12 +129,65 @@ class BlockKernel {
 
   // The exponentials relative to the row's maximum, and their sum: for rows whose sum was out of range relative to
   // their reference.
-  MASKED_SOFTMAX_NOINLINE acc_t exponentials_from_maximum(const T* x, int64_t length, acc_t* e) const {
-    const auto params = params_from_maximum<V>(max_of_elements<V>(x, length).reduce_max(), scale_.log2e);
+  acc_t exponentials_from_maximum(const T* x, int64_t length, acc_t* e) const {
+    return sum_of(x, length, params_from_maximum<V>(max_of_elements<V>(x, length).reduce_max(), scale_.log2e), e);
+  }
+
+  MASKED_SOFTMAX_NOINLINE acc_t sum_of(const T* x, int64_t length, const ExponentialParams<acc_t>& params,
+                                       acc_t* e) const {
     RowSums<V> sum;
     sum.add(length, [&](int64_t i, auto mask)
                         MASKED_SOFTMAX_LAMBDA_INLINE { return exponential<V, true>(x + i, params, e + i, mask); });
     return sum.total(0);
+  }
+
+  // Whether row r has no sink: one of -inf. Its weight is then 0.
+  bool is_absent(const Block& block, int r) const {
+    if (block.sinks[r] != -std::numeric_limits<double>::infinity()) {
+      return false;
+    }
+    store_weight(block, r, 0);
+    return true;
+  }
+
+  void store_weight(const Block& block, int r, double weight) const {
+    if (problem_.row_result.data != nullptr) {
+      store_row_result(problem_.row_result, block.row_numbers[r], weight);
+    }
+  }
+
+  // Adds the sink's term to the sum of the exponentials, which are relative to `params`.
+  MASKED_SOFTMAX_NOINLINE void add_sink(Block& block, int r, ExponentialParams<acc_t> params) {
+    const T* const x = block.inputs[0][r];
+    const int64_t length = block.lengths[r];
+    const double sink = block.sinks[r];
+    acc_t* const e = scratch_ + block.scratch_offsets[r];
+    acc_t& sum = block.sums[0][r];
+    if (length == 0) {
+      return store_weight(block, r, weight_of_lone_sink(sink));
+    }
+    double term = 0;
+    if (length == 1 && !is_sum_out_of_range(sum)) {  // as without a sink, e is exactly 1
+      e[0] = sum = 1;
+      term = sink_term(sink, problem_.scale, static_cast<double>(V::element(x)), 0);
+    } else {
+      term = sink_term_relative_to(params, sink);
+      if (is_sum_out_of_range(sum) || is_sum_out_of_range(static_cast<acc_t>(term))) {
+        const acc_t row_max = max_of_elements<V>(x, length).reduce_max();
+        const bool is_lone = row_max == -std::numeric_limits<acc_t>::infinity();
+        params = params_from_maximum<V>(is_lone ? acc_t{0} : row_max, scale_.log2e);
+        sum = sum_of(x, length, params, e);
+        term = is_lone ? weight_of_lone_sink(sink) : sink_term_relative_to(params, sink);
+      }
+    }
+    const SumWithSink total = add_sink_term(static_cast<double>(sum), term);
+    sum = static_cast<acc_t>(total.sum);
+    store_weight(block, r, total.weight);
+  }
+
+  double sink_term_relative_to(const ExponentialParams<acc_t>& params, double sink) const {
+    const acc_t r = magic_constant<V>() - params.magic_minus_r;
+    return sink_term(sink, problem_.scale, static_cast<double>(params.offset), static_cast<double>(r));
   }
 
   // The sum of a row's exponentials, relative to a reference, and the row's maximum, in one pass. Where most of the sum
@@ -158,7 +219,26 @@ class BlockKernel {
         block.maxima[r] = max_of_elements<V>(block.inputs[0][r], length).reduce_max();
         log_sums[r] = accurate_log_sum<V>(block.inputs[0][r], length, block.maxima[r], scale_.log2e);
       }
+      if (has_sinks_ && !is_absent(block, r)) {
+        add_sink_to_log_sum(block, r);
+      }
     }
+  }
+
+  MASKED_SOFTMAX_NOINLINE void add_sink_to_log_sum(Block& block, int r) const {
+    acc_t& log_sum = block.sums[0][r];
+    if (block.lengths[r] == 0) {
+      return store_weight(block, r, weight_of_lone_sink(block.sinks[r]));
+    }
+    if (block.maxima[r] == -std::numeric_limits<acc_t>::infinity() &&
+        !has_nan<V>(block.inputs[0][r], block.lengths[r])) {
+      block.maxima[r] = 0;
+      log_sum = -std::numeric_limits<acc_t>::infinity();
+    }
+    const SumWithSink total = masked_softmax::add_sink_to_log_sum(
+        static_cast<double>(log_sum), static_cast<double>(block.maxima[r]), block.sinks[r], problem_.scale);
+    log_sum = static_cast<acc_t>(total.sum);
+    store_weight(block, r, total.weight);
   }
 
   MASKED_SOFTMAX_NOINLINE void sum_derivative_terms(Block& block, const Block& next) {
@@ -209,15 +289,17 @@ class BlockKernel {
     const int64_t length = block.lengths[row];
     if constexpr (kIsNarrow) {
       if (__builtin_expect(block.before[row] == 0, 1)) {
-        return write_narrow_row<V>(output, length, length + block.after[row], kPadding, value);
+        return write_narrow_row<V>(output, length, length + block.after[row], padding_, value);
       }
     }
-    write_row<V>(output, block.before[row], length, block.after[row], kPadding, hints_.store, value);
+    write_row<V>(output, block.before[row], length, block.after[row], padding_, hints_.store, value);
   }
 
   const Problem& problem_;
   const MemoryHints hints_;
   const KernelScale<kOperation, acc_t> scale_;
+  const acc_t padding_;
+  const bool has_sinks_;
   Block blocks_[2];
   Block* current_ = &blocks_[0];
   Block* next_ = &blocks_[1];

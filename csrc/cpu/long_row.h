@@ -100,6 +100,15 @@ class SegmentWriter {
   alignas(64) acc_t buffer_[kSegmentElems<V>];
 };
 
+// What a forward pass has for each row beside its scores.
+struct RowSink {
+  double sink;
+  double scale;
+  double* weight;
+
+  bool is_absent() const { return sink == -std::numeric_limits<double>::infinity(); }
+};
+
 // Not inlined, so that each is compiled once.
 template <class V, class acc_t>
 MASKED_SOFTMAX_NOINLINE acc_t segment_max(const acc_t* x, int64_t count) {
@@ -149,11 +158,18 @@ ExponentialParams<acc_t> params_of_long_row(SegmentReader<V>& x, int64_t length,
   return params_from_reference<V>(row_reference(first, last), scale.log2e);
 }
 
+template <class V>
+bool has_nan_in_long_row(SegmentReader<V>& x, int64_t length) {
+  bool found = false;
+  for_each_segment<V>(
+      length, [&](int64_t first, int64_t count) { found = found || has_nan<V>(x.segment(first, count), count); });
+  return found;
+}
+
+// Finds the maximum, and the logarithm of the sum of the exponentials relative to it.
 template <class V, class acc_t>
-MASKED_SOFTMAX_NOINLINE void log_softmax_of_long_row(SegmentReader<V>& x, SegmentWriter<V>& y, int64_t length,
-                                                     const ForwardScale<acc_t>& scale) {
-  acc_t row_max = 0;
-  acc_t log_sum = 0;
+MASKED_SOFTMAX_NOINLINE void find_log_sum(SegmentReader<V>& x, int64_t length, const ForwardScale<acc_t>& scale,
+                                          acc_t& row_max, acc_t& log_sum) {
   if constexpr (kHasFastLogSum<acc_t>) {
     const auto params = params_of_long_row<V, acc_t>(x, length, scale);
     RowSums<V> sum;
@@ -173,6 +189,39 @@ MASKED_SOFTMAX_NOINLINE void log_softmax_of_long_row(SegmentReader<V>& x, Segmen
     });
     log_sum = log_of_sum(sums.total(0), sums.total(1));
   }
+}
+
+// scale * max + log(sum). As in torch.logsumexp, infinite where that is the maximum.
+template <class V, class acc_t>
+double logsumexp_of_long_row(SegmentReader<V>& x, int64_t length, const ForwardScale<acc_t>& scale,
+                             double exact_scale) {
+  acc_t row_max = 0;
+  acc_t log_sum = 0;
+  find_log_sum<V, acc_t>(x, length, scale, row_max, log_sum);
+  const auto scaled_max = exact_scale * static_cast<double>(row_max);
+  if (std::isinf(row_max) && !has_nan_in_long_row<V>(x, length)) {
+    return scaled_max;
+  }
+  return scaled_max + static_cast<double>(log_sum);
+}
+
+template <class V, class acc_t>
+MASKED_SOFTMAX_NOINLINE void log_softmax_of_long_row(SegmentReader<V>& x, SegmentWriter<V>& y, int64_t length,
+                                                     const ForwardScale<acc_t>& scale, const RowSink& sink) {
+  acc_t row_max = 0;
+  acc_t log_sum = 0;
+  find_log_sum<V, acc_t>(x, length, scale, row_max, log_sum);
+  if (!sink.is_absent()) {
+    constexpr acc_t kNone = -std::numeric_limits<acc_t>::infinity();
+    if (row_max == kNone && !has_nan_in_long_row<V>(x, length)) {
+      row_max = 0;
+      log_sum = kNone;
+    }
+    const SumWithSink total =
+        add_sink_to_log_sum(static_cast<double>(log_sum), static_cast<double>(row_max), sink.sink, sink.scale);
+    log_sum = static_cast<acc_t>(total.sum);
+    *sink.weight = total.weight;
+  }
   for_each_segment<V>(length, [&](int64_t first, int64_t count) {
     y.write(first, count, LogProbability<V, acc_t>(x.segment(first, count), row_max, scale.scale, log_sum));
   });
@@ -180,7 +229,7 @@ MASKED_SOFTMAX_NOINLINE void log_softmax_of_long_row(SegmentReader<V>& x, Segmen
 
 template <class V, class acc_t>
 MASKED_SOFTMAX_NOINLINE void softmax_of_long_row(SegmentReader<V>& x, SegmentWriter<V>& y, int64_t length,
-                                                 const ForwardScale<acc_t>& scale) {
+                                                 const ForwardScale<acc_t>& scale, const RowSink& sink) {
   const auto sum_of_exponentials = [&](const ExponentialParams<acc_t>& params) {
     RowSums<V> sum;
     for_each_segment<V>(length, [&](int64_t first, int64_t count) {
@@ -190,14 +239,39 @@ MASKED_SOFTMAX_NOINLINE void softmax_of_long_row(SegmentReader<V>& x, SegmentWri
   };
   if (length == 1) {  // e * (1 / e) is not always 1
     const acc_t element = read_element(x.segment(0, 1));
-    y.write(0, 1, [&](int64_t, auto) MASKED_SOFTMAX_LAMBDA_INLINE { return V::broadcast(element - element + 1); });
+    acc_t result = element - element + 1;
+    if (!sink.is_absent()) {
+      const bool is_lone = element == -std::numeric_limits<acc_t>::infinity();
+      const double one = is_lone ? 0 : static_cast<double>(result);
+      const double term =
+          is_lone ? weight_of_lone_sink(sink.sink) : sink_term(sink.sink, sink.scale, static_cast<double>(element), 0);
+      const SumWithSink total = add_sink_term(one, term);
+      result = static_cast<acc_t>(one) * (1 / static_cast<acc_t>(total.sum));
+      *sink.weight = total.weight;
+    }
+    y.write(0, 1, [&](int64_t, auto) MASKED_SOFTMAX_LAMBDA_INLINE { return V::broadcast(result); });
     return;
   }
   auto params = params_of_long_row<V, acc_t>(x, length, scale);
   acc_t row_sum = sum_of_exponentials(params);
-  if (is_sum_out_of_range(row_sum)) {
-    params = params_from_maximum<V>(max_of_long_row<V, acc_t>(x, length), scale.log2e);
+  const auto term_of_sink = [&] {
+    const acc_t r = magic_constant<V>() - params.magic_minus_r;
+    return sink_term(sink.sink, sink.scale, static_cast<double>(params.offset), static_cast<double>(r));
+  };
+  double term = sink.is_absent() ? 0 : term_of_sink();
+  if (is_sum_out_of_range(row_sum) || (!sink.is_absent() && is_sum_out_of_range(static_cast<acc_t>(term)))) {
+    const acc_t row_max = max_of_long_row<V, acc_t>(x, length);
+    const bool is_lone = !sink.is_absent() && row_max == -std::numeric_limits<acc_t>::infinity();
+    params = params_from_maximum<V>(is_lone ? acc_t{0} : row_max, scale.log2e);
     row_sum = sum_of_exponentials(params);
+    if (!sink.is_absent()) {
+      term = is_lone ? weight_of_lone_sink(sink.sink) : term_of_sink();
+    }
+  }
+  if (!sink.is_absent()) {
+    const SumWithSink total = add_sink_term(static_cast<double>(row_sum), term);
+    row_sum = static_cast<acc_t>(total.sum);
+    *sink.weight = total.weight;
   }
   const acc_t reciprocal = 1 / row_sum;
   for_each_segment<V>(length, [&](int64_t first, int64_t count) {
@@ -217,9 +291,10 @@ MASKED_SOFTMAX_NOINLINE void add_derivative_terms(const InputRows<acc_t, kInputs
   });
 }
 
+// row_number: the row's factor, which row_scale takes, or its result, which row_dot sets.
 template <class V, Operation kOperation, class acc_t>
 void derivative_of_long_row(SegmentReader<V>* inputs, SegmentWriter<V>& output, int64_t length,
-                            const DerivativeScale<acc_t>& scale) {
+                            const DerivativeScale<acc_t>& scale, double& row_number) {
   constexpr int kInputs = input_count(kOperation);
   const auto segments = [&](int64_t first, int64_t count) {
     InputRows<acc_t, kInputs> result;
@@ -228,25 +303,34 @@ void derivative_of_long_row(SegmentReader<V>* inputs, SegmentWriter<V>& output, 
     }
     return result;
   };
-  RowSums<V, Formula<kOperation>::kSums> sums;
-  for_each_segment<V>(length, [&](int64_t first, int64_t count) {
-    add_derivative_terms<V, kOperation>(segments(first, count), count, scale, sums);
-  });
   DerivativeValue<V, kOperation, acc_t> value{{}, scale, {}};
-  for (int s = 0; s < Formula<kOperation>::kSums; ++s) {
-    value.row_sums[s] = sums.total(s);
+  if constexpr (kOperation == Operation::kRowScale) {
+    value.row_sums[0] = static_cast<acc_t>(row_number);
+  } else {
+    RowSums<V, Formula<kOperation>::kSums> sums;
+    for_each_segment<V>(length, [&](int64_t first, int64_t count) {
+      add_derivative_terms<V, kOperation>(segments(first, count), count, scale, sums);
+    });
+    for (int s = 0; s < Formula<kOperation>::kSums; ++s) {
+      value.row_sums[s] = sums.total(s);
+    }
   }
-  for_each_segment<V>(length, [&](int64_t first, int64_t count) {
-    value.inputs = segments(first, count);
-    output.write(first, count, value);
-  });
+  if constexpr (kOperation == Operation::kRowDot) {
+    row_number = static_cast<double>(scale.scale * value.row_sums[0]);
+  } else {
+    for_each_segment<V>(length, [&](int64_t first, int64_t count) {
+      value.inputs = segments(first, count);
+      output.write(first, count, value);
+    });
+  }
 }
 
 template <class V, Operation kOperation>
 MASKED_SOFTMAX_NOINLINE void run_long_rows(const Problem& problem, int64_t begin, int64_t end) {
   using acc_t = typename V::acc_t;
   constexpr int kInputs = input_count(kOperation);
-  constexpr double kPadding = padding_value(kOperation);
+  const double padding = problem.padding_value();
+  const double exact_scale = problem.scale / input_factor(problem);
   const StoreHint hint = store_hint_of(problem);
   const double factor = input_factor(problem);
   const KernelScale<kOperation, acc_t> scale(problem.scale / factor);
@@ -260,24 +344,42 @@ MASKED_SOFTMAX_NOINLINE void run_long_rows(const Problem& problem, int64_t begin
         return element_at(output.data, output.type, run.output_offset(i) + col * output.col_stride);
       };
       const auto fill = [&](int64_t first, int64_t last) {
-        fill_strided(kPadding, last - first, output_at(first), output.type, output.col_stride);
+        fill_strided(padding, last - first, output_at(first), output.type, output.col_stride);
       };
-      if (bounds.length() > 0) {
+      double row_input = -std::numeric_limits<double>::infinity();
+      if (problem.row_input.data != nullptr) {
+        row_input = load_row_input(problem.row_input, run.row_input_offset(i));
+      }
+      double row_result = 0;
+      if (bounds.length() == 0) {
+        row_result = kOperation == Operation::kLogSumExp ? -std::numeric_limits<double>::infinity()
+                     : is_forward(kOperation) && row_input != -std::numeric_limits<double>::infinity()
+                         ? weight_of_lone_sink(row_input)
+                         : 0;
+      } else {
         for (int k = 0; k < kInputs; ++k) {
           const Operand& input = problem.inputs[k];
           const int64_t offset = run.input_offset(k, i) + bounds.start * input.col_stride;
           readers[k].open(element_at(input.data, input.type, offset), input, static_cast<acc_t>(factor));
         }
         SegmentWriter<V> writer(output_at(bounds.start), output, hint);
+        const RowSink sink{row_input, exact_scale, &row_result};
         if constexpr (kOperation == Operation::kSoftmax) {
-          softmax_of_long_row<V>(readers[0], writer, bounds.length(), scale);
+          softmax_of_long_row<V>(readers[0], writer, bounds.length(), scale, sink);
         } else if constexpr (kOperation == Operation::kLogSoftmax) {
-          log_softmax_of_long_row<V>(readers[0], writer, bounds.length(), scale);
+          log_softmax_of_long_row<V>(readers[0], writer, bounds.length(), scale, sink);
+        } else if constexpr (kOperation == Operation::kLogSumExp) {
+          row_result = logsumexp_of_long_row<V>(readers[0], bounds.length(), scale, exact_scale);
+        } else if constexpr (kOperation == Operation::kRowScale) {
+          derivative_of_long_row<V, kOperation>(readers, writer, bounds.length(), scale, row_input);
         } else {
-          derivative_of_long_row<V, kOperation>(readers, writer, bounds.length(), scale);
+          derivative_of_long_row<V, kOperation>(readers, writer, bounds.length(), scale, row_result);
         }
       }
-      if (!problem.packing.is_packed) {
+      if (problem.row_result.data != nullptr) {
+        store_row_result(problem.row_result, run.first_row + i, row_result);
+      }
+      if (!is_reduction(kOperation) && !problem.packing.is_packed) {
         fill(0, bounds.start);
         fill(bounds.end, problem.cols);
       }

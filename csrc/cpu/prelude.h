@@ -25,6 +25,7 @@
 #include "common/problem.h"
 #include "common/row_walker.h"
 #include "cpu/gather.h"
+#include "cpu/sink.h"
 #include "cpu/store_hint.h"
 
 namespace masked_softmax {

@@ -26,6 +26,8 @@ struct RowBlock {
   int32_t before[kBlockRows];  // columns of padding before the valid ones
   int32_t after[kBlockRows];   // columns of padding after the valid ones
   int32_t scratch_offsets[kBlockRows];
+  double sinks[kBlockRows];         // only where the problem has them
+  int64_t row_numbers[kBlockRows];  // the same
   acc_t maxima[kBlockRows];
   acc_t sums[kMaxSums][kBlockRows];
   alignas(64) acc_t unreduced[kMaxSums][kBlockRows * V::kLanes];  // a vector for each row's sum or maximum
@@ -71,6 +73,10 @@ struct RowBlock {
       outputs[row] = static_cast<U*>(problem.output.data) + run.output_offset(first + i) + starts[i];
       before[row] = is_packed ? 0 : static_cast<int32_t>(starts[i]);
       after[row] = is_packed ? 0 : static_cast<int32_t>(problem.cols - starts[i]) - lengths[row];
+    }
+    for (int64_t i = 0; problem.row_input.data != nullptr && i < appended; ++i) {
+      sinks[rows + i] = load_row_input(problem.row_input, run.row_input_offset(first + i));
+      row_numbers[rows + i] = run.first_row + first + i;
     }
     rows += static_cast<int>(appended);
     scratch_elems = appended < count ? scratch_offsets[rows] : static_cast<int32_t>(elems);

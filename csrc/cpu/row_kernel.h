@@ -55,6 +55,18 @@ MASKED_SOFTMAX_INLINE V max_of_elements(const T* x, int64_t count) {
   return V::max(V::max(maxima[0], maxima[1]), V::max(maxima[2], maxima[3]));
 }
 
+// Where the maximum, which ignores NaN, is no number to go by: -inf or +inf.
+template <class V, class T>
+MASKED_SOFTMAX_NOINLINE bool has_nan(const T* x, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const auto element = V::element(x + i);
+    if (element != element) {
+      return true;
+    }
+  }
+  return false;
+}
+
 // e = exp(scale * (x - max)) times a factor common to the row (exp2.h). e has room for full vectors.
 template <class V, bool kHasOffset, class T, class Mask>
 MASKED_SOFTMAX_INLINE Terms<V> exponential(const T* x, const ExponentialParams<typename V::acc_t>& params,

@@ -32,6 +32,11 @@ constexpr bool has_contiguous_kernel() {
   return is_tuned(kOperation) && kIsLoadable && kIsUseful;
 }
 
+// The others return or take a number a row, and are computed a row at a time.
+constexpr bool has_block_kernel(Operation operation) {
+  return !is_reduction(operation) && operation != Operation::kRowScale;
+}
+
 template <Operation kOperation>
 void run_operation(const Problem& problem, int64_t begin, int64_t end) {
   if (has_contiguous_columns(problem) && input_types_agree(problem) && !is_scale_extreme(problem) &&
@@ -55,8 +60,16 @@ void run_operation(const Problem& problem, int64_t begin, int64_t end) {
 }
 
 void run_rows(const Problem& problem, int64_t begin, int64_t end) {
-  visit_operation(problem.operation,
-                  [&](auto operation) { run_operation<decltype(operation)::value>(problem, begin, end); });
+  visit_operation(problem.operation, [&](auto operation) {
+    constexpr Operation kOperation = decltype(operation)::value;
+    if constexpr (has_block_kernel(kOperation)) {
+      run_operation<kOperation>(problem, begin, end);
+    } else if (accumulates_in_double(problem)) {
+      run_long_rows<Double, kOperation>(problem, begin, end);
+    } else {
+      run_long_rows<Float, kOperation>(problem, begin, end);
+    }
+  });
 }
 
 }  // namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE

@@ -14,7 +14,9 @@ class ColumnTiles {
   using acc_t = typename V::acc_t;
 
   explicit ColumnTiles(const Problem& problem)
-      : problem_(problem), input_factor_(static_cast<acc_t>(input_factor(problem))) {
+      : problem_(problem),
+        input_factor_(static_cast<acc_t>(input_factor(problem))),
+        padding_(static_cast<acc_t>(problem.padding_value())) {
     block_.operation = kOperation;
     block_.scale = problem.scale / input_factor(problem);
     block_.row_ndim = 1;
@@ -27,6 +29,9 @@ class ColumnTiles {
     block_.lengths.data = lengths_;
     block_.lengths.row_strides[0] = 1;
     block_.starts.row_strides[0] = 1;
+    block_.padding = problem.padding;
+    block_.row_input.type = problem.row_input.type;
+    block_.row_result.type = problem.row_result.type;
   }
 
   // Whether rows have unit row stride, types that the vectors load and store, and are short enough for a tile of at
@@ -66,7 +71,6 @@ class ColumnTiles {
 
  private:
   static constexpr int kInputs = input_count(kOperation);
-  static constexpr auto kPadding = static_cast<acc_t>(padding_value(kOperation));
   static constexpr int64_t kBlockBytes = 128 << 10;  // of all inputs
   static constexpr int64_t kBlockElems = kBlockBytes / kInputs / sizeof(acc_t);
 
@@ -103,7 +107,16 @@ class ColumnTiles {
         multiply<V>(buffers_[0] + r * row_elems, cols, input_factor_);
       }
     }
-    if (cols > 0) {
+    if (problem_.row_input.data != nullptr) {
+      block_.row_input.data = element_at(const_cast<void*>(problem_.row_input.data), problem_.row_input.type,
+                                         run.row_input_offset(first_row));
+      block_.row_input.row_strides[0] = run.row_input_step();
+    }
+    if (problem_.row_result.data != nullptr) {
+      block_.row_result.data =
+          element_at(problem_.row_result.data, problem_.row_result.type, run.first_row + first_row);
+    }
+    if (cols > 0 || problem_.row_result.data != nullptr) {
       block_.starts.data = tile.first == tile.first_of_all ? nullptr : starts_;
       run_block(tile.rows, cols, row_elems);
     }
@@ -112,14 +125,15 @@ class ColumnTiles {
       auto* const to = static_cast<decltype(element)*>(output.data) + run.output_offset(first_row);
       unpack_tile<V>(buffers_[0], row_elems, tile, to, output.col_stride, hint);
       if (!problem_.packing.is_packed) {
-        fill_columns<V>(to, output.col_stride, tile.rows, 0, tile.first, kPadding, hint);
-        fill_columns<V>(to, output.col_stride, tile.rows, tile.end, problem_.cols, kPadding, hint);
+        fill_columns<V>(to, output.col_stride, tile.rows, 0, tile.first, padding_, hint);
+        fill_columns<V>(to, output.col_stride, tile.rows, tile.end, problem_.cols, padding_, hint);
       }
     });
   }
 
   const Problem& problem_;
   const acc_t input_factor_;  // 1 in derivatives
+  const acc_t padding_;
   Problem block_;
   int64_t lengths_[kMaxTileRows];
   int64_t starts_[kMaxTileRows];  // from the tile's first column

@@ -55,7 +55,8 @@ class RowExponential {
     return select(rounded < params_.zero_below, acc_t{0}, exp2_of_encoded(encoded, f));
   }
 
-  // The inverse of the common factor.
+  // The common factor, and its inverse.
+  MASKED_SOFTMAX_DEVICE acc_t factor() const { return exp2_polynomial(max_exponent_); }
   MASKED_SOFTMAX_DEVICE acc_t inverse_factor() const { return exp2_polynomial(-max_exponent_); }
 
  private:
@@ -71,6 +72,8 @@ class ApproximateRowExponential {
       : row_max_(row_max), c_(constants.log2e.high) {}
 
   MASKED_SOFTMAX_DEVICE float operator()(float x) const { return exp2_approximate((x - row_max_) * c_); }
+
+  MASKED_SOFTMAX_DEVICE float factor() const { return 1; }
 
  private:
   float row_max_;
@@ -94,6 +97,21 @@ MASKED_SOFTMAX_DEVICE acc_t exp_of_log(acc_t y, const RowConstants<acc_t>& const
     const acc_t f = fused_multiply_add(y, log2e.low, fused_multiply_add(y, log2e.high, -n));
     return select(n < E::kMinExponent, acc_t{0}, exp2_of_encoded(encoded, f));
   }
+}
+
+// exp(t) for any t: 0 or infinity where it cannot be represented.
+template <class acc_t>
+MASKED_SOFTMAX_DEVICE acc_t exponential_function(acc_t t) {
+  using E = Exp2<acc_t>;
+  constexpr auto kLog2e = static_cast<acc_t>(0x1.71547652b82fep0);
+  constexpr auto kLog2eLow = static_cast<acc_t>(sizeof(acc_t) == 4 ? 0x1.71547652b82fep0 - static_cast<double>(kLog2e)
+                                                                   : 0x1.777d0ffda0d24p-56);
+  constexpr acc_t kMaxExponent = 1 - E::kMinExponent;
+  const acc_t encoded = fused_multiply_add(t, kLog2e, E::kMagic);
+  const acc_t n = encoded - E::kMagic;
+  const acc_t f = fused_multiply_add(t, kLog2eLow, fused_multiply_add(t, kLog2e, -n));
+  const acc_t result = select(n < E::kMinExponent, acc_t{0}, exp2_of_encoded(encoded, f));
+  return select(n > kMaxExponent, std::numeric_limits<acc_t>::infinity(), result);
 }
 
 // The two sums of log_softmax: the biased rest, and the number of elements equal to the maximum (common/exponential.h).

@@ -69,7 +69,7 @@ RowConstants<acc_t> constants_in(const Problem& problem) {
           static_cast<acc_t>(halving),
           static_cast<acc_t>(scale / halving),
           ScaledLog2e<acc_t>(is_forward(problem.operation) ? scale : 1.0),
-          static_cast<acc_t>(padding_value(problem.operation))};
+          static_cast<acc_t>(problem.padding_value())};
 }
 
 }  // namespace

@@ -73,6 +73,24 @@ MASKED_SOFTMAX_DEVICE Row find_row(const KernelProblem& kernel_problem, int64_t 
   return row;
 }
 
+// The number that the problem has for a row (Problem::row_input), in double, which holds those of every type.
+MASKED_SOFTMAX_DEVICE double load_row_input(const KernelProblem& kernel_problem, int64_t row_number) {
+  const RowInput& input = kernel_problem.problem.row_input;
+  int64_t offset = 0;
+  auto rest = static_cast<uint64_t>(row_number);
+  MASKED_SOFTMAX_NO_UNROLL
+  for (int dim = kernel_problem.problem.row_ndim - 1; dim >= 0; --dim) {
+    const uint64_t outer = dim == 0 ? 0 : divide(rest, kernel_problem.row_sizes[dim]);
+    offset += static_cast<int64_t>(rest - outer * kernel_problem.row_sizes[dim].divisor) * input.row_strides[dim];
+    rest = outer;
+  }
+  double value = 0;
+  visit_element_type_of<ElementKind::kFloating>(input.type, [&](auto element) MASKED_SOFTMAX_DEVICE_LAMBDA {
+    value = static_cast<double>(widen(in_device_memory(static_cast<const decltype(element)*>(input.data))[offset]));
+  });
+  return value;
+}
+
 // The value of padding. All of an invalid row is padding, and is NaN.
 template <class acc_t>
 MASKED_SOFTMAX_DEVICE acc_t padding_of(const KernelProblem& kernel_problem, bool is_valid) {

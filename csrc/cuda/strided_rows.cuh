@@ -78,7 +78,11 @@ class StridedRow {
         order_(kernel_problem.order),
         constants_(constants_of<acc_t>(kernel_problem)),
         is_approximate_(std::is_same_v<acc_t, float> && kernel_problem.output_is_16_bit),
+        row_number_(row_number),
         row_(find_row<kMaxInputs>(kernel_problem, row_number)),
+        row_input_(row_.exists && problem_.row_input.data != nullptr
+                       ? masked_softmax::cuda::load_row_input(kernel_problem, row_number)
+                       : -std::numeric_limits<double>::infinity()),
         absent_(!is_forward(problem_.operation) ? acc_t{0}
                 : constants_.factor < 0         ? std::numeric_limits<acc_t>::infinity()
                                                 : -std::numeric_limits<acc_t>::infinity()) {}
@@ -89,7 +93,7 @@ class StridedRow {
     } else {
       derivative();
     }
-    if (row_.exists && !problem_.packing.is_packed) {
+    if (row_.exists && !problem_.packing.is_packed && !is_reduction(problem_.operation)) {
       fill_padding();
     }
   }
@@ -212,28 +216,38 @@ class StridedRow {
         max.add(x[i] * constants_.factor);
       }
     });
-    const acc_t row_max = reduced(max).value();
+    acc_t row_max = reduced(max).value();
+    if (has_sink() && row_max == -std::numeric_limits<acc_t>::infinity()) {
+      row_max = 0;  // the exponentials of -inf are 0, and the sink's is relative to this
+    }
     visit_own_operation<true>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA { finish(operation, row_max); });
   }
 
   MASKED_SOFTMAX_DEVICE void finish(OperationConstant<Operation::kSoftmax>, acc_t row_max) const {
     if (is_approximate_) {
-      finish_softmax(SoftmaxExponential<kCanApproximate, acc_t>(constants_, row_max, row_.length == 1));
+      finish_softmax(SoftmaxExponential<kCanApproximate, acc_t>(constants_, row_max, row_.length == 1), row_max);
     } else {
-      finish_softmax(SoftmaxExponential<false, acc_t>(constants_, row_max, row_.length == 1));
+      finish_softmax(SoftmaxExponential<false, acc_t>(constants_, row_max, row_.length == 1), row_max);
     }
   }
 
   template <class Exponential>
-  MASKED_SOFTMAX_DEVICE void finish_softmax(const Exponential& exponential) const {
-    const acc_t inverse = reciprocal(sum([&](int64_t first, int count, Values& terms) MASKED_SOFTMAX_DEVICE_LAMBDA {
+  MASKED_SOFTMAX_DEVICE void finish_softmax(const Exponential& exponential, acc_t row_max) const {
+    acc_t row_sum = sum([&](int64_t first, int count, Values& terms) MASKED_SOFTMAX_DEVICE_LAMBDA {
       Values x;
       load(0, first, count, x);
       MASKED_SOFTMAX_UNROLL
       for (int i = 0; i < kTileElems<acc_t>; ++i) {
         terms[i] = select(i < count, exponential(x[i] * constants_.factor), acc_t{0});
       }
-    }));
+    });
+    if (problem_.row_input.data != nullptr) {
+      const acc_t term = has_sink() ? exponential_function(sink_distance(row_max)) * exponential.factor() : acc_t{0};
+      row_sum = has_sink() ? row_sum + term : row_sum;
+      const bool is_all = term > std::numeric_limits<acc_t>::max() / 4;  // the row's sum is its length at most
+      store_row_result(has_sink() ? is_all ? acc_t{1} : term * reciprocal(row_sum) : acc_t{0});
+    }
+    const acc_t inverse = reciprocal(row_sum);
     for_each_tile([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
       Values x;
       load(0, first, count, x);
@@ -242,6 +256,31 @@ class StridedRow {
         x[i] = exponential(x[i] * constants_.factor) * inverse;
       }
       store(first, count, x);
+    });
+  }
+
+  // A sink of -inf is none.
+  MASKED_SOFTMAX_DEVICE bool has_sink() const {
+    return problem_.row_input.data != nullptr && row_input_ != -std::numeric_limits<double>::infinity();
+  }
+
+  // sink - scale * max. NaN for a sink of +inf, as in torch.softmax.
+  MASKED_SOFTMAX_DEVICE acc_t sink_distance(acc_t row_max) const {
+    const double sink =
+        row_input_ == std::numeric_limits<double>::infinity() ? std::numeric_limits<double>::quiet_NaN() : row_input_;
+    return static_cast<acc_t>(
+        fused_multiply_add(-static_cast<double>(constants_.scale), static_cast<double>(row_max), sink));
+  }
+
+  MASKED_SOFTMAX_DEVICE void store_row_result(acc_t value) const {
+    const RowResult& result = problem_.row_result;
+    if (result.data == nullptr || !row_.exists || group_.thread() != 0) {
+      return;
+    }
+    const acc_t stored = row_.is_valid ? value : std::numeric_limits<acc_t>::quiet_NaN();
+    visit_element_type_of<ElementKind::kFloating>(result.type, [&](auto element) MASKED_SOFTMAX_DEVICE_LAMBDA {
+      using T = decltype(element);
+      in_device_memory(static_cast<T*>(result.data))[row_number_] = narrow<T>(stored);
     });
   }
 
@@ -256,7 +295,17 @@ class StridedRow {
         terms[i] = select(i < count, terms_of.rest_term(x[i] * constants_.factor, max_count), acc_t{0});
       }
     });
-    const LogResult<acc_t> log_result(constants_, row_max, terms_of.value(rest, reduced(max_count).value()));
+    acc_t log_sum = terms_of.value(rest, reduced(max_count).value());
+    if (problem_.row_input.data != nullptr) {
+      const acc_t distance = sink_distance(row_max);
+      const acc_t difference = distance - log_sum;
+      const acc_t larger = difference > 0 ? distance : log_sum;
+      const acc_t rest_of_sum = exponential_function(difference > 0 ? -difference : difference);
+      const acc_t total = larger + log_one_plus(rest_of_sum);
+      log_sum = has_sink() ? total : log_sum;
+      store_row_result(has_sink() ? exponential_function(distance - log_sum) : acc_t{0});
+    }
+    const LogResult<acc_t> log_result(constants_, row_max, log_sum);
     for_each_tile([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
       Values x;
       load(0, first, count, x);
@@ -268,14 +317,36 @@ class StridedRow {
     });
   }
 
+  // As in torch.logsumexp, infinite where that is the maximum, unless an element is NaN.
+  MASKED_SOFTMAX_DEVICE void finish(OperationConstant<Operation::kLogSumExp>, acc_t row_max) const {
+    constexpr acc_t kInfinity = std::numeric_limits<acc_t>::infinity();
+    const bool is_infinite = row_max == kInfinity || row_max == -kInfinity;
+    const LogSum<acc_t> terms_of(constants_, row_max, row_.length == 1);
+    Count<acc_t> max_count;
+    const acc_t rest = sum([&](int64_t first, int count, Values& terms) MASKED_SOFTMAX_DEVICE_LAMBDA {
+      Values x;
+      load(0, first, count, x);
+      MASKED_SOFTMAX_UNROLL
+      for (int i = 0; i < kTileElems<acc_t>; ++i) {
+        const acc_t term = terms_of.rest_term(x[i] * constants_.factor, max_count);
+        const acc_t nan_or_zero = select(x[i] == x[i], acc_t{0}, x[i]);
+        terms[i] = select(i < count, is_infinite ? nan_or_zero : term, acc_t{0});
+      }
+    });
+    const acc_t log_sum = terms_of.value(rest, reduced(max_count).value());
+    store_row_result(fused_multiply_add(constants_.scale, row_max, is_infinite ? rest : log_sum));
+  }
+
   // Calls visit(formula, i, in) for the vector's elements, with the inputs of each in the order of operations.inc.
   template <class Visitor>
   MASKED_SOFTMAX_DEVICE void for_each_input(int64_t first, int count, const Visitor& visit) const {
     Values a;
-    Values b;
+    Values b = {};
     Values c = {};
     load(0, first, count, a);
-    load(1, first, count, b);
+    if (problem_.input_count > 1) {
+      load(1, first, count, b);
+    }
     if (problem_.input_count > 2) {
       load(2, first, count, c);
     }
@@ -296,6 +367,10 @@ class StridedRow {
     // A loop, so that the code for a sum is there once. All indices into `sums` are constants, which keeps it in
     // registers.
     acc_t sums[2] = {0, 0};
+    if (problem_.operation == Operation::kRowScale) {
+      sum_count = 0;
+      sums[0] = static_cast<acc_t>(row_input_);
+    }
     for (int s = 0; s < sum_count; ++s) {
       const acc_t total = sum([&](int64_t first, int count, Values& terms) MASKED_SOFTMAX_DEVICE_LAMBDA {
         for_each_input(first, count, [&](auto formula, int i, const acc_t* in) MASKED_SOFTMAX_DEVICE_LAMBDA {
@@ -308,6 +383,9 @@ class StridedRow {
       });
       sums[0] = s == 0 ? total : sums[0];
       sums[1] = total;
+    }
+    if (problem_.operation == Operation::kRowDot) {
+      return store_row_result(constants_.scale * sums[0]);
     }
     for_each_tile([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
       Values results;
@@ -338,7 +416,9 @@ class StridedRow {
   const SumOrder& order_;
   const RowConstants<acc_t>& constants_;
   const bool is_approximate_;  // RowTypes::kApproximate, for types known at run time
+  const int64_t row_number_;
   const Row row_;
+  const double row_input_;
   const acc_t absent_;
 };
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -88,6 +89,9 @@ class Emulator:
         has_clusters: bool = True,
         sm_count: int = 0,
         seed: int = 0,
+        row_input: Tensor | None = None,
+        row_result: Tensor | None = None,
+        padding: float = math.nan,
     ) -> Emulation:
         """Fills `output`. Columns are the last dimension; lengths and starts have the rows' shape.
 
@@ -106,6 +110,9 @@ class Emulator:
             strategy=strategy,
             packed=packed,
             fills_gaps=fills_gaps,
+            row_input=row_input,
+            row_result=row_result,
+            padding=padding,
         )
         message = ctypes.create_string_buffer(4096)
         ran = self._emulate(

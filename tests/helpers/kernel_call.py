@@ -6,6 +6,7 @@ The structures mirror tests/kernel/call.h.
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ OPERATIONS = {
     name: Operation(name, INPUT_COUNTS[signature], kernels == "kTuned")
     for _, name, signature, kernels in read_table("common/operations.inc")
 }
+# Operations that return or take one number a row.
+ROW_OPERATIONS = [name for _, name, *_ in read_table("common/row_operations.inc")]
 # Whether a strategy holds a row in registers or shared memory, by name, in the order of preference.
 STRATEGIES = {name: rows == "kHeld" for _, name, rows, *_ in read_table("cuda/strategies.inc")}
 ELEMENT_TYPES = [getattr(torch, name) for _, name, *_ in read_table("common/element_types.inc")]
@@ -90,6 +93,9 @@ class Call(ctypes.Structure):
         ("inputs", CallOperand * MAX_INPUTS),
         ("lengths", CallIndex),
         ("starts", CallIndex),
+        ("row_input", CallIndex),
+        ("row_result", CallOperand),
+        ("padding", ctypes.c_double),
         ("packed_longest", ctypes.c_int64),
         ("fills_gaps", ctypes.c_int32),
     )
@@ -106,25 +112,34 @@ def make_call(
     strategy: str = "automatic",
     packed: int | None = None,
     fills_gaps: bool = False,
+    row_input: Tensor | None = None,
+    row_result: Tensor | None = None,
+    padding: float = math.nan,
 ) -> Call:
-    """Columns are the last dimension; lengths and starts have the rows' shape.
+    """Columns are the last dimension; lengths, starts and row numbers have the rows' shape.
+
+    An operation that returns one number a row takes `row_result` as its output too.
 
     `packed`: no row is longer, and rows lie end to end, so that all have the same address.
     `fills_gaps`: those rows are along the first dimension, and the elements that they do not cover
     become NaN.
     """
-    rows = output.shape[:-1]
+    scores = inputs[0] if output is row_result else output
+    rows = scores.shape[:-1]
     return Call(
         operation=operation.encode(),
         strategy=strategy.encode(),
         scale=scale,
-        cols=output.shape[-1],
+        cols=scores.shape[-1],
         row_ndim=len(rows),
         row_sizes=(ctypes.c_int64 * DIMS)(*rows),
-        output=_operand(output),
+        output=_numbers(output) if output is row_result else _operand(output),
         inputs=(CallOperand * MAX_INPUTS)(*map(_operand, inputs)),
         lengths=_index(lengths),
         starts=_index(starts),
+        row_input=CallIndex() if row_input is None else _index(row_input),
+        row_result=CallOperand() if row_result is None else _numbers(row_result),
+        padding=padding,
         packed_longest=-1 if packed is None else packed,
         fills_gaps=fills_gaps,
     )
@@ -145,6 +160,10 @@ def _operand(tensor: Tensor) -> CallOperand:
         col_stride=tensor.stride(-1),
         row_strides=(ctypes.c_int64 * DIMS)(*tensor.stride()[:-1]),
     )
+
+
+def _numbers(numbers: Tensor) -> CallOperand:
+    return CallOperand(data=numbers.data_ptr(), type=_type_name(numbers))
 
 
 def _index(index: int | Tensor) -> CallIndex:

@@ -38,6 +38,9 @@ struct Call {
   CallOperand inputs[kMaxInputs];
   CallIndex lengths;
   CallIndex starts;
+  CallIndex row_input;     // data null: none
+  CallOperand row_result;  // the same; contiguous
+  double padding;          // NaN: the operation's own
   int64_t packed_longest;  // negative: rows are padded
   int32_t fills_gaps;      // packed rows only: the output is contiguous, rows are along the first dimension
 };
@@ -60,7 +63,13 @@ T find(const T (&table)[kCount], const std::string& name, const NameOf& name_of)
 }
 
 inline Operation operation_named(const std::string& name) {
-  return find(kOperations, "masked_" + name, [](Operation operation) { return info_of(operation).name; });
+  constexpr Operation kAllOperations[] = {
+#define MASKED_SOFTMAX_OPERATION(Name, name, Signature, Kernels) Operation::k##Name,
+#include "common/operations.inc"
+#include "common/row_operations.inc"
+#undef MASKED_SOFTMAX_OPERATION
+  };
+  return find(kAllOperations, "masked_" + name, [](Operation operation) { return info_of(operation).name; });
 }
 inline ElementType type_named(const char* name) { return find(kElementTypes, name, element_type_name); }
 
@@ -100,6 +109,17 @@ inline Problem problem_of(const Call& call) {
   }
   problem.lengths = index_of(call.lengths);
   problem.starts = index_of(call.starts);
+  if (call.row_input.data != nullptr) {
+    problem.row_input.data = call.row_input.data;
+    problem.row_input.type = type_named(call.row_input.type);
+    std::memcpy(problem.row_input.row_strides, call.row_input.row_strides, sizeof(call.row_input.row_strides));
+  }
+  if (call.row_result.data != nullptr) {
+    problem.row_result = {call.row_result.data, type_named(call.row_result.type)};
+  }
+  if (call.padding == call.padding) {
+    problem.padding = call.padding;
+  }
   problem.packing.is_packed = call.packed_longest >= 0;
   problem.packing.longest = call.packed_longest;
   if (call.fills_gaps != 0) {

@@ -1,0 +1,144 @@
+"""Promise: in the emulator, sinks, their weights, logsumexp and padding values are right.
+
+Compared with the formulas in float64. Zeros, a wrong sign, or a sink that is scaled do not pass.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from emulator import STRATEGIES, Emulator
+from torch import Tensor
+
+ROWS = 40
+SCALE = 0.37
+EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52, torch.bfloat16: 2.0**-8}
+TYPES = list(EPS)
+
+
+def operands(cols: int, dtype: torch.dtype, layout: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores with NaN in the padding, lengths (some are 0), and sinks: one is -inf, one large."""
+    generator = torch.Generator().manual_seed(cols)
+    x = (torch.randn(ROWS, cols, generator=generator, dtype=torch.float64) * 3).to(dtype)
+    lengths = torch.randint(0, cols + 1, (ROWS,), generator=generator)
+    lengths[:3] = torch.tensor([0, 1, cols])
+    x[torch.arange(cols) >= lengths[:, None]] = math.nan
+    sinks = torch.randn(ROWS, generator=generator) * 3
+    sinks[4:7] = torch.tensor([-math.inf, 60.0, -60.0])
+    if layout == "columns":
+        x = x.t().contiguous().t()
+    return x, lengths, sinks
+
+
+def logits_of(x: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    valid = torch.arange(x.shape[1]) < lengths[:, None]
+    return torch.where(valid, x.double() * scale, -math.inf)
+
+
+def assert_near(got: Tensor, expected: Tensor, tolerance: Tensor | float) -> None:
+    error = (got.double() - expected).abs()
+    near = (error <= tolerance) | (got.double() == expected)
+    assert near.all(), (got[~near], expected[~near])
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("cols", [1, 5, 64, 300, 2100])
+def test_softmax_with_sink(
+    plain_library: Path, cols: int, dtype: torch.dtype, layout: str
+) -> None:
+    emulate = Emulator(plain_library)
+    x, lengths, sinks = operands(cols, dtype, layout)
+    logits = logits_of(x, lengths, SCALE)
+    with_sink = torch.cat([logits, sinks.double()[:, None]], 1)
+    is_empty = (lengths == 0) & (sinks == -math.inf)
+    with_sink[is_empty] = 0.0
+    acc_dtype = torch.promote_types(dtype, torch.float32)
+    for operation, function in (("softmax", torch.softmax), ("log_softmax", torch.log_softmax)):
+        expected = function(with_sink, 1)
+        y = torch.empty_like(x)
+        weights = torch.full((ROWS,), math.nan, dtype=acc_dtype)
+        emulate(
+            operation,
+            [x],
+            y,
+            lengths,
+            scale=SCALE,
+            row_input=sinks,
+            row_result=weights,
+            padding=7.0,
+        )
+        valid = torch.arange(cols) < lengths[:, None]
+        assert (y[~valid] == 7.0).all()
+        d = (with_sink - with_sink.amax(1, keepdim=True)).abs()[:, :-1]
+        rounding = EPS[dtype] * expected[:, :-1].abs()
+        of_result = expected[:, :-1].abs() if operation == "softmax" else 1 + d
+        tolerance = (4 + d) * EPS[acc_dtype] * of_result + rounding + 1.2e-38
+        assert_near(y[valid], expected[:, :-1][valid], tolerance[valid])
+        share = torch.softmax(with_sink, 1)[:, -1]
+        share[is_empty] = 0.0
+        bound = (16 + d.amax(1)) * EPS[acc_dtype] * share + 1.2e-38
+        assert_near(weights, share, bound)
+
+
+@pytest.mark.parametrize("strategy", [None, *STRATEGIES])
+def test_padding_value(plain_library: Path, strategy: str | None) -> None:
+    emulate = Emulator(plain_library)
+    x, lengths, _ = operands(64, torch.float32, "columns" if strategy == "column" else "rows")
+    y = torch.empty_like(x)
+    ran = emulate(
+        "log_softmax", [x], y, lengths, strategy=strategy or "automatic", padding=-3.0
+    )
+    assert ran.error == ""
+    valid = torch.arange(64) < lengths[:, None]
+    assert (y[~valid] == -3.0).all()
+    expected = torch.log_softmax(logits_of(x, lengths, 1.0)[1:], 1)
+    assert_near(y[1:][valid[1:]], expected[valid[1:]], 1e-5)
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("scale", [SCALE, -2.0])
+@pytest.mark.parametrize("cols", [1, 5, 300, 2100])
+def test_logsumexp(
+    plain_library: Path, cols: int, scale: float, dtype: torch.dtype, layout: str
+) -> None:
+    x, lengths, _ = operands(cols, dtype, layout)
+    if cols >= 300:
+        x[5, 0], x[6, 0], x[7, 0], x[8, :] = math.inf, -math.inf, math.nan, -math.inf
+        lengths[5:9] = 100
+    result = torch.full((ROWS,), math.nan, dtype=dtype)
+    Emulator(plain_library)("logsumexp", [x], result, lengths, scale=scale, row_result=result)
+    expected = logits_of(x, lengths, scale).logsumexp(1)
+    assert torch.equal(result.isnan(), expected.isnan())
+    assert torch.equal(result.isinf(), expected.isinf())
+    finite = expected.isfinite()
+    acc_dtype = torch.promote_types(dtype, torch.float32)
+    bound = 8 * EPS[acc_dtype] * (1 + expected.abs() + 8) + EPS[dtype] * expected.abs()
+    assert_near(result[finite], expected[finite], bound[finite])
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("cols", [1, 5, 300, 2100])
+def test_row_dot_and_row_scale(
+    plain_library: Path, cols: int, dtype: torch.dtype, layout: str
+) -> None:
+    emulate = Emulator(plain_library)
+    a, lengths, factors = operands(cols, dtype, layout)
+    factors[4] = 1.5
+    b = a.flip(0).nan_to_num(0.25)
+    valid = torch.arange(cols) < lengths[:, None]
+    acc_dtype = torch.promote_types(dtype, torch.float32)
+    result = torch.full((ROWS,), math.nan, dtype=acc_dtype)
+    emulate("row_dot", [a, b], result, lengths, scale=SCALE, row_result=result)
+    products = torch.where(valid, a.double() * b.double(), 0.0) * SCALE
+    bound = 8 * EPS[acc_dtype] * products.abs().sum(1)
+    assert_near(result, products.sum(1), bound)
+    scaled = torch.empty_like(a)
+    emulate("row_scale", [a], scaled, lengths, scale=SCALE, row_input=factors)
+    expected = torch.where(valid, a.double() * factors.double()[:, None] * SCALE, 0.0)
+    assert_near(scaled, expected, 4 * EPS[dtype] * expected.abs())
