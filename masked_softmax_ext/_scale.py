@@ -17,16 +17,20 @@ def fold_scale(
 ) -> tuple[Tensor, float | None, torch.dtype | None]:
     """input, scale and dtype as the kernels take them, which is without symbols.
 
-    A scale that only the traced program knows is multiplied into the input, in the accumulation
-    type. That rounds the product, as torch's own operators do.
+    A scale that only the traced program knows is multiplied into the input, in float64 and with
+    headroom: the input is divided by a number that the kernel multiplies by. So the product does
+    not overflow where the differences of a row do not. That of float64 input is rounded.
     """
     if scale is None or is_constant(scale):
         return input, scale, dtype
     if input.is_complex() or (dtype is None and not input.is_floating_point()):
         return input, None, dtype  # which the softmax refuses
     dtype = result_dtype(input, dtype)
-    scores: Any = input.to(accumulation_dtype(input.dtype, dtype, None))
-    return scores * scale, None, dtype
+    # The product of a float32 and a float64, divided by 2**128, fits a float64. A local variable:
+    # of a global one, torch.compile makes a symbol.
+    headroom = 2.0**128
+    scores: Any = input.to(torch.float64) / headroom
+    return scores * scale, headroom, dtype
 
 
 def accumulation_dtype(input: torch.dtype, result: torch.dtype, scale: float | None) -> torch.dtype:
