@@ -26,9 +26,9 @@ def fold_scale(
     if input.is_complex() or (dtype is None and not input.is_floating_point()):
         return input, None, dtype  # which the softmax refuses
     dtype = result_dtype(input, dtype)
-    # The product of a float32 and a float64, divided by 2**128, fits a float64. A local variable:
-    # of a global one, torch.compile makes a symbol.
-    headroom = 2.0**128
+    # Large enough for the product of a float32 and a float64; not beyond float32, in which the ONNX
+    # exporter stores it. A local variable: torch.compile makes a symbol of a global one.
+    headroom = 2.0**120
     scores: Any = input.to(torch.float64) / headroom
     return scores * scale, headroom, dtype
 

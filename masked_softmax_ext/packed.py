@@ -29,7 +29,6 @@ from masked_softmax_ext._numbers import (
     is_integer_dtype,
     is_traced_int,
 )
-from masked_softmax_ext._operators import call_operator
 from masked_softmax_ext._scale import accumulation_dtype, add_sink, fold_scale
 from masked_softmax_ext._torch_internals import (
     cached_max_length,
@@ -37,6 +36,7 @@ from masked_softmax_ext._torch_internals import (
     guard_or_true,
     ragged_dim,
 )
+from masked_softmax_ext.decompositions import call_operator
 
 _UNKNOWN_LENGTH = -1  # the value of the operators' argument packed without a max_length
 
@@ -295,7 +295,7 @@ def _packed(
         from masked_softmax_ext._dtensor import call_operator as call
     else:
         call = call_operator
-    rows = (offsets.diff(), dim, offsets[:-1])
+    rows = (offsets[1:] - offsets[:-1], dim, offsets[:-1])
     options = {
         "scale": scale,
         "dtype": dtype,
