@@ -77,3 +77,10 @@ def autocast_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
     if is_16bit and device_type not in ("cpu", "meta") and torch.is_autocast_enabled(device_type):
         return torch.float32
     return dtype
+
+
+def matmul_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
+    """The type of torch.matmul of two tensors of this type, also under autocast."""
+    if dtype != torch.float64 and device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return dtype

@@ -319,7 +319,9 @@ def masked_logsumexp(
     """
     name = "masked_logsumexp"
     if not isinstance(keepdim, bool):
-        raise TypeError(f"{name}(): expected keepdim to be a bool, but got {type(keepdim).__name__}")
+        raise TypeError(
+            f"{name}(): expected keepdim to be a bool, but got {type(keepdim).__name__}"
+        )
     if isinstance(input, Tensor) and input.is_nested:
         return jagged_logsumexp(input, lengths, dim, starts, scale, sink, keepdim, dtype, validate)
     lengths, dim, starts, scale, dtype = convert(

@@ -29,7 +29,12 @@ from masked_softmax_ext._numbers import (
     is_integer_dtype,
     is_traced_int,
 )
-from masked_softmax_ext._scale import accumulation_dtype, add_sink, fold_scale
+from masked_softmax_ext._scale import (
+    accumulation_dtype,
+    add_sink,
+    fold_scale,
+    matmul_dtype,
+)
 from masked_softmax_ext._torch_internals import (
     cached_max_length,
     guard_or_false,
@@ -236,11 +241,14 @@ def _check_jagged(
 def weighted_sum_of_rows(weights: Any, input: Any) -> Tensor:
     """The weighted sum of each sequence's steps, ``(batch, features)``.
 
-    weights are jagged ``(batch, steps)``, input ``(batch, steps, features)``.
+    weights are jagged ``(batch, steps)``, input ``(batch, steps, features)``. As in torch.matmul of
+    dense tensors, 16-bit types are summed in float32.
     """
-    steps = weights.values().unsqueeze(-1) * input.values()
+    values = input.values()
+    acc_dtype = accumulation_dtype(weights.dtype, values.dtype, None)
+    steps = weights.values().to(acc_dtype).unsqueeze(-1) * values.to(acc_dtype)
     result: Tensor = torch.segment_reduce(steps, "sum", offsets=input.offsets())
-    return result
+    return result.to(matmul_dtype(values.device.type, values.dtype))
 
 
 def _packed(
