@@ -9,6 +9,8 @@ CUDA_BIN := $(CUDA_VENV)/bin
 # Built for one release of torch; make bench FBGEMM= goes without.
 FBGEMM ?= fbgemm-gpu-cpu==1.8.0
 MXNET_VENV := build/mxnet-venv
+# uv and poetry, apart from the packages of $(VENV).
+INSTALLERS := build/installers
 
 # $(call pip-install,VENV,NAMES,REQUIREMENTS): installs what pyproject.toml lists under NAMES, and REQUIREMENTS.
 define pip-install
@@ -59,9 +61,10 @@ fuzz: build $(VENV)/fuzz.stamp
 	tests/fuzz/run.sh kernel $(FUZZ_SECONDS)
 	tests/fuzz/run.sh python $(FUZZ_SECONDS)
 
-# The extension with clang, without ninja, and with the oldest build requirements.
-build-test: build
+# The extension with clang, without ninja, and with the oldest build requirements; each way to install it.
+build-test: build $(VENV)/dist.stamp $(INSTALLERS)/stamp
 	tests/builds/run.sh
+	PATH=$$PATH:$(abspath $(INSTALLERS))/bin $(BIN)/python -m pytest tests/builds
 
 # Mutation testing of the CPU kernels: the tests must detect each mutation. Takes an hour.
 mutation-test:
@@ -128,6 +131,11 @@ $(VENV)/bench.stamp: $(VENV)/tools.stamp
 
 $(VENV)/docs.stamp $(VENV)/lint.stamp $(VENV)/dist.stamp: $(VENV)/%.stamp: $(VENV)/tools.stamp
 	$(call pip-install,$(VENV),$*)
+	touch $@
+
+$(INSTALLERS)/stamp: pyproject.toml tools/requirements.py
+	$(PYTHON) -m venv $(INSTALLERS)
+	$(call pip-install,$(INSTALLERS),installers)
 	touch $@
 
 $(VENV)/fuzz.stamp: $(VENV)/tools.stamp

@@ -55,6 +55,7 @@ OLDER_ARCHITECTURES = "8.0;9.0+PTX"
 # torch's headers, which takes 4 seconds.
 BINDING_UNITS = 4
 UNITS = "build/units"
+CUDART_FOLDER = "build/cudart"
 
 # 1: build with CUDA or fail; 0: build without; unset: with CUDA if torch and the machine have it.
 CUDA_SWITCH = "MASKED_SOFTMAX_EXT_CUDA"
@@ -65,6 +66,16 @@ CUDA_SWITCH = "MASKED_SOFTMAX_EXT_CUDA"
 LOCAL_VERSION_SWITCH = "MASKED_SOFTMAX_EXT_LOCAL_VERSION"
 
 INSTALL = "pip install --no-build-isolation ."
+
+# pip hides the environment's packages from an isolated build, but find_torch() finds them. Other
+# tools build in an environment of their own.
+NO_TORCH = (
+    "found no torch to build against. A build in isolation does not see the installed torch: "
+    f"install torch, then build without isolation. pip: '{INSTALL}'; uv: 'uv pip install "
+    "--no-build-isolation .' or, in a project, masked-softmax-ext in no-build-isolation-package of "
+    f"[tool.uv]; poetry: 'poetry run {INSTALL}'; a wheel: 'python -m build --wheel "
+    "--no-isolation'. docs/installation.md shows every way"
+)
 
 
 class CannotBuild(Exception):
@@ -78,16 +89,26 @@ def read_switch(name: str) -> str:
     return value
 
 
-def oldest_torch() -> str:
-    """The lower bound of the requirement in pyproject.toml, such as "2.11"."""
+def lower_bound(name: str) -> str:
+    """The oldest version that pyproject.toml allows, such as "2.11" for '"torch'."""
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    (oldest,) = re.findall(r'"torch>=([\d.]+)', pyproject)
+    (oldest,) = re.findall(rf"{name}>=([\d.]+)", pyproject)
     return oldest
 
 
 def release(version: str) -> tuple[int, ...]:
     """(2, 13) for "2.13.0+cpu"."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+def check_python() -> None:
+    """pip reads requires-python only after the build has reported it."""
+    oldest = lower_bound('requires-python = "')
+    if sys.version_info[:2] < release(oldest):
+        raise CannotBuild(
+            f"expected Python {oldest} or newer, but this is Python {sys.version.split()[0]}; "
+            "create an environment with a newer one, and install torch there"
+        )
 
 
 def find_torch():
@@ -103,16 +124,14 @@ def find_torch():
             import torch
         except ImportError as error:
             if error.name == "torch":
-                raise CannotBuild(
-                    f"found no torch to build against; install torch, then type: {INSTALL} "
-                    "(for a wheel: python -m build --no-isolation)"
-                ) from None
+                raise CannotBuild(NO_TORCH) from None
             raise CannotBuild(f"torch does not import ({error}); reinstall it") from None
     except (ImportError, OSError) as error:
         raise CannotBuild(f"torch does not import ({error}); reinstall it") from None
-    if release(torch.__version__) < release(oldest_torch()):
+    oldest = lower_bound('"torch')
+    if release(torch.__version__) < release(oldest):
         raise CannotBuild(
-            f"expected torch {oldest_torch()} or newer, but found {torch.__version__}; "
+            f"expected torch {oldest} or newer, but found {torch.__version__}; "
             f"type: pip install --upgrade torch && {INSTALL}"
         )
     return torch
@@ -149,70 +168,96 @@ def check_compiler() -> None:
         )
 
 
-def nvcc_version() -> str | None:
-    """The version of the CUDA compiler, such as "13.0", or None if none is found."""
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    nvcc = Path(CUDA_HOME or "", "bin", "nvcc")
-    if CUDA_HOME is None or not nvcc.exists():
-        return None
-    if not Path(CUDA_HOME, "include", "cuda_runtime.h").exists():
-        # If nvcc on the PATH is a link or a script, torch's CUDA_HOME is not the toolkit's folder.
-        raise CannotBuild(
-            f"found {nvcc}, but no cuda_runtime.h in {CUDA_HOME}/include; set CUDA_HOME to the "
-            f"CUDA toolkit's folder, or {CUDA_SWITCH}=0 for a build without CUDA"
-        )
+def nvcc_version(toolkit: Path) -> str:
+    """The version of the toolkit's compiler, such as "13.0"; "" if it does not run."""
     try:
-        printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    except OSError as error:
-        printed = str(error)
+        command = [toolkit / "bin" / "nvcc", "--version"]
+        printed = subprocess.run(command, capture_output=True, text=True).stdout
+    except OSError:
+        return ""
     found = re.search(r"release (\d+\.\d+)", printed)
-    if found is None:
-        raise CannotBuild(
-            f"expected '{nvcc} --version' to print its release, but got '{printed.strip()}'; set "
-            f"CUDA_HOME to the CUDA toolkit's folder, or {CUDA_SWITCH}=0 for a build without CUDA"
+    return found[1] if found else ""
+
+
+def toolkit_folders(torch) -> list[Path]:
+    """Where the CUDA toolkit may be: CUDA_HOME, or else the usual places."""
+    requested = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if requested:
+        return [Path(requested)]
+    folders = [Path("/usr/local/cuda")]
+    if on_path := shutil.which("nvcc"):  # may be a link to the toolkit's
+        folders = [Path(on_path).parents[1], Path(on_path).resolve().parents[1], *folders]
+    # Of pip's packages nvidia-cuda-nvcc, nvidia-cuda-crt and nvidia-nvvm, beside torch's libraries.
+    major = torch.version.cuda.partition(".")[0]
+    return [*folders, Path(torch.__file__).parents[1] / "nvidia" / f"cu{major}"]
+
+
+def why_unusable(toolkit: Path, torch) -> str | None:
+    nvcc = toolkit / "bin" / "nvcc"
+    if not nvcc.exists():
+        return f"found no {nvcc}"
+    if not (toolkit / "include" / "cuda_runtime.h").exists():
+        return f"found {nvcc}, but no cuda_runtime.h in {toolkit / 'include'}"
+    version = nvcc_version(toolkit)
+    if not version:
+        return f"found {nvcc}, but it does not print its release"
+    if version.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return (
+            f"found nvcc {version} in {toolkit}, but torch {torch.__version__} was built with CUDA "
+            f"{torch.version.cuda}, whose major version must be the same"
         )
-    return found[1]
+    return None
 
 
-def uses_cuda(torch) -> bool:
-    """Whether to build with CUDA."""
+def find_toolkit(torch) -> Path:
+    reasons = {}
+    for toolkit in toolkit_folders(torch):
+        reasons[toolkit] = why_unusable(toolkit, torch)
+        if reasons[toolkit] is None:
+            return toolkit
+    # The first place that has an nvcc says most.
+    has_nvcc = [reason for folder, reason in reasons.items() if (folder / "bin" / "nvcc").exists()]
+    looked_in = ", ".join(str(folder / "bin") for folder in reasons)
+    raise CannotBuild(
+        f"{has_nvcc[0] if has_nvcc else f'found no nvcc in {looked_in}'}; install the CUDA "
+        f"{torch.version.cuda} toolkit and set CUDA_HOME to its folder, or {CUDA_SWITCH}=0 for a "
+        "build without CUDA"
+    )
+
+
+def choose_toolkit(torch) -> tuple[Path | None, str]:
+    """The CUDA toolkit to build with; or None for a build without CUDA, and a remark about it."""
     switch = read_switch(CUDA_SWITCH)
     if switch == "0":
-        return False
+        return None, ""
     if torch.version.cuda is None:
         if switch == "1":
             raise CannotBuild(
                 f"{CUDA_SWITCH}=1 asks for CUDA, but torch {torch.__version__} was built without "
                 "CUDA; install a CUDA build of torch"
             )
-        return False
-    nvcc = nvcc_version()
-    if nvcc is None:
-        if switch == "1" or torch.cuda.is_available():
-            reason = f"{CUDA_SWITCH}=1 asks for CUDA" if switch == "1" else "torch sees a GPU"
-            raise CannotBuild(
-                f"{reason}, but no nvcc was found; install the CUDA {torch.version.cuda} toolkit "
-                f"and set CUDA_HOME to its folder, or {CUDA_SWITCH}=0 for a build without CUDA"
-            )
-        return False
-    if nvcc.split(".")[0] != torch.version.cuda.split(".")[0]:
-        raise CannotBuild(
-            f"found nvcc {nvcc}, but torch {torch.__version__} was built with CUDA "
-            f"{torch.version.cuda}; set CUDA_HOME to a toolkit of that major version, "
-            f"or {CUDA_SWITCH}=0 for a build without CUDA"
-        )
-    return True
+        return None, ""
+    try:
+        return find_toolkit(torch), ""
+    except CannotBuild as error:
+        for is_asked, reason in (
+            (switch == "1", f"{CUDA_SWITCH}=1 asks for CUDA"),
+            (torch.cuda.is_available(), "torch sees a GPU"),
+            (os.environ.get("CUDA_HOME"), f"CUDA_HOME is {os.environ.get('CUDA_HOME')}"),
+        ):
+            if is_asked:
+                raise CannotBuild(f"{reason}, but the build {error}") from None
+        return None, f"builds without CUDA kernels, because it {error}"
 
 
-def cuda_architectures(torch) -> str:
+def cuda_architectures(torch, toolkit: Path) -> str:
     """The list that the caller asks for, or the GPUs present, or the default."""
     if requested := os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return requested
     if torch.cuda.is_available():
         present = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         return ";".join(f"{major}.{minor}" for major, minor in sorted(present)) + "+PTX"
-    supports_blackwell = release(nvcc_version() or "0.0") >= (12, 8)
+    supports_blackwell = release(nvcc_version(toolkit)) >= (12, 8)
     return DEFAULT_ARCHITECTURES if supports_blackwell else OLDER_ARCHITECTURES
 
 
@@ -242,13 +287,27 @@ def binding_units(with_cuda: bool) -> dict[str, str]:
     """The units' text, by file name."""
     files = csrc_files("*.cpp", folders=("binding",))
     files.remove(f"csrc/binding/{'without_cuda' if with_cuda else 'cuda_ops'}.cpp")
+    kind = "cuda" if with_cuda else "cpu"  # the other kind's objects stay as they are
     return {
-        f"{UNITS}/binding_{unit}.cpp": unit_of(files[unit::BINDING_UNITS])
+        f"{UNITS}/{kind}/binding_{unit}.cpp": unit_of(files[unit::BINDING_UNITS])
         for unit in range(BINDING_UNITS)
     }
 
 
-def torch_extension(torch, with_cuda: bool) -> Extension:
+def link_cudart(toolkit: Path) -> None:
+    """pip's packages have a libcudart.so.13, but no libcudart.so, for which the linker looks."""
+    link = ROOT / CUDART_FOLDER / "libcudart.so"
+    link.unlink(missing_ok=True)
+    libraries = sorted(toolkit.glob("lib/libcudart.so*"))
+    if libraries and libraries[0].name != link.name:
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(libraries[0])
+
+
+def torch_extension(torch, toolkit: Path | None) -> Extension:
+    with_cuda = toolkit is not None
+    if with_cuda:
+        os.environ["CUDA_HOME"] = str(toolkit)  # torch.utils.cpp_extension reads it when imported
     from torch.utils.cpp_extension import CppExtension, CUDAExtension, include_paths
 
     folders = ("common", "cpu") + (("cuda",) if with_cuda else ())
@@ -266,7 +325,7 @@ def torch_extension(torch, with_cuda: bool) -> Extension:
     ]
     compile_args = {"cxx": COMPILE_ARGS + prefix_maps + system_includes}
     if with_cuda:
-        architectures = cuda_architectures(torch)
+        architectures = cuda_architectures(torch, toolkit)
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
         compile_args["cxx"] += [
             "-DMASKED_SOFTMAX_EXT_WITH_CUDA",
@@ -279,12 +338,13 @@ def torch_extension(torch, with_cuda: bool) -> Extension:
         f"{PACKAGE}._C",
         sources,
         include_dirs=[str(ROOT / "csrc"), find_pybind11()],
+        library_dirs=[str(ROOT / CUDART_FOLDER)] if with_cuda else [],
         depends=csrc_files("*.h", "*.inc", "*.cuh"),
         extra_compile_args=compile_args,
     )
 
 
-def build_command(torch, with_cuda: bool):
+def build_command(torch, toolkit: Path | None, remark: str):
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
@@ -295,11 +355,19 @@ def build_command(torch, with_cuda: bool):
             objects = f"torch-{torch.__version__}-{sys.implementation.cache_tag}"
             self.build_temp = str(ROOT / self.get_finalized_command("build").build_base / objects)
             self.force = True
+            # So that environments share objects: a virtual environment's own headers, none by
+            # default, would otherwise make the compilers' arguments different in each.
+            own_headers = str(Path(sys.exec_prefix, "include"))
+            self.include_dirs = [path for path in self.include_dirs if path != own_headers]
 
         def run(self) -> None:
             # torch looks for ninja on the PATH, which misses an environment that is not activated.
             os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
-            write_units(binding_units(with_cuda))
+            if remark:
+                print(f"{PACKAGE}: {remark}", file=sys.stderr)
+            write_units(binding_units(toolkit is not None))
+            if toolkit is not None:
+                link_cudart(toolkit)
             super().run()
             self.record_torch_version()
 
@@ -343,13 +411,14 @@ def failing(command: type, message: str) -> type:
 
 
 try:
+    check_python()
     torch = find_torch()
     check_compiler()
-    with_cuda = uses_cuda(torch)
-    extension = torch_extension(torch, with_cuda)
-    commands = {"build_ext": build_command(torch, with_cuda)}
+    toolkit, remark = choose_toolkit(torch)
+    extension = torch_extension(torch, toolkit)
+    commands = {"build_ext": build_command(torch, toolkit, remark)}
     if read_switch(LOCAL_VERSION_SWITCH) == "1":
-        commands["egg_info"] = metadata_command(torch, with_cuda)
+        commands["egg_info"] = metadata_command(torch, toolkit is not None)
 except CannotBuild as error:
     # Only commands that build fail: a source distribution needs neither torch nor a compiler.
     extension = Extension(f"{PACKAGE}._C", [])

@@ -7,8 +7,9 @@
     python bench/run.py --filter "4096x512 uniform"     cases whose label has these words
 
 All candidates of a case take turns in one process, and each result is first compared with float64.
-JSON and a Markdown table go to bench/results/, named by processor and date, after every case:
-Ctrl-C keeps what is done. Plots follow at the end. Baselines that are not installed are named and
+JSON and a Markdown table go to build/bench/, named by processor and date, after every case: Ctrl-C
+keeps what is done. Plots follow at the end. --record writes them to bench/results/, beside the
+published ones. Baselines that are not installed are named and
 skipped. bench/README.md describes how the times are taken and how each baseline is called.
 """
 
@@ -56,6 +57,7 @@ from bench.timing import Candidate, measure
 from masked_softmax_ext import _C, cpu_capability
 
 ROOT = machine.ROOT
+PUBLISHED = ROOT / "bench/results"
 MXNET_PYTHON = ROOT / "build/mxnet-venv/bin/python"
 INTERRUPTED = 130
 INSTRUCTION_SETS = [name for name in _C.cpu_capabilities() if name != "scalar"] or ["scalar"]
@@ -88,8 +90,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=int, default=SEED, help="for lengths and values (%(default)s)"
     )
-    parser.add_argument(
-        "--results", type=Path, default=ROOT / "bench/results", help="where to write (%(default)s)"
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--results", type=Path, default=ROOT / "build/bench", help="where to write (%(default)s)"
+    )
+    where.add_argument(
+        "--record",
+        dest="results",
+        action="store_const",
+        const=PUBLISHED,
+        help="write beside the published results, in bench/results",
     )
     parser.add_argument("--no-plots", action="store_true", help="JSON and table only")
     parser.add_argument(

@@ -17,16 +17,20 @@ def fold_scale(
 ) -> tuple[Tensor, float | None, torch.dtype | None]:
     """input, scale and dtype as the kernels take them, which is without symbols.
 
-    A scale that only the traced program knows is multiplied into the input, in the accumulation
-    type. That rounds the product, as torch's own operators do.
+    A scale that only the traced program knows is multiplied into the input, in float64 and with
+    headroom: the input is divided by a number that the kernel multiplies by. So the product does
+    not overflow where the differences of a row do not. That of float64 input is rounded.
     """
     if scale is None or is_constant(scale):
         return input, scale, dtype
     if input.is_complex() or (dtype is None and not input.is_floating_point()):
         return input, None, dtype  # which the softmax refuses
     dtype = result_dtype(input, dtype)
-    scores: Any = input.to(accumulation_dtype(input.dtype, dtype, None))
-    return scores * scale, None, dtype
+    # Large enough for the product of a float32 and a float64; not beyond float32, in which the ONNX
+    # exporter stores it. A local variable: torch.compile makes a symbol of a global one.
+    headroom = 2.0**120
+    scores: Any = input.to(torch.float64) / headroom
+    return scores * scale, headroom, dtype
 
 
 def accumulation_dtype(input: torch.dtype, result: torch.dtype, scale: float | None) -> torch.dtype:
@@ -72,4 +76,11 @@ def autocast_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
     is_16bit = dtype in (torch.float16, torch.bfloat16)
     if is_16bit and device_type not in ("cpu", "meta") and torch.is_autocast_enabled(device_type):
         return torch.float32
+    return dtype
+
+
+def matmul_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
+    """The type of torch.matmul of two tensors of this type, also under autocast."""
+    if dtype != torch.float64 and device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
     return dtype

@@ -73,8 +73,10 @@ def uses_tensor_data(graph: Graph) -> bool:
     return any(getattr(node.target, "__name__", "") == "_get_data_attr" for node in graph.nodes)
 
 
-def is_statically_true(condition: bool | torch.SymBool) -> bool:
+def is_statically_true(condition: bool | torch.SymBool | Tensor) -> bool:
     """Whether the condition holds for all sizes the program accepts; adds no guard."""
+    if isinstance(condition, Tensor):  # a comparison of sizes in torch.jit.trace
+        return False
     if not _may_be_symbolic(condition):
         return bool(condition)
     # Imported here, and in the functions below, because it loads sympy.

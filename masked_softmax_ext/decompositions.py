@@ -1,7 +1,7 @@
 """Decompositions of the operators into torch's own, for programs that are exported from torch.
 
-They build a mask. The values are the same, empty rows included, but lengths are clamped to the row
-instead of checked.
+They build a mask, or for packed rows the index of each element's row. The values are the same,
+empty rows included, but lengths are clamped to the row instead of checked.
 """
 
 from __future__ import annotations
@@ -13,9 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from masked_softmax_ext import reference
+from masked_softmax_ext import _operators, reference
 from masked_softmax_ext._operators import find_operator
-from masked_softmax_ext._scale import accumulation_dtype
+from masked_softmax_ext._scale import (
+    accumulation_dtype,
+    add_sink,
+    result_dtype,
+    scaled_difference,
+)
 
 
 def decomposition_table() -> dict[Any, Callable[..., Any]]:
@@ -38,39 +43,60 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
         False
     """
     return {
-        find_operator("masked_softmax"): masked_softmax,
-        find_operator("masked_log_softmax"): masked_log_softmax,
-        find_operator("masked_softmax_with_sink"): masked_softmax_with_sink,
-        find_operator("masked_log_softmax_with_sink"): masked_log_softmax_with_sink,
-        find_operator("masked_logsumexp"): masked_logsumexp,
+        find_operator("masked_softmax"): _masked_softmax,
+        find_operator("masked_log_softmax"): _masked_log_softmax,
+        find_operator("masked_softmax_with_sink"): _masked_softmax_with_sink,
+        find_operator("masked_log_softmax_with_sink"): _masked_log_softmax_with_sink,
+        find_operator("masked_logsumexp"): _masked_logsumexp,
     }
 
 
-def masked_softmax(*args: Any, **options: Any) -> Any:
-    """The operator ``masked_softmax`` of padded rows."""
-    return _decompose(reference.softmax_where, *args, **options)
+def call_operator(name: str, *args: Any, **options: Any) -> Any:
+    """Calls an operator, or its decomposition: ONNX knows torch's own operators only."""
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return decomposition_table()[find_operator(name)](*args, **options)
+    return _operators.call_operator(name, *args, **options)
 
 
-def masked_log_softmax(*args: Any, **options: Any) -> Any:
-    """The operator ``masked_log_softmax`` of padded rows."""
-    return _decompose(reference.log_softmax_where, *args, **options)
+def _masked_softmax(*args: Any, **options: Any) -> Tensor:
+    return _decompose(reference.softmax_where, _packed_softmax, *args, **options)
 
 
-def masked_softmax_with_sink(input: Tensor, sink: Tensor, *args: Any, **options: Any) -> Any:
-    """The operator ``masked_softmax_with_sink`` of padded rows."""
-    result = _decompose(reference.softmax_where, input, *args, sink=sink, **options)
-    return _with_weight(result, input, sink, *args, **options)
+def _masked_log_softmax(*args: Any, **options: Any) -> Tensor:
+    return _decompose(reference.log_softmax_where, _packed_log_softmax, *args, **options)
 
 
-def masked_log_softmax_with_sink(input: Tensor, sink: Tensor, *args: Any, **options: Any) -> Any:
-    """The operator ``masked_log_softmax_with_sink`` of padded rows."""
-    result = _decompose(reference.log_softmax_where, input, *args, sink=sink, **options)
-    return _with_weight(result, input, sink, *args, **options)
+def _masked_logsumexp(*args: Any, **options: Any) -> Tensor:
+    return _decompose(_logsumexp_where, _packed_logsumexp, *args, **options)
 
 
-def masked_logsumexp(*args: Any, **options: Any) -> Any:
-    """The operator ``masked_logsumexp`` of padded rows."""
-    return _decompose(_logsumexp_where, *args, **options)
+def _masked_softmax_with_sink(
+    input: Tensor, sink: Tensor, *args: Any, **options: Any
+) -> tuple[Tensor, Tensor]:
+    result = _masked_softmax(input, *args, sink=sink, **options)
+    return result, _sink_weight(result.dtype, input, sink, *args, **options)
+
+
+def _masked_log_softmax_with_sink(
+    input: Tensor, sink: Tensor, *args: Any, **options: Any
+) -> tuple[Tensor, Tensor]:
+    result = _masked_log_softmax(input, *args, sink=sink, **options)
+    return result, _sink_weight(result.dtype, input, sink, *args, **options)
+
+
+def _sink_weight(
+    result: torch.dtype,
+    input: Tensor,
+    sink: Tensor,
+    *args: Any,
+    padding_value: float | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Tensor:
+    acc_dtype = accumulation_dtype(result, result, None)
+    logsumexp = _masked_logsumexp(input, *args, sink=sink, dtype=acc_dtype, **options)
+    sink = _one_a_row(sink, logsumexp).to(acc_dtype)
+    return (sink - logsumexp).exp().masked_fill(sink == -math.inf, 0.0)
 
 
 def _logsumexp_where(valid: Tensor, input: Tensor, dim: int, *options: Any) -> Tensor:
@@ -78,25 +104,9 @@ def _logsumexp_where(valid: Tensor, input: Tensor, dim: int, *options: Any) -> T
     return result.squeeze(dim) if input.dim() > 0 else result
 
 
-def _with_weight(
-    result: Any,
-    input: Tensor,
-    sink: Tensor,
-    *args: Any,
-    padding_value: float | None = None,
-    dtype: torch.dtype | None = None,
-    **options: Any,
-) -> Any:
-    if result is NotImplemented:
-        return result
-    acc_dtype = accumulation_dtype(result.dtype, result.dtype, None)
-    logsumexp = _decompose(_logsumexp_where, input, *args, sink=sink, dtype=acc_dtype, **options)
-    sink = sink[(...,) + (None,) * (logsumexp.dim() - sink.dim())].to(acc_dtype)
-    return result, (sink - logsumexp).exp().masked_fill(sink == -math.inf, 0.0)
-
-
 def _decompose(
-    function: Callable[..., Tensor],
+    of_padded: Callable[..., Tensor],
+    of_packed: Callable[..., Tensor],
     input: Tensor,
     lengths: Tensor | None = None,
     dim: int = -1,
@@ -108,10 +118,56 @@ def _decompose(
     dtype: torch.dtype | None = None,
     validate: bool = False,
     packed: int | None = None,
-) -> Any:
-    if packed is not None:
-        return NotImplemented
-    valid = reference.unchecked_mask(input, lengths, dim, starts)
-    padding = {} if padding_value is None else {"padding_value": padding_value}
-    result = function(valid, input, dim, scale, dtype, sink, **padding)
+) -> Tensor:
+    if packed is None:
+        valid = reference.unchecked_mask(input, lengths, dim, starts)
+        padding = {} if padding_value is None else {"padding_value": padding_value}
+        result = of_padded(valid, input, dim, scale, dtype, sink, **padding)
+    else:
+        assert starts is not None, "packed rows have starts"
+        values = input.to(accumulation_dtype(input.dtype, result_dtype(input, dtype), scale))
+        result = of_packed(*_packed_rows(values, starts, dim, scale, sink), dim)
     return result.to(dtype or input.dtype)
+
+
+def _packed_softmax(log_softmax: Tensor, logsumexp: Tensor, dim: int) -> Tensor:
+    return log_softmax.exp().movedim(0, dim).contiguous()
+
+
+def _packed_log_softmax(log_softmax: Tensor, logsumexp: Tensor, dim: int) -> Tensor:
+    return log_softmax.movedim(0, dim).contiguous()
+
+
+def _packed_logsumexp(log_softmax: Tensor, logsumexp: Tensor, dim: int) -> Tensor:
+    return logsumexp
+
+
+def _packed_rows(
+    values: Tensor, starts: Tensor, dim: int, scale: float | None, sink: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """log_softmax of the elements, and logsumexp of the rows; both in the first dimension."""
+    values = values.movedim(dim, 0)
+    factor = 1.0 if scale is None else abs(scale)
+    if scale is not None and scale < 0:
+        values = -values
+    # The number of rows that start at or before each element is 1 more than the index of its row.
+    # A row that starts at the end of the values is empty.
+    starts = starts.long()
+    begins = starts.new_zeros(values.size(0) + 1)
+    row = begins.scatter_add(0, starts, torch.ones_like(starts)).cumsum(0)[:-1] - 1
+    index = row.view(-1, *[1] * (values.dim() - 1)).expand_as(values)
+    rows = values.new_full((starts.size(0), *values.shape[1:]), -math.inf)
+    # A constant in the gradient: softmax does not depend on it.
+    row_max = rows.scatter_reduce(0, index, values.detach(), "amax")
+    row_max = row_max.masked_fill(row_max == -math.inf, 0.0)
+    differences = scaled_difference(values, row_max.index_select(0, row), factor)
+    sums = torch.zeros_like(rows).scatter_add(0, index, differences.exp()).log()
+    shift = row_max * factor
+    if sink is not None:
+        sums = add_sink(sums, _one_a_row(sink, rows).to(rows.dtype) - shift)
+    return differences - sums.index_select(0, row), sums + shift
+
+
+def _one_a_row(sink: Tensor, rows: Tensor) -> Tensor:
+    """The sink, aligned with the first dimensions of the rows."""
+    return sink[(...,) + (None,) * (rows.dim() - sink.dim())]

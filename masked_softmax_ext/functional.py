@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from masked_softmax_ext import _C, decompositions
+from masked_softmax_ext import _C
 from masked_softmax_ext._arguments import (
     Index,
     Lengths,
@@ -27,8 +27,8 @@ from masked_softmax_ext._arguments import (
     tensor_likes,
 )
 from masked_softmax_ext._numbers import is_constant
-from masked_softmax_ext._operators import call_operator
 from masked_softmax_ext._scale import accumulation_dtype, add_sink, fold_scale, result_dtype
+from masked_softmax_ext.decompositions import call_operator
 from masked_softmax_ext.packed import jagged_logsumexp, jagged_softmax
 from masked_softmax_ext.reference import row_numbers
 
@@ -331,8 +331,6 @@ def masked_logsumexp(
     input, scale, dtype = fold_scale(input, scale, dtype)
     if is_dtensor(input):
         from masked_softmax_ext._dtensor import call_operator as call
-    elif torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
-        call = _call_decomposition
     else:
         call = call_operator
     rows = (lengths, dim, starts)
@@ -439,8 +437,6 @@ def _call(
         dtype = input.dtype  # autocast does not apply to calls with out=
     if is_distributed:
         from masked_softmax_ext._dtensor import call_operator as call
-    elif torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
-        call = _call_decomposition  # the exporter translates torch's own operators only
     else:
         call = call_operator
     rows = (lengths, dim, starts)
@@ -454,7 +450,3 @@ def _call(
         return result
     check_out(name, input, result, out)  # copy_ would convert and broadcast
     return out.copy_(result)
-
-
-def _call_decomposition(name: str, *args: Any, **options: Any) -> Any:
-    return getattr(decompositions, name)(*args, **options)

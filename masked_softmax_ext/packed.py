@@ -29,14 +29,19 @@ from masked_softmax_ext._numbers import (
     is_integer_dtype,
     is_traced_int,
 )
-from masked_softmax_ext._operators import call_operator
-from masked_softmax_ext._scale import accumulation_dtype, add_sink, fold_scale
+from masked_softmax_ext._scale import (
+    accumulation_dtype,
+    add_sink,
+    fold_scale,
+    matmul_dtype,
+)
 from masked_softmax_ext._torch_internals import (
     cached_max_length,
     guard_or_false,
     guard_or_true,
     ragged_dim,
 )
+from masked_softmax_ext.decompositions import call_operator
 
 _UNKNOWN_LENGTH = -1  # the value of the operators' argument packed without a max_length
 
@@ -236,11 +241,14 @@ def _check_jagged(
 def weighted_sum_of_rows(weights: Any, input: Any) -> Tensor:
     """The weighted sum of each sequence's steps, ``(batch, features)``.
 
-    weights are jagged ``(batch, steps)``, input ``(batch, steps, features)``.
+    weights are jagged ``(batch, steps)``, input ``(batch, steps, features)``. As in torch.matmul of
+    dense tensors, 16-bit types are summed in float32.
     """
-    steps = weights.values().unsqueeze(-1) * input.values()
+    values = input.values()
+    acc_dtype = accumulation_dtype(weights.dtype, values.dtype, None)
+    steps = weights.values().to(acc_dtype).unsqueeze(-1) * values.to(acc_dtype)
     result: Tensor = torch.segment_reduce(steps, "sum", offsets=input.offsets())
-    return result
+    return result.to(matmul_dtype(values.device.type, values.dtype))
 
 
 def _packed(
@@ -295,7 +303,7 @@ def _packed(
         from masked_softmax_ext._dtensor import call_operator as call
     else:
         call = call_operator
-    rows = (offsets.diff(), dim, offsets[:-1])
+    rows = (offsets[1:] - offsets[:-1], dim, offsets[:-1])
     options = {
         "scale": scale,
         "dtype": dtype,

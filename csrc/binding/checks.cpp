@@ -92,6 +92,27 @@ bool broadcasts(c10::ArrayRef<Size> index, c10::ArrayRef<Size> input, int64_t di
   return true;
 }
 
+// What to pass instead of an index that would broadcast with more or fewer leading dimensions of size 1. The helpers
+// that make causal bounds, or bounds from a mask, add those dimensions for scores of `ndim` dimensions.
+std::string to_aligned_remedy(const char* what, c10::SymIntArrayRef index, c10::SymIntArrayRef input, int64_t dim) {
+  const size_t ndim = input.size();
+  if (ndim < 2) {
+    return "";
+  }
+  std::vector<c10::SymInt> shape = index.vec();
+  while (shape.size() > ndim - 1 && is_one(shape.front())) {
+    shape.erase(shape.begin());
+  }
+  if (shape.size() < ndim - 1) {
+    shape.insert(shape.begin(), ndim - 1 - shape.size(), c10::SymInt(1));
+  }
+  if (!broadcasts(c10::SymIntArrayRef(shape), input, dim)) {
+    return "";
+  }
+  return c10::str("; ", what, " of shape ", c10::SymIntArrayRef(shape),
+                  " would, which causal_lengths(), window() and lengths_from_mask() return with ndim=", ndim);
+}
+
 // What makes a tensor of this type one of lengths or starts.
 std::string to_integer_remedy(at::ScalarType type) {
   if (type == at::kBool) {
@@ -119,7 +140,8 @@ void check_row_index(const char* what, const OptionalTensor& optional_index, con
   }
   TORCH_CHECK_VALUE(false, name, "(): expected ", what, " to broadcast, from its first dimension on, to the shape of ",
                     "input without dimension ", dim, ", ", c10::SymIntArrayRef(row_shape(input, dim)), ", but got ",
-                    what, " of shape ", index.sym_sizes(), " for input of shape ", input.sym_sizes());
+                    what, " of shape ", index.sym_sizes(), " for input of shape ", input.sym_sizes(),
+                    to_aligned_remedy(what, index.sym_sizes(), input.sym_sizes(), dim));
 }
 
 // For packed rows, in place of check_row_index().

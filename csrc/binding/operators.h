@@ -4,7 +4,7 @@
 //
 //   module.cpp                            Python's functions, which call the operators
 //   operators.h, schema.cpp               signatures and schemas of the operators
-//   autocast, autograd, in_place, negative, not_dense   one file for each dispatch key that wraps the operators
+//   tracer, autocast, autograd, in_place, negative, not_dense   one file for each dispatch key that wraps the operators
 //   autograd_rows                         autograd's part for operators that return or take a number a row
 //   autograd_node, compiled_autograd      the node of the autograd graph
 //   device_ops.h                          every operator on a device: check, allocate, compute

@@ -491,11 +491,19 @@ def test_processor_names_are_valid_file_names() -> None:
     assert machine.processor_slug({}, "neon").endswith("-neon")
 
 
+def test_a_run_of_ones_own_is_not_published() -> None:
+    """It would otherwise count among those whose missed targets docs/performance.md must list."""
+    assert run.parse([]).results == ROOT / "build/bench"
+    assert run.parse(["--record"]).results == ROOT / "bench/results"
+    with pytest.raises(SystemExit):
+        run.parse(["--record", "--results", "elsewhere"])
+
+
 def test_help_explains_itself() -> None:
     # From another folder, and without this process's module search path.
     command = [sys.executable, str(ROOT / "bench/run.py"), "--help"]
     environment = {**os.environ, "PYTHONPATH": ""}
     ran = subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment)
     assert ran.returncode == 0, ran.stderr
-    for word in ("--quick", "--targets", "--all", "--filter", "--mxnet-python", "bench/results"):
+    for word in ("--quick", "--targets", "--all", "--filter", "--mxnet-python", "build/bench"):
         assert word in ran.stdout

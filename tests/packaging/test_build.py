@@ -58,10 +58,37 @@ def last_line(result: subprocess.CompletedProcess[str]) -> str:
 @pytest.mark.parametrize("command", ["build_ext", "dist_info"])
 @pytest.mark.parametrize("missing", ["torch", "pybind11"])
 def test_missing_packages_are_named(command: str, missing: str) -> None:
-    """In one sentence, with the command to type."""
+    """In one line, with the command to type."""
     last = last_line(run_setup(command, missing))
     assert last.startswith(f"masked_softmax_ext: found no {missing}")
     assert "pip install --no-build-isolation ." in last
+
+
+def test_a_missing_torch_is_a_matter_of_isolation() -> None:
+    """The message names it, and what to type for each tool."""
+    last = last_line(run_setup("build_ext", "torch"))
+    assert "A build in isolation does not see the installed torch" in last
+    for remedy in (
+        "pip install --no-build-isolation .",
+        "uv pip install --no-build-isolation .",
+        "no-build-isolation-package",
+        "poetry run pip install --no-build-isolation .",
+        "python -m build --wheel --no-isolation",
+        "docs/installation.md",
+    ):
+        assert remedy in last
+
+
+def test_an_old_python_is_named() -> None:
+    """And not told to install a torch that does not exist for it."""
+    preamble = """
+import setuptools
+sys.version = "3.9.18 (main)"
+sys.version_info = type("version_info", (tuple,), {"major": 3, "minor": 9})((3, 9, 18))
+"""
+    last = last_line(run_setup("build_ext", "torch", preamble=preamble))
+    assert last.startswith("masked_softmax_ext: expected Python 3.10 or newer, but this is Python ")
+    assert "3.9.18; create an environment with a newer one" in last
 
 
 def test_commands_that_build_nothing_need_no_packages() -> None:
@@ -91,54 +118,126 @@ def test_a_torch_that_is_too_old_is_named() -> None:
     assert "pip install --upgrade torch" in last
 
 
-# A torch that was built with CUDA 13.0.
+# A torch that was built with CUDA 13.0, on a machine without a toolkit in the usual folder.
 CUDA_TORCH = """
-import torch, torch.utils.cpp_extension as extension
+import pathlib, torch
 torch.version.cuda = "13.0"
-extension.CUDA_HOME = {home!r}
+torch.cuda._is_compiled = lambda: True
+torch.cuda.is_available = lambda: {has_gpu}
+exists = pathlib.Path.exists
+pathlib.Path.exists = lambda path: not str(path).startswith("/usr/local/cuda") and exists(path)
 """
 
 
-def test_a_missing_nvcc_is_named(tmp_path: Path) -> None:
+def run_setup_with_cuda(
+    command: str, *, has_gpu: bool = False, code: str = "", env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    cleared = {"CUDA_HOME": "", "CUDA_PATH": "", "MASKED_SOFTMAX_EXT_CUDA": ""}
+    preamble = CUDA_TORCH.format(has_gpu=has_gpu) + code
+    return run_setup(command, preamble=preamble, env=cleared | (env or {}))
+
+
+# Instead of compiling.
+PRINT_TOOLKIT = """
+from setuptools.command.build_ext import build_ext
+def run(build):
+    from torch.utils import cpp_extension
+    print("toolkit:", cpp_extension.CUDA_HOME)
+    print("sources:", build.extensions[0].sources)
+    build.record_torch_version = lambda: None
+build_ext.run = run
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    """A PATH that has everything but nvcc."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for folder in os.environ["PATH"].split(os.pathsep):
+        for program in Path(folder).glob("*"):
+            link = programs / program.name
+            if program.name != "nvcc" and not link.is_symlink():
+                link.symlink_to(program)
+    return str(programs)
+
+
+def test_a_missing_nvcc_is_named(path: str) -> None:
     """With MASKED_SOFTMAX_EXT_CUDA=1, and if torch sees a GPU."""
-    preamble = CUDA_TORCH.format(home=str(tmp_path))
     advice = "install the CUDA 13.0 toolkit and set CUDA_HOME to its folder"
-    last = last_line(
-        run_setup("build_ext", preamble=preamble, env={"MASKED_SOFTMAX_EXT_CUDA": "1"})
-    )
-    assert "MASKED_SOFTMAX_EXT_CUDA=1 asks for CUDA, but no nvcc was found" in last
+    env = {"PATH": path, "MASKED_SOFTMAX_EXT_CUDA": "1"}
+    last = last_line(run_setup_with_cuda("build_ext", env=env))
+    assert "MASKED_SOFTMAX_EXT_CUDA=1 asks for CUDA, but the build found no nvcc in" in last
     assert advice in last
-    preamble += "torch.cuda.is_available = lambda: True"
-    last = last_line(run_setup("build_ext", preamble=preamble, env={"MASKED_SOFTMAX_EXT_CUDA": ""}))
-    assert "torch sees a GPU, but no nvcc was found" in last
+    last = last_line(run_setup_with_cuda("build_ext", has_gpu=True, env={"PATH": path}))
+    assert "torch sees a GPU, but the build found no nvcc in" in last
     assert advice in last
 
 
-def fake_toolkit(folder: Path, release: str) -> None:
-    (folder / "bin").mkdir()
+def fake_toolkit(folder: Path, release: str) -> Path:
+    (folder / "bin").mkdir(parents=True)
     (folder / "include").mkdir()
     (folder / "include" / "cuda_runtime.h").touch()
     nvcc = folder / "bin" / "nvcc"
     nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.99'\n")
     nvcc.chmod(0o755)
+    return folder
 
 
 def test_an_nvcc_of_another_cuda_is_named(tmp_path: Path) -> None:
-    fake_toolkit(tmp_path, "12.8")
-    preamble = CUDA_TORCH.format(home=str(tmp_path))
-    last = last_line(run_setup("build_ext", preamble=preamble, env={"MASKED_SOFTMAX_EXT_CUDA": ""}))
-    assert "found nvcc 12.8, but torch" in last
-    assert "set CUDA_HOME to a toolkit of that major version" in last
+    home = fake_toolkit(tmp_path, "12.8")
+    last = last_line(run_setup_with_cuda("build_ext", env={"CUDA_HOME": str(home)}))
+    assert f"CUDA_HOME is {home}, but the build found nvcc 12.8 in {home}, but torch" in last
+    assert "whose major version must be the same" in last
 
 
 def test_an_nvcc_without_its_toolkit_is_named(tmp_path: Path) -> None:
-    """If nvcc on the PATH is a link, torch takes the link's folder for the toolkit's."""
-    fake_toolkit(tmp_path, "13.0")
-    (tmp_path / "include" / "cuda_runtime.h").unlink()
-    preamble = CUDA_TORCH.format(home=str(tmp_path))
-    last = last_line(run_setup("build_ext", preamble=preamble, env={"MASKED_SOFTMAX_EXT_CUDA": ""}))
-    assert "but no cuda_runtime.h in" in last
+    home = fake_toolkit(tmp_path, "13.0")
+    (home / "include" / "cuda_runtime.h").unlink()
+    last = last_line(run_setup_with_cuda("build_ext", env={"CUDA_HOME": str(home)}))
+    assert f"found {home}/bin/nvcc, but no cuda_runtime.h in {home}/include; install" in last
     assert "set CUDA_HOME" in last
+
+
+@pytest.mark.parametrize("release", ["13.0", "12.8", "none"])
+def test_a_toolkit_that_nobody_asked_for_stops_no_build(
+    release: str, tmp_path: Path, path: str
+) -> None:
+    """One line says that the build has no CUDA kernels, and why."""
+    if release != "none":
+        toolkit = fake_toolkit(tmp_path / "toolkit", release)
+        (toolkit / "include" / "cuda_runtime.h").unlink()
+        path = f"{toolkit / 'bin'}{os.pathsep}{path}"
+    result = run_setup_with_cuda("build_ext", code=PRINT_TOOLKIT, env={"PATH": path})
+    assert result.returncode == 0, result.stderr
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("masked_softmax_ext:")]
+    expected = "found no nvcc in" if release == "none" else "but no cuda_runtime.h in"
+    assert "builds without CUDA kernels, because it found" in line
+    assert expected in line
+    assert "set CUDA_HOME to its folder" in line
+    assert "csrc/cuda/launch.cu" not in result.stdout
+
+
+def test_the_toolkit_of_a_linked_nvcc_is_found(tmp_path: Path, path: str) -> None:
+    toolkit = fake_toolkit(tmp_path / "toolkit", "13.0")
+    Path(path, "nvcc").symlink_to(toolkit / "bin" / "nvcc")
+    result = run_setup_with_cuda("build_ext", code=PRINT_TOOLKIT, env={"PATH": path})
+    assert f"toolkit: {toolkit}" in result.stdout, result.stderr
+    assert "csrc/cuda/launch.cu" in result.stdout
+
+
+def test_the_toolkit_of_pip_is_found(tmp_path: Path, path: str) -> None:
+    """Beside torch's own packages; it lacks the name of a library for which the linker looks."""
+    toolkit = fake_toolkit(tmp_path / "nvidia" / "cu13", "13.0")
+    (toolkit / "lib").mkdir()
+    (toolkit / "lib" / "libcudart.so.13").touch()
+    code = f"{PRINT_TOOLKIT}\ntorch.__file__ = {str(tmp_path / 'torch' / '__init__.py')!r}\n"
+    result = run_setup_with_cuda("build_ext", code=code, env={"PATH": path})
+    assert result.returncode == 0, result.stderr
+    assert "csrc/cuda/launch.cu" in result.stdout
+    link = ROOT / "build" / "cudart" / "libcudart.so"
+    assert link.readlink() == toolkit / "lib" / "libcudart.so.13"
+    link.unlink()
 
 
 # The code can use what setup.py defined: setup["name"].
@@ -191,12 +290,13 @@ def test_cuda_architectures() -> None:
 import os
 architectures = setup["cuda_architectures"]
 for os.environ["TORCH_CUDA_ARCH_LIST"], present, version, _ in {cases}:
-    architectures.__globals__["nvcc_version"] = lambda: version
-    print(architectures(SimpleNamespace(cuda=SimpleNamespace(
+    architectures.__globals__["nvcc_version"] = lambda toolkit: version
+    torch = SimpleNamespace(cuda=SimpleNamespace(
         is_available=lambda: bool(present),
         device_count=lambda: len(present),
         get_device_capability=lambda i: present[i],
-    ))))
+    ))
+    print(architectures(torch, "toolkit"))
 """
     assert run_after_setup(code) == [case[-1] for case in cases]
 

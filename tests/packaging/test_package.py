@@ -157,12 +157,22 @@ def test_build_info_returns_a_copy() -> None:
 
 
 def test_one_version_everywhere() -> None:
-    """``__version__`` is the installed package's, apart from torch's label, and the citation's."""
+    """``__version__`` is that of the installed package, the citation and the documentation."""
     version = masked_softmax_ext.__version__
     for installed in importlib.metadata.distributions(name="masked_softmax_ext"):
         assert installed.version.partition("+")[0] == version
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert re.findall(r"^version: (.+)$", citation, re.MULTILINE) == [version]
+    page = (ROOT / "docs" / "installation.md").read_text(encoding="utf-8")
+    assert re.findall(r'name = "masked-softmax-ext"\nversion = "(.+)"', page) == [version]
+
+
+def test_one_range_of_torch_everywhere() -> None:
+    """Of pyproject.toml and of the metadata that the page about installation gives to uv."""
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "installation.md").read_text(encoding="utf-8")
+    (expected,) = re.findall(r'^dependencies = (\["torch.*?"\])', pyproject, re.MULTILINE)
+    assert re.findall(r'^requires-dist = (\["torch.*?"\])', page, re.MULTILINE) == [expected]
 
 
 def test_one_version_of_each_style_tool() -> None:

@@ -21,6 +21,7 @@ from masked_softmax_ext import (
     masked_log_softmax,
     masked_softmax,
     masked_softmax_,
+    packed_log_softmax,
     packed_softmax,
 )
 
@@ -159,6 +160,76 @@ def test_trace() -> None:
         assert_close_to_eager(loaded(*inputs(rows, cols)), rows, cols)
 
 
+def write_in_place(x: Tensor, lengths: Tensor) -> Tensor:
+    return masked_softmax_(x[:, 1:] * 2, lengths, scale=0.5)
+
+
+def write_to_input(x: Tensor, lengths: Tensor) -> Tensor:
+    masked_softmax_(x, lengths)
+    return x + 0
+
+
+def write_to_out(x: Tensor, lengths: Tensor) -> Tensor:
+    out = torch.zeros_like(x, dtype=torch.float64)
+    masked_log_softmax(x, lengths, scale=0.5, dtype=torch.float64, out=out)
+    return out
+
+
+def write_over_scores(x: Tensor, lengths: Tensor) -> Tensor:
+    return masked_softmax(x, lengths, out=x) + x
+
+
+WRITES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "in place": write_in_place,
+    "to the input": write_to_input,
+    "out=": write_to_out,
+    "out=, over the scores": write_over_scores,
+}
+every_write = pytest.mark.parametrize("write", WRITES.values(), ids=list(WRITES))
+
+
+@every_write
+def test_trace_of_writes(write: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Recorded as the operator that returns the result, and a copy."""
+    traced = torch.jit.trace(
+        write, (random_input((3, 5), torch.float32, seed=6), torch.ones(3).long())
+    )
+    assert "aten::copy_" in str(traced.graph)
+    lengths = torch.tensor([0, 4, 2])
+    for wanted_inputs, got_inputs in ((random_input((3, 5), torch.float32, seed=7) for _ in "12"),):
+        expected, got = write(wanted_inputs, lengths), traced(got_inputs, lengths)
+        assert_same_bits(got, expected)
+        assert_same_bits(got_inputs, wanted_inputs)
+
+
+def test_trace_checks_what_it_writes_to() -> None:
+    x = random_input((3, 5), torch.float32, seed=6)
+    with pytest.raises(ValueError, match="expected out of input's shape"):
+        torch.jit.trace(lambda x: masked_softmax(x, 2, out=torch.zeros(5)), (x,))
+    with pytest.raises(TypeError, match="expected out of Float"):
+        torch.jit.trace(lambda x: masked_softmax(x, 2, out=torch.zeros(3, 5).double()), (x,))
+
+
+class Writing(nn.Module):
+    def __init__(self, write: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.write = write
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return self.write(x * 1, lengths)
+
+
+@every_write
+def test_the_onnx_exporter_of_torchscript_drops_no_writes(
+    write: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """It cannot translate the operators. Dropped, they would leave the scores, or zeros."""
+    pytest.importorskip("onnx")
+    arguments = (random_input((3, 5), torch.float32, seed=6), torch.ones(3).long())
+    with pytest.raises(NotImplementedError, match=r"softmax\(\): .*dynamo=True\) can"):
+        torch.onnx.export(Writing(write), arguments, io.BytesIO(), dynamo=False)
+
+
 # Decompositions and ONNX
 
 
@@ -171,7 +242,7 @@ def test_decompositions() -> None:
 
 
 def test_decomposition_of_edges(log: bool) -> None:
-    """Empty rows, -inf, starts, integer and 0-dim input; packed rows are not decomposed."""
+    """Empty rows, -inf, starts, integer and 0-dim input."""
     name = "masked_log_softmax" if log else "masked_softmax"
     operator = getattr(torch.ops.masked_softmax_ext, name).default
     decomposed = decomposition_table()[operator]
@@ -185,7 +256,148 @@ def test_decomposition_of_edges(log: bool) -> None:
     ):
         expected = operator(*arguments, **options)
         torch.testing.assert_close(decomposed(*arguments, **options), expected)
-    assert decomposed(x[0], torch.tensor([4]), 0, torch.tensor([0]), packed=4) is NotImplemented
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [[0, 3, 7], [0, 0, 0, 2, 2, 7], [0, 7], [0, 7, 7, 7], [0, 1, 2, 3, 4, 5, 6, 7]],
+    ids=str,
+)
+def test_decomposition_of_packed_rows(offsets: list[int], log: bool) -> None:
+    """Empty rows anywhere, each dim, dtype and sign of scale; -inf, inf and NaN in a row."""
+    operator = getattr(
+        torch.ops.masked_softmax_ext, "masked_log_softmax" if log else "masked_softmax"
+    ).default
+    decomposed = decomposition_table()[operator]
+    bounds = torch.tensor(offsets)
+    for dim, shape in ((0, (7,)), (0, (7, 3)), (1, (2, 7, 3)), (-1, (3, 7))):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            x = random_input(shape, dtype, seed=8)
+            rows = (bounds.diff().int(), dim, bounds[:-1].int())
+            for special in (None, float("-inf"), float("inf"), float("nan")):
+                if special is not None:
+                    x.select(dim, 4).fill_(special)
+                for options in ({}, {"scale": -0.5}, {"scale": 3.0, "dtype": torch.float32}):
+                    expected = operator(x, *rows, **options, packed=-1)
+                    got = decomposed(x, *rows, **options, packed=-1)
+                    assert got.is_contiguous()
+                    torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+def test_decomposition_of_no_packed_rows(log: bool) -> None:
+    name = "masked_log_softmax" if log else "masked_softmax"
+    operator = getattr(torch.ops.masked_softmax_ext, name).default
+    none = torch.zeros(0, dtype=torch.int64)
+    for rows in (none, torch.zeros(2, dtype=torch.int64)):
+        got = decomposition_table()[operator](torch.zeros(0, 3), rows, 0, rows, packed=-1)
+        assert got.shape == (0, 3)
+
+
+class PackedModel(nn.Module):
+    def __init__(self, log: bool) -> None:
+        super().__init__()
+        self.function = packed_log_softmax if log else packed_softmax
+
+    def forward(self, values: Tensor, offsets: Tensor) -> Tensor:
+        return self.function(values, offsets, scale=-0.5)
+
+
+PACKED = ((5, [0, 2, 2, 5]), (9, [0, 0, 4, 4, 8, 9]), (3, [0, 3, 3]))  # total, offsets
+
+
+def packed_inputs(total: int, offsets: list[int]) -> Inputs:
+    return random_input((total, 2), torch.float32, seed=total), torch.tensor(offsets)
+
+
+def test_decomposed_programs_of_packed_rows(log: bool) -> None:
+    """Compared with the operator, gradient included."""
+    model = PackedModel(log)
+    shapes = ({0: Dim("total", min=2)}, {0: Dim("ends", min=3)})
+    program = torch.export.export(model, packed_inputs(*PACKED[0]), dynamic_shapes=shapes)
+    program = program.run_decompositions(decomposition_table())
+    assert not any("masked_softmax_ext" in str(node.target) for node in program.graph.nodes)
+    for size in PACKED:
+        values, offsets = packed_inputs(*size)
+        g = random_input(values.shape, torch.float32, seed=9)
+        results = []
+        for run in (program.module(), model):
+            leaf = values.clone().requires_grad_()
+            y = run(leaf, offsets)
+            results.append((y.detach(), *torch.autograd.grad(y, leaf, g)))
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["difference", "difference, negative scale", "product"])
+def test_decomposition_of_packed_scores_that_are_far_apart(name: str, log: bool) -> None:
+    case = FAR_APART[name]
+    x = case.scores(torch.float32).repeat(2)
+    bounds = torch.tensor([0, 3])
+    operator = getattr(
+        torch.ops.masked_softmax_ext, "masked_log_softmax" if log else "masked_softmax"
+    ).default
+    y = decomposition_table()[operator](x, bounds * 0 + 3, 0, bounds, scale=case.scale, packed=-1)
+    for row in (y[:3], y[3:]):
+        assert_is_exact(row, x[:3], case.scale, log=log)
+
+
+def test_onnx_of_packed_rows(log: bool, tmp_path: Path) -> None:
+    """Standard operators, for any number of rows."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    shapes = ({0: Dim("total", min=2)}, {0: Dim("ends", min=3)})
+    program = torch.onnx.export(
+        PackedModel(log),
+        packed_inputs(*PACKED[0]),
+        dynamo=True,
+        dynamic_shapes=shapes,
+        verbose=False,
+    )
+    assert program is not None
+    path = str(tmp_path / "model.onnx")
+    program.save(path)
+    run = load_in_onnx_runtime(path)
+    for size in PACKED:
+        (got,) = run(*packed_inputs(*size))
+        expected = PackedModel(log)(*packed_inputs(*size))
+        torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-5, atol=1e-6)
+
+
+class ReadsScale(nn.Module):
+    def __init__(self, packed: bool) -> None:
+        super().__init__()
+        self.packed = packed
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        if self.packed:
+            return packed_softmax(x, torch.tensor([0, 2, 5]), 1, scale=scale.item())
+        return masked_softmax(x, 2, scale=scale.item())
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_onnx_of_a_scale_that_varies(packed: bool, tmp_path: Path) -> None:
+    """The product of the scores, which float32 cannot hold, is within ONNX's reach too."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    x = torch.tensor([[2e38, 2e38, 1.0, 2.0, 2.0], [-3e38, -3e38, 0.5, 3.0, -1.0]])
+    module = ReadsScale(packed)
+    program = torch.onnx.export(module, (x, torch.tensor(0.5)), dynamo=True, verbose=False)
+    assert program is not None
+    path = str(tmp_path / "model.onnx")
+    program.save(path)
+    run = load_in_onnx_runtime(path)
+    for scale in (0.5, 2.0, -4.0):
+        (got,) = run(x, torch.tensor(scale))
+        expected = module(x, torch.tensor(scale))
+        assert float(expected[0, 0]) == 0.5
+        torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_onnx_exporter_of_torchscript_and_packed_rows(log: bool) -> None:
+    pytest.importorskip("onnx")
+    arguments = packed_inputs(*PACKED[0])
+    with pytest.raises(NotImplementedError, match=r"softmax\(\): .*dynamo=True\) can"):
+        torch.onnx.export(PackedModel(log), arguments, io.BytesIO(), dynamo=False)
 
 
 class Far(nn.Module):

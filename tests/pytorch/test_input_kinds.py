@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_same_bits, random_input
+from cases import FLOATING, assert_same_bits, random_input, short_name
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -265,6 +265,66 @@ def test_packed_rows_are_the_values_of_jagged_ones() -> None:
         assert_close(results(run, values), expected)
         x = torch.nested.nested_tensor_from_jagged(values, offsets)
         assert_same_bits(layer(x).values(), expected[0])
+
+
+# Autocast and 16-bit types
+
+
+def as_torch_does(module: nn.Module, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """The types of the result and of the weights of torch's own operators, for every column."""
+    if isinstance(module, MaskedSoftmax | MaskedLogSoftmax):
+        function = torch.softmax if isinstance(module, MaskedSoftmax) else torch.log_softmax
+        return (function(x, 1).dtype,) * 2
+    weights = torch.softmax(module.score(x).squeeze(-1), -1)  # type: ignore[operator]
+    return torch.matmul(weights.unsqueeze(-2), x).dtype, weights.dtype
+
+
+AUTOCAST_KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dense": lambda x: x,
+    "a subclass": lambda x: x.as_subclass(Subclass),
+    "meta": lambda x: x.to("meta"),
+    "jagged": lambda x: torch.nested.nested_tensor(
+        [row[:length] for row, length in zip(x, LENGTHS, strict=True)], layout=torch.jagged
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", AUTOCAST_KINDS)
+@pytest.mark.parametrize("dtype", FLOATING, ids=short_name)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
+def test_autocast(
+    module: nn.Module, kind: str, dtype: torch.dtype, autocast: torch.dtype | None
+) -> None:
+    """The types that torch's own operators give, eager and compiled; gradients of input's type."""
+    module.to(dtype)
+    x = AUTOCAST_KINDS[kind](padded().to(dtype))
+    lengths = None if kind == "jagged" else lengths_of(module).to(x.device)
+    is_pooled = isinstance(module, AttentionPooling)
+    module.to(x.device)
+    runs = [module] if kind in ("a subclass", "meta") else [module, compiled(module)]
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        plain = padded().to(dtype).to(x.device)
+        result_type, weights_type = as_torch_does(module, plain)
+        for run in runs:
+            leaf = x.detach().requires_grad_()
+            if is_pooled:
+                y, weights = run(leaf, lengths, return_weights=True)
+                assert weights.dtype == weights_type
+                assert run(leaf, lengths).dtype == result_type
+            else:
+                y = run(leaf, lengths)
+            assert y.dtype == result_type
+            total = (y.values() if y.is_nested else y).float().clamp(min=-9).pow(2).sum()
+            assert torch.autograd.grad(total, leaf)[0].dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short_name)
+def test_pooled_jagged_input_of_16_bits_is_summed_in_float32(dtype: torch.dtype) -> None:
+    """A sum of 512 equal terms in bfloat16 would stop growing at half of its value."""
+    pool = AttentionPooling(FEATURES).to(dtype)
+    x = torch.ones(512, FEATURES, dtype=dtype)
+    got = pool(torch.nested.nested_tensor([x, x[:3]], layout=torch.jagged))
+    torch.testing.assert_close(got, torch.ones(2, FEATURES, dtype=dtype), rtol=4e-3, atol=0)
 
 
 # What is refused, in one sentence

@@ -16,7 +16,9 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from calls import forward
-from cases import assert_same_bits, generator, random_input
+from cases import FLOATING, assert_same_bits, generator, random_input, short_name
+from far_apart import FAR_APART, assert_is_exact
+from numpy_reference import HAS_LONG_DOUBLE
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,6 +28,7 @@ from masked_softmax_ext import (
     MaskedLogSoftmax,
     MaskedSoftmax,
     causal_lengths,
+    decomposition_table,
     intersect_bounds,
     lengths_from_mask,
     mask_from_lengths,
@@ -279,7 +282,7 @@ def test_autocast_does_not_change_the_type_with_a_symbolic_scale(log: bool) -> N
         torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
 
 
-# torch.export and make_fx
+# Products that the scores' type cannot hold
 
 
 class Module(nn.Module):
@@ -289,6 +292,115 @@ class Module(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         return self.function(*args)
+
+
+def trace_compiled(program: Program, x: Tensor, backend: str = "aot_eager") -> Program:
+    return compiled(program, dynamic=True, backend=backend)[0]
+
+
+def trace_exported(program: Program, x: Tensor) -> Program:
+    module = Module(lambda x, s: program(x, s.item()))
+    exported = torch.export.export(module, (x, torch.tensor(2.0, dtype=torch.float64)))
+    return lambda x, s: exported.module()(x, torch.tensor(s, dtype=torch.float64))
+
+
+def trace_decomposed(program: Program, x: Tensor) -> Program:
+    module = Module(lambda x, s: program(x, s.item()))
+    exported = torch.export.export(module, (x, torch.tensor(2.0, dtype=torch.float64)))
+    plain = exported.run_decompositions(decomposition_table()).module()
+    return lambda x, s: plain(x, torch.tensor(s, dtype=torch.float64))
+
+
+def trace_jit(program: Program, x: Tensor) -> Program:
+    traced = torch.jit.trace(program, (x, torch.tensor(2.0).double()), check_trace=False)
+    return lambda x, s: traced(x, torch.tensor(s, dtype=torch.float64))
+
+
+def trace_vmap(program: Program, x: Tensor) -> Program:
+    return lambda x, s: torch.vmap(lambda s: program(x, s))(torch.tensor([s], dtype=torch.float64))[
+        0
+    ]
+
+
+TRACES: dict[str, Callable[[Program, Tensor], Program]] = {
+    "compiled": trace_compiled,
+    "inductor": lambda program, x: trace_compiled(program, x, "inductor"),
+    "exported": trace_exported,
+    "decomposed": trace_decomposed,
+    "jit.trace": trace_jit,
+    "vmap": trace_vmap,
+}
+every_trace = pytest.mark.parametrize("trace", TRACES.values(), ids=list(TRACES))
+
+
+@every_trace
+@pytest.mark.parametrize("dtype", FLOATING, ids=short_name)
+def test_scales_of_scores_that_are_far_apart(
+    trace: Callable[[Program, Tensor], Program], dtype: torch.dtype, log: bool
+) -> None:
+    """Forward as exact as a constant scale, and with its gradient."""
+    if dtype == torch.float64 and not HAS_LONG_DOUBLE:
+        pytest.skip("this platform has no long double wider than float64")
+    program: Program = lambda x, s: forward(x, 3, log=log, scale=s)  # noqa: E731
+    run = trace(program, scores(3, 5).to(dtype))
+    g = torch.tensor([1.0, -2.0, 4.0], dtype=dtype).repeat(3, 1)
+    for name, case in FAR_APART.items():
+        if dtype == torch.float64 and name == "product, huge scale":
+            continue  # a product beyond 2**1144
+        x = torch.full((3, 5), math.nan, dtype=dtype)
+        x[:, :3] = case.scores(dtype)
+        leaf = x.requires_grad_()
+        y = run(leaf, case.scale)
+        expected = program(leaf, case.scale)
+        for row in y.detach()[:, :3]:
+            assert_is_exact(row, x.detach()[0, :3], case.scale, log=log)
+        got, wanted = (torch.autograd.grad(finite(z[:, :3]), leaf, g)[0] for z in (y, expected))
+        assert torch.equal(got[:, 3:], torch.zeros(3, 2, dtype=dtype)), name
+        if abs(case.scale) > 2:
+            continue  # a gradient that only rounding errors make finite, or infinite
+        eps = torch.finfo(dtype).eps
+        atol = 32 * eps * abs(case.scale)
+        torch.testing.assert_close(got, wanted, rtol=8 * eps, atol=atol, msg=name)
+
+
+@every_trace
+def test_products_that_float32_cannot_hold(trace: Callable[[Program, Tensor], Program]) -> None:
+    """By each function, with a gradient that is not 0."""
+    x = torch.tensor([[2e38, 2e38, -3e38, -3e38], [2e38, 0.0, -3e38, -3e38]], requires_grad=True)
+    g = torch.tensor([[1.0, -2.0, 3.0, 5.0], [2.0, -5.0, 4.0, 8.0]])
+    programs: dict[str, Program] = {
+        "masked_softmax": lambda x, s: masked_softmax(x, 4, scale=s),
+        "masked_softmax_": lambda x, s: masked_softmax_(x * 1, 4, scale=s),
+        "dim": lambda x, s: masked_softmax(x, 2, 0, scale=s),
+        "packed_softmax": lambda x, s: packed_softmax(x, offsets(), 1, scale=s),
+        "reference": lambda x, s: reference.masked_log_softmax(x, 4, scale=s),
+    }
+    if trace is trace_decomposed:
+        del programs["packed_softmax"]  # it has no decomposition
+    if trace in (trace_decomposed, trace_vmap):
+        del programs["masked_softmax_"]  # torch's copy_() has no gradient there, or no batching
+    for program in programs.values():
+        run = trace(program, x.detach())
+        for scale in (2.0, -3.0):
+            expected = program(x, scale)
+            assert_close(run(x, scale), expected)
+            got, wanted = (
+                torch.autograd.grad(finite(y), x, g)[0] for y in (run(x, scale), expected)
+            )
+            assert float(wanted.abs().max()) > 0.1
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_accuracy_of_a_scale_that_varies(log: bool) -> None:
+    """That of a constant scale: a product in float32 would lose the differences of large scores."""
+    x = 4096 + scores(8, 8)
+    run = trace_compiled(lambda x, s: forward(x, 8, log=log, scale=s), x)
+    for scale in (0.3, -1.7):
+        expected = forward(x.double(), 8, log=log, scale=scale).float()
+        torch.testing.assert_close(run(x, scale), expected, rtol=2e-6, atol=0)
+
+
+# torch.export and make_fx
 
 
 strict_or_not = pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])

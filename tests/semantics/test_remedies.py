@@ -19,7 +19,6 @@ from cases import random_input
 from torch import Tensor, nn
 from torch.masked import MaskedTensor, masked_tensor
 
-import masked_softmax_ext
 from masked_softmax_ext import (
     AttentionPooling,
     MaskedLogSoftmax,
@@ -34,6 +33,7 @@ from masked_softmax_ext import (
     packed_log_softmax,
     packed_softmax,
     reference,
+    window,
 )
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
@@ -103,6 +103,43 @@ def test_sequences_and_arrays(function: Callable[..., Tensor], argument: str, wr
     with pytest.raises(TypeError, match=rf"expected {argument} .* got {name}.*{remedy}"):
         function(scores(), **{"lengths": 1, argument: wrong})
     function(scores(), **{"lengths": torch.tensor(1), argument: torch.tensor(wrong)})
+
+
+@every_function
+@pytest.mark.parametrize("given", [2, 3, 4, 5])
+@pytest.mark.parametrize("shape", [(5, 7), (3, 5, 7), (2, 3, 5, 7)], ids=str)
+def test_bounds_for_scores_of_another_number_of_dimensions(
+    function: Callable[..., Tensor], shape: tuple[int, ...], given: int
+) -> None:
+    """The message names the ``ndim`` that fits these scores, and the shape it gives."""
+    x = torch.zeros(shape)
+    if given == len(shape):
+        function(x, window(5, 7, 3, ndim=given))
+        return
+    for argument, bounds in (
+        ("lengths", {"lengths": causal_lengths(5, 7, ndim=given)}),
+        ("starts", {"lengths": 1, "starts": window(5, 7, 3, ndim=given)[1]}),
+    ):
+        with pytest.raises(ValueError, match=rf"expected {argument} to broadcast") as caught:
+            function(x, **bounds)
+        remedy = re.search(r"shape (\[[\d, ]+\]) would, .*ndim=(\d+)$", str(caught.value))
+        assert remedy is not None, caught.value
+        lengths, starts = window(5, 7, 3, ndim=int(remedy[2]))
+        assert str(list(lengths.shape)) == remedy[1]
+        function(x, lengths, starts=starts)
+
+
+@every_function
+def test_bounds_that_no_number_of_dimensions_aligns(function: Callable[..., Tensor]) -> None:
+    for shape, bounds in (
+        ((2, 5, 7), causal_lengths(4, 7)),  # another number of queries
+        ((2, 5, 7), torch.ones(2, 1, 5, dtype=torch.int64)),
+        ((5, 2, 7), torch.ones(2, dtype=torch.int64).view(2, 1)),  # of the right number
+        ((7,), causal_lengths(5, 7)),  # one row has no queries
+    ):
+        with pytest.raises(ValueError, match="expected lengths to broadcast") as caught:
+            function(torch.zeros(shape), bounds)
+        assert "ndim" not in str(caught.value)
 
 
 HELPERS: dict[str, Callable[[Tensor], Any]] = {
@@ -254,8 +291,8 @@ def test_no_remedy_where_there_is_none(wrong: Any) -> None:
         (lambda number: mask_from_lengths(LENGTHS, number), "cols"),
         (lambda number: causal_lengths(number, 3), "queries"),
         (lambda number: causal_lengths(3, number), "keys"),
-        (lambda number: masked_softmax_ext.window(3, 3, number), "size"),
-        (lambda number: masked_softmax_ext.window(3, 3, (number, 1)), "left"),
+        (lambda number: window(3, 3, number), "size"),
+        (lambda number: window(3, 3, (number, 1)), "left"),
     ],
 )
 def test_a_0_dim_tensor_as_a_size(call: Callable[[Any], Any], argument: str) -> None:
