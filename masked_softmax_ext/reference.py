@@ -246,7 +246,6 @@ def are_invalid(length: Tensor, start: Tensor, cols: int) -> Tensor:
 
 def per_row(name: str, index: Index, input: Tensor, dim: int) -> Tensor:
     """Lengths or starts as a tensor that broadcasts with input, of size 1 in ``dim``."""
-    rows = [*input.shape[:dim], *input.shape[dim + 1 :]]
     if is_traced_numpy_scalar(index):
         index = torch.as_tensor(index, device=input.device)
     if not isinstance(index, Tensor):

@@ -204,7 +204,7 @@ def test_a_sink_of_minus_infinity_is_none(
         assert_same_bits(gradient, results[0][1])
 
 
-@pytest.mark.parametrize("cols", (1, 5, 64, 1000, 8193))
+@pytest.mark.parametrize("cols", [1, 5, 64, 1000, 8193])
 @pytest.mark.parametrize("layout", ["last", "first"])
 def test_edges(capability: str, dtype: torch.dtype, cols: int, layout: str) -> None:
     """Sinks of +inf and NaN, and rows of -inf, +inf and NaN beside a finite sink; empty rows."""
