@@ -41,6 +41,7 @@ NAMES = {
     "build_info",
     "cpu_capability",
     "masked_log_softmax",
+    "masked_logsumexp",
     "masked_softmax",
     "masked_softmax_",
     "reference",
@@ -62,7 +63,7 @@ def test_everything_public_is_documented() -> None:
 def test_functions_are_typed() -> None:
     """py.typed exists, and every argument and result has a type."""
     assert (Path(masked_softmax_ext.__file__).parent / "py.typed").exists()
-    for function in (masked_softmax, masked_log_softmax, masked_softmax_):
+    for function in (masked_softmax, masked_log_softmax, masked_softmax_, masked_logsumexp):
         signature = inspect.signature(function)
         assert signature.return_annotation is not inspect.Signature.empty
         for parameter in signature.parameters.values():
