@@ -12,6 +12,7 @@
 #include <torch/library.h>
 
 #include "binding/autograd_node.h"
+#include "binding/autograd_rows.h"
 
 namespace masked_softmax {
 namespace {
@@ -382,11 +383,7 @@ void softmax_with_sink_in_place(at::Tensor& input, const at::Tensor& sink, const
   if (!torch::autograd::compute_requires_grad(sink) && !has_tangent(sink) && !has_tangent(input)) {
     return compute_in_place(input, rows, &sink, validate);
   }
-  // The derivative also takes the sink's weight, which is one more result.
-  torch::autograd::check_inplace(input, /*requires_grad=*/true);
-  const auto [output, weight] =
-      call_with_sink<Operation::kSoftmax>(input, sink, rows, std::nullopt, input.scalar_type(), validate, std::nullopt);
-  input.copy_(output);
+  differentiate_sink_in_place(input, sink, rows, validate);
 }
 
 }  // namespace

@@ -20,6 +20,12 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "binding/autograd_rows.h"
+
 #include "binding/autograd_node.h"
 
 namespace masked_softmax {
@@ -260,7 +266,41 @@ at::Tensor bilinear(const at::Tensor& a, const at::Tensor& b, const RowArguments
   return result;
 }
 
+// exp(sink - logsumexp), computed apart from the softmax. In double: the error of a logarithm in float would grow with
+// it.
+at::Tensor sink_weight_of(const at::Tensor& input, const at::Tensor& sink, const RowArguments& rows, bool validate) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const at::Tensor logsumexp = call<Operation::kLogSumExp>(input, rows, at::kDouble, validate, std::nullopt);
+  const at::Tensor in_double = with_all_dimensions(sink.to(at::kDouble), logsumexp.dim());
+  const at::Tensor weight = in_double.sub(logsumexp).sigmoid();
+  const double none = -std::numeric_limits<double>::infinity();
+  return weight.masked_fill(in_double.eq(none), 0.0).to(accumulation_type(input));
+}
+
 }  // namespace
+
+void differentiate_sink_in_place(at::Tensor& input, const at::Tensor& sink, const RowArguments& rows, bool validate) {
+  torch::autograd::check_inplace(input, /*requires_grad=*/true);
+  // A node that changes a view has one result, and tangents are those of a new tensor.
+  if (input.is_view() || has_tangent(input) || has_tangent(sink)) {
+    input.copy_(std::get<0>(call_with_sink<Operation::kSoftmax>(input, sink, rows, std::nullopt, input.scalar_type(),
+                                                                validate, std::nullopt)));
+    return;
+  }
+  const CallView view = view_of(rows, std::nullopt, input.scalar_type());
+  OperatorNode::Pointer owner;
+  OperatorNode* const node = OperatorNode::create(kSinkFormula<Operation::kSoftmax>, view, {&input, &sink}, owner);
+  const at::Tensor weight = sink_weight_of(input, sink, rows, validate);
+  {
+    const at::AutoDispatchBelowAutograd below_autograd;  // in_place.cpp is next
+    call_operator<SinkInPlaceOperator>(input, sink, rows, validate);
+  }
+  torch::autograd::rebase_history(input, owner);
+  torch::autograd::set_history(weight, owner);
+  node->save(sink);
+  node->save_output(input, /*is_in_place=*/true);
+  node->save_output(weight, /*is_in_place=*/false);
+}
 
 TORCH_LIBRARY_IMPL(masked_softmax_ext, Autograd, m) {
   for_each_operation([&](auto operation) {

@@ -111,6 +111,7 @@ Problem make_problem(Operation operation, const at::Tensor& output, std::initial
   if (is_reduction(operation)) {
     problem.output.data = problem.row_result.data;  // it has no elements
     problem.output.type = problem.row_result.type;
+    problem.output.col_stride = 1;
   } else {
     problem.output = make_operand(output, dim, output.mutable_data_ptr());
   }

@@ -55,6 +55,7 @@ class BlockKernel {
   using Block = RowBlock<V, T, U, input_count(kOperation)>;
   static constexpr bool kIsSoftmax = kOperation == Operation::kSoftmax;
   static constexpr bool kIsLogSoftmax = kOperation == Operation::kLogSoftmax;
+  static constexpr bool kHasLogSum = kIsLogSoftmax || kOperation == Operation::kLogSumExp;
   static constexpr int32_t kRowRounding = kTileElems<V>;
 
   // Rows are appended to the next block. Once it is full, the current block is computed, which prefetches the rows of
@@ -62,7 +63,7 @@ class BlockKernel {
   MASKED_SOFTMAX_NOINLINE void run_current() {
     if constexpr (kIsSoftmax) {
       sum_exponentials(*current_, *next_);
-    } else if constexpr (kIsLogSoftmax) {
+    } else if constexpr (kHasLogSum) {
       find_log_sums(*current_, *next_);
     } else {
       sum_derivative_terms(*current_, *next_);
@@ -225,6 +226,19 @@ class BlockKernel {
     }
   }
 
+  // As in torch.logsumexp, infinite where that is the maximum.
+  double logsumexp(const Block& block, int r) const {
+    if (block.lengths[r] == 0) {
+      return -std::numeric_limits<double>::infinity();
+    }
+    const acc_t row_max = block.maxima[r];
+    const double scaled_max = problem_.scale * static_cast<double>(row_max);
+    if (std::isinf(row_max) && !has_nan<V>(block.inputs[0][r], block.lengths[r])) {
+      return scaled_max;
+    }
+    return scaled_max + static_cast<double>(block.sums[0][r]);
+  }
+
   MASKED_SOFTMAX_NOINLINE void add_sink_to_log_sum(Block& block, int r) const {
     acc_t& log_sum = block.sums[0][r];
     if (block.lengths[r] == 0) {
@@ -272,6 +286,11 @@ class BlockKernel {
         }
       }
       write(block, r, block.outputs[r], value);
+    } else if constexpr (kOperation == Operation::kLogSumExp) {
+      store_row_result(problem_.row_result, block.row_numbers[r], logsumexp(block, r));
+    } else if constexpr (kOperation == Operation::kRowDot) {
+      const acc_t dot = block.lengths[r] > 0 ? scale_.scale * block.sums[0][r] : acc_t{0};
+      store_row_result(problem_.row_result, block.row_numbers[r], static_cast<double>(dot));
     } else if constexpr (kIsLogSoftmax) {
       const LogProbability<V, T> value(block.inputs[0][r], block.maxima[r], scale_.scale, block.sums[0][r]);
       write(block, r, block.outputs[r], value);

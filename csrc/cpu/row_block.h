@@ -27,7 +27,7 @@ struct RowBlock {
   int32_t after[kBlockRows];   // columns of padding after the valid ones
   int32_t scratch_offsets[kBlockRows];
   double sinks[kBlockRows];         // only where the problem has them
-  int64_t row_numbers[kBlockRows];  // the same
+  int64_t row_numbers[kBlockRows];  // only where the problem has row results
   acc_t maxima[kBlockRows];
   acc_t sums[kMaxSums][kBlockRows];
   alignas(64) acc_t unreduced[kMaxSums][kBlockRows * V::kLanes];  // a vector for each row's sum or maximum
@@ -76,6 +76,8 @@ struct RowBlock {
     }
     for (int64_t i = 0; problem.row_input.data != nullptr && i < appended; ++i) {
       sinks[rows + i] = load_row_input(problem.row_input, run.row_input_offset(first + i));
+    }
+    for (int64_t i = 0; problem.row_result.data != nullptr && i < appended; ++i) {
       row_numbers[rows + i] = run.first_row + first + i;
     }
     rows += static_cast<int>(appended);

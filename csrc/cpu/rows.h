@@ -23,7 +23,8 @@ namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 // one that narrows derivatives only.
 template <Operation kOperation, class input_t, class output_t>
 constexpr bool has_contiguous_kernel() {
-  if (std::is_same_v<input_t, output_t> && (std::is_same_v<input_t, float> || std::is_same_v<input_t, double>)) {
+  if (kOperation != Operation::kRowScale && std::is_same_v<input_t, output_t> &&
+      (std::is_same_v<input_t, float> || std::is_same_v<input_t, double>)) {
     return true;
   }
   constexpr bool kIsUseful =
@@ -32,9 +33,14 @@ constexpr bool has_contiguous_kernel() {
   return is_tuned(kOperation) && kIsLoadable && kIsUseful;
 }
 
-// The others return or take a number a row, and are computed a row at a time.
-constexpr bool has_block_kernel(Operation operation) {
-  return !is_reduction(operation) && operation != Operation::kRowScale;
+// Column tiles write results of the scores' shape, and take no number a row but a sink.
+template <class V, Operation kOperation>
+void run_other_rows(const Problem& problem, int64_t begin, int64_t end) {
+  if constexpr (returns_or_takes_row_numbers(info_of(kOperation).signature)) {
+    run_long_rows<V, kOperation>(problem, begin, end);
+  } else {
+    run_staged_rows<V, kOperation>(problem, begin, end);
+  }
 }
 
 template <Operation kOperation>
@@ -53,23 +59,15 @@ void run_operation(const Problem& problem, int64_t begin, int64_t end) {
 #undef MASKED_SOFTMAX_TYPE_PAIR
   }
   if (accumulates_in_double(problem)) {
-    run_staged_rows<Double, kOperation>(problem, begin, end);
+    run_other_rows<Double, kOperation>(problem, begin, end);
   } else {
-    run_staged_rows<Float, kOperation>(problem, begin, end);
+    run_other_rows<Float, kOperation>(problem, begin, end);
   }
 }
 
 void run_rows(const Problem& problem, int64_t begin, int64_t end) {
-  visit_operation(problem.operation, [&](auto operation) {
-    constexpr Operation kOperation = decltype(operation)::value;
-    if constexpr (has_block_kernel(kOperation)) {
-      run_operation<kOperation>(problem, begin, end);
-    } else if (accumulates_in_double(problem)) {
-      run_long_rows<Double, kOperation>(problem, begin, end);
-    } else {
-      run_long_rows<Float, kOperation>(problem, begin, end);
-    }
-  });
+  visit_operation(problem.operation,
+                  [&](auto operation) { run_operation<decltype(operation)::value>(problem, begin, end); });
 }
 
 }  // namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE

@@ -1,0 +1,11 @@
+// What autograd.cpp needs of autograd_rows.cpp.
+#pragma once
+
+#include "binding/operators.h"
+
+namespace masked_softmax {
+
+// masked_softmax_with_sink_ where the sink requires grad, or an argument has a tangent.
+void differentiate_sink_in_place(at::Tensor& input, const at::Tensor& sink, const RowArguments& rows, bool validate);
+
+}  // namespace masked_softmax
