@@ -56,7 +56,7 @@ class RowRun {
       return;
     }
     for_each_length(first, count, [&](int64_t i, int64_t length) {
-      to[i] = static_cast<int32_t>(std::clamp<int64_t>(length, 0, cols_));
+      to[i] = static_cast<int32_t>(std::clamp<int64_t>(length, 0, longest_));
     });
   }
 
@@ -85,10 +85,11 @@ class RowRun {
 
   RowBounds clamp(int64_t start, int64_t length) const {
     start = std::clamp<int64_t>(start, 0, cols_);
-    return {start, start + std::clamp<int64_t>(length, 0, cols_ - start)};
+    return {start, start + std::clamp<int64_t>(length, 0, std::min(longest_, cols_ - start))};
   }
 
   int64_t cols_ = 0;
+  int64_t longest_ = 0;  // the kernels were chosen for rows of this length
   const RowIndex* lengths_index_ = nullptr;
   const RowIndex* starts_index_ = nullptr;
   Offset output_;
@@ -104,6 +105,7 @@ class RowWalker {
   RowWalker(const Problem& problem, int64_t begin, int64_t end) : problem_(problem), left_(end - begin) {
     next_.first_row = begin;
     next_.cols_ = problem.cols;
+    next_.longest_ = problem.longest();
     next_.lengths_index_ = &problem.lengths;
     next_.starts_index_ = &problem.starts;
     const int inner = problem.row_ndim - 1;

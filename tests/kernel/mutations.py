@@ -294,7 +294,7 @@ MUTATIONS = (
     Mutation(
         "lengths that are not clamped to the row",
         "common/row_walker.h",
-        "return {start, start + std::clamp<int64_t>(length, 0, cols_ - start)};",
+        "return {start, start + std::clamp<int64_t>(length, 0, std::min(longest_, cols_ - start))};",
         "return {start, start + length};",
     ),
     Mutation(
