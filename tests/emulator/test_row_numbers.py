@@ -47,9 +47,7 @@ def assert_near(got: Tensor, expected: Tensor, tolerance: Tensor | float) -> Non
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("cols", [1, 5, 64, 300, 2100])
-def test_softmax_with_sink(
-    plain_library: Path, cols: int, dtype: torch.dtype, layout: str
-) -> None:
+def test_softmax_with_sink(plain_library: Path, cols: int, dtype: torch.dtype, layout: str) -> None:
     emulate = Emulator(plain_library)
     x, lengths, sinks = operands(cols, dtype, layout)
     logits = logits_of(x, lengths, SCALE)
@@ -89,9 +87,7 @@ def test_padding_value(plain_library: Path, strategy: str | None) -> None:
     emulate = Emulator(plain_library)
     x, lengths, _ = operands(64, torch.float32, "columns" if strategy == "column" else "rows")
     y = torch.empty_like(x)
-    ran = emulate(
-        "log_softmax", [x], y, lengths, strategy=strategy or "automatic", padding=-3.0
-    )
+    ran = emulate("log_softmax", [x], y, lengths, strategy=strategy or "automatic", padding=-3.0)
     assert ran.error == ""
     valid = torch.arange(64) < lengths[:, None]
     assert (y[~valid] == -3.0).all()
