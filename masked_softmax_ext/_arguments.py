@@ -187,6 +187,11 @@ def convert_sink(name: str, sink: Sink, input: Tensor) -> Tensor | None:
                 f"got a tensor of {sink.dtype}"
                 + ("" if sink.dtype.is_complex else " (its float() has one)")
             )
+        if sink.device != input.device:
+            raise ValueError(
+                f"{name}(): expected sink on the device of input, {input.device}, but got sink on "
+                f"{sink.device}"
+            )
         return sink
     if is_traced_numpy_scalar(sink):
         return torch.as_tensor(sink, dtype=torch.float64, device=input.device)

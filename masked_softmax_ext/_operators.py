@@ -30,7 +30,7 @@ class Tensors(NamedTuple):
 
 OPERATORS: dict[str, Tensors] = {
     **{name: Tensors(count, False, True, False) for name, count in SCORE_TENSORS.items()},
-    **{name: Tensors(*tensors) for name, *tensors in _C.row_operations()},
+    **{operation[0]: Tensors(*operation[1:]) for operation in _C.row_operations()},
 }
 
 

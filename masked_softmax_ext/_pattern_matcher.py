@@ -66,6 +66,8 @@ _FUNCTIONS = {
     for name in _NAMES
     if callable(getattr(owner, name, None))
 }
+_CONCATS = (torch.cat, torch.concat, torch.concatenate)
+_MAXIMA = ("max", "amax", torch.max, torch.amax)
 _METHODS = {**{name: name for name in _NAMES}, "__eq__": "eq"}  # torch 2.11 captures x == 0 so
 
 
@@ -353,8 +355,15 @@ def match_masked_softmax(node: Node, known: Masks, max_fill: float) -> Match | N
         masking = _match_masking(masked_scores, views[-1], known, max_fill)
     if masking is None or not _are_unwritten(views, masked_scores):
         return None
-    before, after = fake_tensor(masking.scores), fake_tensor(masked_scores)
-    if before is None or after is None or before.dim() == 0:
+    return _fitting(masking, masked_scores, node, dim, tuple(views))
+
+
+def _fitting(
+    masking: Match, masked_scores: Any, node: Node, dim: int, views: tuple[Node, ...]
+) -> Match | None:
+    """The match, if the fused operator can take the place of the masking and of ``node``."""
+    before, after, result = map(fake_tensor, (masking.scores, masked_scores, node))
+    if before is None or after is None or result is None or before.dim() == 0:
         return None
     dim %= before.dim()
     fits = (
@@ -371,7 +380,86 @@ def match_masked_softmax(node: Node, known: Masks, max_fill: float) -> Match | N
         and after.requires_grad == result.requires_grad
         and not _changes_grad_mode_between(masking.masking, node)
     )
-    return dataclasses.replace(masking, dim=dim, views=tuple(views)) if fits else None
+    return dataclasses.replace(masking, dim=dim, views=views) if fits else None
+
+
+@dataclasses.dataclass(frozen=True)
+class SinkMatch:
+    """``softmax(cat([scores, sink], -1), -1)[..., :-1]``, where the sink has one column."""
+
+    scores: Node
+    sink: Node
+    concatenation: Node
+    masked: Match | None  # how the scores were masked
+    results: tuple[Node, ...]  # without the sink's column
+
+
+def match_softmax_with_sink(node: Node, known: Masks, max_fill: float) -> SinkMatch | None:
+    """The softmax with a sink whose softmax is this node."""
+    result = _unwritten_tensor(node)
+    if op_name(node) not in _SOFTMAXES or result is None or result.dim() == 0:
+        return None
+    logits, dim = _arguments(node, input=0, dim=1)
+    concatenation = _without_maximum(logits)
+    both = _unwritten_tensor(concatenation)
+    if dim not in (-1, result.dim() - 1) or both is None or concatenation.target not in _CONCATS:
+        return None
+    tensors, cat_dim = _arguments(concatenation, tensors=0, dim=1)
+    if cat_dim not in (-1, result.dim() - 1) or len(tensors) != 2:
+        return None
+    scores, sink = map(fake_tensor, tensors)
+    drops_sink = [_drops_last_column(user) for user in node.users]
+    fits = (
+        scores is not None
+        and sink is not None
+        and scores.dtype == sink.dtype == both.dtype
+        and both.dtype in _FLOATING_DTYPES
+        and sink.dim() == scores.dim()
+        and _is_one(sink.size(-1))
+        and _are_equal(sink.shape[:-1], scores.shape[:-1])
+        and len(drops_sink) > 0
+        and all(drops_sink)
+        and both.requires_grad == result.requires_grad
+        and not _changes_grad_mode_between(concatenation, node)
+    )
+    if not fits:
+        return None
+    masked = _match_masking(tensors[0], concatenation, known, max_fill)
+    if masked is not None and _unwritten_tensor(masked.scores) is not None:
+        masked = _fitting(masked, tensors[0], concatenation, -1, ())
+    else:
+        masked = None
+    return SinkMatch(tensors[0], tensors[1], concatenation, masked, tuple(node.users))
+
+
+def _without_maximum(node: Any) -> Any:
+    """x of ``x - x.max(-1, keepdim=True).values``, which the softmax does not depend on."""
+    if op_name(node) != "sub" or "alpha" in node.kwargs:
+        return node
+    x, maximum = _arguments(node, input=0, other=1)
+    if not isinstance(maximum, Node):
+        return node
+    is_values = maximum.target in (getattr, operator.getitem) and maximum.args[1] in (0, "values")
+    if is_values and isinstance(maximum.args[0], Node):
+        maximum = maximum.args[0]
+    if maximum.target not in _MAXIMA or _arguments(maximum, input=0) != (x,):
+        return node
+    dim, keepdim = _arguments(maximum, dim=1, keepdim=2)
+    tensor = fake_tensor(x)
+    is_of_rows = tensor is not None and dim in (-1, tensor.dim() - 1) and keepdim is True
+    return x if is_of_rows else node
+
+
+def is_part_of_sink_pattern(node: Node) -> bool:
+    """Whether it is an operation of the pattern alone, which changes none of its arguments."""
+    targets: tuple[Any, ...] = (*_CONCATS, *_MAXIMA, getattr)
+    return node.target in targets and "out" not in node.kwargs
+
+
+def _drops_last_column(node: Node) -> bool:
+    if node.target is not operator.getitem or _unwritten_tensor(node) is None:
+        return False
+    return node.args[1] == (Ellipsis, slice(None, -1, None))
 
 
 def _match_masking(node: Any, reader: Node, known: Masks, max_fill: float) -> Match | None:

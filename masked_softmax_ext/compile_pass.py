@@ -61,8 +61,11 @@ from masked_softmax_ext._pattern_matcher import (
     COLUMN_DTYPES,
     FirstColumns,
     Match,
+    SinkMatch,
     find_masks,
+    is_part_of_sink_pattern,
     match_masked_softmax,
+    match_softmax_with_sink,
     op_name,
     writes,
 )
@@ -133,8 +136,12 @@ def replace(graph_module: GraphModule, *, max_fill: float = -math.inf) -> int:
         before, masks = count, find_masks(module.graph)
         for node in list(module.graph.nodes):
             match = match_masked_softmax(node, masks, max_fill)
+            with_sink = match_softmax_with_sink(node, masks, max_fill)
             if match is not None:
                 _fuse(node, match)
+                count += 1
+            elif with_sink is not None:
+                _fuse_with_sink(node, with_sink)
                 count += 1
         if count > before:
             module.graph.lint()
@@ -144,9 +151,48 @@ def replace(graph_module: GraphModule, *, max_fill: float = -math.inf) -> int:
 
 def _fuse(softmax: Node, match: Match) -> None:
     graph = softmax.graph
+    lengths = _lengths(match)
+    # At the masking: the program may write to the scores later.
+    with graph.inserting_before(match.masking):
+        fused = graph.call_function(
+            getattr(torch.ops.masked_softmax_ext, f"masked_{op_name(softmax)}").default,
+            (match.scores, lengths, match.dim),
+            {"dtype": example_value(softmax).dtype},  # independent of autocast
+        )
+    with graph.inserting_before(softmax):
+        for view in reversed(match.views):
+            fused = graph.create_node(view.op, view.target, (fused, *view.args[1:]), view.kwargs)
+    fused.meta = dict(softmax.meta)
+    softmax.replace_all_uses_with(fused)
+    _erase_unused(softmax)
+
+
+def _fuse_with_sink(softmax: Node, match: SinkMatch) -> None:
+    graph = softmax.graph
+    scores, lengths = match.scores, None
+    if match.masked is not None:
+        scores, lengths = match.masked.scores, _lengths(match.masked)
+    with graph.inserting_before(match.concatenation):
+        sink = graph.call_method("squeeze", (match.sink, -1))
+        both = graph.call_function(
+            getattr(torch.ops.masked_softmax_ext, f"masked_{op_name(softmax)}_with_sink").default,
+            (scores, sink, lengths, -1),
+            {"dtype": example_value(softmax).dtype},  # independent of autocast
+        )
+        fused = graph.call_function(operator.getitem, (both, 0))
+    for result in match.results:
+        result.replace_all_uses_with(fused)
+    fused.meta = dict(match.results[0].meta)
+    for result in match.results:
+        graph.erase_node(result)
+    _erase_unused(softmax)
+
+
+def _lengths(match: Match) -> Node:
+    """The lengths of the rows, computed at the masking."""
+    graph = match.masking.graph
     lengths = [_lengths_of(region) for region in match.regions]
     indices = _indices_to_align(match)
-    # At the masking: the program may write to the scores later.
     with graph.inserting_before(match.masking):
         aligned = [
             graph.call_function(operator.getitem, pair)
@@ -156,17 +202,7 @@ def _fuse(softmax: Node, match: Match) -> None:
         cols = example_value(match.scores).size(match.dim)
         if not isinstance(cols, int):
             cols = graph.call_method("size", (match.scores, match.dim))
-        fused = graph.call_function(
-            getattr(torch.ops.masked_softmax_ext, f"masked_{op_name(softmax)}").default,
-            (match.scores, graph.call_method("clamp", (shortest, None, cols)), match.dim),
-            {"dtype": example_value(softmax).dtype},  # independent of autocast
-        )
-    with graph.inserting_before(softmax):
-        for view in reversed(match.views):
-            fused = graph.create_node(view.op, view.target, (fused, *view.args[1:]), view.kwargs)
-    fused.meta = dict(softmax.meta)
-    softmax.replace_all_uses_with(fused)
-    _erase_unused(softmax)
+        return graph.call_method("clamp", (shortest, None, cols))
 
 
 def _lengths_of(region: FirstColumns) -> Node:
@@ -209,7 +245,7 @@ def _indices_to_align(match: Match) -> list[tuple[Any, ...]]:
 
 def _erase_unused(node: Node) -> None:
     """Erases a node without users, and its inputs that then have none; no side effect is lost."""
-    is_pure = op_name(node) is not None and not writes(node)
+    is_pure = (op_name(node) is not None and not writes(node)) or is_part_of_sink_pattern(node)
     if is_pure and not node.users and node in node.graph.nodes:
         inputs = node.all_input_nodes
         node.graph.erase_node(node)

@@ -341,7 +341,8 @@ def masked_logsumexp(
         acc_dtype = accumulation_dtype(dtype, dtype, None)  # so that the sum is rounded once
         result = call(name, input, *rows, scale=scale, dtype=acc_dtype, validate=validate)
         result = add_sink(result, row_numbers("sink", sink, input, dim)).to(dtype)
-    return result.unsqueeze(dim) if keepdim and input.dim() > 0 else result
+    kept: Tensor = result.unsqueeze(dim) if keepdim and input.dim() > 0 else result
+    return kept
 
 
 def build_info() -> dict[str, Any]:

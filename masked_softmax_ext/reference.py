@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -235,7 +236,7 @@ def logsumexp_where(
     return result if sink is None else add_sink(result, sink_column(sink, input, dim))
 
 
-def sink_column(sink: Sink, input: Tensor, dim: int) -> Tensor:
+def sink_column(sink: Any, input: Tensor, dim: int) -> Tensor:
     """The sink as a tensor that broadcasts with input, of size 1 in ``dim``."""
     if not isinstance(sink, Tensor):
         sink = torch.full((), sink, dtype=torch.float64, device=input.device)

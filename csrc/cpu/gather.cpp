@@ -1,5 +1,6 @@
 #include "cpu/gather.h"
 
+#include <cmath>
 #include <cstring>
 
 namespace masked_softmax {
@@ -40,7 +41,7 @@ void fill_strided(double value, int64_t count, void* row, ElementType type, int6
   visit_element_type_of<ElementKind::kFloating>(type, [&](auto element) {
     using T = decltype(element);
     T* to = static_cast<T*>(row);
-    if (stride == 1 && value == 0.0) {
+    if (stride == 1 && value == 0.0 && !std::signbit(value)) {
       std::memset(to, 0, static_cast<size_t>(count) * sizeof(T));
       return;
     }

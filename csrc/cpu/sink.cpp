@@ -3,37 +3,71 @@
 #include <limits>
 
 namespace masked_softmax {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+// An unevaluated sum: an exponent in one double would put its exponential off by half an eps for each unit of its size.
+struct Exponent {
+  double high;
+  double low;
+
+  // 0 for the low part of an infinity, where the errors are NaN.
+  static Exponent of(double high, double low) { return {high, std::isfinite(high) ? low : 0}; }
+};
+
+// TwoSum: Knuth, The Art of Computer Programming, vol. 2, 4.2.2.
+Exponent operator+(const Exponent& a, double b) {
+  const double high = a.high + b;
+  const double part = high - a.high;
+  return Exponent::of(high, ((a.high - (high - part)) + (b - part)) + a.low);
+}
+
+Exponent product(double a, double b) { return Exponent::of(a * b, std::fma(a, b, -(a * b))); }
+
+// sink - scale * offset
+Exponent distance(double sink, double scale, double offset) { return product(-scale, offset) + sink; }
+
+// value * (1 + error)
+double corrected(double value, double error) { return std::isfinite(value) ? value + value * error : value; }
+
+double exp_of(const Exponent& e) { return corrected(std::exp(e.high), e.low); }
+
+}  // namespace
 
 double sink_term(double sink, double scale, double offset, double r) {
-  constexpr double kInfinity = std::numeric_limits<double>::infinity();
   if (sink == kInfinity || sink != sink) {
-    return std::numeric_limits<double>::quiet_NaN();
+    return kNaN;
   }
   if (offset != 0) {
-    return std::exp(std::fma(-scale, offset, sink));
+    return exp_of(distance(sink, scale, offset));
   }
   constexpr double kLarge = 0x1p1000;  // its product with log2(e) is finite, and r is far smaller
   if (std::fabs(sink) > kLarge) {
     return sink < 0 ? 0 : kInfinity;
   }
-  // The product with log2(e) in two parts, whose first is exact beside r: the error does not grow with |sink|.
   constexpr double kLog2e = 0x1.71547652b82fep0;
   constexpr double kLog2eLow = 0x1.777d0ffda0d24p-56;
-  const double product = sink * kLog2e;
-  const double rest = std::fma(sink, kLog2e, -product) + sink * kLog2eLow;
-  return std::exp2((product - r) + rest);
+  constexpr double kLog2 = 0x1.62e42fefa39efp-1;
+  const Exponent z = product(sink, kLog2e) + -r;
+  return corrected(std::exp2(z.high), (z.low + sink * kLog2eLow) * kLog2);
 }
 
 SumWithSink add_sink_term(double sum, double term) { return {sum + term, term == 0 ? 0 : 1 / (1 + sum / term)}; }
 
 SumWithSink add_sink_to_log_sum(double log_sum, double row_max, double sink, double scale) {
-  if (sink == std::numeric_limits<double>::infinity()) {
-    return {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::quiet_NaN()};
+  if (sink == kInfinity) {
+    return {kNaN, kNaN};
   }
-  const double log_term = std::fma(-scale, row_max, sink);
-  const double difference = log_term - log_sum;
-  const double larger = difference > 0 ? log_term : log_sum;
-  return {larger + std::log1p(std::exp(-std::fabs(difference))), 1 / (1 + std::exp(-difference))};
+  const Exponent log_term = distance(sink, scale, row_max);
+  const Exponent difference = log_term + -log_sum;
+  if (difference.high > 0) {
+    const double ratio = exp_of({-difference.high, -difference.low});
+    return {log_term.high + (log_term.low + std::log1p(ratio)), 1 / (1 + ratio)};
+  }
+  const double ratio = exp_of(difference);
+  return {log_sum + std::log1p(ratio), ratio / (1 + ratio)};
 }
 
 }  // namespace masked_softmax

@@ -242,7 +242,7 @@ class StridedRow {
       }
     });
     if (problem_.row_input.data != nullptr) {
-      const acc_t term = has_sink() ? exponential_function(sink_distance(row_max)) * exponential.factor() : acc_t{0};
+      const acc_t term = has_sink() ? sink_distance(row_max).exponential() * exponential.factor() : acc_t{0};
       row_sum = has_sink() ? row_sum + term : row_sum;
       const bool is_all = term > std::numeric_limits<acc_t>::max() / 4;  // the row's sum is its length at most
       store_row_result(has_sink() ? is_all ? acc_t{1} : term * reciprocal(row_sum) : acc_t{0});
@@ -264,12 +264,31 @@ class StridedRow {
     return problem_.row_input.data != nullptr && row_input_ != -std::numeric_limits<double>::infinity();
   }
 
-  // sink - scale * max. NaN for a sink of +inf, as in torch.softmax.
-  MASKED_SOFTMAX_DEVICE acc_t sink_distance(acc_t row_max) const {
-    const double sink =
-        row_input_ == std::numeric_limits<double>::infinity() ? std::numeric_limits<double>::quiet_NaN() : row_input_;
-    return static_cast<acc_t>(
-        fused_multiply_add(-static_cast<double>(constants_.scale), static_cast<double>(row_max), sink));
+  // sink - scale * max as an unevaluated sum, so that the error of its exponential does not grow with it. NaN for a
+  // sink of +inf, as in torch.softmax.
+  struct Distance {
+    acc_t high;
+    acc_t low;
+
+    MASKED_SOFTMAX_DEVICE acc_t exponential() const {
+      constexpr acc_t kMax = std::numeric_limits<acc_t>::max();
+      const acc_t value = exponential_function(high);
+      const bool has_error = value <= kMax && low - low == 0;
+      return has_error ? fused_multiply_add(value, low, value) : value;
+    }
+  };
+
+  MASKED_SOFTMAX_DEVICE Distance sink_distance(acc_t row_max) const {
+    constexpr double kInfinity = std::numeric_limits<double>::infinity();
+    const double sink = row_input_ == kInfinity ? std::numeric_limits<double>::quiet_NaN() : row_input_;
+    const double scale = -static_cast<double>(constants_.scale);
+    const double max = static_cast<double>(row_max);
+    const double product = scale * max;
+    const double sum = product + sink;
+    const double part = sum - product;
+    const double error = ((product - (sum - part)) + (sink - part)) + fused_multiply_add(scale, max, -product);
+    const acc_t high = static_cast<acc_t>(sum);
+    return {high, static_cast<acc_t>((sum - static_cast<double>(high)) + error)};
   }
 
   MASKED_SOFTMAX_DEVICE void store_row_result(acc_t value) const {
@@ -297,13 +316,14 @@ class StridedRow {
     });
     acc_t log_sum = terms_of.value(rest, reduced(max_count).value());
     if (problem_.row_input.data != nullptr) {
-      const acc_t distance = sink_distance(row_max);
-      const acc_t difference = distance - log_sum;
-      const acc_t larger = difference > 0 ? distance : log_sum;
-      const acc_t rest_of_sum = exponential_function(difference > 0 ? -difference : difference);
-      const acc_t total = larger + log_one_plus(rest_of_sum);
+      const Distance distance = sink_distance(row_max);
+      const acc_t difference = distance.high - log_sum;
+      const bool is_larger = difference > 0;
+      const Distance negative = {is_larger ? -difference : difference, is_larger ? -distance.low : distance.low};
+      const acc_t ratio = negative.exponential();
+      const acc_t total = (is_larger ? distance.high : log_sum) + log_one_plus(ratio);
       log_sum = has_sink() ? total : log_sum;
-      store_row_result(has_sink() ? exponential_function(distance - log_sum) : acc_t{0});
+      store_row_result(has_sink() ? (is_larger ? acc_t{1} : ratio) * reciprocal(1 + ratio) : acc_t{0});
     }
     const LogResult<acc_t> log_result(constants_, row_max, log_sum);
     for_each_tile([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {

@@ -185,18 +185,18 @@ def attention(
         key, value = (heads.repeat_interleave(group_size, dim=1) for heads in (key, value))
     scores = query @ key.mT
     scale = query.size(-1) ** -0.5 if scaling is None else scaling
-    sink = s_aux.view(1, -1, 1, 1) if s_aux is not None else sinks
+    sink = None if sinks is None else sinks.squeeze(-1)
+    if s_aux is not None:
+        sink = s_aux.view(1, -1)
     lengths, starts, bias = _read_mask(attention_mask, scores)
-    if any(term is not None for term in (softcap, position_bias, bias, sink)):
+    if any(term is not None for term in (softcap, position_bias, bias)):
         scores, scale = scores * scale, 1.0
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     for term in (position_bias, bias):
         scores = scores if term is None else scores + term
-    if sink is None:
-        weights = masked_softmax_(scores, lengths, starts=starts, scale=scale)  # saves memory
-    else:
-        weights = _softmax_with_sink(scores, lengths, starts, sink)
+    # In place, to save memory.
+    weights = masked_softmax_(scores, lengths, starts=starts, scale=scale, sink=sink)
     weights = weights.to(value.dtype)
     weights = nn.functional.dropout(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
@@ -233,16 +233,3 @@ def _read_mask(mask: Tensor | None, scores: Tensor) -> tuple[Any, Any, Tensor | 
     if mask.is_floating_point():
         return keys, None, mask
     return *_contiguous_bounds(mask[(None,) * (4 - mask.dim())]), None
-
-
-def _softmax_with_sink(scores: Tensor, lengths: Any, starts: Any, sink: Tensor) -> Tensor:
-    """The softmax with one more column at the end of each row's valid ones, which is dropped."""
-    if not isinstance(lengths, Tensor):
-        lengths, starts = (torch.tensor(x or 0, device=scores.device) for x in (lengths, starts))
-    bounds = (lengths.expand(scores.shape[:-1]), starts.expand(scores.shape[:-1]))
-    ends = torch.add(*bounds).clamp(min=0).unsqueeze(-1)
-    sink = sink.to(scores.dtype).expand(ends.shape)
-    scores = nn.functional.pad(scores, (0, 1)).scatter(-1, ends, sink)
-    lengths = bounds[0] + (bounds[0] >= 0)  # an invalid length remains one
-    weights = masked_softmax_(scores, lengths, starts=bounds[1])
-    return weights.scatter(-1, ends, 0.0)[..., :-1]

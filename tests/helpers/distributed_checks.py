@@ -38,6 +38,8 @@ from masked_softmax_ext import (
     AttentionPooling,
     MaskedLogSoftmax,
     MaskedSoftmax,
+    masked_log_softmax,
+    masked_logsumexp,
     masked_softmax,
     masked_softmax_,
     packed_softmax,
@@ -169,6 +171,36 @@ def second_order(world: int) -> None:
         results.append(second.full_tensor() if isinstance(second, DTensor) else second)
     torch.testing.assert_close(*results)
     assert float(results[0].abs().max()) > 1e-4
+
+
+@check
+def sinks(world: int) -> None:
+    """Other dimensions are sharded: the unsharded results, gradients of both; none is gathered."""
+    mesh = init_device_mesh("cpu", (world,))
+    sink = random_input((1, 7), torch.float32, seed=5)
+    functions = (masked_softmax, masked_log_softmax, masked_logsumexp)
+    for function, shard, is_distributed in itertools.product(functions, (0, 1), (False, True)):
+        results = []
+        for x in (X.clone(), distribute_tensor(X, mesh, [Shard(shard)])):
+            given = sink.clone()
+            if is_distributed and isinstance(x, DTensor):
+                given = distribute_tensor(given, mesh, [Replicate()])
+            options = {} if function is masked_softmax else {"padding_value": 0.0}
+            options = {} if function is masked_logsumexp else options
+            leaves = x.requires_grad_(), given.requires_grad_()
+            lengths = LENGTHS.clamp(min=1)
+            y = function(*leaves[:1], lengths, scale=0.5, sink=leaves[1], **options)
+            gradients = torch.autograd.grad(y.sin().sum(), leaves)
+            results.append(
+                [r.full_tensor() if isinstance(r, DTensor) else r for r in (y, *gradients)]
+            )
+        for expected, got in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected)
+            assert float(expected.abs().max()) > 1e-3
+    x = distribute_tensor(X, mesh, [Shard(2)])
+    for call in (lambda: masked_softmax(x, sink=sink), lambda: masked_logsumexp(x)):
+        with pytest.raises(NotImplementedError, match="sharded in the softmax dimension"):
+            call()
 
 
 @check

@@ -10,6 +10,8 @@ from masked_softmax_ext import _C
 
 # The number of score-shaped tensors that each operator takes first.
 SCORE_TENSORS: dict[str, int] = dict(_C.operations())
+# The operators that return or take one number a row.
+ROW_OPERATORS = [name for name, *_ in _C.row_operations()]
 
 
 def find_operator(name: str) -> Any:

@@ -92,6 +92,22 @@ def jax_softmax(x: Tensor, axis: int = -1, *, where: Tensor) -> Tensor:
     return torch.where(where, torch.softmax(torch.where(where, x, -torch.inf), axis), 0)
 
 
+def jax_logsumexp(a: Tensor, axis: int, *, where: Tensor) -> Tensor:
+    return torch.log(torch.where(where, a.exp(), 0).sum(axis))
+
+
+class SoftmaxOne(torch.nn.Module):
+    """A column that is concatenated and dropped: one offset for each head, (heads,)."""
+
+    def __init__(self, dim: int, denominator_offset: Tensor) -> None:
+        super().__init__()
+        self.dim, self.denominator_offset = dim, denominator_offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        sink = self.denominator_offset.reshape(1, -1, 1, 1).expand(x.size(0), -1, x.size(2), -1)
+        return torch.softmax(torch.cat([x, sink], self.dim), self.dim)[..., :-1]
+
+
 def scaled_masked_softmax(inputs: Tensor, mask: Tensor, scale: float) -> Tensor:
     """The mask is True where scores are masked out; rows without other scores are zeros."""
     scaled = (inputs * scale).masked_fill(mask, FILL_VALUE)
@@ -109,7 +125,8 @@ LIBRARIES = {
     "util": SimpleNamespace(masked_softmax=allennlp_masked_softmax),
     "mx": SimpleNamespace(nd=SimpleNamespace(softmax=mxnet_softmax)),
     "keras": SimpleNamespace(layers=SimpleNamespace(Softmax=keras_softmax)),
-    "jax": SimpleNamespace(nn=SimpleNamespace(softmax=jax_softmax)),
+    "jax": SimpleNamespace(nn=SimpleNamespace(softmax=jax_softmax, logsumexp=jax_logsumexp)),
+    "SoftmaxOne": SoftmaxOne,
     "scaled_masked_softmax": scaled_masked_softmax,
     "scaled_upper_triang_masked_softmax": scaled_upper_triang_masked_softmax,
 }
@@ -155,6 +172,7 @@ def variables(name: str, scores: Tensor, has_empty_rows: bool) -> dict[str, Any]
         "hidden": ~mask,
         "additive_mask": torch.zeros(mask.shape).masked_fill(~mask, -torch.inf),
         "scale": SCALE,
+        "offset": torch.linspace(-2, 2, H, dtype=torch.float64),
         "Q": Q,
     }
 
@@ -192,12 +210,15 @@ def test_empty_rows(row: Row) -> None:
         return
     before, _, is_empty = evaluate(row.before, row, has_empty_rows=True)
     after, gradient, _ = evaluate(row.after, row, has_empty_rows=True)
-    expected = {"NaN": torch.nan, "uniform": 1 / K, "zeros": 0.0}[row.empty]
+    expected = {"NaN": torch.nan, "uniform": 1 / K, "zeros": 0.0, "-inf": -torch.inf}[row.empty]
     before_empty = before[is_empty]
     torch.testing.assert_close(
         before_empty, torch.full_like(before_empty, expected), equal_nan=True
     )
-    assert after[is_empty].count_nonzero() == 0
+    if row.empty == "-inf":
+        assert (after[is_empty] == -torch.inf).all()
+    else:
+        assert after[is_empty].count_nonzero() == 0
     assert gradient[is_empty].count_nonzero() == 0
     torch.testing.assert_close(after[~is_empty], before[~is_empty], **CLOSE)
 

@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import inspect
 import io
+import math
 import pickle
 import re
 from pathlib import Path
@@ -25,6 +26,7 @@ from masked_softmax_ext import (
     MaskedLogSoftmax,
     MaskedSoftmax,
     masked_log_softmax,
+    masked_logsumexp,
     masked_softmax,
     masked_softmax_,
     reference,
@@ -39,6 +41,7 @@ NAMES = {
     "build_info",
     "cpu_capability",
     "masked_log_softmax",
+    "masked_logsumexp",
     "masked_softmax",
     "masked_softmax_",
     "reference",
@@ -60,7 +63,7 @@ def test_everything_public_is_documented() -> None:
 def test_functions_are_typed() -> None:
     """py.typed exists, and every argument and result has a type."""
     assert (Path(masked_softmax_ext.__file__).parent / "py.typed").exists()
-    for function in (masked_softmax, masked_log_softmax, masked_softmax_):
+    for function in (masked_softmax, masked_log_softmax, masked_softmax_, masked_logsumexp):
         signature = inspect.signature(function)
         assert signature.return_annotation is not inspect.Signature.empty
         for parameter in signature.parameters.values():
@@ -83,14 +86,19 @@ def test_signatures() -> None:
         ("dim", positional, -1),
         ("starts", keyword, None),
         ("scale", keyword, None),
+        ("sink", keyword, None),
         ("dtype", keyword, None),
         ("validate", keyword, False),
         ("out", keyword, None),
     ]
+    of_log = [*expected[:6], ("padding_value", keyword, -math.inf), *expected[6:]]
+    of_sum = [*expected[:6], ("keepdim", keyword, False), *expected[6:-1]]
     assert arguments_of(masked_softmax) == expected
-    assert arguments_of(masked_log_softmax) == expected
+    assert arguments_of(masked_log_softmax) == of_log
+    assert arguments_of(masked_logsumexp) == of_sum
     assert arguments_of(reference.masked_softmax) == expected
-    assert arguments_of(reference.masked_log_softmax) == expected
+    assert arguments_of(reference.masked_log_softmax) == of_log
+    assert arguments_of(reference.masked_logsumexp) == of_sum
     in_place = [argument for argument in expected if argument[0] not in ("dtype", "out")]
     assert arguments_of(masked_softmax_) == in_place
 
@@ -188,8 +196,8 @@ def test_operators_are_registered() -> None:
 def test_operator_schemas() -> None:
     arguments = (
         "(Tensor input, Tensor? lengths=None, int dim=-1, Tensor? starts=None, *, "
-        "float? scale=None, ScalarType? dtype=None, bool validate=False, SymInt? packed=None) "
-        "-> Tensor"
+        "float? scale=None, float? padding_value=None, ScalarType? dtype=None, "
+        "bool validate=False, SymInt? packed=None) -> Tensor"
     )
     for name in ("masked_softmax", "masked_log_softmax"):
         schema = str(getattr(torch.ops.masked_softmax_ext, name).default._schema)

@@ -1149,3 +1149,70 @@ def test_no_recompilation_for_other_lengths() -> None:
         for cols in (6, 17):
             x = random_input((3, 2, 4, cols), torch.float32, seed=cols)
             torch.testing.assert_close(program(x, LENGTHS + 1), attention(x, LENGTHS + 1))
+
+
+# Sinks: one more column, which is dropped
+
+SINK_SCORES = random_input((2, 4, 3, 5), torch.float32, 1)
+SINKS = random_input((4,), torch.float32, 2)
+SINK_LENGTHS = torch.tensor([[[[3]]], [[[5]]]])
+
+
+def with_column(scores: Tensor, sinks: Tensor) -> Tensor:
+    return torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(2, -1, 3, -1)], dim=-1)
+
+
+def shifted(logits: Tensor) -> Tensor:
+    """As in gpt-oss of transformers."""
+    return logits - logits.max(dim=-1, keepdim=True).values
+
+
+def masked_scores(scores: Tensor) -> Tensor:
+    return scores.masked_fill(torch.arange(5) >= SINK_LENGTHS, -INF)
+
+
+WITH_SINK: dict[str, Program] = {
+    "cat": lambda x, s: with_column(x, s).softmax(-1)[..., :-1],
+    "function": lambda x, s: F.softmax(with_column(x, s), dim=3)[..., :-1] * 2,
+    "log": lambda x, s: with_column(x, s).log_softmax(-1)[..., :-1],
+    "shifted": lambda x, s: F.softmax(shifted(with_column(x, s)), -1, torch.float32)[..., :-1],
+    "amax": lambda x, s: torch.softmax(
+        (both := with_column(x, s)) - both.amax(-1, keepdim=True), -1
+    )[..., :-1],
+    "twice": lambda x, s: (p := with_column(x, s).softmax(-1))[..., :-1] + p[..., :-1].sin(),
+    "masked": lambda x, s: with_column(masked_scores(x), s).softmax(-1)[..., :-1],
+    "masked, shifted": lambda x, s: shifted(with_column(masked_scores(x), s)).softmax(-1)[..., :-1],
+}
+
+
+@pytest.mark.parametrize("spelling", WITH_SINK)
+def test_softmax_with_a_sink(spelling: str) -> None:
+    backend = assert_replaced(WITH_SINK[spelling], SINK_SCORES, SINKS)
+    assert backend.count_calls("with_sink") == 1
+    is_masked = "masked" in spelling
+    assert backend.count_calls("masked_fill") == 0 if is_masked else True
+
+
+def test_dynamic_softmax_with_a_sink() -> None:
+    assert_replaced(WITH_SINK["shifted"], SINK_SCORES, SINKS, dynamic=True)
+
+
+UNLIKE_SINKS: dict[str, Program] = {
+    "kept": lambda x, s: with_column(x, s).softmax(-1),
+    "also kept": lambda x, s: (p := with_column(x, s).softmax(-1))[..., :-1] + p[..., -1:],
+    "two columns": lambda x, s: with_column(x, s).softmax(-1)[..., :-2],
+    "first dropped": lambda x, s: with_column(x, s).softmax(-1)[..., 1:],
+    "other dimension": lambda x, s: with_column(x, s).softmax(1)[..., :-1] * s.sum(),
+    "three tensors": lambda x, s: torch.cat([x, x[..., :1], x[..., :1] + s[0]], -1).softmax(-1)[
+        ..., :-1
+    ],
+    "minus something else": lambda x, s: (with_column(x, s) * x.amax(-1, keepdim=True)).softmax(-1)[
+        ..., :-1
+    ],
+    "another type": lambda x, s: with_column(x.double(), s).softmax(-1)[..., :-1],
+}
+
+
+@pytest.mark.parametrize("spelling", UNLIKE_SINKS)
+def test_what_is_no_sink(spelling: str) -> None:
+    assert_replaced(UNLIKE_SINKS[spelling], SINK_SCORES, SINKS, count=0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from calls import forward
 from cases import FLOATING, INTEGER, assert_same_bits, random_input, short_name
-from operators import BACKWARD_OPERATORS, FORWARD_OPERATORS, SCORE_TENSORS
+from operators import BACKWARD_OPERATORS, FORWARD_OPERATORS, ROW_OPERATORS, SCORE_TENSORS
 from torch import Tensor
 
 import masked_softmax_ext
@@ -384,7 +384,8 @@ def test_every_operator_rejects_tensors_that_are_not_dense() -> None:
     prefix = "masked_softmax_ext::"
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix)]
     with_out = [f"{name}.out" for name in FORWARD_OPERATORS]
-    expected = {"masked_softmax_", *SCORE_TENSORS, *with_out}
+    in_place = ("masked_softmax_", "masked_softmax_with_sink_")
+    expected = {*in_place, *SCORE_TENSORS, *ROW_OPERATORS, *with_out}
     assert {name.removeprefix(prefix) for name in names} == expected
     layouts, devices = ("Sparse", "SparseCsr", "NestedTensor"), ("CPU", "CUDA", "Meta")
     keys = [layout + device for layout in layouts for device in devices]

@@ -1,0 +1,497 @@
+"""Promise: sinks, masked_logsumexp and padding values, as in SPEC.md, on every instruction set.
+
+Every bound scales with the value that it belongs to: zeros, a wrong sign, a sink that is multiplied
+by the scale and a sink's gradient of 0 exceed it (test_the_bounds_reject_wrong_results).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from calls import forward
+from cases import (
+    FLOATING,
+    assert_same_bits,
+    bits_of,
+    generator,
+    mixed_lengths,
+    poisoned,
+    random_input,
+    short_name,
+)
+from numpy_reference import Wide, accumulation_dtype, to_wide, total
+from tolerances import half_ulp
+from torch import Tensor
+
+from masked_softmax_ext import (
+    MaskedLogSoftmax,
+    MaskedSoftmax,
+    masked_log_softmax,
+    masked_logsumexp,
+    masked_softmax,
+    masked_softmax_,
+    packed_log_softmax,
+    packed_softmax,
+    reference,
+)
+
+ROWS = 24
+# One element; narrow rows, blocks of rows and long rows of every instruction set, and their edges.
+COLS = (1, 2, 17, 64, 129, 1000, 8193)
+SCALES = (None, 0.3, -2.0)
+
+
+@dataclass(frozen=True)
+class Expected:
+    y: Wide  # softmax
+    log_y: Wide
+    distance: Wide  # scale * x - max(sink, scale * max)
+    weight: Wide  # of the sink
+    logsumexp: Wide
+    valid: Any
+
+
+def expected_of(
+    x: Tensor, lengths: Tensor, sinks: Tensor, scale: float | None, acc: torch.dtype
+) -> Expected:
+    """The formulas of SPEC.md. log(sum) is log1p of the sum without its largest term."""
+    wide = to_wide(x, acc)
+    valid = np.arange(x.shape[1]) < lengths.numpy()[:, None]
+    logits = np.where(valid, wide, 0) * wide.dtype.type(1.0 if scale is None else scale)
+    logits = np.where(valid, logits, -np.inf)
+    both = np.concatenate([logits, to_wide(sinks, torch.float64)[:, None].astype(wide.dtype)], 1)
+    largest = both.max(1, keepdims=True)
+    with np.errstate(invalid="ignore", under="ignore", divide="ignore"):
+        distance = both - np.where(np.isfinite(largest), largest, 0)
+        e = np.exp(distance)
+        others = e.copy()
+        others[np.arange(len(e)), both.argmax(1)] = 0
+        log_sum = np.log1p(total(others))
+        share = e / (1 + total(others))
+    return Expected(
+        np.where(valid, share[:, :-1], 0),
+        distance[:, :-1] - log_sum,
+        np.where(valid, np.maximum(np.abs(distance[:, :-1]), 0), 0),
+        share[:, -1],
+        (largest + log_sum)[:, 0],
+        valid,
+    )
+
+
+def operands(cols: int, dtype: torch.dtype, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    x = random_input((ROWS, cols), dtype, seed)
+    lengths = mixed_lengths(ROWS, cols, seed + 1)
+    sinks = random_input((ROWS,), torch.float32, seed + 2)
+    sinks[5:9] = torch.tensor([50.0, -50.0, 1000.0, -1000.0])  # all of the row, or nothing
+    return poisoned(x, lengths), lengths, sinks
+
+
+def assert_close(got: Tensor, expected: Wide, bound: Wide, acc: torch.dtype, what: str) -> None:
+    if got.dtype != acc:
+        bound = bound + half_ulp(expected, got.dtype)
+    smallest = torch.finfo(acc).smallest_normal
+    wide = to_wide(got, acc)
+    with np.errstate(invalid="ignore"):
+        is_close = np.abs(wide - expected) <= bound
+        is_close |= (np.abs(expected) < smallest) & (np.abs(wide) <= smallest)
+        is_close |= wide == expected  # infinity
+    assert is_close.all(), (what, wide[~is_close][:3], expected[~is_close][:3])
+
+
+def assert_forward_with_sink(
+    got: Tensor, expected: Expected, acc: torch.dtype, log: bool, what: str
+) -> None:
+    eps = torch.finfo(acc).eps
+    value = np.where(expected.valid, expected.log_y if log else expected.y, 0)
+    bound = (4 + np.minimum(expected.distance, 1000)) * eps * np.abs(value)
+    valid = torch.from_numpy(expected.valid)
+    assert_close(got[valid], value[expected.valid], bound[expected.valid], acc, what)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("cols", COLS)
+def test_forward(
+    capability: str, compared_dtype: torch.dtype, log: bool, cols: int, scale: float | None
+) -> None:
+    x, lengths, sinks = operands(cols, compared_dtype)
+    acc = accumulation_dtype(compared_dtype)
+    got = forward(x, lengths, log=log, scale=scale, sink=sinks)
+    expected = expected_of(x, lengths, sinks, scale, acc)
+    assert_forward_with_sink(got, expected, acc, log, f"{cols} columns")
+    padding = torch.tensor(-math.inf if log else 0.0, dtype=got.dtype)
+    assert (bits_of(got)[~torch.from_numpy(expected.valid)] == bits_of(padding)).all()
+
+
+@pytest.mark.parametrize("cols", COLS)
+def test_gradient(capability: str, compared_dtype: torch.dtype, log: bool, cols: int) -> None:
+    """That of the sink is within 8 * eps * p_s * sum |g * y|, also where p_s is tiny."""
+    scale = 0.7
+    x, lengths, sinks = operands(cols, compared_dtype)
+    acc = accumulation_dtype(compared_dtype)
+    leaf, sink = x.requires_grad_(), sinks.to(acc).requires_grad_()
+    y = forward(leaf, lengths, log=log, scale=scale, sink=sink)
+    g = poisoned(random_input(x.shape, compared_dtype, 4), lengths)
+    of_x, of_sink = torch.autograd.grad(y, (leaf, sink), g)
+    expected = expected_of(x, lengths, sinks, scale, acc)
+    valid = torch.from_numpy(expected.valid)
+    wide_g = np.where(expected.valid, to_wide(g.nan_to_num(0), acc), 0)
+    saved = np.where(expected.valid, to_wide(y.detach(), acc), 0)
+    eps = torch.finfo(acc).eps
+    terms = wide_g if log else wide_g * saved
+    # p_s itself is off by log_softmax's error, where it comes from logarithms.
+    factor = 8 + (np.minimum(np.abs(np.log(expected.weight + 1e-300)), 1000) if log else 0)
+    bound = factor * eps * expected.weight * np.abs(terms).sum(1)
+    assert_close(of_sink, -expected.weight * terms.sum(1), bound, acc, "the sink's gradient")
+    p = np.where(expected.valid, np.exp(saved), 0) if log else saved
+    exact = scale * (wide_g - p * total(wide_g) if log else p * (wide_g - total(terms)))
+    inner = (
+        (np.abs(wide_g) + p * total(np.abs(wide_g)))
+        if log
+        else (p * (np.abs(wide_g) + total(np.abs(terms))))
+    )
+    assert_close(
+        of_x[valid], exact[expected.valid], 8 * eps * scale * inner[expected.valid], acc, "x's"
+    )
+    assert (bits_of(of_x)[~valid] == 0).all()
+
+
+def test_the_bounds_reject_wrong_results() -> None:
+    x, lengths, sinks = operands(64, torch.float32)
+    sinks = sinks.clamp(-3, 3) + 0.5
+    acc = torch.float32
+    expected = expected_of(x, lengths, sinks, 0.3, acc)
+    right = masked_softmax(x, lengths, scale=0.3, sink=sinks)
+    wrong = {
+        "zeros": torch.zeros_like(right),
+        "sign": -right,
+        "no sink": masked_softmax(x, lengths, scale=0.3),
+        "scaled sink": masked_softmax(x, lengths, scale=0.3, sink=0.3 * sinks),
+        "negative sink": masked_softmax(x, lengths, scale=0.3, sink=-sinks),
+    }
+    assert_forward_with_sink(right, expected, acc, False, "right")
+    for what, result in wrong.items():
+        with pytest.raises(AssertionError):
+            assert_forward_with_sink(result, expected, acc, False, what)
+    for wrong_gradient in (0.0, -1.0, 0.3):
+        exact = -expected.weight * total(expected.y)[:, 0]
+        got = torch.from_numpy(wrong_gradient * exact).float()
+        with pytest.raises(AssertionError):
+            assert_close(got, exact, 8e-7 * np.abs(exact), acc, "gradient")
+
+
+@pytest.mark.parametrize("cols", COLS)
+def test_a_sink_of_minus_infinity_is_none(
+    capability: str, dtype: torch.dtype, log: bool, cols: int
+) -> None:
+    x, lengths, _ = operands(cols, dtype)
+    x[3, 0], x[4, : max(lengths[4], 1)] = math.inf, -math.inf
+    g = random_input(x.shape, dtype, 4)
+    results = []
+    for sink in (None, -math.inf, torch.full((ROWS,), -math.inf, requires_grad=True)):
+        leaf = x.clone().requires_grad_()
+        y = forward(leaf, lengths, log=log, sink=sink)
+        results.append((y, *torch.autograd.grad(y, leaf, g, retain_graph=True)))
+        if isinstance(sink, Tensor):
+            (of_sink,) = torch.autograd.grad(y, sink, g)
+            assert (of_sink[5:] == 0).all()
+    for y, gradient in results[1:]:
+        assert_same_bits(y, results[0][0])
+        assert_same_bits(gradient, results[0][1])
+
+
+@pytest.mark.parametrize("cols", [1, 5, 64, 1000, 8193])
+@pytest.mark.parametrize("layout", ["last", "first"])
+def test_edges(capability: str, dtype: torch.dtype, cols: int, layout: str) -> None:
+    """Sinks of +inf and NaN, and rows of -inf, +inf and NaN beside a finite sink; empty rows."""
+    x = random_input((8, cols), dtype, 1)
+    lengths = torch.full((8,), cols)
+    lengths[0] = 0
+    x[1], x[2, 0], x[3, -1] = -math.inf, math.inf, math.nan
+    x[4, cols // 2 :] = -math.inf
+    sinks = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, math.inf, math.nan, 2000.0])
+    dim = -1 if layout == "last" else 0
+    scores = x if layout == "last" else x.t().contiguous()
+    y = masked_softmax(scores, lengths, dim, sink=sinks).movedim(dim, -1)
+    log_y = masked_log_softmax(scores, lengths, dim, sink=sinks).movedim(dim, -1)
+    assert (y[:2] == 0).all()
+    assert (log_y[:2] == -math.inf).all()
+    for row in (2, 3, 5, 6):
+        assert y[row].isnan().all()
+        assert log_y[row].isnan().all()
+    expected = torch.softmax(torch.cat([x[4].double(), sinks[4:5].double()]), 0)[:-1]
+    smallest = torch.finfo(dtype).smallest_normal
+    assert torch.allclose(y[4].double(), expected, rtol=1e-2, atol=smallest)
+    assert (y[4, cols // 2 :] == 0).all()
+    assert (y[7] == 0).all()
+    assert torch.allclose(log_y[7].double(), x[7].double() - 2000, rtol=1e-2)
+    total_of_rows = masked_logsumexp(scores, lengths, dim, sink=sinks)
+    assert total_of_rows[0] == total_of_rows[1] == 1.0
+    assert total_of_rows[2] == total_of_rows[5] == math.inf
+    assert total_of_rows[[3, 6]].isnan().all()
+
+
+def test_a_scale_that_is_extreme(dtype: torch.dtype) -> None:
+    x, lengths, sinks = operands(40, torch.float32)
+    for scale in (1e-40, 0.0, 1e35):
+        inputs = (x * (1 / scale if scale else 1.0)).double().nan_to_num(0, 0, 0)
+        got = masked_softmax(inputs, lengths, scale=scale, sink=sinks)
+        expected = expected_of(inputs, lengths, sinks, scale, torch.float64)
+        assert_forward_with_sink(got, expected, torch.float64, False, str(scale))
+
+
+@pytest.mark.parametrize("log", [False, True], ids=["softmax", "log_softmax"])
+def test_same_bits_in_every_layout(capability: str, log: bool, set_threads: Any) -> None:
+    x = random_input((6, 4, 40, 33), torch.float32, 1)
+    lengths = torch.randint(0, 34, (6, 4, 40), generator=generator(2))
+    sink = random_input((1, 4), torch.float32, 3)
+    g = random_input(x.shape, torch.float32, 4)
+
+    def results(x: Tensor, sink: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
+        leaf = sink.requires_grad_()
+        y = forward(x, lengths, dim, log=log, sink=leaf)
+        terms = g.movedim(-1, dim).nan_to_num()
+        (gradient,) = torch.autograd.grad(y, leaf, terms)
+        return y.detach().movedim(dim, -1), gradient
+
+    set_threads(1)
+    expected, gradient = results(x, sink)
+    for threads in (1, 2):
+        set_threads(threads)
+        for dim in (-1, 1, 0):
+            got, of_sink = results(x.movedim(-1, dim).contiguous(), sink, dim)
+            assert_same_bits(got.contiguous(), expected)
+            assert_same_bits(of_sink, gradient)
+    strided = torch.stack([sink, sink + 1], -1)[..., 0]
+    for other in (strided, sink.double(), sink.expand(6, 4).clone()[:, :, None].expand(6, 4, 40)):
+        assert_same_bits(forward(x, lengths, log=log, sink=other), expected)
+    assert_same_bits(forward(x[2:3], lengths[2:3], log=log, sink=sink), expected[2:3])
+
+
+@pytest.mark.parametrize("sink_dtype", FLOATING, ids=short_name)
+def test_a_sink_is_read_in_its_own_type(sink_dtype: torch.dtype) -> None:
+    x = random_input((3, 5), torch.float32, 1)
+    sink = random_input((3,), sink_dtype, 2)
+    expected = masked_softmax(x, sink=sink.double())
+    assert_same_bits(masked_softmax(x, sink=sink), expected)
+    leaf = sink.clone().requires_grad_()
+    masked_softmax(x, sink=leaf).square().sum().backward()
+    assert leaf.grad is not None
+    assert leaf.grad.dtype == sink_dtype
+    assert (leaf.grad != 0).all()
+
+
+def test_in_place_and_out() -> None:
+    x, lengths, sinks = operands(50, torch.float32)
+    expected = masked_softmax(x, lengths, sink=sinks)
+    out = torch.empty_like(x)
+    assert masked_softmax(x, lengths, sink=sinks, out=out) is out
+    assert_same_bits(out, expected)
+    log_out = torch.empty_like(x)
+    masked_log_softmax(x, lengths, sink=sinks, padding_value=2.0, out=log_out)
+    assert_same_bits(log_out, masked_log_softmax(x, lengths, sink=sinks, padding_value=2.0))
+    scores = x.clone()
+    assert masked_softmax_(scores, lengths, sink=sinks) is scores
+    assert_same_bits(scores, expected)
+
+
+@pytest.mark.parametrize("of_x", [False, True])
+@pytest.mark.parametrize("of_sink", [False, True])
+def test_gradients_in_place(of_x: bool, of_sink: bool) -> None:
+    x, lengths, sinks = operands(50, torch.float32)
+    leaves = [x.requires_grad_(of_x), sinks.requires_grad_(of_sink)]
+    needed = [leaf for leaf in leaves if leaf.requires_grad]
+    if not needed:
+        return
+    in_place = masked_softmax_(x * 1, lengths, sink=sinks)
+    got = torch.autograd.grad(in_place.square().sum(), needed)
+    expected = torch.autograd.grad(masked_softmax(x, lengths, sink=sinks).square().sum(), needed)
+    for gradient, other in zip(got, expected, strict=True):
+        assert (gradient.nan_to_num() - other.nan_to_num()).abs().max() < 1e-6
+
+
+def test_packed_and_jagged() -> None:
+    x = random_input((4, 7, 3), torch.float32, 1)
+    lengths = torch.tensor([7, 0, 1, 5])
+    sink = random_input((4, 3), torch.float32, 2)
+    values = torch.cat([x[row, :length] for row, length in enumerate(lengths)])
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    for padded, packed in (
+        (masked_softmax, packed_softmax),
+        (masked_log_softmax, packed_log_softmax),
+    ):
+        expected = padded(x, lengths[:, None], 1, sink=sink)
+        rows = torch.cat([expected[row, :length] for row, length in enumerate(lengths)])
+        assert_same_bits(packed(values, offsets, sink=sink), rows)
+        jagged = torch.nested.nested_tensor_from_jagged(values, offsets)
+        assert_same_bits(padded(jagged, dim=1, sink=sink).values(), rows)
+        leaf = sink.clone().requires_grad_()
+        g = random_input(values.shape, torch.float32, 3)
+        (gradient,) = torch.autograd.grad(packed(values, offsets, sink=leaf), leaf, g)
+        padded_g = torch.zeros_like(x)
+        for row, part in enumerate(g.split(lengths.tolist())):
+            padded_g[row, : len(part)] = part
+        padded_y = padded(x, lengths[:, None], 1, sink=leaf)
+        (expected_gradient,) = torch.autograd.grad(padded_y, leaf, padded_g)
+        assert_same_bits(gradient, expected_gradient)
+    result = masked_logsumexp(jagged, dim=1, sink=sink)
+    assert_same_bits(result, masked_logsumexp(x, lengths[:, None], 1, sink=sink))
+    assert masked_logsumexp(jagged, dim=1, keepdim=True).shape == (4, 1, 3)
+
+
+def test_the_modules_take_a_sink() -> None:
+    x, lengths, sinks = operands(9, torch.float32)
+    starts = torch.zeros_like(lengths)
+    expected = masked_softmax(x, lengths, sink=sinks)
+    assert_same_bits(MaskedSoftmax()(x, lengths, starts, sinks), expected)
+    log_module = MaskedLogSoftmax(padding_value=0.5)
+    expected = masked_log_softmax(x, lengths, sink=sinks, padding_value=0.5)
+    assert_same_bits(log_module(x, lengths, sink=sinks), expected)
+    assert repr(log_module) == "MaskedLogSoftmax(dim=-1, padding_value=0.5)"
+
+
+# masked_logsumexp
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("cols", COLS)
+def test_logsumexp(
+    capability: str, compared_dtype: torch.dtype, cols: int, scale: float | None
+) -> None:
+    x, lengths, sinks = operands(cols, compared_dtype)
+    acc = accumulation_dtype(compared_dtype)
+    eps = torch.finfo(acc).eps
+    for given in (None, sinks):
+        absent = torch.full((ROWS,), -math.inf)
+        expected = expected_of(x, lengths, absent if given is None else given, scale, acc)
+        got = masked_logsumexp(x, lengths, scale=scale, sink=given)
+        largest = np.abs(np.where(expected.valid, to_wide(x.nan_to_num(0), acc), 0)).max(1)
+        magnitude = np.abs(expected.logsumexp) + largest * abs(scale or 1.0)
+        with np.errstate(invalid="ignore"):
+            bound = 4 * eps * np.where(np.isfinite(magnitude), magnitude, 0)
+        assert_close(got, expected.logsumexp, bound, acc, "logsumexp")
+        kept = masked_logsumexp(x, lengths, scale=scale, sink=given, keepdim=True)
+        assert_same_bits(kept, got[:, None])
+
+
+def test_logsumexp_of_rows_without_a_finite_maximum(capability: str, dtype: torch.dtype) -> None:
+    """As torch.logsumexp; also where the row is long."""
+    for cols in (3, 9000):
+        x = torch.zeros(5, cols, dtype=dtype)
+        x[0], x[1, 1], x[2, 0], x[3, 1] = -math.inf, math.inf, math.nan, -math.inf
+        x[4, :2] = torch.tensor([math.inf, math.nan])
+        assert torch.allclose(masked_logsumexp(x), x.logsumexp(1), equal_nan=True, rtol=1e-2)
+
+
+def test_logsumexp_gradient(capability: str, compared_dtype: torch.dtype) -> None:
+    x, lengths, _ = operands(200, compared_dtype)
+    leaf = x.clone().requires_grad_()
+    g = random_input((ROWS,), compared_dtype, 4)
+    (gradient,) = torch.autograd.grad(masked_logsumexp(leaf, lengths, scale=0.7), leaf, g)
+    acc = accumulation_dtype(compared_dtype)
+    expected = expected_of(x, lengths, torch.full((ROWS,), -math.inf), 0.7, acc)
+    exact = 0.7 * np.nan_to_num(expected.y) * to_wide(g, acc)[:, None]
+    bound = (8 + np.minimum(expected.distance, 1000)) * torch.finfo(acc).eps * np.abs(exact)
+    assert_close(gradient, exact, bound, acc, "logsumexp's gradient")
+    assert (bits_of(gradient)[~torch.from_numpy(expected.valid)] == 0).all()
+
+
+# padding_value
+
+
+@pytest.mark.parametrize("cols", COLS)
+@pytest.mark.parametrize("padding_value", [0.0, -0.0, 3.5, math.inf, math.nan])
+def test_padding_value(
+    capability: str, dtype: torch.dtype, cols: int, padding_value: float
+) -> None:
+    x, lengths, _ = operands(cols, dtype)
+    starts = (torch.arange(ROWS) % 3).clamp(max=cols) * (lengths < cols - 2)
+    valid = (torch.arange(cols) >= starts[:, None]) & (
+        torch.arange(cols) < (starts + lengths)[:, None]
+    )
+    x = random_input(x.shape, dtype, 1).masked_fill(~valid, math.nan)
+    expected = masked_log_softmax(x, lengths, starts=starts)
+    for scores, dim in ((x, -1), (x.t().contiguous(), 0), (x[:, None].repeat(1, 2, 1)[:, 0], -1)):
+        got = masked_log_softmax(
+            scores, lengths, dim, starts=starts, padding_value=padding_value
+        ).movedim(dim, -1)
+        assert_same_bits(got[valid], expected[valid])
+        if math.isnan(padding_value):
+            assert got[~valid].isnan().all()
+        else:
+            of_padding = bits_of(torch.tensor(padding_value, dtype=dtype))
+            assert (bits_of(got)[~valid] == of_padding).all()
+
+
+def test_losses_over_padded_rows() -> None:
+    """Entropy and kl_div are right with 0, where -inf gives NaN; padding has no gradient."""
+    x, lengths, _ = operands(20, torch.float64)
+    leaf = x.clone().requires_grad_()
+    p, log_p = masked_softmax(leaf, lengths), masked_log_softmax(leaf, lengths, padding_value=0)
+    entropy = -(p * log_p).sum(1)
+    assert (p * masked_log_softmax(x, lengths)).sum().isnan()
+    by_row = [
+        torch.distributions.Categorical(logits=x[row, :length]).entropy() if length else 0.0
+        for row, length in enumerate(lengths)
+    ]
+    assert torch.allclose(entropy, torch.tensor(by_row, dtype=torch.float64))
+    entropy.sum().backward()
+    valid = torch.arange(20) < lengths[:, None]
+    assert leaf.grad is not None
+    assert (bits_of(leaf.grad)[~valid] == 0).all()
+    target = masked_softmax(x.flip(0).nan_to_num(), lengths)
+    loss = torch.nn.functional.kl_div(log_p, target, reduction="sum")
+    assert loss.isfinite()
+
+
+def test_reference_has_the_same_values() -> None:
+    x, lengths, sinks = operands(30, torch.float64)
+    x = x.nan_to_num()
+    options: dict[str, Any] = {"scale": -0.4, "sink": sinks}
+    for function, of_reference, more in (
+        (masked_softmax, reference.masked_softmax, {}),
+        (masked_log_softmax, reference.masked_log_softmax, {"padding_value": 1.5}),
+        (masked_logsumexp, reference.masked_logsumexp, {"keepdim": True}),
+    ):
+        got = function(x, lengths, **options, **more)
+        assert torch.allclose(got, of_reference(x, lengths, **options, **more), rtol=1e-12)
+    zero_dim = torch.tensor(2.0)
+    assert_same_bits(masked_softmax(zero_dim, sink=2.0), torch.tensor(0.5))
+    assert reference.masked_softmax(zero_dim, sink=2.0) == 0.5
+    assert reference.masked_logsumexp(zero_dim, sink=2.0) == masked_logsumexp(zero_dim, sink=2.0)
+
+
+# Errors
+
+
+def test_errors() -> None:
+    x = torch.zeros(2, 3, 4)
+    for sink, error, words in (
+        (torch.zeros(3), ValueError, "sink to broadcast, from its first dimension on"),
+        (torch.zeros(2, 3, 1), ValueError, "sink"),
+        (torch.zeros(2, dtype=torch.int64), TypeError, "floating point type"),
+        (torch.zeros(2, device="meta"), ValueError, "on the device of input"),
+        (True, TypeError, "got bool"),
+        ("1", TypeError, "got str"),
+        ([1.0, 2.0], TypeError, "torch.tensor"),
+    ):
+        for function in (masked_softmax, masked_log_softmax, masked_softmax_, masked_logsumexp):
+            with pytest.raises(error, match=words):
+                function(x, sink=sink)  # type: ignore[arg-type]
+    for padding_value in (None, "0", True, torch.zeros(2)):
+        with pytest.raises(TypeError, match="padding_value to be a number"):
+            masked_log_softmax(x, padding_value=padding_value)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="keepdim to be a bool"):
+        masked_logsumexp(x, keepdim=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"masked_logsumexp\(\): .* has length 5"):
+        masked_logsumexp(x, torch.tensor([5, 1]))
+    overlapping = torch.zeros(12)
+    with pytest.raises(ValueError, match="apart from that of sink"):
+        masked_softmax(torch.zeros(3, 4), sink=overlapping[:3], out=overlapping.view(3, 4))
+    leaf = torch.zeros(2, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"out=\.\.\. arguments don't support automatic"):
+        masked_softmax(x, sink=leaf, out=torch.empty_like(x))
