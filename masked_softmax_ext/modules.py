@@ -16,7 +16,7 @@ from masked_softmax_ext._arguments import (
     convert_padding_value,
     convert_scale,
 )
-from masked_softmax_ext._numbers import convert_int
+from masked_softmax_ext._numbers import convert_int, is_same_size
 from masked_softmax_ext._torch_internals import ragged_dim
 from masked_softmax_ext.functional import masked_log_softmax, masked_softmax
 from masked_softmax_ext.packed import weighted_sum_of_rows
@@ -193,7 +193,7 @@ class AttentionPooling(nn.Module):
         is_jagged = input.is_nested and input.layout == torch.jagged
         if not is_jagged:
             check_dense("AttentionPooling", "input", input)
-        if input.dim() < 2 or input.size(-1) != self.features:
+        if input.dim() < 2 or not is_same_size(input.size(-1), self.features):
             raise ValueError(
                 f"AttentionPooling: expected input of shape (..., steps, {self.features}), but got "
                 f"{tuple(input.shape)}"
