@@ -24,6 +24,7 @@ import tolerances
 import torch
 from torch import Tensor
 
+import masked_softmax_ext
 from masked_softmax_ext import __main__ as demo
 from masked_softmax_ext import masked_softmax
 from masked_softmax_ext.demo import measure, terminal
@@ -167,6 +168,17 @@ def test_draws_the_attention_of_one_sentence(printed: subprocess.CompletedProces
     assert len({cells for _, cells in lines}) > 1
 
 
+def test_names_its_version(
+    printed: subprocess.CompletedProcess[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"masked_softmax_ext {masked_softmax_ext.__version__}"
+    assert printed.stdout.startswith(f"{name} on ")
+    with pytest.raises(SystemExit) as ended:
+        demo.main(["--version"])
+    assert not ended.value.code
+    assert capsys.readouterr().out == f"{name}\n"
+
+
 # Errors
 
 
@@ -203,7 +215,7 @@ def test_interrupt_ends_cleanly() -> None:
     with running:
         try:
             assert running.stdout is not None
-            assert running.stdout.readline().startswith("masked_softmax_ext on the CPU")
+            assert running.stdout.readline().startswith("masked_softmax_ext ")
             running.send_signal(signal.SIGINT)
             rest, _ = running.communicate(timeout=60)
         finally:
