@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -19,6 +20,7 @@ from pathlib import Path
 from pydoc_data import topics
 from typing import Any
 
+import child
 import pytest
 import tolerances
 import torch
@@ -37,6 +39,7 @@ from masked_softmax_ext.demo.text import (
 )
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 SENTENCES, BATCH_SIZE = 250, 32  # the last batch is not full
 SMALL = ("--sentences", str(SENTENCES), "--batch-size", str(BATCH_SIZE), "--rounds", "1")
 EPS = torch.finfo(torch.float32).eps
@@ -177,6 +180,34 @@ def test_names_its_version(
         demo.main(["--version"])
     assert not ended.value.code
     assert capsys.readouterr().out == f"{name}\n"
+
+
+WITHOUT_EXTRAS = """
+import sys
+for name in ("numpy", "matplotlib", "transformers", "onnx", "hypothesis", "pytest"):
+    sys.modules[name] = None  # import raises ImportError
+from masked_softmax_ext.__main__ import main
+sys.exit(main({arguments}))
+"""
+
+
+def test_needs_torch_alone() -> None:
+    ran = child.run_python(WITHOUT_EXTRAS.format(arguments=list(SMALL)))
+    assert ran.returncode == 0, ran.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_demo_installs_what_it_needs_and_no_more(tmp_path: Path) -> None:
+    """Torch and the requirements of the build, of all that pyproject.toml lists."""
+    if not (ROOT / "Makefile").exists():
+        pytest.skip("the Makefile is not here")
+    make = ["make", "--dry-run", f"VENV={tmp_path}"]
+    needs = {}
+    for target in ("demo", "test"):
+        ran = subprocess.run([*make, target], cwd=ROOT, text=True, capture_output=True)
+        assert ran.returncode == 0, ran.stderr
+        needs[target] = set(re.findall(r"requirements\.py (\w+) >", ran.stdout))
+    assert needs == {"demo": {"build"}, "test": {"build", "test"}}
 
 
 # Errors
