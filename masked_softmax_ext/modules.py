@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,9 @@ class MaskedSoftmax(nn.Module):
     ) -> Tensor:
         return masked_softmax(input, lengths, self.dim, starts=starts, scale=self.scale, sink=sink)
 
+    if TYPE_CHECKING:
+        __call__ = forward  # nn.Module's returns Any
+
     def extra_repr(self) -> str:
         return f"dim={self.dim}" + ("" if self.scale is None else f", scale={self.scale}")
 
@@ -102,6 +106,9 @@ class MaskedLogSoftmax(nn.Module):
             sink=sink,
             padding_value=self.padding_value,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward  # nn.Module's returns Any
 
     def extra_repr(self) -> str:
         scale = "" if self.scale is None else f", scale={self.scale}"
@@ -166,6 +173,33 @@ class AttentionPooling(nn.Module):
             first = nn.Linear(features, hidden, device=device, dtype=dtype)
             self.score = nn.Sequential(first, nn.Tanh(), last)
 
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        lengths: Lengths = None,
+        starts: Index | None = None,
+        *,
+        return_weights: Literal[False] = False,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        lengths: Lengths = None,
+        starts: Index | None = None,
+        *,
+        return_weights: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        lengths: Lengths = None,
+        starts: Index | None = None,
+        *,
+        return_weights: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
     def forward(
         self,
         input: Tensor,
@@ -188,6 +222,9 @@ class AttentionPooling(nn.Module):
         else:
             pooled = torch.squeeze(torch.matmul(torch.unsqueeze(weights, -2), input), -2)
         return (pooled, weights) if return_weights else pooled
+
+    if TYPE_CHECKING:
+        __call__ = forward  # nn.Module's returns Any
 
     def _check(self, input: Tensor) -> None:
         is_jagged = input.is_nested and input.layout == torch.jagged

@@ -1,4 +1,4 @@
-"""Promise: the pure-PyTorch reference computes what SPEC.md defines.
+"""Promise: the pure-PyTorch reference computes what docs/guarantees.md defines.
 
 It is compared with numbers computed by hand and with torch.softmax of the valid columns alone,
 never with the kernels.
