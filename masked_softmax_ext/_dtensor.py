@@ -35,7 +35,7 @@ def call_operator(name: str, input: Any, *args: Any, **options: Any) -> Any:
     # A call on meta tensors first: it checks the arguments, and its errors reach the caller as they
     # are, whereas a DTensor would wrap them.
     meta = operator(*map(_to_meta, (input, *args)), **options)
-    *sinks, lengths, dim, starts = (_on_mesh(argument, input.device_mesh) for argument in args)
+    *sinks, lengths, dim, starts = (on_mesh(argument, input.device_mesh) for argument in args)
     dim %= max(input.dim(), 1)
     is_packed = "packed" in options
     if not is_packed and any(placement.is_shard(dim) for placement in input.placements):
@@ -56,7 +56,8 @@ def _to_meta(argument: Any) -> Any:
     return torch.empty(argument.shape, dtype=argument.dtype, device="meta")
 
 
-def _on_mesh(tensor: Any, mesh: DeviceMesh) -> Any:
+def on_mesh(tensor: Any, mesh: DeviceMesh) -> Any:
+    """Plain tensors as replicated DTensors; anything else as it is."""
     if not isinstance(tensor, Tensor) or isinstance(tensor, DTensor):
         return tensor
     return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
@@ -134,6 +135,7 @@ def _softmax_of_sharded_rows(
     scale: float | None,
     dtype: torch.dtype | None,
     validate: bool,
+    padding_value: float = -math.inf,
 ) -> Tensor:
     """``meta`` has the result's type, shape and strides, autocast aside."""
     mesh = input.device_mesh
@@ -162,6 +164,7 @@ def _softmax_of_sharded_rows(
         dtype,
         groups,
         name == "masked_log_softmax",
+        padding_value,
     )
     return DTensor.from_local(
         y, mesh, placements, run_check=False, shape=meta.shape, stride=meta.stride()
@@ -257,6 +260,7 @@ class _ShardedSoftmax(torch.autograd.Function):
         dtype: torch.dtype,
         groups: list[dist.ProcessGroup],
         is_log: bool,
+        padding_value: float,
     ) -> Tensor:
         dim = rows.dim
         acc_dtype = accumulation_dtype(x.dtype, dtype, scale)
@@ -274,7 +278,7 @@ class _ShardedSoftmax(torch.autograd.Function):
             count = is_max.sum(dim, keepdim=True).to(acc_dtype)
             rest = exponentials.masked_fill_(is_max, 0.0).sum(dim, keepdim=True)
             count, rest = _all_reduce(torch.stack([count, rest]), groups, dist.ReduceOp.SUM)
-            y = z.sub_(count.log() + (rest / count).log1p()).masked_fill_(padding, -math.inf)
+            y = z.sub_(count.log() + (rest / count).log1p()).masked_fill_(padding, padding_value)
         else:
             row_sum = _all_reduce(exponentials.sum(dim, keepdim=True), groups, dist.ReduceOp.SUM)
             y = exponentials.div_(row_sum).masked_fill_(padding, 0.0)
@@ -303,7 +307,7 @@ class _ShardedSoftmax(torch.autograd.Function):
         row_sum = _all_reduce(terms.sum(rows.dim, keepdim=True), groups, dist.ReduceOp.SUM)
         result = g - y.exp() * row_sum if is_log else y * (g - row_sum)
         result = (result * scale).masked_fill_(padding, 0.0).to(input_dtype)
-        return (_fill_invalid_rows(result, rows), *[None] * 5)
+        return (_fill_invalid_rows(result, rows), *[None] * 6)
 
 
 def _fill_invalid_rows(result: Tensor, rows: _LocalRows) -> Tensor:

@@ -185,14 +185,17 @@ def masked_log_softmax(
         and (starts is None or type(starts) is Tensor)
         and (scale is None or type(scale) is float)
         and sink is None
-        and padding_value is _NO_VALUE
+        and (padding_value is _NO_VALUE or type(padding_value) is float)
         and (dtype is None or type(dtype) is torch.dtype)
         and type(validate) is bool
         and (out is None or type(out) is Tensor)
         and not is_dynamo_compiling()
         and not has_torch_function_unary(input)  # so that a TorchFunctionMode sees the call
     ):
-        return _C.masked_log_softmax(input, lengths, dim, starts, scale, None, dtype, validate, out)
+        padding = None if padding_value is _NO_VALUE else padding_value
+        return _C.masked_log_softmax(
+            input, lengths, dim, starts, scale, padding, dtype, validate, out
+        )
     return _call(
         masked_log_softmax,
         input,
@@ -334,6 +337,9 @@ def masked_logsumexp(
     input, scale, dtype = fold_scale(input, scale, dtype)
     if is_dtensor(input):
         from masked_softmax_ext._dtensor import call_operator as call
+        from masked_softmax_ext._dtensor import on_mesh
+
+        sink = on_mesh(sink, input.device_mesh)
     else:
         call = call_operator
     rows = (lengths, dim, starts)
@@ -411,9 +417,10 @@ def _call(
         name, input, lengths, dim, starts, scale, dtype, validate
     )
     sink = convert_sink(name, sink, input)
-    padding = {}
+    padding: dict[str, float] = {}
     if padding_value is not _NO_VALUE:
-        padding["padding_value"] = convert_padding_value(name, padding_value)
+        value = convert_padding_value(name, padding_value)
+        padding = {} if value is None else {"padding_value": value}
     input, scale, dtype = fold_scale(input, scale, dtype)
     if out is not None:
         if not isinstance(out, Tensor):

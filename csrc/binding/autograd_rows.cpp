@@ -14,7 +14,7 @@
 //   log_softmax  dy = scale * (dx - <p, dx>) - w * ds
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/exp.h>
-#include <ATen/ops/ones.h>
+#include <ATen/ops/new_ones.h>
 #include <c10/core/ScalarType.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -63,7 +63,7 @@ at::Tensor sum_to_given(const at::Tensor& grad, const at::Tensor& given) {
 }
 
 at::Tensor expanded_ones(const at::Tensor& y) {
-  return at::ones({}, y.options().dtype(accumulation_type(y))).expand_symint(y.sym_sizes());
+  return y.new_ones({}, y.options().dtype(accumulation_type(y))).expand_symint(y.sym_sizes());
 }
 
 // sum or sum + term

@@ -154,7 +154,10 @@ inline Problem make_problem(Operation operation, Matrix& output, std::vector<Mat
 constexpr bool takes_log_softmax(Operation operation) {
   switch (operation) {
     case Operation::kSoftmax:
-    case Operation::kLogSoftmax: return false;  // no y
+    case Operation::kLogSoftmax:
+    case Operation::kLogSumExp:
+    case Operation::kRowDot:
+    case Operation::kRowScale: return false;  // no y
     case Operation::kSoftmaxBackward:
     case Operation::kSoftmaxBackwardWrtY:
     case Operation::kSoftmaxBackwardJvpWrtY: return false;

@@ -119,6 +119,10 @@ inline std::vector<Expected> expected_derivative(Operation operation, const RowV
   switch (operation) {
     case Operation::kSoftmax:
     case Operation::kLogSoftmax: break;  // expected_forward()
+    case Operation::kLogSumExp:
+    case Operation::kRowDot:
+    case Operation::kRowScale:
+      break;  // one number a row: tests/numerics/test_sink.py, tests/emulator/test_row_numbers.py
     case Operation::kSoftmaxBackward: {
       const real inner = dot(a);
       const real magnitude = magnitude_of_dot(a);

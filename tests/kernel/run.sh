@@ -16,7 +16,7 @@ build_and_run() {
   echo "== the kernel layer: $mode, $compiler"
   # shellcheck disable=SC2016 # expanded by the inner shell, which compiles one file
   printf '%s\n' csrc/common/*.cpp csrc/cpu/*.cpp tests/kernel/*.cpp |
-    xargs -P 2 -I{} sh -c 'out=$1/$(echo "$2" | tr / _).o; shift 2; "$@" -o "$out"' _ "$folder" {} \
+    xargs -P 1 -I{} sh -c 'out=$1/$(echo "$2" | tr / _).o; shift 2; "$@" -o "$out"' _ "$folder" {} \
       "$compiler" -std=c++17 -Wall -Wextra -Werror -ffp-contract=off -fno-math-errno "$@" -Icsrc -Itests/kernel -c {}
   "$compiler" "$@" "$folder"/*.o -o "$folder/kernel_tests"
   $runner "$folder/kernel_tests"

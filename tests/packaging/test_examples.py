@@ -38,7 +38,7 @@ def no_network_and_one_thread(
 
 
 def load(name: str) -> ModuleType:
-    if name == "transformers_attention":
+    if name in ("attention_sinks", "transformers_attention"):
         transformers = pytest.importorskip("transformers", reason="transformers is missing")
         version = tuple(map(int, transformers.__version__.split(".")[:2]))
         if not (5, 10) <= version < (6, 0):
@@ -80,6 +80,11 @@ def test_transformers_attention(capsys: pytest.CaptureFixture[str]) -> None:
     assert "The same results, the same text generated, no mask." in printed
 
 
+def test_attention_sinks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load("attention_sinks").main(["--quick"]) == 0
+    assert re.search(r"sinks \d\.\de-\d\d, gradient .*: ok\.", capsys.readouterr().out)
+
+
 def test_encoder_attention(capsys: pytest.CaptureFixture[str]) -> None:
     assert load("encoder_attention").main(["--quick"]) == 0
     printed = capsys.readouterr().out
@@ -115,6 +120,20 @@ def zeros(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def nan(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda scores, lengths, **_: scores * torch.nan
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, -1.0])
+def test_attention_sinks_rejects_wrong_sinks(
+    monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    example = load("attention_sinks")
+    integration = sys.modules["masked_softmax_ext.integrations.transformers"]
+
+    def wrong(scores: Tensor, lengths: Tensor, *, sink: Tensor, **options: Any) -> Tensor:
+        return masked_softmax_ext.masked_softmax_(scores, lengths, sink=sink * factor, **options)
+
+    monkeypatch.setattr(integration, "masked_softmax_", wrong)
+    assert example.main(["--quick"]) == 1
 
 
 every_wrong = pytest.mark.parametrize("wrong", [one_column_less, zeros, nan])
