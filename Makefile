@@ -18,10 +18,15 @@ $(1)/bin/python tools/requirements.py $(2) >$(1)/$(firstword $(2)).txt
 $(1)/bin/python -m pip install --quiet --requirement $(1)/$(firstword $(2)).txt $(3)
 endef
 
+# $(call if-available,PROGRAM,ARGUMENTS): for programs that their packages download, which a machine may not allow.
+define if-available
+@if $(BIN)/$(1) --version >/dev/null 2>&1; then $(BIN)/$(1) $(2); else echo "SKIPPED: $(1) cannot be had here"; fi
+endef
+
 .PHONY: demo test bench bench-quick bench-mxnet docs dist lint kernel-test sanitizer-test fuzz build-test mutation-test \
 	emulator-test cuda-test gpu-kernels gate-rehearsal build clean
 
-demo: build
+demo: $(VENV)/build.stamp
 	$(BIN)/python -m masked_softmax_ext
 
 test: build
@@ -106,9 +111,15 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(call if-available,pyright,--pythonpath $(BIN)/python)
+	$(call if-available,shellcheck,.ci/run $$(git ls-files '*.sh'))
+	@$(BIN)/python tools/requirements.py workflows >$(VENV)/workflows.txt
+	@$(BIN)/python -m pip install --quiet --requirement $(VENV)/workflows.txt >/dev/null 2>&1 || true
+	$(call if-available,actionlint,)
 	git ls-files '*.h' '*.cpp' '*.inc' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
-build: $(VENV)/build.stamp
+# With what the tests need; make demo goes without.
+build: $(VENV)/build.stamp $(VENV)/test.stamp
 
 # __init__.py has the version.
 SOURCES := setup.py pyproject.toml masked_softmax_ext/__init__.py \
@@ -121,7 +132,7 @@ $(VENV)/build.stamp: $(VENV)/tools.stamp $(SOURCES)
 $(VENV)/tools.stamp: pyproject.toml tools/requirements.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
-	$(call pip-install,$(VENV),build test,"$(TORCH)")
+	$(call pip-install,$(VENV),build,"$(TORCH)")
 	touch $@
 
 $(VENV)/bench.stamp: $(VENV)/tools.stamp
@@ -129,7 +140,7 @@ $(VENV)/bench.stamp: $(VENV)/tools.stamp
 	$(if $(FBGEMM),$(BIN)/python -m pip install --quiet --no-deps "$(FBGEMM)")
 	touch $@
 
-$(VENV)/docs.stamp $(VENV)/lint.stamp $(VENV)/dist.stamp: $(VENV)/%.stamp: $(VENV)/tools.stamp
+$(VENV)/test.stamp $(VENV)/docs.stamp $(VENV)/lint.stamp $(VENV)/dist.stamp: $(VENV)/%.stamp: $(VENV)/tools.stamp
 	$(call pip-install,$(VENV),$*)
 	touch $@
 

@@ -1,8 +1,9 @@
 """Sphinx settings. `make docs` builds the pages and runs the examples of the docstrings."""
 
 import sys
-from importlib.metadata import version as installed_version
 from pathlib import Path
+
+import masked_softmax_ext
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE / "extensions")]
@@ -10,7 +11,7 @@ sys.path[:0] = [str(HERE), str(HERE / "extensions")]
 project = "masked_softmax_ext"
 author = "The masked_softmax_ext authors"
 project_copyright = author
-release = version = installed_version("masked_softmax_ext")
+release = version = masked_softmax_ext.__version__
 
 extensions = [
     "myst_parser",
@@ -46,7 +47,7 @@ nitpick_ignore_regex = [
 ]
 
 html_theme = "furo"
-html_title = "masked_softmax_ext"
+html_title = f"masked_softmax_ext {version}"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 html_math_renderer = "mathml"

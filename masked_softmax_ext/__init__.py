@@ -9,11 +9,11 @@ Example:
             [0.0000, 0.0000, 0.0000]])
 """
 
-from masked_softmax_ext._load import load_extension
+from masked_softmax_ext import _load
 
 __version__ = "0.1.0"  # pyproject.toml reads this line
 
-_C = load_extension()  # registers the operators that the other modules use
+_C = _load.load_extension()  # registers the operators that the other modules use
 
 from masked_softmax_ext import _torchscript, _vmap, reference  # noqa: E402
 from masked_softmax_ext.bounds import (  # noqa: E402
@@ -58,4 +58,4 @@ __all__ = [
     "window",
 ]
 
-_torchscript.register(value for name in __all__ if callable(value := globals()[name]))
+_torchscript.register(filter(callable, map(globals().__getitem__, __all__)))

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from masked_softmax_ext import build_info, cpu_capability, masked_softmax
+from masked_softmax_ext import __version__, build_info, cpu_capability, masked_softmax
 from masked_softmax_ext.demo import measure, terminal
 from masked_softmax_ext.demo.attention import HEADS, SCALE, Embeddings
 from masked_softmax_ext.demo.text import (
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(error)
             return 2
 
-    print(f"masked_softmax_ext on {describe(device)}\n")
+    print(f"masked_softmax_ext {__version__} on {describe(device)}\n")
     sentences = read_sentences()[: options.sentences]
     random.Random(options.seed).shuffle(sentences)
     numbers = number_words(sentences)
@@ -93,6 +93,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m masked_softmax_ext",
         description="Length-masked softmax on real text, compared with unfused PyTorch.",
     )
+    parser.add_argument("--version", action="version", version=f"masked_softmax_ext {__version__}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--threads", type=positive, help="threads that torch may use (default: torch's)"

@@ -142,7 +142,9 @@ def check_dense(name: str, argument: str, tensor: Tensor) -> None:
         kind = "a MaskedTensor; its get_data() is one (and lengths_from_mask(its get_mask(), "
         kind += "ndim=its get_data()) makes lengths and starts)"
     elif tensor.is_nested:
-        kind = "a nested tensor (masked_softmax() and masked_log_softmax() take a jagged input)"
+        kind = "a nested tensor (masked_softmax_ext.masked_softmax() takes a jagged input)"
+    elif tensor.is_quantized:
+        kind = "a quantized tensor; its dequantize() gives a dense one"
     elif tensor.layout != torch.strided:
         kind = "a oneDNN tensor" if tensor.is_mkldnn else "a sparse tensor"
         kind += "; its to_dense() gives a dense one"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -460,6 +460,51 @@ def _drops_last_column(node: Node) -> bool:
     if node.target is not operator.getitem or _unwritten_tensor(node) is None:
         return False
     return node.args[1] == (Ellipsis, slice(None, -1, None))
+
+
+def is_softmax(node: Node) -> bool:
+    return op_name(node) in _SOFTMAXES
+
+
+def why_unmatched(softmax: Node, known: Masks) -> str:
+    """Why match_masked_softmax() found nothing: the most likely reason, in words."""
+    scores = _arguments(softmax, input=0)[0]
+    while isinstance(scores, Node) and op_name(scores) in _VIEWS:
+        scores = _source(scores)
+    if not isinstance(scores, Node):
+        return "its scores are not masked"
+    masking, _ = _in_place_fill(scores, softmax)
+    masking = masking or scores
+    if op_name(masking) not in ("masked_fill", "masked_fill_", "setitem", "where", "add"):
+        return "its scores are not masked"
+    if any(_is_mask_from_outside(node) for node in _ancestors(masking, scores)):
+        return "its mask is made outside of the graph, such as an argument or a buffer"
+    if not any(isinstance(known.get(node), TwoValued) for node in masking.all_input_nodes):
+        if op_name(masking) == "add":
+            return "what is added to its scores is no mask that the graph makes of lengths"
+        return "its mask is no comparison of column indices with lengths that the pass knows"
+    return "its fill value, mask or shape is none that the pass knows; see compile_pass"
+
+
+def _ancestors(masking: Node, scores: Node) -> Iterator[Node]:
+    """What the mask of a masking is computed from."""
+    name = op_name(masking)
+    first = 0 if name in ("where", "add") and masking.op == "call_function" else 1
+    seen: set[Node] = set()
+    waiting = [node for node in masking.all_input_nodes[first:] if node is not scores]
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            waiting += node.all_input_nodes
+
+
+def _is_mask_from_outside(node: Node) -> bool:
+    if node.op not in ("placeholder", "get_attr"):
+        return False
+    tensor = fake_tensor(node)
+    return tensor is not None and tensor.dtype == torch.bool
 
 
 def _match_masking(node: Any, reader: Node, known: Masks, max_fill: float) -> Match | None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from masked_softmax_ext._arguments import Scale
-from masked_softmax_ext._numbers import is_constant
+from masked_softmax_ext._numbers import INTEGER_DTYPES, is_constant, is_integer_dtype
+
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def fold_scale(
@@ -61,14 +64,28 @@ def add_sink(logsumexp: Tensor, sink: Tensor) -> Tensor:
 
 
 def result_dtype(input: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """The type of the result of a softmax with this ``dtype=``."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype is not None:
-        raise TypeError(f"expected dtype to be a torch.dtype, but got {type(dtype).__name__}")
-    if not input.is_floating_point():
-        raise TypeError(f"expected input of a floating point type, or dtype=; got {input.dtype}")
-    return autocast_dtype(input.device.type, input.dtype)
+    """The type of the result of a softmax with this ``dtype=``; the operators' checks of both."""
+    is_floating = input.dtype in _FLOATING
+    if not is_floating and input.dtype != torch.bool and not is_integer_dtype(input.dtype):
+        raise TypeError(
+            f"expected input of {_names(_FLOATING)}, or of an integer type "
+            f"({_names(INTEGER_DTYPES)}), but got {input.dtype}"
+        )
+    if dtype is None:
+        if not is_floating:
+            raise TypeError(
+                "expected input of a floating point type, or dtype= to name the type of the "
+                f"result, but got input of {input.dtype}"
+            )
+        return autocast_dtype(input.device.type, input.dtype)
+    if dtype not in _FLOATING:
+        raise TypeError(f"expected dtype to be {_names(_FLOATING)}, but got {dtype}")
+    return dtype
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def autocast_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:

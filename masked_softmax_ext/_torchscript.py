@@ -11,7 +11,14 @@ from typing import Any, NoReturn
 
 import torch
 
-_OPERATORS = ("masked_softmax", "masked_log_softmax", "masked_logsumexp", "masked_softmax_")
+# The function that calls each operator.
+_OPERATORS = {
+    "masked_softmax": "masked_softmax",
+    "masked_log_softmax": "masked_log_softmax",
+    "masked_softmax_with_sink": "masked_softmax",
+    "masked_log_softmax_with_sink": "masked_log_softmax",
+    "masked_logsumexp": "masked_logsumexp",
+}
 # The operator that does what a function or a module does.
 _SCRIPTABLE = {
     "masked_softmax": "masked_softmax",
@@ -26,9 +33,9 @@ def register(public: Iterable[Callable[..., Any]]) -> None:
     """Makes TorchScript's tools raise an error that says what to use instead."""
     for function in public:
         function.__prepare_scriptable__ = _script_error(function.__name__)  # type: ignore[attr-defined]
-    for name in _OPERATORS:
+    for operator, name in _OPERATORS.items():
         torch.onnx.register_custom_op_symbolic(  # type: ignore[attr-defined]
-            f"masked_softmax_ext::{name}", _onnx_error(name), opset_version=9
+            f"masked_softmax_ext::{operator}", _onnx_error(name), opset_version=9
         )
 
 

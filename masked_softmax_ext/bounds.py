@@ -506,7 +506,6 @@ def _raise_for_several_runs(is_run: Tensor, rows: Tensor) -> None:
     if read_bool(is_run.all()) is not False:
         return
     row = tuple((~is_run).nonzero()[0].tolist())
-    name = f"row {row}" if len(row) > 1 else f"row {row[0] if row else 0}"
     edges = rows[row].to(torch.int8).diff(prepend=rows.new_zeros(1), append=rows.new_zeros(1))
     begins = (edges == 1).nonzero().flatten().tolist()
     lasts = ((edges == -1).nonzero().flatten() - 1).tolist()
@@ -514,7 +513,7 @@ def _raise_for_several_runs(is_run: Tensor, rows: Tensor) -> None:
     more = f" and {len(begins) - 3} more" if len(begins) > 3 else ""
     raise ValueError(
         "lengths_from_mask(): expected the True columns of each row to be one contiguous run, but "
-        f"{name} has {len(begins)}: {', '.join(shown)}{more}"
+        f"{reference.row_name(row)} has {len(begins)}: {', '.join(shown)}{more}"
     )
 
 

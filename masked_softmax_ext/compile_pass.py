@@ -47,11 +47,15 @@ the comparison did implicitly.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import operator
+import re
+import warnings
 from collections.abc import Callable
 from functools import reduce
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -64,9 +68,11 @@ from masked_softmax_ext._pattern_matcher import (
     SinkMatch,
     find_masks,
     is_part_of_sink_pattern,
+    is_softmax,
     match_masked_softmax,
     match_softmax_with_sink,
     op_name,
+    why_unmatched,
     writes,
 )
 from masked_softmax_ext._torch_internals import (
@@ -91,7 +97,8 @@ def make_backend(inner: str | Backend = "inductor", *, max_fill: float = -math.i
 
     Returns:
         A backend for ``torch.compile``, which passes ``mode`` and ``options`` on to ``inner``. It
-        logs (``logging.INFO``) how many softmaxes it replaced in each graph.
+        logs (``logging.INFO``) how many softmaxes it replaced in each graph, and warns of a graph
+        in which it replaced none. :func:`explain` reports what it finds, and why not.
 
     Example:
         >>> def attend(scores, lengths):
@@ -106,7 +113,10 @@ def make_backend(inner: str | Backend = "inductor", *, max_fill: float = -math.i
     def masked_softmax_ext(
         graph_module: GraphModule, example_inputs: list[Any], **options: Any
     ) -> Callable[..., Any]:
-        _log.info("fused %d masked softmaxes", replace(graph_module, max_fill=max_fill))
+        report = Report((tuple(_replace(graph_module, max_fill)),))
+        _log.info("fused %d masked softmaxes", len(report.fused))
+        if not report.fused:
+            warnings.warn(f"the backend masked_softmax_ext {report}", stacklevel=2)
         if inner == "inductor":
             options = inductor_options(**options)
         compiler: Backend = lookup_backend(inner)
@@ -116,6 +126,82 @@ def make_backend(inner: str | Backend = "inductor", *, max_fill: float = -math.i
 
 
 backend = make_backend()
+
+
+@dataclasses.dataclass(frozen=True)
+class Softmax:
+    """A softmax in a program.
+
+    Attributes:
+        location: where the program calls it: file, line, function and code.
+        reason: why it was left as it is; ``None`` if it was fused.
+    """
+
+    location: str
+    reason: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the pass fused and what it left. As text, one line a softmax.
+
+    Attributes:
+        graphs: the softmaxes of each graph that Dynamo captured.
+    """
+
+    graphs: tuple[tuple[Softmax, ...], ...]
+
+    @property
+    def fused(self) -> list[Softmax]:
+        """The softmaxes that were replaced with the fused operators."""
+        return [softmax for graph in self.graphs for softmax in graph if softmax.reason is None]
+
+    @property
+    def left(self) -> list[Softmax]:
+        """The softmaxes that stay as they are."""
+        return [softmax for graph in self.graphs for softmax in graph if softmax.reason is not None]
+
+    def __str__(self) -> str:
+        fused, left = self.fused, self.left
+        number = "1 graph" if len(self.graphs) == 1 else f"{len(self.graphs)} graphs"
+        if not fused and not left:
+            return f"found no softmax in {number}"
+        lines = [f"fused {len(fused) or 'none'} of {len(fused) + len(left)} softmaxes in {number}"]
+        lines += [f"  fused: {softmax.location}" for softmax in fused]
+        lines += [f"  left:  {softmax.location}: {softmax.reason}" for softmax in left]
+        return "\n".join(lines)
+
+
+def explain(
+    function: Callable[..., Any], *arguments: Any, max_fill: float = -math.inf, **options: Any
+) -> Report:
+    """Reports which softmaxes of a program the backend fuses, and why it leaves the others.
+
+    Args:
+        function: the program, a function or a module. It is called once, compiled without an
+            inner backend.
+        arguments: its arguments.
+        max_fill: see :func:`make_backend`.
+        options: its keyword arguments.
+
+    Returns:
+        The report.
+
+    Example:
+        >>> def attend(scores, mask):
+        ...     return scores.masked_fill(~mask, float("-inf")).softmax(-1)
+        >>> report = explain(attend, torch.zeros(2, 4), torch.ones(2, 4, dtype=torch.bool))
+        >>> len(report.fused), [softmax.reason for softmax in report.left]
+        (0, ['its mask is made outside of the graph, such as an argument or a buffer'])
+    """
+    graphs: list[tuple[Softmax, ...]] = []
+
+    def record(graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append(tuple(_replace(graph_module, max_fill)))
+        return graph_module
+
+    torch.compile(function, backend=record)(*arguments, **options)
+    return Report(tuple(graphs))
 
 
 def replace(graph_module: GraphModule, *, max_fill: float = -math.inf) -> int:
@@ -129,24 +215,52 @@ def replace(graph_module: GraphModule, *, max_fill: float = -math.inf) -> int:
     Returns:
         The number of replacements. If it is 0, the graph is unchanged.
     """
-    count = 0
+    return sum(softmax.reason is None for softmax in _replace(graph_module, max_fill))
+
+
+def _replace(graph_module: GraphModule, max_fill: float) -> list[Softmax]:
+    softmaxes: list[Softmax] = []
     for module in graph_module.modules():
-        if not isinstance(module, GraphModule) or uses_tensor_data(module.graph):
+        if not isinstance(module, GraphModule):
             continue
-        before, masks = count, find_masks(module.graph)
-        for node in list(module.graph.nodes):
+        nodes = [node for node in module.graph.nodes if is_softmax(node)]
+        if nodes and uses_tensor_data(module.graph):
+            softmaxes += [Softmax(_location(node), "it uses Tensor.data") for node in nodes]
+            continue
+        masks = find_masks(module.graph) if nodes else {}
+        is_changed = False
+        for node in nodes:
+            location = _location(node)
             match = match_masked_softmax(node, masks, max_fill)
             with_sink = match_softmax_with_sink(node, masks, max_fill)
+            reason = None
             if match is not None:
                 _fuse(node, match)
-                count += 1
             elif with_sink is not None:
                 _fuse_with_sink(node, with_sink)
-                count += 1
-        if count > before:
+            else:
+                reason = why_unmatched(node, masks)
+            is_changed = is_changed or reason is None
+            softmaxes.append(Softmax(location, reason))
+        if is_changed:
             module.graph.lint()
             module.recompile()
-    return count
+    return softmaxes
+
+
+_TORCH = str(Path(torch.__file__).parent)
+
+
+def _location(node: Node) -> str:
+    """Where the program calls the operation; inside of torch, where it calls torch."""
+    frames = re.findall(
+        r'File "(.*?)", line (\d+), in (\S+)\n *(.*)', node.meta.get("stack_trace") or ""
+    )
+    frames = [frame for frame in frames if not frame[0].startswith(_TORCH)] or frames
+    if not frames:
+        return node.name
+    file, line, function, code = frames[-1]
+    return f"{file}:{line}, in {function}: {code}"
 
 
 def _fuse(softmax: Node, match: Match) -> None:

@@ -165,7 +165,8 @@ def _packed_rows(
     shift = row_max * factor
     if sink is not None:
         sums = add_sink(sums, _one_a_row(sink, rows).to(rows.dtype) - shift)
-    return differences - sums.index_select(0, row), sums + shift
+    logsumexp = (sums + shift).masked_fill(row_max == math.inf, math.inf)
+    return differences - sums.index_select(0, row), logsumexp
 
 
 def _one_a_row(sink: Tensor, rows: Tensor) -> Tensor:

@@ -83,6 +83,9 @@ def masked_softmax(
         out: a tensor to write to, of input's shape and the result's type; it is not resized. May be
             ``input``.
 
+    In the signature, ``Index`` is ``int | Tensor``, ``Lengths`` is that, a pair ``(lengths,
+    starts)`` of them or ``None``, and ``Scale`` and ``Sink`` are numbers or tensors, or ``None``.
+
     Returns:
         A contiguous tensor of input's shape (or ``out``). Differentiable in ``input`` and ``sink``
         to any order, backward and forward.

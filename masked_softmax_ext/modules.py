@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from masked_softmax_ext._arguments import (
     convert_padding_value,
     convert_scale,
 )
-from masked_softmax_ext._numbers import convert_int
+from masked_softmax_ext._numbers import convert_int, is_same_size
 from masked_softmax_ext._torch_internals import ragged_dim
 from masked_softmax_ext.functional import masked_log_softmax, masked_softmax
 from masked_softmax_ext.packed import weighted_sum_of_rows
@@ -53,6 +54,9 @@ class MaskedSoftmax(nn.Module):
         sink: Sink = None,
     ) -> Tensor:
         return masked_softmax(input, lengths, self.dim, starts=starts, scale=self.scale, sink=sink)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # nn.Module's returns Any
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}" + ("" if self.scale is None else f", scale={self.scale}")
@@ -102,6 +106,9 @@ class MaskedLogSoftmax(nn.Module):
             sink=sink,
             padding_value=self.padding_value,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward  # nn.Module's returns Any
 
     def extra_repr(self) -> str:
         scale = "" if self.scale is None else f", scale={self.scale}"
@@ -167,6 +174,33 @@ class AttentionPooling(nn.Module):
             first = nn.Linear(features, hidden, device=device, dtype=dtype)
             self.score = nn.Sequential(first, nn.Tanh(), last)
 
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        lengths: Lengths = None,
+        starts: Index | None = None,
+        *,
+        return_weights: Literal[False] = False,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        lengths: Lengths = None,
+        starts: Index | None = None,
+        *,
+        return_weights: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        lengths: Lengths = None,
+        starts: Index | None = None,
+        *,
+        return_weights: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
     def forward(
         self,
         input: Tensor,
@@ -192,11 +226,14 @@ class AttentionPooling(nn.Module):
             pooled = torch.squeeze(torch.matmul(torch.unsqueeze(weights, -2), input), -2)
         return (pooled, weights) if return_weights else pooled
 
+    if TYPE_CHECKING:
+        __call__ = forward  # nn.Module's returns Any
+
     def _check(self, input: Tensor) -> None:
         is_jagged = input.is_nested and input.layout == torch.jagged
         if not is_jagged:
             check_dense("AttentionPooling", "input", input)
-        if input.dim() < 2 or input.size(-1) != self.features:
+        if input.dim() < 2 or not is_same_size(input.size(-1), self.features):
             raise ValueError(
                 f"AttentionPooling: expected input of shape (..., steps, {self.features}), but got "
                 f"{tuple(input.shape)}"

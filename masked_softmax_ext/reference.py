@@ -7,6 +7,7 @@ mask, copies the scores, and computes on padding.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,16 +18,19 @@ from masked_softmax_ext._arguments import (
     Lengths,
     Scale,
     Sink,
-    check_index_type,
-    convert_scale,
+    check_dense,
+    check_out,
+    convert,
+    convert_padding_value,
+    convert_sink,
     overridable,
-    split_pair,
     to_integer_remedy,
 )
 from masked_softmax_ext._numbers import (
     broadcasts_to,
     fits_int64,
     is_integer_dtype,
+    is_traced_int,
     is_traced_numpy_scalar,
     read_bool,
 )
@@ -55,8 +59,9 @@ def masked_softmax(
 ) -> Tensor:
     """Softmax over the valid columns; arguments as :func:`masked_softmax_ext.masked_softmax`.
 
-    Invalid lengths raise ``ValueError`` on every device (``validate`` has no effect here), except
-    where values cannot be read: in a compiled program, under ``torch.vmap``, on the meta device.
+    It takes and refuses what the fused function does, except that it takes no jagged input. Invalid
+    lengths raise ``ValueError`` on every device (``validate`` has no effect here), except where
+    values cannot be read: in a compiled program, under ``torch.vmap``, on the meta device.
 
     Returns:
         A tensor of input's shape (or ``out``); 0 in the padding.
@@ -66,9 +71,14 @@ def masked_softmax(
         tensor([[0.5000, 0.5000, 0.0000],
                 [0.0000, 0.0000, 0.0000]])
     """
-    lengths, starts = split_pair("masked_softmax", lengths, starts)
-    valid = valid_mask(input, lengths, dim, starts)
-    return _convert_result(softmax_where(valid, input, dim, scale, dtype, sink), input, dtype, out)
+    name = "masked_softmax"
+    lengths, dim, starts, scale, dtype = convert(
+        name, input, lengths, dim, starts, scale, dtype, validate
+    )
+    sink = convert_sink(name, sink, input)
+    valid = _mask(input, lengths, dim, starts, checks=True)
+    result = softmax_where(valid, input, dim, scale, dtype, sink)
+    return _convert_result(name, result, input, dtype, out)
 
 
 @overridable
@@ -95,10 +105,15 @@ def masked_log_softmax(
         tensor([[0., -inf, -inf],
                 [-inf, -inf, -inf]])
     """
-    lengths, starts = split_pair("masked_log_softmax", lengths, starts)
-    valid = valid_mask(input, lengths, dim, starts)
-    result = log_softmax_where(valid, input, dim, scale, dtype, sink, padding_value)
-    return _convert_result(result, input, dtype, out)
+    name = "masked_log_softmax"
+    lengths, dim, starts, scale, dtype = convert(
+        name, input, lengths, dim, starts, scale, dtype, validate
+    )
+    sink = convert_sink(name, sink, input)
+    padding = convert_padding_value(name, padding_value)
+    valid = _mask(input, lengths, dim, starts, checks=True)
+    result = log_softmax_where(valid, input, dim, scale, dtype, sink, padding)
+    return _convert_result(name, result, input, dtype, out)
 
 
 @overridable
@@ -125,8 +140,16 @@ def masked_logsumexp(
         >>> masked_logsumexp(torch.zeros(2, 3), torch.tensor([1, 0]))
         tensor([0., -inf])
     """
-    lengths, starts = split_pair("masked_logsumexp", lengths, starts)
-    valid = valid_mask(input, lengths, dim, starts)
+    name = "masked_logsumexp"
+    if not isinstance(keepdim, bool):
+        raise TypeError(
+            f"{name}(): expected keepdim to be a bool, but got {type(keepdim).__name__}"
+        )
+    lengths, dim, starts, scale, dtype = convert(
+        name, input, lengths, dim, starts, scale, dtype, validate
+    )
+    sink = convert_sink(name, sink, input)
+    valid = _mask(input, lengths, dim, starts, checks=True)
     result = logsumexp_where(valid, input, dim, scale, dtype, sink)
     result = result if keepdim or input.dim() == 0 else result.squeeze(dim)
     return result.to(result_dtype(input, dtype))
@@ -134,9 +157,16 @@ def masked_logsumexp(
 
 @overridable
 def valid_mask(
-    input: Tensor, lengths: Index | None, dim: int = -1, starts: Index | None = None
+    input: Tensor, lengths: Lengths, dim: int = -1, starts: Index | None = None
 ) -> Tensor:
     """The mask of the valid columns: ``start <= column < start + length``.
+
+    Args:
+        input: the scores, of which only the shape is used.
+        lengths: as for :func:`masked_softmax_ext.masked_softmax`, a pair ``(lengths, starts)``
+            included.
+        dim: the dimension of the columns.
+        starts: the first valid column of each row.
 
     Returns:
         A bool tensor that broadcasts to input's shape: ``(B, 1, 1, K)`` for scores
@@ -151,8 +181,9 @@ def valid_mask(
         tensor([[ True, False, False, False],
                 [ True,  True,  True, False]])
     """
-    check_index_type("valid_mask", "lengths", lengths)
-    check_index_type("valid_mask", "starts", starts)
+    lengths, dim, starts, _, _ = convert(
+        "valid_mask", input, lengths, dim, starts, None, None, False
+    )
     return _mask(input, lengths, dim, starts, checks=True)
 
 
@@ -181,7 +212,11 @@ def log_softmax_where(
     """Log-softmax over the columns where the mask is True, in the accumulation type."""
     logits = _masked_logits(input, valid, dim, scale, dtype, sink)
     result = _without_sink(torch.log_softmax(logits, dim), valid, dim, sink)
-    return result.masked_fill(~valid, -math.inf if padding_value is None else padding_value)
+    if padding_value is None:
+        return result.masked_fill(~valid, -math.inf)
+    # Converted as a tensor: masked_fill() refuses a number beyond float32.
+    fill = torch.full((), padding_value, dtype=torch.float64, device=input.device)
+    return result.masked_fill(~valid, fill.to(result.dtype))
 
 
 def logsumexp_where(
@@ -194,12 +229,10 @@ def logsumexp_where(
 ) -> Tensor:
     """Log-sum-exp over the columns where the mask is True, of size 1 in ``dim``."""
     logits, row_max = _logits_and_shift(input, valid, dim, scale, dtype)
-    if input.dim() == 0:
-        result = torch.where(valid, logits, -math.inf)
-    else:
-        result = logits.logsumexp(dim, keepdim=True)
-        result = result.masked_fill(~valid.any(dim, keepdim=True), -math.inf)
+    result = logits if input.dim() == 0 else logits.logsumexp(dim, keepdim=True)
     result = result if row_max is None else result + row_max
+    has_columns = valid if input.dim() == 0 else valid.any(dim, keepdim=True)
+    result = result.masked_fill(~has_columns, -math.inf)
     return result if sink is None else add_sink(result, sink_column(sink, input, dim))
 
 
@@ -220,8 +253,6 @@ def unchecked_mask(input: Tensor, lengths: Index | None, dim: int, starts: Index
 def _mask(
     input: Tensor, lengths: Index | None, dim: int, starts: Index | None, checks: bool
 ) -> Tensor:
-    if not isinstance(input, Tensor) or input.is_nested:
-        raise TypeError(f"expected input to be a dense Tensor, but got {type(input).__name__}")
     if input.dim() == 0:
         return _mask(input.unsqueeze(0), lengths, dim, starts, checks).squeeze(0)
     cols = input.size(dim)
@@ -229,7 +260,7 @@ def _mask(
     length = per_row("lengths", cols if lengths is None else lengths, input, dim)
     start = per_row("starts", 0 if starts is None else starts, input, dim)
     if checks:
-        _check_bounds(length, start, input, dim)
+        _check_bounds(length, start, input, dim, lengths is not None, starts is not None)
     return columns_between(length, start, dim, torch.arange(cols, device=input.device))
 
 
@@ -248,6 +279,8 @@ def per_row(name: str, index: Index, input: Tensor, dim: int) -> Tensor:
     """Lengths or starts as a tensor that broadcasts with input, of size 1 in ``dim``."""
     if is_traced_numpy_scalar(index):
         index = torch.as_tensor(index, device=input.device)
+    if isinstance(index, Tensor) and is_traced_int(index):
+        index = index.to(input.device)
     if not isinstance(index, Tensor):
         if not fits_int64(index):
             raise ValueError(f"expected {name} from 0 to {input.size(dim)}, but got {index}")
@@ -270,28 +303,69 @@ def row_numbers(name: str, index: Tensor, input: Tensor, dim: int) -> Tensor:
     """The same as a tensor that broadcasts with input without ``dim``."""
     dim = dim % max(input.dim(), 1)
     rows = [*input.shape[:dim], *input.shape[dim + 1 :]]
-    missing = len(rows) - index.dim()
-    if missing < 0 or not all(
-        broadcasts_to(given, size) for given, size in zip(index.shape, rows, strict=False)
-    ):
+    if index.device != input.device:
         raise ValueError(
-            f"expected {name} to broadcast, from its first dimension on, to input's shape without "
-            f"dimension {dim}, {tuple(rows)}, but got {name} of shape {tuple(index.shape)}"
+            f"expected {name} on the device of input, {input.device}, but got {name} on "
+            f"{index.device}"
         )
-    return index[(...,) + (None,) * missing]
+    if not _broadcasts(index.shape, rows):
+        raise ValueError(
+            f"expected {name} to broadcast, from its first dimension on, to the shape of input "
+            f"without dimension {dim}, {rows}, but got {name} of shape {list(index.shape)} for "
+            f"input of shape {list(input.shape)}" + _to_aligned_remedy(name, index.shape, rows)
+        )
+    return index[(...,) + (None,) * (len(rows) - index.dim())]
 
 
-def _check_bounds(length: Tensor, start: Tensor, input: Tensor, dim: int) -> None:
+def _broadcasts(shape: Sequence[int], rows: Sequence[int]) -> bool:
+    """Whether the shape broadcasts, from its first dimension on, to that of the rows."""
+    return len(shape) <= len(rows) and all(
+        broadcasts_to(given, size) for given, size in zip(shape, rows, strict=False)
+    )
+
+
+def _to_aligned_remedy(name: str, shape: Sequence[int], rows: Sequence[int]) -> str:
+    """What to pass instead of bounds for scores of another number of dimensions."""
+    aligned_shape = list(shape)
+    while len(aligned_shape) > len(rows) and aligned_shape[0] == 1:
+        aligned_shape.pop(0)
+    aligned_shape = [1] * (len(rows) - len(aligned_shape)) + aligned_shape
+    if name not in ("lengths", "starts") or not rows or not _broadcasts(aligned_shape, rows):
+        return ""
+    return (
+        f"; {name} of shape {aligned_shape} would, which causal_lengths(), window() and "
+        f"lengths_from_mask() return with ndim={len(rows) + 1}"
+    )
+
+
+def _check_bounds(
+    length: Tensor, start: Tensor, input: Tensor, dim: int, has_lengths: bool, has_starts: bool
+) -> None:
     cols = input.size(dim)
     bad = are_invalid(length, start, cols).expand((*input.shape[:dim], 1, *input.shape[dim + 1 :]))
     if not read_bool(bad.any()):
         return
     row = tuple(bad.nonzero()[0].tolist())
+    where = row_name(row[:dim] + row[dim + 1 :])
+    first, count = (int(bounds.expand(bad.shape)[row]) for bounds in (start, length))
+    size = f"{cols} (input's size in dimension {dim})"
+    if not has_starts:
+        raise ValueError(f"expected 0 <= length <= {size}, but {where} has length {count}")
+    if not has_lengths:
+        raise ValueError(
+            "expected start 0 beside lengths of None, which is every column of every row, but "
+            f"{where} has start {first}; lengths of input.size({dim}) - starts reach to the last "
+            "column"
+        )
     raise ValueError(
-        f"expected 0 <= start, 0 <= length and start + length <= {cols}, but row "
-        f"{row[:dim] + row[dim + 1 :]} has start {int(start.expand(bad.shape)[row])} and length "
-        f"{int(length.expand(bad.shape)[row])}"
+        f"expected 0 <= start, 0 <= length and start + length <= {size}, but {where} has start "
+        f"{first} and length {count}"
     )
+
+
+def row_name(row: tuple[int, ...]) -> str:
+    """A row by its index in all dimensions but that of the columns, in an error message."""
+    return f"row {row}" if len(row) > 1 else f"row {row[0] if row else 0}"
 
 
 def _masked_logits(
@@ -306,7 +380,10 @@ def _masked_logits(
     logits, row_max = _logits_and_shift(input, valid, dim, scale, dtype)
     if sink is None:
         return logits
-    column = sink_column(sink, input, dim).to(logits.dtype)
+    column = sink_column(sink, input, dim)
+    if column.dtype == torch.float64:
+        logits = logits.double()  # a sink may be beyond float32
+    column = column.to(logits.dtype)
     if row_max is not None:
         column = column - row_max
     if input.dim() == 0:
@@ -326,7 +403,7 @@ def _logits_and_shift(
     input: Tensor, valid: Tensor, dim: int, scale: Scale, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None]:
     """The scaled scores in the accumulation type, at least float32, and what was subtracted."""
-    input, factor, dtype = fold_scale(input, convert_scale("", "input", scale), dtype)
+    input, factor, dtype = fold_scale(input, scale, dtype)
     acc_dtype = accumulation_dtype(input.dtype, result_dtype(input, dtype), factor)
     logits = input.to(acc_dtype)
     shift = None
@@ -346,15 +423,16 @@ def _logits_and_shift(
 
 
 def _convert_result(
-    result: Tensor, input: Tensor, dtype: torch.dtype | None, out: Tensor | None
+    name: str, result: Tensor, input: Tensor, dtype: torch.dtype | None, out: Tensor | None
 ) -> Tensor:
-    result = result.to(result_dtype(input, dtype))
     if out is None:
-        return result
+        return result.to(result_dtype(input, dtype))
     if not isinstance(out, Tensor):
-        raise TypeError(f"expected out to be a Tensor, but got {type(out).__name__}")
-    if out.shape != result.shape:
-        raise ValueError(f"expected out of shape {tuple(result.shape)}, but got {tuple(out.shape)}")
-    if out.dtype != result.dtype:
-        raise TypeError(f"expected out of {result.dtype}, but got {out.dtype}")
-    return out.copy_(result)
+        raise TypeError(f"{name}(): expected out to be a Tensor, but got {type(out).__name__}")
+    check_dense(name, "out", out)
+    if dtype is None and input.is_floating_point():
+        dtype = input.dtype  # autocast does not apply to calls with out=
+    result = result.to(result_dtype(input, dtype))
+    check_out(name, input, result, out)
+    out.copy_(result)
+    return out

@@ -3,6 +3,9 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/WrapDimUtils.h>
 
+#include <cmath>
+#include <limits>
+
 #include "common/row_dimensions.h"
 
 namespace masked_softmax {
@@ -101,6 +104,9 @@ Problem make_problem(Operation operation, const at::Tensor& output, std::initial
   Problem problem;
   problem.operation = operation;
   problem.scale = arguments.scale.value_or(1.0);
+  if (!std::isfinite(problem.scale)) {
+    problem.scale = std::numeric_limits<double>::quiet_NaN();  // infinity * (max - max) is NaN, so the row's sum is
+  }
   problem.rows = 1;
   problem.cols = columns(scores, dim).size;
   problem.padding = arguments.padding_value;

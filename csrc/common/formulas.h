@@ -6,7 +6,7 @@
 //
 //   N    a number: float, double, a vector of cpu/vec_*.h or a group of vectors. It needs +, - and *.
 //   in   one number of each input, in the order of operations.inc
-//   exp  computes exp(y) of a saved log_softmax, within the accuracy that SPEC.md asks for
+//   exp  computes exp(y) of a saved log_softmax, within the accuracy of docs/guarantees.md
 //
 // terms() sets terms[0..kSums), which the caller sums over the row. result() is the element's result, given those sums.
 #pragma once

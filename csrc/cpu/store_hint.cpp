@@ -6,8 +6,8 @@
 namespace masked_softmax {
 namespace {
 
-// The size of a cache of cpu0: index 2 is L2, 3 the last-level cache. From sysfs, because sysconf may report the sum of all
-// cores' caches. Called from compute threads while others write results, so it must not throw: plain C stdio, no
+// The size of a cache of cpu0: index 2 is L2, 3 the last-level cache. From sysfs, because sysconf may report the sum of
+// all cores' caches. Called from compute threads while others write results, so it must not throw: plain C stdio, no
 // allocation.
 int64_t cache_bytes(int index, int64_t otherwise) {
   char path[64];
@@ -23,9 +23,9 @@ int64_t cache_bytes(int index, int64_t otherwise) {
   return is_read && unit == 'M' ? size << 20 : is_read && unit == 'K' ? size << 10 : otherwise;
 }
 
-// What one core can use of the last-level cache. A larger one is shared by many cores, and a virtual machine reports all
-// of it. (Xeon, 480 MiB reported, float32 rows of 512 and 4096 columns, non-temporal over cached time: operands of 64 MiB
-// 0.91 to 1.03, 128 MiB 0.66, 256 MiB 0.70 to 0.80.)
+// What one core can use of the last-level cache. A larger one is shared by many cores, and a virtual machine reports
+// all of it. (Xeon, 480 MiB reported, float32 rows of 512 and 4096 columns, non-temporal over cached time: operands of
+// 64 MiB 0.91 to 1.03, 128 MiB 0.66, 256 MiB 0.70 to 0.80.)
 int64_t usable_llc_bytes() {
   constexpr int64_t kMaxUsable = 128 << 20;
   const int64_t reported = cache_bytes(3, 32 << 20);

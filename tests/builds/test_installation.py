@@ -141,6 +141,10 @@ def test_pip(environment: Environment) -> None:
 
 def test_pip_editable(environment: Environment) -> None:
     assert environment.run(blocks("pip")[1]).startswith(f"{ROOT}/")
+    # A folder on the path, which type checkers read; they do not run an import hook.
+    packages = environment.python.parents[1] / "lib"
+    lines = [path.read_text().splitlines() for path in packages.rglob("*masked_softmax*.pth")]
+    assert lines == [[str(ROOT)]]
 
 
 def test_uv(environment: Environment) -> None:

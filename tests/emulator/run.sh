@@ -5,6 +5,7 @@
 #   checked     every load and store checked: bounds, initialization, races
 #   sanitizers  under AddressSanitizer and UndefinedBehaviorSanitizer: local arrays, shifts, overflow
 # Usage: run.sh MODE [PART OF A PROMISE]...; without arguments: all three. CXX names the compiler.
+# shellcheck disable=SC2119,SC2120 # the functions' arguments are those of the script
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -29,7 +30,7 @@ build_and_run() {
   } | xargs -P 2 -L 1 "${CXX:-g++}" "${FLAGS[@]}" -o
   # strategies.cpp comes last: tests run in link order, and it counts the launches of all others.
   local objects
-  objects=$(ls "$folder"/*.o | grep -v /strategies)
+  objects=$(find "$folder" -maxdepth 1 -name '*.o' ! -name 'strategies*' | sort)
   # shellcheck disable=SC2086 # lists, to be split into words
   "${CXX:-g++}" $test_flags $objects "$folder/strategies.cpp.o" -ldl -lpthread -o "$folder/emulator_tests"
   "$folder/emulator_tests" "$@"

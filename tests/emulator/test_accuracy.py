@@ -1,4 +1,4 @@
-"""Promise: in the emulator, results are within SPEC.md's accuracy bounds.
+"""Promise: in the emulator, results are within the bounds of docs/guarantees.md.
 
 Held to them by the rows that come nearest: many equal terms beside a maximum, sums over 2^20
 columns, results below the smallest normal number.

@@ -317,7 +317,7 @@ EXACT = [(torch.float32, torch.float32), (torch.float64, torch.float64)]
 @generated
 @given(st.data())
 def test_forward_agrees_with_float64(run: Runner, strategy: str, data: st.DataObject) -> None:
-    """Within SPEC.md's bounds, padding exact; in place too."""
+    """Within the bounds of docs/guarantees.md, padding exact; in place too."""
     call = data.draw(calls(strategy, FORWARD))
     x = call.inputs[0].clone()
     assert_forward(run(call), x, call.lengths, log=call.is_log, **call.options())

@@ -3,8 +3,8 @@
     python tests/gpu/smoke.py [--device cpu] [--small | --plan] [--journal FILE]
 
 Forces each strategy of csrc/cuda/strategies.inc on every layout, size, type and operation that it
-takes, and holds the results to SPEC.md: bounds, exact padding, NaN for invalid lengths, padding
-that is never read. Strategies that no plan chooses by itself come first: they are the newest.
+takes, and holds the results to docs/guarantees.md: bounds, exact padding, NaN for invalid lengths,
+padding that is never read. Strategies that no plan chooses by itself come first, as the newest.
 
 On a GPU no kernel but these runs: operands are copied from the CPU's memory and results to it.
 """

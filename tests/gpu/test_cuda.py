@@ -1,4 +1,4 @@
-"""Promise: on a GPU, SPEC.md's results are computed asynchronously on the current stream.
+"""Promise: on a GPU, the results of docs/guarantees.md, computed on the current stream.
 
 Needs a GPU and a build with CUDA. MASKED_SOFTMAX_EXT_TEST_DEVICE=cpu runs the same tests with the
 CUDA kernels in the emulator; those that need streams or a GPU's memory are skipped then. The most

@@ -308,7 +308,7 @@ def bad_lengths(world: int) -> None:
 
 @check
 def accuracy_of_sharded_rows(world: int) -> None:
-    """SPEC.md's bounds for large scores, close scores and logarithms near 0."""
+    """The bounds of docs/guarantees.md for large scores, close scores and logarithms near 0."""
     mesh = init_device_mesh("cpu", (world,))
     x = torch.zeros(4, 8)
     x[0] = torch.tensor([3e38, 3e38, 1, 1, 0, 0, 0, 0])

@@ -1,4 +1,4 @@
-"""The formulas of SPEC.md in numpy: what every Python test compares with.
+"""The formulas of docs/guarantees.md in numpy: what every Python test compares with.
 
 Independent of the package: it shares no code with the kernels or with masked_softmax_ext.reference.
 Evaluated in float64 where the kernels accumulate in float32, and in numpy's long double (80 bits or

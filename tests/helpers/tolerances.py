@@ -1,4 +1,6 @@
-"""SPEC.md's accuracy as assertions; test_tolerances.py shows which results they reject.
+"""The accuracy of docs/guarantees.md as assertions.
+
+test_tolerances.py shows which results they reject.
 
 Every bound scales with the value that it belongs to, so an output of zeros exceeds it.
 """

@@ -1,4 +1,4 @@
-"""Promise: every row of SPEC.md's table "The edges" that applies to the CPU."""
+"""Promise: every row of the table "The edges" of docs/guarantees.md that applies to the CPU."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def calls(draw: st.DrawFn, special: bool = False, plain_scale: bool = False) -> 
 
 @given(calls(), st.integers(0, 2**16))
 def test_agrees_with_float64(call: Call, seed: int) -> None:
-    """Forward and backward, within SPEC.md's bounds; padding is exact."""
+    """Forward and backward, within the bounds of docs/guarantees.md; padding is exact."""
     y = call.forward()
     assert_forward(y, call.x, call.lengths, call.dim, **call.options())
     if call.x.dtype.is_floating_point and (y.isfinite().all() or not call.log):

@@ -1,4 +1,4 @@
-"""Promise: the pure-PyTorch reference computes what SPEC.md defines.
+"""Promise: the pure-PyTorch reference computes what docs/guarantees.md defines.
 
 It is compared with numbers computed by hand and with torch.softmax of the valid columns alone,
 never with the kernels.
@@ -355,18 +355,23 @@ def test_out(function: Callable[..., Tensor]) -> None:
 
 
 ERRORS: list[tuple[str, type[Exception], str, dict[str, Any]]] = [
-    ("too long", ValueError, r"row \(1,\) has start 0 and length 6", {"lengths": [5, 6, 7]}),
-    ("negative", ValueError, r"row \(2,\) has start 0 and length -1", {"lengths": [5, 0, -1]}),
-    ("past the end", ValueError, r"row \(0,\) has start 1", {"lengths": 5, "starts": [1, 0, 0]}),
-    ("negative start", ValueError, r"row \(1,\)", {"lengths": 5, "starts": [0, -1, 0]}),
-    ("sum beyond 64 bits", ValueError, r"row \(0,\)", {"lengths": (1 << 63) - 1, "starts": 1}),
-    ("wrong shape", ValueError, r"of shape \(2,\)", {"lengths": [5, 5]}),
-    ("too many dimensions", ValueError, r"of shape \(3, 1\)", {"lengths": [[5], [5], [5]]}),
+    ("too long", ValueError, r"row 1 has length 6$", {"lengths": [5, 6, 7]}),
+    ("negative", ValueError, r"row 2 has length -1$", {"lengths": [5, 0, -1]}),
+    (
+        "past the end",
+        ValueError,
+        "row 0 has start 1 and length 5",
+        {"lengths": 5, "starts": [1, 0, 0]},
+    ),
+    ("negative start", ValueError, "row 1 has start -1", {"lengths": 5, "starts": [0, -1, 0]}),
+    ("sum beyond 64 bits", ValueError, "row 0 ", {"lengths": (1 << 63) - 1, "starts": 1}),
+    ("wrong shape", ValueError, r"of shape \[2\]", {"lengths": [5, 5]}),
+    ("too many dimensions", ValueError, r"of shape \[3, 1\]", {"lengths": [[5], [5], [5]]}),
     ("floating point", TypeError, "float32", {"lengths": [1.0, 2.0, 3.0]}),
     ("bool", TypeError, "bool", {"lengths": [True, True, True]}),
     ("dim", IndexError, "range", {"lengths": 5, "dim": 2}),
     ("integer input", TypeError, "dtype=", {"lengths": 5, "input": torch.zeros(3, 5).long()}),
-    ("out's shape", ValueError, r"\(3, 5\)", {"lengths": 5, "out": torch.zeros(4, 3, 5)}),
+    ("out's shape", ValueError, r"\[3, 5\]", {"lengths": 5, "out": torch.zeros(4, 3, 5)}),
     ("bool as an int", TypeError, "int or a tensor .* got bool", {"lengths": True}),
     ("scale of a wrong type", TypeError, "number, but got str", {"lengths": 5, "scale": "2"}),
     ("scale beyond floats", ValueError, "float can hold", {"lengths": 5, "scale": 10**400}),

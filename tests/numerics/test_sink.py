@@ -1,4 +1,4 @@
-"""Promise: sinks, masked_logsumexp and padding values, as in SPEC.md, on every instruction set.
+"""Promise: sinks, masked_logsumexp and padding values, as in docs/guarantees.md, on every instruction set.
 
 Every bound scales with the value that it belongs to: zeros, a wrong sign, a sink that is multiplied
 by the scale and a sink's gradient of 0 exceed it (test_the_bounds_reject_wrong_results).
@@ -60,7 +60,7 @@ class Expected:
 def expected_of(
     x: Tensor, lengths: Tensor, sinks: Tensor, scale: float | None, acc: torch.dtype
 ) -> Expected:
-    """The formulas of SPEC.md. log(sum) is log1p of the sum without its largest term."""
+    """The formulas of docs/guarantees.md. log(sum) is log1p of the sum without its largest term."""
     wide = to_wide(x, acc)
     valid = np.arange(x.shape[1]) < lengths.numpy()[:, None]
     logits = np.where(valid, wide, 0) * wide.dtype.type(1.0 if scale is None else scale)

@@ -1,6 +1,6 @@
-"""Promise: values and gradients are within SPEC.md's bounds of the formula in a wider type.
+"""Promise: values and gradients are within the bounds of docs/guarantees.md.
 
-tolerances.py defines the comparison.
+They are compared with the formula in a wider type. tolerances.py defines the comparison.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -19,11 +20,13 @@ from pathlib import Path
 from pydoc_data import topics
 from typing import Any
 
+import child
 import pytest
 import tolerances
 import torch
 from torch import Tensor
 
+import masked_softmax_ext
 from masked_softmax_ext import __main__ as demo
 from masked_softmax_ext import masked_softmax
 from masked_softmax_ext.demo import measure, terminal
@@ -36,6 +39,7 @@ from masked_softmax_ext.demo.text import (
 )
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 SENTENCES, BATCH_SIZE = 250, 32  # the last batch is not full
 SMALL = ("--sentences", str(SENTENCES), "--batch-size", str(BATCH_SIZE), "--rounds", "1")
 EPS = torch.finfo(torch.float32).eps
@@ -167,6 +171,45 @@ def test_draws_the_attention_of_one_sentence(printed: subprocess.CompletedProces
     assert len({cells for _, cells in lines}) > 1
 
 
+def test_names_its_version(
+    printed: subprocess.CompletedProcess[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"masked_softmax_ext {masked_softmax_ext.__version__}"
+    assert printed.stdout.startswith(f"{name} on ")
+    with pytest.raises(SystemExit) as ended:
+        demo.main(["--version"])
+    assert not ended.value.code
+    assert capsys.readouterr().out == f"{name}\n"
+
+
+WITHOUT_EXTRAS = """
+import sys
+for name in ("numpy", "matplotlib", "transformers", "onnx", "hypothesis", "pytest"):
+    sys.modules[name] = None  # import raises ImportError
+from masked_softmax_ext.__main__ import main
+sys.exit(main({arguments}))
+"""
+
+
+def test_needs_torch_alone() -> None:
+    ran = child.run_python(WITHOUT_EXTRAS.format(arguments=list(SMALL)))
+    assert ran.returncode == 0, ran.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_demo_installs_what_it_needs_and_no_more(tmp_path: Path) -> None:
+    """Torch and the requirements of the build, of all that pyproject.toml lists."""
+    if not (ROOT / "Makefile").exists():
+        pytest.skip("the Makefile is not here")
+    make = ["make", "--dry-run", f"VENV={tmp_path}"]
+    needs = {}
+    for target in ("demo", "test"):
+        ran = subprocess.run([*make, target], cwd=ROOT, text=True, capture_output=True)
+        assert ran.returncode == 0, ran.stderr
+        needs[target] = set(re.findall(r"requirements\.py (\w+) >", ran.stdout))
+    assert needs == {"demo": {"build"}, "test": {"build", "test"}}
+
+
 # Errors
 
 
@@ -203,7 +246,7 @@ def test_interrupt_ends_cleanly() -> None:
     with running:
         try:
             assert running.stdout is not None
-            assert running.stdout.readline().startswith("masked_softmax_ext on the CPU")
+            assert running.stdout.readline().startswith("masked_softmax_ext ")
             running.send_signal(signal.SIGINT)
             rest, _ = running.communicate(timeout=60)
         finally:

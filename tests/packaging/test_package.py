@@ -10,6 +10,7 @@ import inspect
 import io
 import math
 import pickle
+import pydoc
 import re
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,22 @@ def test_all_names_exist() -> None:
     assert set(masked_softmax_ext.__all__) >= NAMES
     for name in masked_softmax_ext.__all__:
         assert getattr(masked_softmax_ext, name) is not None
+
+
+def test_completion_shows_no_helper() -> None:
+    """Typing ``masked_softmax_ext.`` lists the public names and modules."""
+    listed = {name for name in dir(masked_softmax_ext) if not name.startswith("_")}
+    modules = {name for name in listed if inspect.ismodule(getattr(masked_softmax_ext, name))}
+    assert listed - modules == set(masked_softmax_ext.__all__) - {"reference"}
+
+
+def test_help_explains_the_types_of_the_signature() -> None:
+    """Its annotations are names, which mean nothing to a reader of help()."""
+    shown = pydoc.render_doc(masked_softmax)
+    for name in ("Index", "Lengths", "Scale", "Sink"):
+        assert name in str(inspect.signature(masked_softmax))
+        assert f"``{name}``" in shown
+    assert "``int | Tensor``" in shown
 
 
 def test_everything_public_is_documented() -> None:

@@ -16,6 +16,7 @@ import pytest
 import masked_softmax_ext
 
 ROOT = Path(__file__).parents[2]
+PLACEHOLDERS = ("FILE.md", "STEM.md")  # in descriptions of what a program writes
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -107,3 +108,18 @@ def test_every_public_name_is_in_the_api_page() -> None:
     text = (ROOT / "docs" / "api.rst").read_text(encoding="utf-8")
     for name in masked_softmax_ext.__all__:
         assert re.search(rf"^\.\. auto\w+:: masked_softmax_ext\.{name}$", text, re.MULTILINE), name
+
+
+def test_pages_that_sources_cite_exist() -> None:
+    """Such as docs/guarantees.md, which the tests cite for what they prove."""
+    missing = []
+    for folder in ("bench", "csrc", "examples", "masked_softmax_ext", "tests", "tools"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh", ".sh"):
+                cited = re.findall(r"\b(?:docs/\w+|[A-Z]{4,})\.md\b", path.read_text("utf-8"))
+                missing += [
+                    f"{path.relative_to(ROOT)}: {page}"
+                    for page in cited
+                    if page not in PLACEHOLDERS and not (ROOT / page).exists()
+                ]
+    assert not missing

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import operator
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -1140,6 +1141,77 @@ def test_inner_backends(caplog: pytest.LogCaptureFixture) -> None:
         assert_same_bits(program(x, LENGTHS), expected)
     assert len(graphs) == 1
     assert caplog.messages.count("fused 1 masked softmaxes") == 3
+
+
+REASONS = {
+    "its scores are not masked": lambda x, n, mask: x.softmax(-1),
+    "its mask is made outside of the graph, such as an argument or a buffer": (
+        lambda x, n, mask: x.masked_fill(~mask, -INF).log_softmax(-1)
+    ),
+    "its mask is no comparison of column indices with lengths that the pass knows": (
+        lambda x, n, mask: torch.where(x > 0, x, -INF).softmax(-1)
+    ),
+    "its fill value, mask or shape is none that the pass knows; see compile_pass": (
+        lambda x, n, mask: x.masked_fill(~valid(x, n), -1e4).softmax(-1)
+    ),
+    "what is added to its scores is no mask that the graph makes of lengths": (
+        lambda x, n, mask: (x + x.tril()).softmax(-1)
+    ),
+    "it uses Tensor.data": lambda x, n, mask: x.masked_fill(~valid(x, n), -INF).data.softmax(-1),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_explain_says_why_a_softmax_is_left(reason: str) -> None:
+    x = scores()
+    report = compile_pass.explain(REASONS[reason], x, LENGTHS, x > 0)
+    assert report.fused == []
+    assert [softmax.reason for softmax in report.left] == [reason]
+    assert str(report).startswith("fused none of 1 softmaxes in 1 graph\n  left:  ")
+
+
+def two_softmaxes(x: Tensor, lengths: Tensor) -> Tensor:
+    return attention(x, lengths) + x.softmax(-1)
+
+
+def test_explain_says_where_each_softmax_is() -> None:
+    """Of functions and modules, in one graph or several."""
+    x = random_input((3, 2, 4, 5), torch.float32, seed=12)
+    report = compile_pass.explain(two_softmaxes, x, lengths=LENGTHS)
+    assert len(report.graphs) == 1
+    for softmaxes, function in ((report.fused, "attention"), (report.left, "two_softmaxes")):
+        [softmax] = softmaxes
+        assert softmax.location.startswith(f"{__file__}:")
+        assert f", in {function}: return " in softmax.location
+        assert softmax.location in str(report)
+
+    class Breaks(nn.Module):
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            y = attention(x, lengths)
+            torch._dynamo.graph_break()
+            return y + attention(x, lengths)
+
+    report = compile_pass.explain(Breaks(), x, LENGTHS)
+    assert [len(graph) for graph in report.graphs] == [1, 1]
+    assert len(report.fused) == 2
+    assert report.left == []
+
+
+def test_a_program_in_which_nothing_is_fused_is_warned_of() -> None:
+    x = scores()
+    compiled = torch.compile(lambda x: x.softmax(-1), backend=compile_pass.make_backend("eager"))
+    with pytest.warns(UserWarning, match="fused none of 1 softmaxes") as caught:
+        compiled(x)
+    assert "its scores are not masked" in str(caught[0].message)
+    compiled = torch.compile(lambda x: x + 1, backend=compile_pass.make_backend("eager"))
+    with pytest.warns(UserWarning, match="found no softmax in 1 graph"):
+        compiled(x)
+    compiled = torch.compile(
+        fill_and_softmax(lambda x, n: ~valid(x, n)), backend=compile_pass.make_backend("eager")
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled(x, LENGTHS)
 
 
 def test_no_recompilation_for_other_lengths() -> None:

@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from masked_softmax_ext import (
+    AttentionPooling,
     MaskedLogSoftmax,
     MaskedSoftmax,
     causal_lengths,
@@ -492,28 +493,53 @@ def test_make_fx_of_sizes(program: Callable[[Tensor], Any]) -> None:
 # torch.jit.trace
 
 
+def jit_trace_without_warning(program: Callable[..., Any], *inputs: Tensor) -> Any:
+    """Warnings are recorded, because the tracer swallows one that is an error."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        traced = torch.jit.trace(program, inputs, check_trace=False)
+    assert not [str(one.message) for one in caught if one.category is torch.jit.TracerWarning]
+    return traced
+
+
+def test_jit_trace_warns_of_a_constant() -> None:
+    with pytest.raises(AssertionError, match="Converting a tensor to a Python"):
+        jit_trace_without_warning(lambda x: x * int(x.size(0)), scores())
+
+
 @every_size
 def test_jit_trace_of_sizes(program: Callable[[Tensor], Any]) -> None:
     """Sizes are 0-dim tensors there, which the program follows without a warning."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", torch.jit.TracerWarning)
-        traced = torch.jit.trace(program, (scores(4, 8),), check_trace=False)
+    traced = jit_trace_without_warning(program, scores(4, 8))
     for rows, cols in ((4, 8), (3, 7), (5, 30)):
         assert_close(traced(scores(rows, cols)), program(scores(rows, cols)))
 
 
 def test_jit_trace_of_an_int_on_another_device() -> None:
     """A size lies on the CPU wherever the scores are. It is no constant: nothing warns of one."""
-    # Recorded, because the tracer swallows a warning that is an error.
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        traced = torch.jit.trace(
-            lambda x: masked_softmax(x, 3, starts=x.size(-1) - 3) + masked_softmax(x, x.size(-1)),
-            (scores().to("meta"),),
-            check_trace=False,
-        )
+    traced = jit_trace_without_warning(
+        lambda x: masked_softmax(x, 3, starts=x.size(-1) - 3) + masked_softmax(x, x.size(-1)),
+        scores().to("meta"),
+    )
     assert traced(scores(3, 5).to("meta")).shape == (3, 5)
-    assert not [str(one.message) for one in caught if one.category is torch.jit.TracerWarning]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        MaskedSoftmax(scale=0.5),
+        MaskedLogSoftmax(),
+        AttentionPooling(8),
+        AttentionPooling(8, hidden=3),
+    ],
+    ids=["MaskedSoftmax", "MaskedLogSoftmax", "AttentionPooling", "AttentionPooling, hidden"],
+)
+def test_jit_trace_of_modules(module: nn.Module) -> None:
+    """Without a warning, and for other sizes."""
+    traced = jit_trace_without_warning(module, scores(4, 8), torch.tensor(3))
+    for rows in (4, 7):
+        x = scores(rows, 8)
+        torch.testing.assert_close(traced(x, torch.tensor(2)), module(x, 2))
 
 
 # 0-dim tensors as scales

@@ -48,7 +48,7 @@ fi
 LINK=()
 if [[ $mode == thread ]]; then
   g++ -O1 -fPIC -c tests/sanitizers/openmp.cpp -o "$FOLDER/openmp.o"
-  LINK=(-Wl,--wrap=GOMP_parallel "$FOLDER/openmp.o")
+  LINK=("-Wl,--wrap=GOMP_parallel" "$FOLDER/openmp.o")
 fi
 
 build() {

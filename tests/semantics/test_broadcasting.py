@@ -23,7 +23,7 @@ from torch import Tensor
 
 B, H, Q, K = 3, 2, 5, 7
 
-# The shapes that SPEC.md lists for scores (B, H, Q, K), then others that follow the same rule.
+# The shapes that docs/guarantees.md lists for scores (B, H, Q, K), and others of the same rule.
 SHAPES = (
     (),
     (B,),

@@ -1,4 +1,7 @@
-"""Promise: errors have SPEC.md's type, name what was expected and what came, and write nothing."""
+"""Promise: errors have the type that docs/guarantees.md names, and nothing is written.
+
+They say what was expected and what came.
+"""
 
 from __future__ import annotations
 
