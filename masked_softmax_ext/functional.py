@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -333,23 +333,23 @@ def masked_logsumexp(
     lengths, dim, starts, scale, dtype = convert(
         name, input, lengths, dim, starts, scale, dtype, validate
     )
-    sink = convert_sink(name, sink, input)
+    numbers = convert_sink(name, sink, input)
     input, scale, dtype = fold_scale(input, scale, dtype)
     if is_dtensor(input):
         from masked_softmax_ext._dtensor import call_operator as call
         from masked_softmax_ext._dtensor import on_mesh
 
-        sink = on_mesh(sink, input.device_mesh)
+        numbers = on_mesh(numbers, cast("Any", input).device_mesh)
     else:
         call = call_operator
     rows = (lengths, dim, starts)
-    if sink is None:
+    if numbers is None:
         result = call(name, input, *rows, scale=scale, dtype=dtype, validate=validate)
     else:
         dtype = result_dtype(input, dtype)
         acc_dtype = accumulation_dtype(dtype, dtype, None)  # so that the sum is rounded once
         result = call(name, input, *rows, scale=scale, dtype=acc_dtype, validate=validate)
-        result = add_sink(result, row_numbers("sink", sink, input, dim)).to(dtype)
+        result = add_sink(result, row_numbers("sink", numbers, input, dim)).to(dtype)
     kept: Tensor = result.unsqueeze(dim) if keepdim and input.dim() > 0 else result
     return kept
 

@@ -137,7 +137,8 @@ class AttentionPooling(nn.Module):
 
     Shape:
         - input: ``(..., steps, features)``; lengths, starts: as for the softmax of scores
-          ``(..., steps)``, so ``(B,)`` for an input ``(B, T, D)``. Or a jagged nested tensor
+          ``(..., steps)``, so ``(B,)`` for an input ``(B, T, D)``; and so is a sink, for attention
+          to nothing. Or a jagged nested tensor
           ``(batch, steps, features)``, which knows its lengths.
         - output: ``(..., features)``; with ``return_weights``, weights ``(..., steps)`` too.
 
@@ -206,6 +207,7 @@ class AttentionPooling(nn.Module):
         lengths: Lengths = None,
         starts: Index | None = None,
         *,
+        sink: Sink = None,
         return_weights: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         if not isinstance(return_weights, bool):
@@ -216,7 +218,8 @@ class AttentionPooling(nn.Module):
             )
         if isinstance(input, Tensor):  # and no proxy of torch.fx, which does not know its shape
             self._check(input)
-        weights = masked_softmax(torch.squeeze(self.score(input), -1), lengths, starts=starts)
+        scores = torch.squeeze(self.score(input), -1)
+        weights = masked_softmax(scores, lengths, starts=starts, sink=sink)
         if isinstance(input, Tensor) and input.is_nested:
             pooled = weighted_sum_of_rows(weights, input)
         else:

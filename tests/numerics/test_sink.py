@@ -31,6 +31,7 @@ from tolerances import half_ulp
 from torch import Tensor
 
 from masked_softmax_ext import (
+    AttentionPooling,
     MaskedLogSoftmax,
     MaskedSoftmax,
     masked_log_softmax,
@@ -353,6 +354,12 @@ def test_the_modules_take_a_sink() -> None:
     log_module = MaskedLogSoftmax(padding_value=0.5)
     expected = masked_log_softmax(x, lengths, sink=sinks, padding_value=0.5)
     assert_same_bits(log_module(x, lengths, sink=sinks), expected)
+    pooling = AttentionPooling(3)
+    steps = random_input((2, 9, 3), torch.float32, 4)
+    pooled, weights = pooling(steps, torch.tensor([4, 0]), sink=0.5, return_weights=True)
+    scores = pooling.score(steps).squeeze(-1)
+    assert_same_bits(weights, masked_softmax(scores, torch.tensor([4, 0]), sink=0.5))
+    assert torch.allclose(pooled, (weights[..., None] * steps).sum(1))
     assert repr(log_module) == "MaskedLogSoftmax(dim=-1, padding_value=0.5)"
 
 
