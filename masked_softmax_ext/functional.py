@@ -334,23 +334,24 @@ def masked_logsumexp(
     lengths, dim, starts, scale, dtype = convert(
         name, input, lengths, dim, starts, scale, dtype, validate
     )
-    sink = convert_sink(name, sink, input)
+    row_sink: Any = convert_sink(name, sink, input)
     input, scale, dtype = fold_scale(input, scale, dtype)
     if is_dtensor(input):
         from masked_softmax_ext._dtensor import call_operator as call
         from masked_softmax_ext._dtensor import on_mesh
 
-        sink = on_mesh(sink, input.device_mesh)
+        distributed: Any = input
+        row_sink = on_mesh(row_sink, distributed.device_mesh)
     else:
         call = call_operator
     rows = (lengths, dim, starts)
-    if sink is None:
+    if row_sink is None:
         result = call(name, input, *rows, scale=scale, dtype=dtype, validate=validate)
     else:
         dtype = result_dtype(input, dtype)
         acc_dtype = accumulation_dtype(dtype, dtype, None)  # so that the sum is rounded once
         result = call(name, input, *rows, scale=scale, dtype=acc_dtype, validate=validate)
-        result = add_sink(result, row_numbers("sink", sink, input, dim)).to(dtype)
+        result = add_sink(result, row_numbers("sink", row_sink, input, dim)).to(dtype)
     kept: Tensor = result.unsqueeze(dim) if keepdim and input.dim() > 0 else result
     return kept
 
