@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from masked_softmax_ext._arguments import (
     convert_sink,
     is_dtensor,
     overridable,
+    plain_number,
     tensor_likes,
 )
 from masked_softmax_ext._numbers import is_constant
@@ -126,7 +127,7 @@ def masked_softmax(
         and not is_dynamo_compiling()
         and not has_torch_function_unary(input)  # so that a TorchFunctionMode sees the call
     ):
-        return _C.masked_softmax(input, lengths, dim, starts, scale, dtype, validate, out)
+        return _C.masked_softmax(input, lengths, dim, starts, scale, None, dtype, validate, out)
     return _call(masked_softmax, input, lengths, dim, starts, scale, sink, dtype, validate, out)
 
 
@@ -333,23 +334,24 @@ def masked_logsumexp(
     lengths, dim, starts, scale, dtype = convert(
         name, input, lengths, dim, starts, scale, dtype, validate
     )
-    numbers = convert_sink(name, sink, input)
+    row_sink: Any = convert_sink(name, sink, input)
     input, scale, dtype = fold_scale(input, scale, dtype)
     if is_dtensor(input):
         from masked_softmax_ext._dtensor import call_operator as call
         from masked_softmax_ext._dtensor import on_mesh
 
-        numbers = on_mesh(numbers, cast("Any", input).device_mesh)
+        distributed: Any = input
+        row_sink = on_mesh(row_sink, distributed.device_mesh)
     else:
         call = call_operator
     rows = (lengths, dim, starts)
-    if numbers is None:
+    if row_sink is None:
         result = call(name, input, *rows, scale=scale, dtype=dtype, validate=validate)
     else:
         dtype = result_dtype(input, dtype)
         acc_dtype = accumulation_dtype(dtype, dtype, None)  # so that the sum is rounded once
         result = call(name, input, *rows, scale=scale, dtype=acc_dtype, validate=validate)
-        result = add_sink(result, row_numbers("sink", numbers, input, dim)).to(dtype)
+        result = add_sink(result, row_numbers("sink", row_sink, input, dim)).to(dtype)
     kept: Tensor = result.unsqueeze(dim) if keepdim and input.dim() > 0 else result
     return kept
 
@@ -407,8 +409,9 @@ def _call(
             options["padding_value"] = padding_value
         if out is not None:
             options["out"] = out
+        plain = {name: plain_number(value) for name, value in options.items()}
         overridden: Tensor = handle_torch_function(
-            function, overriding, input, lengths, dim, **options
+            function, overriding, input, plain_number(lengths), plain_number(dim), **plain
         )
         return overridden
     if isinstance(input, Tensor) and input.is_nested:

@@ -1,6 +1,4 @@
-"""Promise: sinks, masked_logsumexp and padding values are as docs/guarantees.md says.
-
-On every instruction set.
+"""Promise: sinks, masked_logsumexp and padding values on every instruction set are as guaranteed.
 
 Every bound scales with the value that it belongs to: zeros, a wrong sign, a sink that is multiplied
 by the scale and a sink's gradient of 0 exceed it (test_the_bounds_reject_wrong_results).
@@ -31,7 +29,6 @@ from tolerances import half_ulp
 from torch import Tensor
 
 from masked_softmax_ext import (
-    AttentionPooling,
     MaskedLogSoftmax,
     MaskedSoftmax,
     masked_log_softmax,
@@ -354,12 +351,6 @@ def test_the_modules_take_a_sink() -> None:
     log_module = MaskedLogSoftmax(padding_value=0.5)
     expected = masked_log_softmax(x, lengths, sink=sinks, padding_value=0.5)
     assert_same_bits(log_module(x, lengths, sink=sinks), expected)
-    pooling = AttentionPooling(3)
-    steps = random_input((2, 9, 3), torch.float32, 4)
-    pooled, weights = pooling(steps, torch.tensor([4, 0]), sink=0.5, return_weights=True)
-    scores = pooling.score(steps).squeeze(-1)
-    assert_same_bits(weights, masked_softmax(scores, torch.tensor([4, 0]), sink=0.5))
-    assert torch.allclose(pooled, (weights[..., None] * steps).sum(1))
     assert repr(log_module) == "MaskedLogSoftmax(dim=-1, padding_value=0.5)"
 
 
