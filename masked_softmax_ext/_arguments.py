@@ -17,6 +17,7 @@ from torch.overrides import handle_torch_function
 from masked_softmax_ext._numbers import (
     convert_int,
     fits_int64,
+    is_constant,
     is_int,
     is_integer_dtype,
     is_same_size,
@@ -180,6 +181,8 @@ def convert_sink(name: str, sink: Sink, input: Tensor) -> Tensor | None:
     if sink is None:
         return None
     if isinstance(sink, Tensor):
+        if is_traced_int(sink):
+            return sink.to(input.device, torch.float64)
         check_dense(name, "sink", sink)
         if not sink.is_floating_point():
             raise TypeError(
@@ -205,6 +208,10 @@ def convert_sink(name: str, sink: Sink, input: Tensor) -> Tensor | None:
             + (" (torch.tensor(sink, device=input.device) makes a tensor)" if has_remedy else "")
         )
     number: Any = sink if is_symbol else float(sink)
+    if not is_constant(number):  # torch.full() would make it a constant of the program
+        zero: Any = torch.zeros((), dtype=torch.float64, device=input.device)
+        varying: Tensor = zero + number
+        return varying
     return torch.full((), number, dtype=torch.float64, device=input.device)
 
 
@@ -284,6 +291,13 @@ def tensor_likes(*arguments: object) -> list[object]:
     ]
 
 
+def plain_number(value: Any) -> Any:
+    """Python's number for NumPy's, which torch.fx does not record; any other value as it is."""
+    if type(value).__module__ != "numpy" or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
 def has_tangent(tensor: Tensor) -> bool:
     tangent = forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call]
     return tangent is not None
@@ -299,7 +313,8 @@ def overridable(function: Callable[P, R]) -> Callable[P, R]:
             arguments += argument if isinstance(argument, tuple) else [argument]
         overriding = tensor_likes(*arguments)
         if overriding:
-            result: R = handle_torch_function(call, overriding, *args, **kwargs)
+            plain: Any = {name: plain_number(value) for name, value in kwargs.items()}
+            result: R = handle_torch_function(call, overriding, *map(plain_number, args), **plain)
             return result
         return function(*args, **kwargs)
 

@@ -24,6 +24,7 @@ from masked_softmax_ext._arguments import (
     convert_sink,
     is_dtensor,
     overridable,
+    plain_number,
     tensor_likes,
 )
 from masked_softmax_ext._numbers import is_constant
@@ -407,8 +408,9 @@ def _call(
             options["padding_value"] = padding_value
         if out is not None:
             options["out"] = out
+        plain = {name: plain_number(value) for name, value in options.items()}
         overridden: Tensor = handle_torch_function(
-            function, overriding, input, lengths, dim, **options
+            function, overriding, input, plain_number(lengths), plain_number(dim), **plain
         )
         return overridden
     if isinstance(input, Tensor) and input.is_nested:

@@ -228,8 +228,11 @@ def logsumexp_where(
     sink: Sink = None,
 ) -> Tensor:
     """Log-sum-exp over the columns where the mask is True, of size 1 in ``dim``."""
+    # With a scale the maximum is subtracted, without which the sum might overflow. (torch.logsumexp
+    # takes no sizes that only the data know.)
+    scale = 1.0 if scale is None else scale
     logits, row_max = _logits_and_shift(input, valid, dim, scale, dtype)
-    result = logits if input.dim() == 0 else logits.logsumexp(dim, keepdim=True)
+    result = logits if input.dim() == 0 else logits.exp().sum(dim, keepdim=True).log()
     result = result if row_max is None else result + row_max
     has_columns = valid if input.dim() == 0 else valid.any(dim, keepdim=True)
     result = result.masked_fill(~has_columns, -math.inf)

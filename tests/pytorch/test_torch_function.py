@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from cases import assert_same_bits, random_input
@@ -364,3 +365,18 @@ def test_a_subclass_in_a_compiled_program(name: str) -> None:
     got = run(scores().as_subclass(Subclass), LENGTHS.as_subclass(Subclass))
     assert isinstance(got, Subclass)
     assert_same(got.as_subclass(Tensor), program(scores(), LENGTHS))
+
+
+def test_fx_records_numbers_of_numpy() -> None:
+    """As Python's, which fx knows."""
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+    for program in (
+        lambda x: masked_softmax(x, np.int64(3), np.int32(1), scale=np.float32(0.5)),
+        lambda x: masked_log_softmax(x, np.int64(2), starts=np.int8(1), sink=np.float64(0.5)),
+        lambda x: masked_softmax_(x * 1, np.int64(3), np.int64(0), scale=np.float16(2)),
+        lambda x: reference.masked_logsumexp(x, np.int64(3), scale=np.float32(0.5)),
+        lambda x: packed_softmax(x, torch.tensor([0, 1, 3]), np.int64(0), max_length=np.int64(2)),
+    ):
+        traced = torch.fx.symbolic_trace(program)
+        torch.testing.assert_close(traced(x), program(x))
+        assert "numpy" not in traced.code

@@ -34,6 +34,7 @@ from masked_softmax_ext import (
     lengths_from_mask,
     mask_from_lengths,
     masked_log_softmax,
+    masked_logsumexp,
     masked_softmax,
     masked_softmax_,
     packed_log_softmax,
@@ -259,6 +260,34 @@ def test_numpy_lengths_do_not_recompile() -> None:
     for n in (0, 1, 2, 3, 4):
         assert_same_bits(run(scores(), np.int64(n)), masked_softmax(scores(), n, starts=n))
     assert counter.frame_count == 1
+
+
+SINKS: dict[str, Program] = {
+    "masked_softmax": lambda x, s: masked_softmax(x, row_lengths(x), sink=s),
+    "masked_log_softmax": lambda x, s: masked_log_softmax(x, row_lengths(x), sink=s),
+    "masked_softmax_": lambda x, s: masked_softmax_(x * 1, row_lengths(x), sink=s),
+    "masked_logsumexp": lambda x, s: masked_logsumexp(x, row_lengths(x), sink=s),
+    "packed_softmax": lambda x, s: packed_softmax(x, offsets(), sink=s),
+    "reference": lambda x, s: reference.masked_softmax(x, row_lengths(x), sink=s),
+}
+every_sink = pytest.mark.parametrize("program", SINKS.values(), ids=list(SINKS))
+
+
+@every_sink
+def test_sinks(program: Program) -> None:
+    """As scales: a constant first, then a symbol."""
+    run, counter = compiled(program)
+    for sink in (0.1, 0.25, -0.5, 0.75, 1.5, 2.0, -3.0, 0.01, 4.0):
+        assert_close(run(scores(), sink), program(scores(), sink), f"sink {sink}")
+    assert counter.frame_count <= 2
+
+
+@every_sink
+def test_jit_trace_of_a_size_as_a_sink(program: Program) -> None:
+    function = lambda x: program(x, x.size(0))  # noqa: E731
+    traced = jit_trace_without_warning(function, scores(4, 8))
+    for x in (scores(4, 8), scores(4, 9)[:, 1:]):
+        assert_close(traced(x), function(x))
 
 
 @pytest.mark.parametrize("backend", ["inductor"])

@@ -27,6 +27,7 @@ from masked_softmax_ext import (
     lengths_from_mask,
     mask_from_lengths,
     masked_log_softmax,
+    masked_logsumexp,
     masked_softmax,
     masked_softmax_,
     packed_log_softmax,
@@ -100,6 +101,10 @@ PROGRAMS: dict[str, Program] = {
     ),
     "the reference": lambda x, n, k: reference.masked_softmax(x[k], n[k], scale=0.5),
     "the log reference": lambda x, n, k: reference.masked_log_softmax(x[k], n[k]),
+    "masked_logsumexp": lambda x, n, k: masked_logsumexp(x[k], n[k]),
+    "the logsumexp reference": lambda x, n, k: reference.masked_logsumexp(x[k], n[k], sink=0.5),
+    "a sink for each row": lambda x, n, k: masked_softmax(x[k], n[k], sink=x[k][:, 0]),
+    "a sink": lambda x, n, k: masked_log_softmax(x[k], n[k], sink=0.5, padding_value=-2.0),
     "MaskedSoftmax": lambda x, n, k: MaskedSoftmax(scale=0.3)(x[k], n[k]),
     "MaskedLogSoftmax": lambda x, n, k: MaskedLogSoftmax()(x[k], n[k]),
     "AttentionPooling": lambda x, n, k: pooling(
