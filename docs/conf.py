@@ -43,7 +43,10 @@ from masked_softmax_ext.compile_pass import make_backend
 autodoc_mock_imports = ["transformers"]
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|collections)\..*|(.*\.)?(Backend|GraphModule|Index|Module|Tensor|dtype)")
+    (
+        r"py:.*",
+        r"(torch|collections)\..*|(.*\.)?(Backend|Figure|GraphModule|Index|Module|Tensor|dtype)",
+    )
 ]
 
 html_theme = "furo"

@@ -24,8 +24,17 @@ sys.path.insert(0, str(ROOT))
 
 from bench import plot  # noqa: E402
 from masked_softmax_ext import masked_softmax  # noqa: E402
-from masked_softmax_ext.demo.plot import ARTICLE_LENGTHS, ARTICLE_SCORES  # noqa: E402
 from masked_softmax_ext.reference import unchecked_mask  # noqa: E402
+
+# The example of many articles on masked softmax: np.random.seed(1),
+# np.random.random((4, 6)).round(1) * 2 + 3.
+ARTICLE_SCORES = (
+    (3.8, 4.4, 3.0, 3.6, 3.2, 3.2),
+    (3.4, 3.6, 3.8, 4.0, 3.8, 4.4),
+    (3.4, 4.8, 3.0, 4.4, 3.8, 4.2),
+    (3.2, 3.4, 4.6, 5.0, 3.6, 4.4),
+)
+ARTICLE_LENGTHS = (4, 1, 6, 3)
 
 README_PICTURE = ROOT / "docs" / "masked_softmax.png"
 

@@ -6,6 +6,7 @@ state_dict. On sentences from Python's language reference they give torch's outp
 weights and gradients. For an empty sentence, torch's attention is NaN; this one is finite.
 
     python examples/encoder_attention.py                 # --quick: fewer sentences, fewer rounds
+    python examples/encoder_attention.py --plot weights.png      # needs matplotlib
 
 Exits with 1 if the results differ.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from masked_softmax_ext import masked_softmax
 from masked_softmax_ext.demo import measure, terminal
 from masked_softmax_ext.demo.text import number_words, pad_into_batches, read_sentences
+from masked_softmax_ext.visualize import heat_map
 
 WIDTH, HEADS, LAYERS = 64, 4, 2
 TOLERANCE = 1e-5  # float32 sums in a different order differ by about 1e-6
@@ -142,6 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="torch.nn's encoder, with lengths.")
     parser.add_argument("--quick", action="store_true", help="fewer sentences, fewer rounds")
     parser.add_argument("--threads", type=int, default=1, help="for torch (default: 1)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a sentence's weights")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -182,6 +186,16 @@ def main(arguments: list[str] | None = None) -> int:
         )
         + "."
     )
+    if options.plot is not None:
+        length = int(lengths[1])
+        _, weights = attentions[1](words[1:2], words[1:2], words[1:2], lengths[1:2])
+        figure = heat_map(
+            weights[0, :, :length, : length + 4],
+            lengths=length,
+            title="A sentence's weights; padding is grey",
+        )
+        figure.savefig(options.plot)
+        print(f"\nWrote {options.plot}.")
     return 0 if agree and finite[1] else 1
 
 

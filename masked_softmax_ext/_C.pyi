@@ -11,7 +11,6 @@ def masked_softmax(
     dim: int,
     starts: Tensor | None,
     scale: float | None,
-    padding_value: float | None,
     dtype: torch.dtype | None,
     validate: bool,
     out: Tensor | None,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from masked_softmax_ext import __version__, build_info, cpu_capability, masked_softmax
-from masked_softmax_ext.demo import measure, terminal
+from masked_softmax_ext.demo import measure, plot, terminal
 from masked_softmax_ext.demo.attention import HEADS, SCALE, Embeddings
 from masked_softmax_ext.demo.text import (
     PaddedBatch,
@@ -33,11 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.plot is not None:
-        from masked_softmax_ext.demo.plot import write_plot
-
         try:
-            write_plot(options.plot)
-        except (ImportError, OSError) as error:
+            plot.check_path(options.plot)
+        except (ImportError, OSError, ValueError) as error:
             print(error)
             return 2
 
@@ -75,9 +73,16 @@ def main(arguments: list[str] | None = None) -> int:
     print("\nPeak memory of computing one batch's weights:")
     print(terminal.table(("", "unfused", "this package"), [memory_cells(by_arrival, embeddings)]))
 
-    draw_sentence(sentences, numbers, embeddings)
-    if options.plot is not None:
-        print(f"\nThe picture is in {options.plot}.")
+    sentence = sentence_to_draw(sentences)
+    if sentence is not None:
+        weights = attend(sentence, numbers, embeddings)
+        print("\nWho attends to whom in one sentence (mean of the heads, darkest = most):\n")
+        print(terminal.heat_map(weights.mean(0), sentence))
+        if options.plot is not None:
+            plot.write_plot(options.plot, weights, sentence)
+            print(f"\nThe picture of each head is in {options.plot}.")
+    elif options.plot is not None:
+        print(f"\nNo sentence has at most {MAX_DRAWN_WORDS} words, so there is no picture.")
     return 0
 
 
@@ -104,7 +109,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=positive, default=5, help="timed rounds (default: 5)")
     parser.add_argument("--seed", type=int, default=0, help="of order and embeddings (default: 0)")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw scores and weights")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw the weights of a sentence"
+    )
     return parser.parse_args(arguments)
 
 
@@ -177,18 +184,16 @@ def memory_cells(batches: list[PaddedBatch], embeddings: Embeddings) -> tuple[st
     return (name, *(terminal.size(peak) for peak in peaks))  # type: ignore[return-value]
 
 
-def draw_sentence(
-    sentences: list[list[str]], numbers: dict[str, int], embeddings: Embeddings
-) -> None:
+def sentence_to_draw(sentences: list[list[str]]) -> list[str] | None:
     fitting = [sentence for sentence in sentences if len(sentence) <= MAX_DRAWN_WORDS]
-    if not fitting:
-        return
-    sentence = max(fitting, key=len)
+    return max(fitting, key=len, default=None)
+
+
+def attend(sentence: list[str], numbers: dict[str, int], embeddings: Embeddings) -> Tensor:
+    """The weights between the words of a sentence: ``(heads, words, words)``."""
     [batch] = pad_into_batches([sentence], numbers, 1)
     scores = embeddings.scores(batch)
-    weights = masked_softmax(scores, batch.lengths.to(scores.device), scale=SCALE)[0].mean(0)
-    print("\nWho attends to whom in one sentence (mean of the heads, darkest = most):\n")
-    print(terminal.heat_map(weights.cpu(), sentence))
+    return masked_softmax(scores, batch.lengths.to(scores.device), scale=SCALE)[0].cpu()
 
 
 def describe(device: torch.device) -> str:

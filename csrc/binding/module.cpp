@@ -22,7 +22,8 @@ namespace py = pybind11;
 namespace masked_softmax {
 namespace {
 
-using PythonForward =
+using PythonSoftmax = OperatorSignature<at::Tensor, Scores<const at::Tensor&>, OptionalType, bool, OptionalTensor>;
+using PythonLogSoftmax =
     OperatorSignature<at::Tensor, Scores<const at::Tensor&>, OptionalDouble, OptionalType, bool, OptionalTensor>;
 using PythonInPlace = OperatorSignature<at::Tensor, Scores<at::Tensor>, bool>;
 
@@ -45,6 +46,11 @@ at::Tensor forward(const at::Tensor& input, const RowArguments& rows, OptionalDo
                             std::nullopt);
   }
   return call<kOperation>(input, rows, padding_value, dtype, validate, std::nullopt);
+}
+
+at::Tensor softmax(const at::Tensor& input, const RowArguments& rows, OptionalType dtype, bool validate,
+                   OptionalTensor out) {
+  return forward<Operation::kSoftmax>(input, rows, std::nullopt, dtype, validate, std::move(out));
 }
 
 at::Tensor softmax_in_place(at::Tensor input, const RowArguments& rows, bool validate) {
@@ -125,8 +131,8 @@ PYBIND11_MODULE(_C, m) {
     }
   });
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
-  m.def("masked_softmax", PythonForward::kernel<forward<Operation::kSoftmax>>, no_gil);
-  m.def("masked_log_softmax", PythonForward::kernel<forward<Operation::kLogSoftmax>>, no_gil);
+  m.def("masked_softmax", PythonSoftmax::kernel<softmax>, no_gil);
+  m.def("masked_log_softmax", PythonLogSoftmax::kernel<forward<Operation::kLogSoftmax>>, no_gil);
   m.def("masked_softmax_", PythonInPlace::kernel<softmax_in_place>, no_gil);
   m.def("operations", operations);
   m.def("row_operations", row_operations);

@@ -1,68 +1,38 @@
-"""A plot of the scores and the weights as two coloured grids."""
+"""The picture that the demo draws with ``--plot``."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from masked_softmax_ext.functional import masked_softmax
 
-# The example of many articles on masked softmax: np.random.seed(1),
-# np.random.random((4, 6)).round(1) * 2 + 3.
-ARTICLE_SCORES = (
-    (3.8, 4.4, 3.0, 3.6, 3.2, 3.2),
-    (3.4, 3.6, 3.8, 4.0, 3.8, 4.4),
-    (3.4, 4.8, 3.0, 4.4, 3.8, 4.2),
-    (3.2, 3.4, 4.6, 5.0, 3.6, 4.4),
-)
-ARTICLE_LENGTHS = (4, 1, 6, 3)
-
-
-def write_plot(path: Path) -> None:
-    """Writes the two grids to ``path``.
+def check_path(path: Path) -> None:
+    """Raises an error that says why the picture cannot be written, before anything is computed.
 
     Raises:
         ImportError: matplotlib is not installed.
+        ValueError: matplotlib does not write files of this type.
+        OSError: there is no such folder.
     """
     try:
-        import matplotlib
+        from matplotlib import figure
     except ModuleNotFoundError:
         raise ImportError("--plot draws with matplotlib; type: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    types = sorted(figure.Figure().canvas.get_supported_filetypes())
+    if path.suffix.removeprefix(".") not in types:
+        raise ValueError(
+            f"--plot {path}: expected a file name that ends in one of "
+            f"{', '.join(f'.{name}' for name in types)}"
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--plot {path}: No such file or directory: '{path.parent}'")
 
-    scores = torch.tensor(ARTICLE_SCORES, dtype=torch.float64)
-    lengths = torch.tensor(ARTICLE_LENGTHS)
-    weights = masked_softmax(scores, lengths)
 
-    figure, (before, after) = pyplot.subplots(1, 2, figsize=(9.2, 3.1), layout="constrained")
-    valid = torch.arange(scores.size(1)) < lengths[:, None]
-    _draw_grid(before, scores, valid, "scores, padded rows", "{:.1f}", "YlGnBu")
-    _draw_grid(after, weights, valid, "masked_softmax(scores, lengths)", "{:.2f}", "YlOrRd")
-    before.set_yticks(range(len(ARTICLE_LENGTHS)), [f"length {n}" for n in ARTICLE_LENGTHS])
-    after.set_yticks([])
+def write_plot(path: Path, weights: Tensor, words: Sequence[str]) -> None:
+    """Draws the weights of each head, ``(heads, words, words)``."""
+    from masked_softmax_ext.visualize import heat_map
+
+    figure = heat_map(weights, tokens=words, title="Who attends to whom, each head")
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def _draw_grid(
-    axes: Any, values: Tensor, valid: Tensor, title: str, number_format: str, colours: str
-) -> None:
-    shown = values.masked_fill(~valid, float("nan"))
-    axes.imshow(shown.numpy(), cmap=colours, aspect="auto")
-    axes.set_facecolor("#e8e8e8")
-    axes.set_title(title, fontsize=11)
-    axes.set_xticks([])
-    for edge in axes.spines.values():
-        edge.set_visible(False)
-    middle = (shown.nan_to_num(-torch.inf).max() + shown.nan_to_num(torch.inf).min()) / 2
-    for row in range(values.size(0)):
-        for column in range(values.size(1)):
-            value = values[row, column].item()
-            is_valid = bool(valid[row, column])
-            colour = "#9a9a9a" if not is_valid else "white" if value > middle else "#303030"
-            text = number_format.format(value) if value else "0"
-            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=10)

@@ -1,4 +1,6 @@
-"""Promise: sinks, masked_logsumexp and padding values, as in docs/guarantees.md, on every instruction set.
+"""Promise: sinks, masked_logsumexp and padding values are as docs/guarantees.md says.
+
+On every instruction set.
 
 Every bound scales with the value that it belongs to: zeros, a wrong sign, a sink that is multiplied
 by the scale and a sink's gradient of 0 exceed it (test_the_bounds_reject_wrong_results).

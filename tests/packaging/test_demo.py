@@ -30,7 +30,7 @@ import masked_softmax_ext
 from masked_softmax_ext import __main__ as demo
 from masked_softmax_ext import masked_softmax
 from masked_softmax_ext.demo import measure, terminal
-from masked_softmax_ext.demo.attention import SCALE, Embeddings
+from masked_softmax_ext.demo.attention import HEADS, SCALE, Embeddings
 from masked_softmax_ext.demo.text import (
     PaddedBatch,
     number_words,
@@ -263,14 +263,40 @@ def test_plot_writes_a_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     pytest.importorskip("matplotlib", reason="matplotlib is missing")
     path = tmp_path / "weights.png"
     assert demo.main([*SMALL, "--plot", str(path)]) == 0
-    assert f"The picture is in {path}." in capsys.readouterr().out
+    assert f"The picture of each head is in {path}." in capsys.readouterr().out
     data = path.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     assert data[12:16] == b"IHDR"
     width, height = struct.unpack(">II", data[16:24])
     assert width >= 600
     assert height >= 200
-    assert len(data) > 8000, "too small for a plot with numbers in it"
+    assert len(data) > 8000, "too small for heat maps"
+
+
+def test_plot_draws_the_sentence_that_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn: list[tuple[Tensor, list[str]]] = []
+    pytest.importorskip("matplotlib", reason="matplotlib is missing")
+    monkeypatch.setattr(
+        demo.plot, "write_plot", lambda _, weights, words: drawn.append((weights, words))
+    )
+    assert demo.main([*SMALL, "--plot", str(tmp_path / "weights.svg")]) == 0
+    [(weights, words)] = drawn
+    assert re.findall(r"^ +(\S+) \|.*\|$", capsys.readouterr().out, re.MULTILINE) == words
+    assert weights.shape == (HEADS, len(words), len(words))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(HEADS, len(words)))
+
+
+def test_a_wrong_file_type_is_reported_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is missing")
+    path = tmp_path / "weights.doc"
+    assert demo.main(["--plot", str(path)]) == 2
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"--plot {path}: expected a file name that ends in one of .")
+    assert ".png" in line
 
 
 def test_plot_without_matplotlib_says_how_to_install_it(

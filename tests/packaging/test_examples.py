@@ -85,8 +85,12 @@ def test_attention_sinks(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"sinks \d\.\de-\d\d, gradient .*: ok\.", capsys.readouterr().out)
 
 
-def test_encoder_attention(capsys: pytest.CaptureFixture[str]) -> None:
-    assert load("encoder_attention").main(["--quick"]) == 0
+def test_encoder_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "weights.png"
+    plots = importlib.util.find_spec("matplotlib") is not None
+    arguments = ["--quick", *(["--plot", str(picture)] if plots else [])]
+    assert load("encoder_attention").main(arguments) == 0
+    assert picture.exists() == plots
     printed = capsys.readouterr().out
     assert "are NaN in torch.nn and finite in this package." in printed
 
