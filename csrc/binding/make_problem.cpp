@@ -84,6 +84,7 @@ const at::Tensor& scores_of(Operation operation, const at::Tensor& output,
 
 Problem make_problem(Operation operation, const at::Tensor& output, std::initializer_list<const at::Tensor*> inputs,
                      const CallArguments& arguments) {
+  const bool reduces_rows = is_reduction(operation);  // looked up once: a call of few elements takes a microsecond
   check_memory(output, arguments.name);
   for (const at::Tensor* input : inputs) {
     check_memory(*input, arguments.name);
@@ -98,7 +99,7 @@ Problem make_problem(Operation operation, const at::Tensor& output, std::initial
     check_memory(*arguments.row_input, arguments.name);
   }
 
-  const at::Tensor& scores = scores_of(operation, output, inputs);
+  const at::Tensor& scores = reduces_rows ? **inputs.begin() : output;
   const int64_t ndim = scores.dim();
   const int64_t dim = at::maybe_wrap_dim(arguments.dim, ndim);
   Problem problem;
@@ -110,11 +111,11 @@ Problem make_problem(Operation operation, const at::Tensor& output, std::initial
   problem.rows = 1;
   problem.cols = columns(scores, dim).size;
   problem.padding = arguments.padding_value;
-  const at::Tensor* const row_result = is_reduction(operation) ? &output : arguments.row_result;
+  const at::Tensor* const row_result = reduces_rows ? &output : arguments.row_result;
   if (row_result != nullptr) {
     problem.row_result = {row_result->mutable_data_ptr(), element_type(row_result->scalar_type())};
   }
-  if (is_reduction(operation)) {
+  if (reduces_rows) {
     problem.output.data = problem.row_result.data;  // it has no elements
     problem.output.type = problem.row_result.type;
     problem.output.col_stride = 1;
@@ -137,7 +138,7 @@ Problem make_problem(Operation operation, const at::Tensor& output, std::initial
     const int64_t bound = arguments.packed_bound();
     const int64_t longest = bound >= 0 ? bound : problem.cols;
     problem.packing = {true, longest < problem.cols ? longest : problem.cols, scores.numel(),
-                       is_reduction(operation) ? 0 : arguments.lengths->size(0)};
+                       reduces_rows ? 0 : arguments.lengths->size(0)};
     RowStrides strides;
     strides.lengths = arguments.lengths->stride(0);
     strides.starts = arguments.starts->stride(0);
@@ -150,7 +151,7 @@ Problem make_problem(Operation operation, const at::Tensor& output, std::initial
       continue;
     }
     RowStrides strides;
-    strides.output = is_reduction(operation) ? 0 : output.stride(d);
+    strides.output = reduces_rows ? 0 : output.stride(d);
     for (int k = 0; k < problem.input_count; ++k) {
       strides.inputs[k] = inputs.begin()[k]->stride(d);
     }
