@@ -127,7 +127,7 @@ def masked_softmax(
         and not is_dynamo_compiling()
         and not has_torch_function_unary(input)  # so that a TorchFunctionMode sees the call
     ):
-        return _C.masked_softmax(input, lengths, dim, starts, scale, None, dtype, validate, out)
+        return _C.masked_softmax(input, lengths, dim, starts, scale, dtype, validate, out)
     return _call(masked_softmax, input, lengths, dim, starts, scale, sink, dtype, validate, out)
 
 
