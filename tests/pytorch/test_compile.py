@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import test_sink_transforms
 import torch
 from calls import forward, forward_backward
 from cases import FLOATING, assert_same_bits, generator, random_input, short_name
@@ -393,18 +394,19 @@ def test_opcheck_other_derivatives(name: str, with_grad: bool) -> None:
 
 
 def test_every_operator_has_an_opcheck() -> None:
-    """Every registered operator is a case of the tests above."""
+    """Every registered operator is a case of the tests above, or of those of sinks."""
     registered = {
         schema.name.removeprefix("masked_softmax_ext::")
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("masked_softmax_ext::")
     }
-    checked = {"masked_softmax_"}  # test_opcheck_in_place
+    checked = {"masked_softmax_", "masked_softmax_with_sink_"}  # test_opcheck_in_place
     tests: tuple[Any, ...] = (
         test_opcheck,
         test_opcheck_out,
         test_opcheck_backward,
         test_opcheck_other_derivatives,
+        test_sink_transforms.test_opcheck,
     )
     for test in tests:
         for mark in test.pytestmark:
