@@ -107,7 +107,8 @@ cuda-test:
 dist: $(VENV)/dist.stamp
 	tests/builds/dist.sh $(BIN)/python
 
-lint: $(VENV)/lint.stamp
+# Types are checked against the packages that the tests need.
+lint: $(VENV)/lint.stamp $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -7,7 +7,6 @@ namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
 template <class V, class T, int kCount>
 struct X86Defaults : VectorDefaults<V, T, kCount> {
-  static constexpr bool kHasCheapMasks = true;
   static constexpr bool kHasNonTemporalStores = true;
   static void store_fence() { _mm_sfence(); }
 
