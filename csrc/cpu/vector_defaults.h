@@ -39,9 +39,9 @@ template <class V, class T, int kCount>
 struct VectorDefaults {
   using acc_t = T;
   static constexpr int kLanes = kCount;
-  static constexpr int kTileVectors = 4;         // vectors of a tile (row_passes.h), 4 or 8
-  static constexpr int kExp2TableSize = 1;       // entries of the exponential's table (exp2.h); 1: no table
-  static constexpr bool kHasScalef = false;      // has scalef() and table_lookup()
+  static constexpr int kTileVectors = 4;     // vectors of a tile (row_passes.h), 4 or 8
+  static constexpr int kExp2TableSize = 1;   // entries of the exponential's table (exp2.h); 1: no table
+  static constexpr bool kHasScalef = false;  // has scalef() and table_lookup()
   static constexpr bool kHasNonTemporalStores = false;
   // Whether 16-bit types get contiguous kernels (rows.h). false: load() goes element by element, and staging is as
   // fast.
