@@ -4,7 +4,7 @@
 // <a, b> is the sum of a * b over the row's valid columns, p = exp(y) for a log_softmax y, and x, y, g, v and u are
 // those of operations.inc. The Jacobian of softmax is symmetric, so its backward formula also is its jvp.
 //
-//   N    a number: float, double, a vector of cpu/vec_*.h or a group of vectors. It needs +, - and *.
+//   N    a number: float, double or a vector of cpu/vec_*.h. It needs +, - and *.
 //   in   one number of each input, in the order of operations.inc
 //   exp  computes exp(y) of a saved log_softmax, within the accuracy of docs/guarantees.md
 //

@@ -31,7 +31,7 @@ class BlockKernel {
         hints_(hints),
         scale_(problem.scale),
         padding_(static_cast<acc_t>(problem.padding_value())),
-        has_sinks_(is_forward(kOperation) && problem.row_input.data != nullptr) {}
+        has_sinks_((kIsSoftmax || kIsLogSoftmax) && problem.row_input.data != nullptr) {}
 
   MASKED_SOFTMAX_NOINLINE void run(int64_t begin, int64_t end) {
     const int64_t max_elems = (hints_.prefetch ? kBlockBytes : 2 * kBlockBytes) / int64_t{sizeof(T)};
@@ -57,6 +57,7 @@ class BlockKernel {
   static constexpr bool kIsLogSoftmax = kOperation == Operation::kLogSoftmax;
   static constexpr bool kHasLogSum = kIsLogSoftmax || kOperation == Operation::kLogSumExp;
   static constexpr int32_t kRowRounding = kTileElems<V>;
+  static_assert(kBlockRows * kTileElems<V> <= kMaxBlockCols, "a narrow row stores a vector, even if it is empty");
 
   // Rows are appended to the next block. Once it is full, the current block is computed, which prefetches the rows of
   // the next; then they change places. At first the current block is empty.
@@ -77,7 +78,9 @@ class BlockKernel {
   template <int kSums, class Term>
   MASKED_SOFTMAX_INLINE void sum_row(Block& block, int row, const Term& term, Prefetcher<Block>& prefetcher) const {
     RowSums<V, kSums> sums;
-    prefetcher.before_row(row);
+    if constexpr (!is_reduction(kOperation)) {
+      prefetcher.before_row(row);
+    }
     if constexpr (kIsNarrow) {
       prefetcher.before_tile();
       sums.add_only_tile(block.lengths[row], term);
@@ -212,11 +215,13 @@ class BlockKernel {
       prefetcher.finish();
       reduce_sums<1>(block);
       reduce_max_rows<V>(block.unreduced[1], block.rows, block.maxima);
-      log_sums_relative_to_maxima<V>(block.rows, block_params.magic_minus_r(), block.maxima, scale_.scale, log_sums);
+      log_sums_relative_to_maxima<V>(block.rows, block_params.magic_minus_r(), block.maxima, scale_.exact, log_sums);
     }
     for (int r = 0; r < block.rows; ++r) {
       const int64_t length = block.lengths[r];
-      if (length > 0 && !(kHasFastLogSum<acc_t> && is_log_sum_accurate(log_sums[r]))) {
+      if (length == 0) {
+        block.maxima[r] = log_sums[r] = 0;
+      } else if (!(kHasFastLogSum<acc_t> && is_log_sum_accurate(log_sums[r]))) {
         block.maxima[r] = max_of_elements<V>(block.inputs[0][r], length).reduce_max();
         log_sums[r] = accurate_log_sum<V>(block.inputs[0][r], length, block.maxima[r], scale_.log2e);
       }

@@ -39,7 +39,7 @@ class SegmentReader {
     stride_ = operand.col_stride;
     input_factor_ = input_factor;
     is_in_place_ = type_ == ElementTraits<acc_t>::kType && stride_ == 1 && input_factor == 1;
-    packed_count_ = 0;
+    packed_first_ = packed_count_ = 0;
   }
 
   // Valid until the next call. The segment that was packed last is not packed again: a short row is packed once.
@@ -179,7 +179,7 @@ MASKED_SOFTMAX_NOINLINE void find_log_sum(SegmentReader<V>& x, int64_t length, c
     });
     row_max = maxima.reduce_max();
     log_sum = sum.total(0);
-    log_sums_relative_to_maxima<V>(1, &params.magic_minus_r, &row_max, scale.scale, &log_sum);
+    log_sums_relative_to_maxima<V>(1, &params.magic_minus_r, &row_max, scale.exact, &log_sum);
   }
   if (!kHasFastLogSum<acc_t> || !is_log_sum_accurate(log_sum)) {
     row_max = max_of_long_row<V, acc_t>(x, length);

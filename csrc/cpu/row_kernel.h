@@ -13,7 +13,7 @@
 //   }
 //
 // The kernels need the maximum before the exponentials in few rows only (exp2.h), so most rows take two passes. This
-// file holds the expressions of the passes; row_block.h and long_row.h run them over rows.
+// file holds the expressions of the passes; block_kernel.h and long_row.h run them over rows.
 //
 // Types: x is converted to the accumulation type as it is loaded; exponentials, sums and y are of that type, and y is
 // rounded once as it is stored. Memory: each valid element is read once. In later passes log_softmax finds it in the
@@ -31,10 +31,11 @@ namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 // The scale of softmax and log_softmax.
 template <class acc_t>
 struct ForwardScale {
+  double exact;
   acc_t scale;
   ScaledLog2e<acc_t> log2e;
 
-  explicit ForwardScale(double value) : scale(static_cast<acc_t>(value)), log2e(value) {}
+  explicit ForwardScale(double value) : exact(value), scale(static_cast<acc_t>(value)), log2e(value) {}
 };
 
 // The maximum, spread over the lanes. It ignores NaN, which the sum finds.
@@ -55,7 +56,7 @@ MASKED_SOFTMAX_INLINE V max_of_elements(const T* x, int64_t count) {
   return V::max(V::max(maxima[0], maxima[1]), V::max(maxima[2], maxima[3]));
 }
 
-// Where the maximum, which ignores NaN, is no number to go by: -inf or +inf.
+// Called where the maximum, which ignores NaN, is infinite.
 template <class V, class T>
 MASKED_SOFTMAX_NOINLINE bool has_nan(const T* x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
@@ -99,7 +100,7 @@ MASKED_SOFTMAX_INLINE bool is_log_sum_accurate(acc_t log_sum) {
 // log_sums: on entry sums. The loop has no branches, so that the compiler vectorizes it.
 template <class V>
 MASKED_SOFTMAX_INLINE void log_sums_relative_to_maxima(int rows, const float* magic_minus_r, const float* maxima,
-                                                       float scale, float* log_sums) {
+                                                       double scale, float* log_sums) {
   constexpr double kLog2 = 0x1.62e42fefa39efp-1;
   for (int r = 0; r < rows; ++r) {
     // sum = m * 2^n with m in [sqrt(1/2), sqrt(2)), and log(m) = 2 * atanh((m - 1) / (m + 1)), a series in odd powers
@@ -117,7 +118,7 @@ MASKED_SOFTMAX_INLINE void log_sums_relative_to_maxima(int rows, const float* ma
     const double series = 1 + u * (1. / 3 + u * (1. / 5 + u * (1. / 7 + u * (1. / 9 + u * (1. / 11 + u / 13)))));
     const double reference = static_cast<double>(magic_constant<V>() - magic_minus_r[r]);
     const double log_sum = 2 * t * series + (n + reference) * kLog2;
-    const double relative = log_sum - static_cast<double>(scale) * static_cast<double>(maxima[r]);
+    const double relative = log_sum - scale * static_cast<double>(maxima[r]);
     log_sums[r] = static_cast<float>(relative) + (log_sums[r] - log_sums[r]);  // NaN of a sum that is not finite
   }
 }

@@ -108,8 +108,8 @@ class ColumnTiles {
       }
     }
     if (problem_.row_input.data != nullptr) {
-      block_.row_input.data = element_at(const_cast<void*>(problem_.row_input.data), problem_.row_input.type,
-                                         run.row_input_offset(first_row));
+      block_.row_input.data =
+          element_at(problem_.row_input.data, problem_.row_input.type, run.row_input_offset(first_row));
       block_.row_input.row_strides[0] = run.row_input_step();
     }
     if (problem_.row_result.data != nullptr) {

@@ -7,8 +7,8 @@ namespace masked_softmax {
 namespace {
 
 // The size of a cache of cpu0: index 2 is L2, 3 the last-level cache. From sysfs, because sysconf may report the sum of
-// all cores' caches. Called from compute threads while others write results, so it must not throw: plain C stdio, no
-// allocation.
+// all cores' caches. Called from compute threads while others write results, so it must not throw: plain C stdio
+// reports a failed allocation by a null pointer.
 int64_t cache_bytes(int index, int64_t otherwise) {
   char path[64];
   std::snprintf(path, sizeof(path), "/sys/devices/system/cpu/cpu0/cache/index%d/size", index);
@@ -35,18 +35,18 @@ int64_t usable_llc_bytes() {
 constexpr int kNotForced = -1;
 std::atomic<int> forced{kNotForced};
 
-}  // namespace
-
-void force_store_hint(std::optional<StoreHint> hint) {
-  forced.store(hint.has_value() ? static_cast<int>(*hint) : kNotForced, std::memory_order_relaxed);
-}
-
 int64_t operand_bytes(const Problem& problem) {
   int64_t element_bytes = size_bytes(problem.output.type);
   for (int k = 0; k < problem.input_count; ++k) {
     element_bytes += size_bytes(problem.inputs[k].type);
   }
   return problem.output_elems() * element_bytes;
+}
+
+}  // namespace
+
+void force_store_hint(std::optional<StoreHint> hint) {
+  forced.store(hint.has_value() ? static_cast<int>(*hint) : kNotForced, std::memory_order_relaxed);
 }
 
 StoreHint store_hint_of(const Problem& problem) {

@@ -209,7 +209,9 @@ TEST("accuracy: scores that are far from 0 and near each other") {
             inputs[0].set(1, col, sign * std::ldexp(1.0, power) - near);
           }
           for (Operation operation : {Operation::kSoftmax, Operation::kLogSoftmax}) {
-            check_rows(operation, inputs, type, {{0, 0}, {cols, cols - 1}}, 1.0 / step);
+            for (double scale : {1.0, 0.1}) {  // 0.1 is no float
+              check_rows(operation, inputs, type, {{0, 0}, {cols, cols - 1}}, scale / step);
+            }
           }
         }
       }

@@ -122,6 +122,20 @@ def test_padded_width(capability: str, dtype: torch.dtype, log: bool) -> None:
             assert_same_bits(got_gradient[:, valid], gradient, f"gradient, {what}")
 
 
+def test_infinite_sums(capability: str, dtype: torch.dtype, log: bool) -> None:
+    """Nor does the padded width where a sum over the incoming gradient is infinite."""
+    length = 40
+    x, g = random_input((2, length), dtype, seed=6), random_input((2, length), dtype, seed=7)
+    g[0, 3] = torch.inf
+    g[1] = torch.finfo(dtype).max
+    _, gradient = forward_backward(x, g, length, log=log)
+    for cols in (64, 65, 100, 9000):
+        wide_x, wide_g = (torch.full((2, cols), 9.0, dtype=dtype) for _ in range(2))
+        wide_x[:, :length], wide_g[:, :length] = x, g
+        _, got = forward_backward(wide_x, wide_g, length, log=log)
+        assert_same_bits(got[:, :length], gradient, f"{cols} columns")
+
+
 def test_alignment(capability: str, dtype: torch.dtype, log: bool) -> None:
     """Input, gradient and output begin 1 to 16 elements after a 64-byte boundary."""
     for cols in (61, 1027):
