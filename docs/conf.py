@@ -36,7 +36,7 @@ napoleon_use_rtype = False
 doctest_global_setup = """
 import torch
 from masked_softmax_ext import *
-from masked_softmax_ext.compile_pass import make_backend
+from masked_softmax_ext.compile_pass import explain, make_backend
 """
 
 # The build is offline, so names from other libraries are not linked.

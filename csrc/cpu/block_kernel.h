@@ -85,7 +85,7 @@ class BlockKernel {
       prefetcher.before_tile();
       sums.add_only_tile(block.lengths[row], term);
     } else {
-      sums.add(block.lengths[row], term, [&] MASKED_SOFTMAX_LAMBDA_INLINE { prefetcher.before_tile(); });
+      sums.add(block.lengths[row], term, [&]() MASKED_SOFTMAX_LAMBDA_INLINE { prefetcher.before_tile(); });
     }
     for (int s = 0; s < kSums; ++s) {
       sums.lane_sums(s).store(block.unreduced[s] + row * V::kLanes);

@@ -109,7 +109,7 @@ class RowSums {
 
   template <class Term>
   MASKED_SOFTMAX_INLINE void add(int64_t count, const Term& term) {
-    add(count, term, [] MASKED_SOFTMAX_LAMBDA_INLINE {});
+    add(count, term, []() MASKED_SOFTMAX_LAMBDA_INLINE {});
   }
 
   // The same for a row of at most one tile.
