@@ -123,7 +123,7 @@ lint: $(VENV)/lint.stamp $(VENV)/test.stamp
 build: $(VENV)/build.stamp $(VENV)/test.stamp
 
 # __init__.py has the version.
-SOURCES := setup.py pyproject.toml masked_softmax_ext/__init__.py \
+SOURCES := setup.py pyproject.toml $(wildcard masked_softmax_ext/__init__.py) \
 	$(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
 $(VENV)/build.stamp: $(VENV)/tools.stamp $(SOURCES)
