@@ -76,20 +76,27 @@ bool is_same_shape(const at::Tensor& a, const at::Tensor& b) {
                     [](const c10::SymInt& x, const c10::SymInt& y) { return is_same_size(x, y); });
 }
 
-// Whether `index` is aligned with the leading dimensions of `input` without `dim`, or broadcast to them.
-template <class Size>
-bool broadcasts(c10::ArrayRef<Size> index, c10::ArrayRef<Size> input, int64_t dim) {
-  const size_t row_ndim = input.empty() ? 0 : input.size() - 1;
+// Whether `index` is aligned with the leading dimensions of the rows, or broadcast to them. row_size(k): the size of
+// the rows' dimension k.
+template <class Size, class RowSize>
+bool broadcasts_to_rows(c10::ArrayRef<Size> index, size_t row_ndim, const RowSize& row_size) {
   if (index.size() > row_ndim) {
     return false;
   }
   for (size_t k = 0; k < index.size(); ++k) {
-    const Size& size = input[k + (static_cast<int64_t>(k) >= dim ? 1 : 0)];
-    if (!is_one(index[k]) && !is_same_size(index[k], size)) {
+    if (!is_one(index[k]) && !is_same_size(index[k], row_size(k))) {
       return false;
     }
   }
   return true;
+}
+
+// The same for the rows of `input`, which are its dimensions without `dim`.
+template <class Size>
+bool broadcasts(c10::ArrayRef<Size> index, c10::ArrayRef<Size> input, int64_t dim) {
+  return broadcasts_to_rows(index, input.empty() ? 0 : input.size() - 1, [&](size_t k) -> const Size& {
+    return input[k + (static_cast<int64_t>(k) >= dim ? 1 : 0)];
+  });
 }
 
 // What to pass instead of an index that would broadcast with more or fewer leading dimensions of size 1. The helpers
@@ -258,10 +265,7 @@ void check_row_input(const char* what, const at::Tensor& input, const CallArgume
                     " on the device of input, ", input.device(), ", but got ", what, " on ", given.device());
   const std::vector<c10::SymInt> rows = row_shape(input, arguments);
   const c10::SymIntArrayRef sizes = given.sym_sizes();
-  bool fits = sizes.size() <= rows.size();
-  for (size_t k = 0; fits && k < sizes.size(); ++k) {
-    fits = is_one(sizes[k]) || is_same_size(sizes[k], rows[k]);
-  }
+  const bool fits = broadcasts_to_rows(sizes, rows.size(), [&](size_t k) -> const c10::SymInt& { return rows[k]; });
   TORCH_CHECK_VALUE(fits, arguments.name, "(): expected ", what, " to broadcast, from its first dimension on, to the ",
                     "shape of the rows, ", c10::SymIntArrayRef(rows), ", but got ", what, " of shape ", sizes,
                     " for input of shape ", input.sym_sizes());

@@ -10,7 +10,6 @@
 #pragma once
 
 #include "cpu/row_block.h"
-#include "cpu/sink.h"
 
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
@@ -122,7 +121,7 @@ class BlockKernel {
     for (int r = 0; !is_final && r < block.rows; ++r) {
       acc_t* const e = scratch_ + block.scratch_offsets[r];
       if (has_sinks_ && !is_absent(block, r)) {
-        add_sink(block, r, block_params[r]);
+        add_sink_to_sum(block, r, block_params[r]);
       } else if (is_sum_out_of_range(sums[r])) {
         sums[r] = exponentials_from_maximum(block.inputs[0][r], block.lengths[r], e);
       } else if (block.lengths[r] == 1) {
@@ -161,7 +160,7 @@ class BlockKernel {
   }
 
   // Adds the sink's term to the sum of the exponentials, which are relative to `params`.
-  MASKED_SOFTMAX_NOINLINE void add_sink(Block& block, int r, ExponentialParams<acc_t> params) {
+  MASKED_SOFTMAX_NOINLINE void add_sink_to_sum(Block& block, int r, ExponentialParams<acc_t> params) {
     const T* const x = block.inputs[0][r];
     const int64_t length = block.lengths[r];
     const double sink = block.sinks[r];
@@ -170,28 +169,17 @@ class BlockKernel {
     if (length == 0) {
       return store_weight(block, r, weight_of_lone_sink(sink));
     }
-    double term = 0;
     if (length == 1 && !is_sum_out_of_range(sum)) {  // as without a sink, e is exactly 1
-      e[0] = sum = 1;
-      term = sink_term(sink, problem_.scale, static_cast<double>(V::element(x)), 0);
-    } else {
-      term = sink_term_relative_to(params, sink);
-      if (is_sum_out_of_range(sum) || is_sum_out_of_range(static_cast<acc_t>(term))) {
-        const acc_t row_max = max_of_elements<V>(x, length).reduce_max();
-        const bool is_lone = row_max == -std::numeric_limits<acc_t>::infinity();
-        params = params_from_maximum<V>(is_lone ? acc_t{0} : row_max, scale_.log2e);
-        sum = sum_of(x, length, params, e);
-        term = is_lone ? weight_of_lone_sink(sink) : sink_term_relative_to(params, sink);
-      }
+      e[0] = 1;
+      const double term = sink_term(sink, scale_.exact, static_cast<double>(V::element(x)), 0);
+      const SumWithSink total = add_sink_term(1, term);
+      sum = static_cast<acc_t>(total.sum);
+      return store_weight(block, r, total.weight);
     }
-    const SumWithSink total = add_sink_term(static_cast<double>(sum), term);
-    sum = static_cast<acc_t>(total.sum);
-    store_weight(block, r, total.weight);
-  }
-
-  double sink_term_relative_to(const ExponentialParams<acc_t>& params, double sink) const {
-    const acc_t r = magic_constant<V>() - params.magic_minus_r;
-    return sink_term(sink, problem_.scale, static_cast<double>(params.offset), static_cast<double>(r));
+    const double weight = add_sink<V>(
+        sink, scale_, params, sum, [&] { return max_of_elements<V>(x, length).reduce_max(); },
+        [&](const ExponentialParams<acc_t>& from_maximum) { return sum_of(x, length, from_maximum, e); });
+    store_weight(block, r, weight);
   }
 
   // The sum of a row's exponentials, relative to a reference, and the row's maximum, in one pass. Where most of the sum
@@ -226,38 +214,25 @@ class BlockKernel {
         log_sums[r] = accurate_log_sum<V>(block.inputs[0][r], length, block.maxima[r], scale_.log2e);
       }
       if (has_sinks_ && !is_absent(block, r)) {
-        add_sink_to_log_sum(block, r);
+        add_sink_to_log(block, r);
       }
     }
   }
 
-  // As in torch.logsumexp, infinite where that is the maximum.
   double logsumexp(const Block& block, int r) const {
-    if (block.lengths[r] == 0) {
-      return -std::numeric_limits<double>::infinity();
-    }
-    const acc_t row_max = block.maxima[r];
-    const double scaled_max = problem_.scale * static_cast<double>(row_max);
-    if (std::isinf(row_max) && !has_nan<V>(block.inputs[0][r], block.lengths[r])) {
-      return scaled_max;
-    }
-    return scaled_max + static_cast<double>(block.sums[0][r]);
+    const int64_t length = block.lengths[r];
+    return length == 0 ? -std::numeric_limits<double>::infinity()
+                       : logsumexp_of(scale_, block.maxima[r], block.sums[0][r],
+                                      [&] { return has_nan<V>(block.inputs[0][r], length); });
   }
 
-  MASKED_SOFTMAX_NOINLINE void add_sink_to_log_sum(Block& block, int r) const {
-    acc_t& log_sum = block.sums[0][r];
-    if (block.lengths[r] == 0) {
-      return store_weight(block, r, weight_of_lone_sink(block.sinks[r]));
-    }
-    if (block.maxima[r] == -std::numeric_limits<acc_t>::infinity() &&
-        !has_nan<V>(block.inputs[0][r], block.lengths[r])) {
-      block.maxima[r] = 0;
-      log_sum = -std::numeric_limits<acc_t>::infinity();
-    }
-    const SumWithSink total = masked_softmax::add_sink_to_log_sum(
-        static_cast<double>(log_sum), static_cast<double>(block.maxima[r]), block.sinks[r], problem_.scale);
-    log_sum = static_cast<acc_t>(total.sum);
-    store_weight(block, r, total.weight);
+  MASKED_SOFTMAX_NOINLINE void add_sink_to_log(Block& block, int r) const {
+    const int64_t length = block.lengths[r];
+    const double sink = block.sinks[r];
+    const double weight = length == 0 ? weight_of_lone_sink(sink)
+                                      : add_sink_to_log_sum(sink, scale_, block.maxima[r], block.sums[0][r],
+                                                            [&] { return has_nan<V>(block.inputs[0][r], length); });
+    store_weight(block, r, weight);
   }
 
   MASKED_SOFTMAX_NOINLINE void sum_derivative_terms(Block& block, const Block& next) {

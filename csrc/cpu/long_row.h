@@ -100,10 +100,9 @@ class SegmentWriter {
   alignas(64) acc_t buffer_[kSegmentElems<V>];
 };
 
-// What a forward pass has for each row beside its scores.
+// A row's sink, and where its weight goes.
 struct RowSink {
   double sink;
-  double scale;
   double* weight;
 
   bool is_absent() const { return sink == -std::numeric_limits<double>::infinity(); }
@@ -191,18 +190,12 @@ MASKED_SOFTMAX_NOINLINE void find_log_sum(SegmentReader<V>& x, int64_t length, c
   }
 }
 
-// scale * max + log(sum). As in torch.logsumexp, infinite where that is the maximum.
 template <class V, class acc_t>
-double logsumexp_of_long_row(SegmentReader<V>& x, int64_t length, const ForwardScale<acc_t>& scale,
-                             double exact_scale) {
+double logsumexp_of_long_row(SegmentReader<V>& x, int64_t length, const ForwardScale<acc_t>& scale) {
   acc_t row_max = 0;
   acc_t log_sum = 0;
   find_log_sum<V, acc_t>(x, length, scale, row_max, log_sum);
-  const auto scaled_max = exact_scale * static_cast<double>(row_max);
-  if (std::isinf(row_max) && !has_nan_in_long_row<V>(x, length)) {
-    return scaled_max;
-  }
-  return scaled_max + static_cast<double>(log_sum);
+  return logsumexp_of(scale, row_max, log_sum, [&] { return has_nan_in_long_row<V>(x, length); });
 }
 
 template <class V, class acc_t>
@@ -212,15 +205,8 @@ MASKED_SOFTMAX_NOINLINE void log_softmax_of_long_row(SegmentReader<V>& x, Segmen
   acc_t log_sum = 0;
   find_log_sum<V, acc_t>(x, length, scale, row_max, log_sum);
   if (!sink.is_absent()) {
-    constexpr acc_t kNone = -std::numeric_limits<acc_t>::infinity();
-    if (row_max == kNone && !has_nan_in_long_row<V>(x, length)) {
-      row_max = 0;
-      log_sum = kNone;
-    }
-    const SumWithSink total =
-        add_sink_to_log_sum(static_cast<double>(log_sum), static_cast<double>(row_max), sink.sink, sink.scale);
-    log_sum = static_cast<acc_t>(total.sum);
-    *sink.weight = total.weight;
+    *sink.weight =
+        add_sink_to_log_sum(sink.sink, scale, row_max, log_sum, [&] { return has_nan_in_long_row<V>(x, length); });
   }
   for_each_segment<V>(length, [&](int64_t first, int64_t count) {
     y.write(first, count, LogProbability<V, acc_t>(x.segment(first, count), row_max, scale.scale, log_sum));
@@ -244,7 +230,7 @@ MASKED_SOFTMAX_NOINLINE void softmax_of_long_row(SegmentReader<V>& x, SegmentWri
       const bool is_lone = element == -std::numeric_limits<acc_t>::infinity();
       const double one = is_lone ? 0 : static_cast<double>(result);
       const double term =
-          is_lone ? weight_of_lone_sink(sink.sink) : sink_term(sink.sink, sink.scale, static_cast<double>(element), 0);
+          is_lone ? weight_of_lone_sink(sink.sink) : sink_term(sink.sink, scale.exact, static_cast<double>(element), 0);
       const SumWithSink total = add_sink_term(one, term);
       result = static_cast<acc_t>(one) * (1 / static_cast<acc_t>(total.sum));
       *sink.weight = total.weight;
@@ -254,24 +240,12 @@ MASKED_SOFTMAX_NOINLINE void softmax_of_long_row(SegmentReader<V>& x, SegmentWri
   }
   auto params = params_of_long_row<V, acc_t>(x, length, scale);
   acc_t row_sum = sum_of_exponentials(params);
-  const auto term_of_sink = [&] {
-    const acc_t r = magic_constant<V>() - params.magic_minus_r;
-    return sink_term(sink.sink, sink.scale, static_cast<double>(params.offset), static_cast<double>(r));
-  };
-  double term = sink.is_absent() ? 0 : term_of_sink();
-  if (is_sum_out_of_range(row_sum) || (!sink.is_absent() && is_sum_out_of_range(static_cast<acc_t>(term)))) {
-    const acc_t row_max = max_of_long_row<V, acc_t>(x, length);
-    const bool is_lone = !sink.is_absent() && row_max == -std::numeric_limits<acc_t>::infinity();
-    params = params_from_maximum<V>(is_lone ? acc_t{0} : row_max, scale.log2e);
-    row_sum = sum_of_exponentials(params);
-    if (!sink.is_absent()) {
-      term = is_lone ? weight_of_lone_sink(sink.sink) : term_of_sink();
-    }
-  }
+  const auto find_max = [&] { return max_of_long_row<V, acc_t>(x, length); };
   if (!sink.is_absent()) {
-    const SumWithSink total = add_sink_term(static_cast<double>(row_sum), term);
-    row_sum = static_cast<acc_t>(total.sum);
-    *sink.weight = total.weight;
+    *sink.weight = add_sink<V>(sink.sink, scale, params, row_sum, find_max, sum_of_exponentials);
+  } else if (is_sum_out_of_range(row_sum)) {
+    params = params_from_maximum<V>(find_max(), scale.log2e);
+    row_sum = sum_of_exponentials(params);
   }
   const acc_t reciprocal = 1 / row_sum;
   for_each_segment<V>(length, [&](int64_t first, int64_t count) {
@@ -330,7 +304,6 @@ MASKED_SOFTMAX_NOINLINE void run_long_rows(const Problem& problem, int64_t begin
   using acc_t = typename V::acc_t;
   constexpr int kInputs = input_count(kOperation);
   const double padding = problem.padding_value();
-  const double exact_scale = problem.scale / input_factor(problem);
   const StoreHint hint = store_hint_of(problem);
   const double factor = input_factor(problem);
   const KernelScale<kOperation, acc_t> scale(problem.scale / factor);
@@ -363,13 +336,13 @@ MASKED_SOFTMAX_NOINLINE void run_long_rows(const Problem& problem, int64_t begin
           readers[k].open(element_at(input.data, input.type, offset), input, static_cast<acc_t>(factor));
         }
         SegmentWriter<V> writer(output_at(bounds.start), output, hint);
-        const RowSink sink{row_input, exact_scale, &row_result};
+        const RowSink sink{row_input, &row_result};
         if constexpr (kOperation == Operation::kSoftmax) {
           softmax_of_long_row<V>(readers[0], writer, bounds.length(), scale, sink);
         } else if constexpr (kOperation == Operation::kLogSoftmax) {
           log_softmax_of_long_row<V>(readers[0], writer, bounds.length(), scale, sink);
         } else if constexpr (kOperation == Operation::kLogSumExp) {
-          row_result = logsumexp_of_long_row<V>(readers[0], bounds.length(), scale, exact_scale);
+          row_result = logsumexp_of_long_row<V>(readers[0], bounds.length(), scale);
         } else if constexpr (kOperation == Operation::kRowScale) {
           derivative_of_long_row<V, kOperation>(readers, writer, bounds.length(), scale, row_input);
         } else {

@@ -56,7 +56,7 @@ MASKED_SOFTMAX_INLINE V max_of_elements(const T* x, int64_t count) {
   return V::max(V::max(maxima[0], maxima[1]), V::max(maxima[2], maxima[3]));
 }
 
-// Called where the maximum, which ignores NaN, is infinite.
+// For rows whose maximum, which ignores NaN, is infinite.
 template <class V, class T>
 MASKED_SOFTMAX_NOINLINE bool has_nan(const T* x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
@@ -156,6 +156,57 @@ MASKED_SOFTMAX_NOINLINE acc_t accurate_log_sum(const T* x, int64_t length, acc_t
   sums.add(length, [&](int64_t i, auto mask)
                        MASKED_SOFTMAX_LAMBDA_INLINE { return rest_and_max_count<V>(x + i, row_max, log2e, mask); });
   return log_of_sum(sums.total(0), sums.total(1));
+}
+
+// A row's sink (cpu/sink.h), for rows of every length. The passes over the row differ, so they are arguments.
+
+// The sink's term beside the exponentials relative to `params`.
+template <class V, class acc_t = typename V::acc_t>
+double term_of_sink(double sink, const ForwardScale<acc_t>& scale, const ExponentialParams<acc_t>& params) {
+  const acc_t r = magic_constant<V>() - params.magic_minus_r;
+  return sink_term(sink, scale.exact, static_cast<double>(params.offset), static_cast<double>(r));
+}
+
+// Adds the sink's term to the sum of a softmax's exponentials, which are relative to `params`. Where either is out of
+// range, makes both relative to the maximum: find_max() returns it, and sum_of(params) the sum of the exponentials.
+// Returns the sink's weight.
+template <class V, class FindMax, class SumOf, class acc_t = typename V::acc_t>
+double add_sink(double sink, const ForwardScale<acc_t>& scale, ExponentialParams<acc_t>& params, acc_t& sum,
+                const FindMax& find_max, const SumOf& sum_of) {
+  double term = term_of_sink<V>(sink, scale, params);
+  if (is_sum_out_of_range(sum) || is_sum_out_of_range(static_cast<acc_t>(term))) {
+    const acc_t row_max = find_max();
+    const bool is_lone = row_max == -std::numeric_limits<acc_t>::infinity();
+    params = params_from_maximum<V>(is_lone ? acc_t{0} : row_max, scale.log2e);
+    sum = sum_of(params);
+    term = is_lone ? weight_of_lone_sink(sink) : term_of_sink<V>(sink, scale, params);
+  }
+  const SumWithSink total = add_sink_term(static_cast<double>(sum), term);
+  sum = static_cast<acc_t>(total.sum);
+  return total.weight;
+}
+
+// Adds the sink to the logarithm of a row's sum of exponentials, which is relative to the maximum. Returns its weight.
+// has_nan(): whether an element is NaN, which the maximum ignores.
+template <class acc_t, class HasNan>
+double add_sink_to_log_sum(double sink, const ForwardScale<acc_t>& scale, acc_t& row_max, acc_t& log_sum,
+                           const HasNan& has_nan) {
+  constexpr acc_t kNone = -std::numeric_limits<acc_t>::infinity();
+  if (row_max == kNone && !has_nan()) {
+    row_max = 0;
+    log_sum = kNone;
+  }
+  const SumWithSink total = masked_softmax::add_sink_to_log_sum(static_cast<double>(log_sum),
+                                                                static_cast<double>(row_max), sink, scale.exact);
+  log_sum = static_cast<acc_t>(total.sum);
+  return total.weight;
+}
+
+// scale * max + log(sum). As in torch.logsumexp, infinite where that is the maximum.
+template <class acc_t, class HasNan>
+double logsumexp_of(const ForwardScale<acc_t>& scale, acc_t row_max, acc_t log_sum, const HasNan& has_nan) {
+  const double scaled_max = scale.exact * static_cast<double>(row_max);
+  return std::isinf(row_max) && !has_nan() ? scaled_max : scaled_max + static_cast<double>(log_sum);
 }
 
 // The results, as values for write_row().
