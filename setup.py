@@ -68,7 +68,7 @@ LOCAL_VERSION_SWITCH = "MASKED_SOFTMAX_EXT_LOCAL_VERSION"
 INSTALL = "pip install --no-build-isolation ."
 
 # pip hides the environment's packages from an isolated build, but find_torch() finds them. Other
-# tools build in an environment of their own.
+# tools build in a temporary environment.
 NO_TORCH = (
     "found no torch to build against. A build in isolation does not see the installed torch: "
     f"install torch, then build without isolation. pip: '{INSTALL}'; uv: 'uv pip install "

@@ -38,10 +38,6 @@ def find_operator(name: str) -> Any:
     return getattr(torch.ops.masked_softmax_ext, name).default
 
 
-def call_operator(name: str, *args: Any, **options: Any) -> Any:
-    return find_operator(name)(*args, **options)
-
-
 def packed_argument(operator: Any, args: tuple[Any, ...], options: dict[str, Any]) -> int | None:
     """The argument ``packed`` of a call, given by position or by name."""
     index = positional_index(operator, "packed")

@@ -51,6 +51,11 @@ def scaled_difference(x: Tensor, row_max: Tensor, scale: float) -> Tensor:
     return (x / 2 - row_max / 2) * (2 * scale)
 
 
+def align_to_rows(numbers: Tensor, row_ndim: int) -> Tensor:
+    """Numbers that broadcast to the rows from their first dimension on, with all dimensions."""
+    return numbers[(...,) + (None,) * (row_ndim - numbers.dim())]
+
+
 def add_sink(logsumexp: Tensor, sink: Tensor) -> Tensor:
     """``log(exp(logsumexp) + exp(sink))``, whose derivatives are finite where a term is 0."""
     sink = sink.to(logsumexp.dtype)

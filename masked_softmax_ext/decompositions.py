@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from masked_softmax_ext import _operators, reference
+from masked_softmax_ext import reference
+from masked_softmax_ext._arguments import is_dtensor
 from masked_softmax_ext._operators import find_operator
 from masked_softmax_ext._scale import (
     accumulation_dtype,
     add_sink,
+    align_to_rows,
     result_dtype,
     scaled_difference,
 )
@@ -51,11 +53,29 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
     }
 
 
-def call_operator(name: str, *args: Any, **options: Any) -> Any:
-    """Calls an operator, or its decomposition: ONNX knows torch's own operators only."""
+def call_operator(name: str, input: Tensor, *args: Any, **options: Any) -> Any:
+    """Calls an operator on a plain tensor or a DTensor, or its decomposition.
+
+    ONNX knows torch's own operators only.
+    """
+    if is_dtensor(input):
+        from masked_softmax_ext import _dtensor
+
+        return _dtensor.call_operator(name, input, *args, **options)
     if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
-        return decomposition_table()[find_operator(name)](*args, **options)
-    return _operators.call_operator(name, *args, **options)
+        return decomposition_table()[find_operator(name)](input, *args, **options)
+    return find_operator(name)(input, *args, **options)
+
+
+def call_softmax(
+    name: str, input: Tensor, sink: Tensor | None, *rows: Any, **options: Any
+) -> Tensor:
+    """The result of the operator ``name``, or with a sink of the one that takes it."""
+    if sink is None:
+        result: Tensor = call_operator(name, input, *rows, **options)
+    else:
+        result, _ = call_operator(f"{name}_with_sink", input, sink, *rows, **options)
+    return result
 
 
 def _masked_softmax(*args: Any, **options: Any) -> Tensor:
@@ -95,7 +115,7 @@ def _sink_weight(
 ) -> Tensor:
     acc_dtype = accumulation_dtype(result, result, None)
     logsumexp = _masked_logsumexp(input, *args, sink=sink, dtype=acc_dtype, **options)
-    sink = _one_a_row(sink, logsumexp).to(acc_dtype)
+    sink = align_to_rows(sink, logsumexp.dim()).to(acc_dtype)
     return (sink - logsumexp).exp().masked_fill(sink == -math.inf, 0.0)
 
 
@@ -164,11 +184,6 @@ def _packed_rows(
     sums = torch.zeros_like(rows).scatter_add(0, index, differences.exp()).log()
     shift = row_max * factor
     if sink is not None:
-        sums = add_sink(sums, _one_a_row(sink, rows).to(rows.dtype) - shift)
+        sums = add_sink(sums, align_to_rows(sink, rows.dim()).to(rows.dtype) - shift)
     logsumexp = (sums + shift).masked_fill(row_max == math.inf, math.inf)
     return differences - sums.index_select(0, row), logsumexp
-
-
-def _one_a_row(sink: Tensor, rows: Tensor) -> Tensor:
-    """The sink, aligned with the first dimensions of the rows."""
-    return sink[(...,) + (None,) * (rows.dim() - sink.dim())]

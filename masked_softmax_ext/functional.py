@@ -29,7 +29,7 @@ from masked_softmax_ext._arguments import (
 )
 from masked_softmax_ext._numbers import is_constant
 from masked_softmax_ext._scale import accumulation_dtype, add_sink, fold_scale, result_dtype
-from masked_softmax_ext.decompositions import call_operator
+from masked_softmax_ext.decompositions import call_operator, call_softmax
 from masked_softmax_ext.packed import jagged_logsumexp, jagged_softmax
 from masked_softmax_ext.reference import row_numbers
 
@@ -336,21 +336,18 @@ def masked_logsumexp(
     )
     row_sink: Any = convert_sink(name, sink, input)
     input, scale, dtype = fold_scale(input, scale, dtype)
-    if is_dtensor(input):
-        from masked_softmax_ext._dtensor import call_operator as call
-        from masked_softmax_ext._dtensor import on_mesh
-
-        distributed: Any = input
-        row_sink = on_mesh(row_sink, distributed.device_mesh)
-    else:
-        call = call_operator
     rows = (lengths, dim, starts)
     if row_sink is None:
-        result = call(name, input, *rows, scale=scale, dtype=dtype, validate=validate)
+        result = call_operator(name, input, *rows, scale=scale, dtype=dtype, validate=validate)
     else:
+        if is_dtensor(input):
+            from masked_softmax_ext._dtensor import on_mesh
+
+            distributed: Any = input
+            row_sink = on_mesh(row_sink, distributed.device_mesh)
         dtype = result_dtype(input, dtype)
         acc_dtype = accumulation_dtype(dtype, dtype, None)  # so that the sum is rounded once
-        result = call(name, input, *rows, scale=scale, dtype=acc_dtype, validate=validate)
+        result = call_operator(name, input, *rows, scale=scale, dtype=acc_dtype, validate=validate)
         result = add_sink(result, row_numbers("sink", row_sink, input, dim)).to(dtype)
     kept: Tensor = result.unsqueeze(dim) if keepdim and input.dim() > 0 else result
     return kept
@@ -429,10 +426,9 @@ def _call(
         if not isinstance(out, Tensor):
             raise TypeError(f"{name}(): expected out to be a Tensor, but got {type(out).__name__}")
         check_dense(name, "out", out)
-    is_distributed = is_dtensor(input)
     # Under a compiler and for a DTensor, copy_ writes the result to out: neither of them handles
     # operators that return nothing.
-    if out is not None and not is_distributed and not torch.compiler.is_compiling():
+    if out is not None and not is_dtensor(input) and not torch.compiler.is_compiling():
         getattr(torch.ops.masked_softmax_ext, name).out(
             input,
             lengths,
@@ -448,17 +444,8 @@ def _call(
         return out
     if out is not None and dtype is None and input.is_floating_point():
         dtype = input.dtype  # autocast does not apply to calls with out=
-    if is_distributed:
-        from masked_softmax_ext._dtensor import call_operator as call
-    else:
-        call = call_operator
-    rows = (lengths, dim, starts)
     options = {"scale": scale, **padding, "dtype": dtype, "validate": validate}
-    result: Tensor
-    if sink is None:
-        result = call(name, input, *rows, **options)
-    else:
-        result, _ = call(f"{name}_with_sink", input, sink, *rows, **options)
+    result = call_softmax(name, input, sink, lengths, dim, starts, **options)
     if out is None:
         return result
     check_out(name, input, result, out)  # copy_ would convert and broadcast

@@ -181,6 +181,7 @@ class AttentionPooling(nn.Module):
         lengths: Lengths = None,
         starts: Index | None = None,
         *,
+        sink: Sink = None,
         return_weights: Literal[False] = False,
     ) -> Tensor: ...
     @overload
@@ -190,6 +191,7 @@ class AttentionPooling(nn.Module):
         lengths: Lengths = None,
         starts: Index | None = None,
         *,
+        sink: Sink = None,
         return_weights: Literal[True],
     ) -> tuple[Tensor, Tensor]: ...
     @overload
@@ -199,6 +201,7 @@ class AttentionPooling(nn.Module):
         lengths: Lengths = None,
         starts: Index | None = None,
         *,
+        sink: Sink = None,
         return_weights: bool,
     ) -> Tensor | tuple[Tensor, Tensor]: ...
     def forward(

@@ -16,7 +16,6 @@ from masked_softmax_ext._arguments import (
     check_dim,
     convert_options,
     convert_sink,
-    is_dtensor,
     overridable,
     to_integer_remedy,
     to_tensor_remedy,
@@ -32,6 +31,7 @@ from masked_softmax_ext._numbers import (
 from masked_softmax_ext._scale import (
     accumulation_dtype,
     add_sink,
+    align_to_rows,
     fold_scale,
     matmul_dtype,
 )
@@ -41,7 +41,7 @@ from masked_softmax_ext._torch_internals import (
     guard_or_true,
     ragged_dim,
 )
-from masked_softmax_ext.decompositions import call_operator
+from masked_softmax_ext.decompositions import call_softmax
 
 _UNKNOWN_LENGTH = -1  # the value of the operators' argument packed without a max_length
 
@@ -197,7 +197,7 @@ def jagged_logsumexp(
     )
     sink = convert_sink("masked_logsumexp", sink, values)
     if sink is not None:
-        sink = sink[(...,) + (None,) * (result.dim() - sink.dim())]
+        sink = align_to_rows(sink, result.dim())
         sum_of_both = add_sink(
             result.to(accumulation_dtype(result.dtype, result.dtype, None)), sink
         )
@@ -299,20 +299,15 @@ def _packed(
     sink = convert_sink(name, sink, values)
     values, scale, dtype = fold_scale(values, scale, dtype)
     offsets = offsets.to(torch.int64)
-    if is_dtensor(values):
-        from masked_softmax_ext._dtensor import call_operator as call
-    else:
-        call = call_operator
-    rows = (offsets[1:] - offsets[:-1], dim, offsets[:-1])
-    options = {
-        "scale": scale,
-        "dtype": dtype,
-        "validate": validate,
-        "packed": _UNKNOWN_LENGTH if max_length is None else max_length,
-    }
-    result: Tensor
-    if sink is None:
-        result = call(f"masked_{function}", values, *rows, **options)
-    else:
-        result, _ = call(f"masked_{function}_with_sink", values, sink, *rows, **options)
-    return result
+    return call_softmax(
+        f"masked_{function}",
+        values,
+        sink,
+        offsets[1:] - offsets[:-1],
+        dim,
+        offsets[:-1],
+        scale=scale,
+        dtype=dtype,
+        validate=validate,
+        packed=_UNKNOWN_LENGTH if max_length is None else max_length,
+    )

@@ -37,6 +37,7 @@ from masked_softmax_ext._numbers import (
 from masked_softmax_ext._scale import (
     accumulation_dtype,
     add_sink,
+    align_to_rows,
     fold_scale,
     result_dtype,
     scaled_difference,
@@ -317,7 +318,7 @@ def row_numbers(name: str, index: Tensor, input: Tensor, dim: int) -> Tensor:
             f"without dimension {dim}, {rows}, but got {name} of shape {list(index.shape)} for "
             f"input of shape {list(input.shape)}" + _to_aligned_remedy(name, index.shape, rows)
         )
-    return index[(...,) + (None,) * (len(rows) - index.dim())]
+    return align_to_rows(index, len(rows))
 
 
 def _broadcasts(shape: Sequence[int], rows: Sequence[int]) -> bool:

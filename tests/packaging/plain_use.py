@@ -62,6 +62,7 @@ def modules(scores: Tensor, lengths: Tensor) -> Tensor:
     pooled, weights = pool.forward(steps, lengths, return_weights=True)
     assert_type(weights, Tensor)
     assert_type(pool.forward(steps, lengths).sum(), Tensor)
+    assert_type(pool.forward(steps, lengths, sink=0.0), Tensor)
     return pool(pooled[:, None], 1)  # mypy reports results of type Any
 
 

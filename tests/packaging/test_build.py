@@ -200,7 +200,7 @@ def test_an_nvcc_without_its_toolkit_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("release", ["13.0", "12.8", "none"])
-def test_a_toolkit_that_nobody_asked_for_stops_no_build(
+def test_an_unusable_toolkit_does_not_stop_a_build_for_the_cpu(
     release: str, tmp_path: Path, path: str
 ) -> None:
     """One line says that the build has no CUDA kernels, and why."""
