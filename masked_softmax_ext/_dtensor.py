@@ -1,9 +1,10 @@
 """``DTensor``: sharding rules of the operators, and softmax over a sharded dimension.
 
-Sharding along other dimensions than the softmax dimension needs no communication; lengths and
-starts are sharded alike. Where the softmax dimension is sharded, each process computes the maximum
-and the sum of its part of a row, and an all-reduce combines them: two numbers a row are sent, never
-the row (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
+Sharding along other dimensions than the softmax dimension needs no communication; lengths, starts
+and sinks are sharded alike. Where the softmax dimension is sharded, each process sends the maximum
+and the logsumexp of its part of a row, never the row (Milakov and Gimelshein, "Online normalizer
+calculation for softmax", 2018). For its own columns the others are a sink: one more term of the sum
+of exponentials. So the kernels compute its part of the softmax.
 
 Imported only when a DTensor arrives, because importing torch.distributed.tensor is slow.
 """
@@ -11,19 +12,24 @@ Imported only when a DTensor arrives, because importing torch.distributed.tensor
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from masked_softmax_ext._operators import OPERATORS, Tensors, find_operator, packed_argument
-from masked_softmax_ext._scale import accumulation_dtype, autocast_dtype, scaled_difference
-from masked_softmax_ext.reference import are_invalid, columns_between, per_row
+from masked_softmax_ext._scale import (
+    accumulation_dtype,
+    align_to_rows,
+    autocast_dtype,
+    scaled_difference,
+)
+from masked_softmax_ext.reference import are_invalid, check_bounds, per_row
 
 
 def call_operator(name: str, input: Any, *args: Any, **options: Any) -> Any:
@@ -39,14 +45,8 @@ def call_operator(name: str, input: Any, *args: Any, **options: Any) -> Any:
     dim %= max(input.dim(), 1)
     is_packed = "packed" in options
     if not is_packed and any(placement.is_shard(dim) for placement in input.placements):
-        if sinks or name == "masked_logsumexp":
-            what = "a sink" if sinks else "masked_logsumexp()"
-            raise NotImplementedError(
-                f"{name.removesuffix('_with_sink')}(): {what} is not supported for a DTensor that "
-                "is sharded in the softmax dimension; input.redistribute() to placements that do "
-                "not shard this dimension"
-            )
-        return _softmax_of_sharded_rows(name, input, lengths, dim, starts, meta, **options)
+        sink = sinks[0] if sinks else None
+        return _call_on_sharded_rows(name, input, sink, lengths, dim, starts, meta, **options)
     return operator(input, *sinks, lengths, dim, starts, **options)
 
 
@@ -63,10 +63,10 @@ def on_mesh(tensor: Any, mesh: DeviceMesh) -> Any:
     return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
-def _bounds_placement(bounds: Any, sharded_dim: int, dim: int) -> Placement:
-    """Placement of lengths or starts for scores sharded along ``sharded_dim``, which is not dim."""
+def _row_number_placement(numbers: Any, sharded_dim: int, dim: int) -> Placement:
+    """Placement of lengths, starts or sinks for scores sharded along ``sharded_dim``, not dim."""
     row_dim = _row_dim(sharded_dim, dim)
-    is_broadcast = row_dim >= bounds.ndim or bounds.shape[row_dim] == 1
+    is_broadcast = row_dim >= numbers.ndim or numbers.shape[row_dim] == 1
     return Replicate() if is_broadcast else Shard(row_dim)
 
 
@@ -92,10 +92,10 @@ def _register(name: str, tensors: Tensors) -> None:
         is_packed = packed_argument(operator, args, options) is not None
 
         def sharding(scores: Placement, sharded_dim: int | None) -> tuple[Any, Any]:
-            def place(bounds: Any) -> Placement:
+            def place(numbers: Any) -> Placement:
                 if sharded_dim is None or is_packed:
                     return Replicate()
-                return _bounds_placement(bounds, sharded_dim, dim)
+                return _row_number_placement(numbers, sharded_dim, dim)
 
             placements: list[Any] = [None] * len(args)
             placements[:count] = [scores] * count
@@ -124,92 +124,82 @@ for _name, _tensors in OPERATORS.items():
 # Sharding along the softmax dimension
 
 
-def _softmax_of_sharded_rows(
+@dataclass(frozen=True)
+class _Call:
+    """One call on rows that are sharded over the processes of ``groups``."""
+
+    name: str
+    dim: int
+    scale: float
+    dtype: torch.dtype  # of the result
+    padding_value: float | None
+    groups: list[dist.ProcessGroup]
+    index: int  # of this process among those that share its rows
+    processes: int  # that share its rows
+
+
+def _call_on_sharded_rows(
     name: str,
     input: DTensor,
+    sink: DTensor | None,
     lengths: DTensor | None,
     dim: int,
     starts: DTensor | None,
-    meta: Tensor,
+    meta: Any,
     *,
     scale: float | None,
     dtype: torch.dtype | None,
     validate: bool,
-    padding_value: float = -math.inf,
-) -> Tensor:
-    """``meta`` has the result's type, shape and strides, autocast aside."""
-    mesh = input.device_mesh
-    device = input.device.type
-    dtype = meta.dtype if dtype is not None else autocast_dtype(device, meta.dtype)
+    padding_value: float | None = None,
+) -> Any:
+    """``meta``: the results of this call for meta tensors, to which autocast does not apply."""
+    mesh, cols = input.device_mesh, input.size(dim)
+    results = (meta,) if isinstance(meta, Tensor) else meta
+    if dtype is None:
+        dtype = autocast_dtype(input.device.type, results[0].dtype)
     placements = [p if p.is_shard() else Replicate() for p in input.placements]
-    local = input.redistribute(mesh, placements).to_local()
-    cols = input.size(dim)
-    first_column, groups = _local_columns(cols, dim, mesh, placements)
-    local_lengths = cols if lengths is None else _local_bounds(lengths, dim, placements)
-    local_starts = 0 if starts is None else _local_bounds(starts, dim, placements)
-    rows = _LocalRows(
-        per_row("lengths", local_lengths, local, dim),
-        per_row("starts", local_starts, local, dim),
-        cols,
-        first_column,
-        dim,
+    first, *sharing = _local_columns(cols, dim, mesh, placements)
+    name = name.removesuffix("_with_sink")
+    call = _Call(name, dim, 1.0 if scale is None else scale, dtype, padding_value, *sharing)
+    x = _ToLocal.apply(input.redistribute(mesh, placements), placements)
+
+    length, start = (
+        per_row("", _of_local_rows(numbers, dim, placements), x, dim)
+        for numbers in (cols if lengths is None else lengths, 0 if starts is None else starts)
     )
-    if (validate or device == "cpu") and not torch.compiler.is_compiling():
+    if (validate or x.device.type == "cpu") and not torch.compiler.is_compiling():
         # Processes that share these rows see the same bounds: either all of them raise, or none.
-        rows.raise_if_invalid(name)
-    y = _ShardedSoftmax.apply(  # type: ignore[no-untyped-call]
-        local,
-        rows,
-        1.0 if scale is None else scale,
-        dtype,
-        groups,
-        name == "masked_log_softmax",
-        padding_value,
-    )
-    return DTensor.from_local(
-        y, mesh, placements, run_check=False, shape=meta.shape, stride=meta.stride()
-    )
+        _check_bounds(name, length, start, x, dim, cols)
+    begin, end = ((column - first).clamp(0, x.size(dim)) for column in (start, start + length))
+    # A length of -1 makes the row NaN.
+    local_length = (end - begin).masked_fill(are_invalid(length, start, cols), -1)
+    rows = (local_length.squeeze(dim), begin.squeeze(dim))
 
-
-@dataclass
-class _LocalRows:
-    """The bounds of this process's rows, of size 1 in ``dim``, and the columns it has of them."""
-
-    lengths: Tensor
-    starts: Tensor
-    cols: int  # of a whole row
-    first_column: int
-    dim: int
-
-    def padding(self, x: Tensor) -> Tensor:
-        """The mask of the padding in this process's columns."""
-        column = torch.arange(x.size(self.dim), device=x.device) + self.first_column
-        return ~columns_between(self.lengths, self.starts, self.dim, column)
-
-    def invalid(self) -> Tensor:
-        return are_invalid(self.lengths, self.starts, self.cols)
-
-    def raise_if_invalid(self, name: str) -> None:
-        invalid = self.invalid()
-        if not bool(invalid.any()):
-            return
-        row = invalid.flatten().nonzero()[0]
-        start, length = (
-            int(bounds.expand(invalid.shape).flatten()[row])
-            for bounds in (self.starts, self.lengths)
+    if name == "masked_logsumexp":
+        outputs = (_LogSumExp.apply(x, *rows, call),)
+    else:
+        outputs = _Softmax.apply(x, _local_sinks(sink, x, dim, placements), *rows, call)
+    of_rows = [
+        Replicate() if p.is_replicate() or p.is_shard(dim) else Shard(_row_dim(p.dim, dim))
+        for p in placements
+    ]
+    distributed = tuple(
+        _FromLocal.apply(
+            output,
+            mesh,
+            placements if result.dim() == input.dim() else of_rows,
+            (result.shape, result.stride()),
         )
-        raise ValueError(
-            f"{name}(): expected 0 <= start, 0 <= length and start + length <= {self.cols} "
-            f"(input's size in dimension {self.dim}), but a row has start {start} and length "
-            f"{length}"
-        )
+        for output, result in zip(outputs, results, strict=False)  # without a sink: no weight
+    )
+    return distributed[0] if isinstance(meta, Tensor) else distributed
 
 
 def _local_columns(
     cols: int, dim: int, mesh: DeviceMesh, placements: list[Any]
-) -> tuple[int, list[dist.ProcessGroup]]:
-    """The first of this process's columns, and the groups whose processes share its rows."""
-    first = 0
+) -> tuple[int, list[dist.ProcessGroup], int, int]:
+    """This process's first column; groups, index and processes of a :class:`_Call`."""
+    first, index, processes = 0, 0, 1
     groups = []
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
@@ -219,97 +209,255 @@ def _local_columns(
             begin = min(chunk * coordinate[mesh_dim], cols)
             first, cols = first + begin, min(chunk, cols - begin)
             groups.append(mesh.get_group(mesh_dim))
-    return first, groups
+            index += processes * coordinate[mesh_dim]
+            processes *= mesh.size(mesh_dim)
+    return first, groups, index, processes
 
 
-def _local_bounds(bounds: DTensor, dim: int, placements: list[Any]) -> Tensor:
-    """Lengths or starts of this process's rows, for scores with these placements."""
-    return bounds.redistribute(
+def _redistribute_row_numbers(numbers: DTensor, dim: int, placements: list[Any]) -> DTensor:
+    """Lengths, starts or sinks, placed as the rows of scores with these placements."""
+    return numbers.redistribute(
         placements=[
             Replicate()
             if placement.is_replicate() or placement.dim == dim
-            else _bounds_placement(bounds, placement.dim, dim)
+            else _row_number_placement(numbers, placement.dim, dim)
             for placement in placements
         ]
-    ).to_local()
+    )
 
 
-def _all_reduce(tensor: Tensor, groups: list[dist.ProcessGroup], op: Any) -> Tensor:
+def _of_local_rows(bounds: DTensor | int, dim: int, placements: list[Any]) -> Tensor | int:
+    if isinstance(bounds, int):
+        return bounds
+    return _redistribute_row_numbers(bounds, dim, placements).to_local()
+
+
+def _local_sinks(sink: DTensor | None, x: Tensor, dim: int, placements: list[Any]) -> Tensor:
+    """The sink of each of this process's rows; -inf, which is none, without an argument."""
+    rows = [*x.shape[:dim], *x.shape[dim + 1 :]]
+    if sink is None:
+        return x.new_full((), -math.inf, dtype=torch.float64).expand(rows)
+    sink = _redistribute_row_numbers(sink, dim, placements)
+    # Where processes have different rows and the same sink, each has a part of its gradient.
+    grad_placements = [
+        Partial() if own.is_replicate() and p.is_shard() and not p.is_shard(dim) else own
+        for own, p in zip(sink.placements, placements, strict=True)
+    ]
+    return align_to_rows(_ToLocal.apply(sink, grad_placements), len(rows)).expand(rows)
+
+
+def _check_bounds(name: str, length: Tensor, start: Tensor, x: Tensor, dim: int, cols: int) -> None:
+    whole_rows = torch.empty([*x.shape[:dim], cols, *x.shape[dim + 1 :]], device="meta")
+    try:
+        check_bounds(length, start, whole_rows, dim, has_lengths=True, has_starts=True)
+    except ValueError as error:
+        raise ValueError(f"{name}(): {error}; it is a row of this process's part") from None
+
+
+class _Softmax(torch.autograd.Function):
+    """Softmax or log_softmax of this process's columns, and the sink's weight.
+
+    The sink and its weight are the same in all processes that share a row, and so are their
+    gradients.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, sink: Tensor, lengths: Tensor, starts: Tensor, call: _Call
+    ) -> tuple[Tensor, Tensor]:
+        part = _exchange(x, lengths, starts, call)
+        terms = torch.cat([part.logsumexps, (sink - part.shift)[None]])
+        weight = (terms[-1] - terms.logsumexp(0)).exp().masked_fill(sink == -math.inf, 0.0)
+        terms[call.index] = -math.inf
+        y, _ = find_operator(f"{call.name}_with_sink")(
+            part.x,
+            terms.logsumexp(0) + part.shift_from_own,
+            lengths,
+            call.dim,
+            starts,
+            scale=part.scale,
+            padding_value=call.padding_value,
+            dtype=call.dtype,
+        )
+        weight = weight.to(accumulation_dtype(y.dtype, y.dtype, None))
+        ctx.save_for_backward(y, weight, lengths, starts)
+        ctx.call, ctx.x_dtype, ctx.sink_dtype = call, x.dtype, sink.dtype
+        return y, weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_weight: Tensor) -> tuple[Tensor | None, ...]:
+        # The formulas of csrc/binding/autograd_rows.cpp, with the sums over whole rows.
+        y, weight, lengths, starts = ctx.saved_tensors
+        call: _Call = ctx.call
+        rows, acc_dtype = (lengths, call.dim, starts), weight.dtype
+        if call.name == "masked_softmax":
+            probabilities, dy_dlogsumexp = y, y
+        else:
+            probabilities = y.to(acc_dtype).exp()
+            dy_dlogsumexp = y.new_ones((), dtype=acc_dtype).expand(y.shape)
+        own_sum = _row_dot(grad, dy_dlogsumexp, *rows, None)
+        grad_logsumexp = -(_SumOfProcesses.apply(own_sum, call.groups) + grad_weight * weight)
+        # The kernel subtracts the sum over its own columns only.
+        backward = find_operator(f"{call.name}_backward")
+        grad_x = backward(grad, y, *rows, call.scale, acc_dtype) + _row_scale(
+            probabilities,
+            own_sum + _ToProcesses.apply(grad_logsumexp, call.groups),
+            *rows,
+            call.scale,
+        )
+        grad_sink = weight * (grad_weight + grad_logsumexp)
+        return grad_x.to(ctx.x_dtype), grad_sink.to(ctx.sink_dtype), None, None, None
+
+
+class _LogSumExp(torch.autograd.Function):
+    """Logsumexp of whole rows: the same in all processes that share them, as is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lengths: Tensor, starts: Tensor, call: _Call) -> Tensor:
+        part = _exchange(x, lengths, starts, call)
+        ctx.save_for_backward(x, lengths, starts)
+        ctx.call = call
+        return (part.logsumexps.logsumexp(0) + part.shift).to(call.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, lengths, starts = ctx.saved_tensors
+        call: _Call = ctx.call
+        acc_dtype = accumulation_dtype(x.dtype, call.dtype, None)
+        softmax = replace(call, name="masked_softmax", dtype=acc_dtype)
+        y, _ = _Softmax.apply(x, _local_sinks(None, x, call.dim, []), lengths, starts, softmax)
+        grads = _ToProcesses.apply(grad.to(acc_dtype), call.groups)
+        grad_x = _row_scale(y, grads, lengths, call.dim, starts, call.scale)
+        return grad_x.to(x.dtype), None, None, None
+
+
+class _Part(NamedTuple):
+    """This process's columns, and the logsumexps of each process's part of the rows."""
+
+    x: Tensor  # relative to the maximum of the row's part, in the accumulation type
+    scale: float  # of x
+    logsumexps: Tensor  # (processes, rows), relative to shift
+    shift: Tensor  # scale * maximum of the whole row
+    shift_from_own: Tensor  # shift - scale * maximum of the row's part
+
+
+def _exchange(x: Tensor, lengths: Tensor, starts: Tensor, call: _Call) -> _Part:
+    """The only communication of the forward pass: two numbers for each row.
+
+    Maxima stay apart from logarithms, which would be lost beside a large maximum.
+    """
+    dim, scale = call.dim, call.scale
+    x = x.to(accumulation_dtype(x.dtype, call.dtype, scale))
+    own_max = x.new_zeros([*x.shape[:dim], 1, *x.shape[dim + 1 :]])
+    if x.size(dim) > 0:
+        softmax = find_operator("masked_softmax")(x, lengths, dim, starts, scale=scale)
+        own_max = x.gather(dim, softmax.argmax(dim, keepdim=True))
+        own_max = own_max.masked_fill(~own_max.isfinite(), 0.0)
+    # Half the difference where the scale is small, since the whole may overflow.
+    factor = 1.0 if abs(scale) >= 1 else 0.5
+    x = torch.add(own_max * -factor, x, alpha=factor)
+    own_logsumexp = find_operator("masked_logsumexp")(
+        x, lengths, dim, starts, scale=scale / factor, dtype=torch.float64
+    )
+    own_max = own_max.squeeze(dim).double()
+    if scale < 0:
+        own_max = -own_max
+    # Each process fills its own part, so the sum of all is that of each.
+    parts = own_logsumexp.new_zeros([call.processes, 2, *own_max.shape])
+    parts[call.index] = torch.stack([own_max, own_logsumexp])
+    maxima, logsumexps = _all_reduce(parts, call.groups).unbind(1)
+    is_empty = logsumexps == -math.inf
+    row_max = maxima.masked_fill(is_empty, -math.inf).amax(0)
+    row_max = row_max.masked_fill(row_max == -math.inf, 0.0)
+    logsumexps = logsumexps + scaled_difference(maxima, row_max, abs(scale))
+    from_own = scaled_difference(row_max, own_max, abs(scale))
+    return _Part(
+        x,
+        scale / factor,
+        logsumexps.masked_fill(is_empty, -math.inf),
+        row_max * abs(scale),
+        from_own.masked_fill(own_logsumexp == -math.inf, 0.0),
+    )
+
+
+def _all_reduce(tensor: Tensor, groups: list[dist.ProcessGroup]) -> Tensor:
     """In place."""
     for group in groups:
-        dist.all_reduce(tensor, op, group)
+        dist.all_reduce(tensor, group=group)
     return tensor
 
 
-def _local_max(z: Tensor, dim: int) -> Tensor:
-    """The maximum of each row; -inf if this process has none of its columns."""
-    if z.size(dim) > 0:
-        return z.amax(dim, keepdim=True)
-    return z.new_full([*z.shape[:dim], 1, *z.shape[dim + 1 :]], -math.inf)
+def _row_dot(*args: Any) -> Tensor:
+    result: Tensor = find_operator("masked_row_dot")(*args)
+    return result
 
 
-class _ShardedSoftmax(torch.autograd.Function):
-    """Softmax or log-softmax over a dimension that is sharded over the processes of ``groups``."""
+def _row_scale(*args: Any) -> Tensor:
+    result: Tensor = find_operator("masked_row_scale")(*args)
+    return result
+
+
+# Functions that are each other's derivatives, so that no order of derivatives is the last.
+
+
+class _SumOfProcesses(torch.autograd.Function):
+    """The sum of what each process has."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, groups: list[dist.ProcessGroup]) -> Tensor:
+        ctx.groups = groups
+        return _all_reduce(tensor.clone(), groups)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _ToProcesses.apply(grad, ctx.groups), None
+
+
+class _ToProcesses(torch.autograd.Function):
+    """What all processes have, for results that differ between them."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, groups: list[dist.ProcessGroup]) -> Tensor:
+        ctx.groups = groups
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _SumOfProcesses.apply(grad, ctx.groups), None
+
+
+class _ToLocal(torch.autograd.Function):
+    """``to_local``, whose gradient has derivatives (not so in torch 2.11)."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: DTensor, grad_placements: list[Placement]) -> Tensor:
+        ctx.placed = tensor.device_mesh, grad_placements, (tensor.shape, tensor.stride())
+        return tensor.to_local()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _FromLocal.apply(grad, *ctx.placed), None
+
+
+class _FromLocal(torch.autograd.Function):
+    """``from_local``, whose gradient has derivatives."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
-        rows: _LocalRows,
-        scale: float,
-        dtype: torch.dtype,
-        groups: list[dist.ProcessGroup],
-        is_log: bool,
-        padding_value: float,
-    ) -> Tensor:
-        dim = rows.dim
-        acc_dtype = accumulation_dtype(x.dtype, dtype, scale)
-        padding = rows.padding(x)
-        z = (-x.to(acc_dtype) if scale < 0 else x.to(acc_dtype)).masked_fill(padding, -math.inf)
-        # Collectives do not agree on the maximum of a NaN, so NaN reaches its row through the sum.
-        row_max = _local_max(z.masked_fill(z.isnan(), -math.inf), dim)
-        row_max = _all_reduce(row_max, groups, dist.ReduceOp.MAX)
-        z = scaled_difference(z, row_max, abs(scale))
-        exponentials = z.exp().masked_fill_(padding, 0.0)
-        if is_log:
-            # log(count + rest), with the maxima counted apart from the rest of the sum, so that
-            # log1p keeps a row accurate that one element dominates.
-            is_max = (z == 0) & ~padding
-            count = is_max.sum(dim, keepdim=True).to(acc_dtype)
-            rest = exponentials.masked_fill_(is_max, 0.0).sum(dim, keepdim=True)
-            count, rest = _all_reduce(torch.stack([count, rest]), groups, dist.ReduceOp.SUM)
-            y = z.sub_(count.log() + (rest / count).log1p()).masked_fill_(padding, padding_value)
-        else:
-            row_sum = _all_reduce(exponentials.sum(dim, keepdim=True), groups, dist.ReduceOp.SUM)
-            y = exponentials.div_(row_sum).masked_fill_(padding, 0.0)
-        y = _fill_invalid_rows(y.to(dtype), rows)
-        ctx.save_for_backward(y, rows.lengths, rows.starts)
-        ctx.rows = rows.cols, rows.first_column, dim
-        ctx.call = scale, x.dtype, acc_dtype, groups, is_log
-        return y
+        tensor: Tensor,
+        mesh: DeviceMesh,
+        placements: list[Placement],
+        layout: tuple[torch.Size, tuple[int, ...]],
+    ) -> DTensor:
+        ctx.placements = placements
+        shape, stride = layout
+        return DTensor.from_local(
+            tensor, mesh, placements, run_check=False, shape=shape, stride=stride
+        )
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # With create_graph=True. DTensor drops the graph silently; a second derivative were wrong.
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "masked_softmax() and masked_log_softmax() of a DTensor that is sharded in the "
-                "softmax dimension have first derivatives only, but got a backward pass with "
-                "create_graph=True; input.redistribute() to placements that do not shard this "
-                "dimension has all derivatives"
-            )
-        y, lengths, starts = ctx.saved_tensors
-        scale, input_dtype, acc_dtype, groups, is_log = ctx.call
-        rows = _LocalRows(lengths, starts, *ctx.rows)
-        padding = rows.padding(y)
-        g, y = grad.to(acc_dtype).masked_fill(padding, 0.0), y.to(acc_dtype)
-        terms = g if is_log else g * y
-        row_sum = _all_reduce(terms.sum(rows.dim, keepdim=True), groups, dist.ReduceOp.SUM)
-        result = g - y.exp() * row_sum if is_log else y * (g - row_sum)
-        result = (result * scale).masked_fill_(padding, 0.0).to(input_dtype)
-        return (_fill_invalid_rows(result, rows), *[None] * 6)
-
-
-def _fill_invalid_rows(result: Tensor, rows: _LocalRows) -> Tensor:
-    """NaN in rows with invalid bounds. On the CPU they have raised an error before."""
-    return result if result.device.type == "cpu" else result.masked_fill(rows.invalid(), math.nan)
+    def backward(ctx: Any, grad: DTensor) -> tuple[Tensor, None, None, None]:
+        placements = [Replicate() if p.is_partial() else p for p in ctx.placements]
+        grad = grad.redistribute(placements=placements)
+        return _ToLocal.apply(grad, ctx.placements), None, None, None

@@ -264,7 +264,7 @@ def _mask(
     length = per_row("lengths", cols if lengths is None else lengths, input, dim)
     start = per_row("starts", 0 if starts is None else starts, input, dim)
     if checks:
-        _check_bounds(length, start, input, dim, lengths is not None, starts is not None)
+        check_bounds(length, start, input, dim, lengths is not None, starts is not None)
     return columns_between(length, start, dim, torch.arange(cols, device=input.device))
 
 
@@ -342,7 +342,7 @@ def _to_aligned_remedy(name: str, shape: Sequence[int], rows: Sequence[int]) -> 
     )
 
 
-def _check_bounds(
+def check_bounds(
     length: Tensor, start: Tensor, input: Tensor, dim: int, has_lengths: bool, has_starts: bool
 ) -> None:
     cols = input.size(dim)
