@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from masked_softmax_ext._operators import OPERATORS, Tensors, find_operator, packed_argument
@@ -157,34 +157,45 @@ def _call_on_sharded_rows(
     results = (meta,) if isinstance(meta, Tensor) else meta
     if dtype is None:
         dtype = autocast_dtype(input.device.type, results[0].dtype)
-    placements = [p if p.is_shard() else Replicate() for p in input.placements]
-    first, *sharing = _local_columns(cols, dim, mesh, placements)
+    placements: list[Any] = [p if p.is_shard() else Replicate() for p in input.placements]
+    first, groups, index, processes = _local_columns(cols, dim, mesh, placements)
     name = name.removesuffix("_with_sink")
-    call = _Call(name, dim, 1.0 if scale is None else scale, dtype, padding_value, *sharing)
-    x = _ToLocal.apply(input.redistribute(mesh, placements), placements)
+    scale = 1.0 if scale is None else scale
+    call = _Call(name, dim, scale, dtype, padding_value, groups, index, processes)
+    x = _apply(_ToLocal, _redistribute(input, placements))
 
     length, start = (
-        per_row("", _of_local_rows(numbers, dim, placements), x, dim)
-        for numbers in (cols if lengths is None else lengths, 0 if starts is None else starts)
+        per_row(
+            "",
+            default if bounds is None else _of_local_rows(bounds, dim, placements).to_local(),
+            x,
+            dim,
+        )
+        for bounds, default in ((lengths, cols), (starts, 0))
     )
     if (validate or x.device.type == "cpu") and not torch.compiler.is_compiling():
         # Processes that share these rows see the same bounds: either all of them raise, or none.
-        _check_bounds(name, length, start, x, dim, cols)
+        whole_rows = torch.empty([*x.shape[:dim], cols, *x.shape[dim + 1 :]], device="meta")
+        try:
+            check_bounds(length, start, whole_rows, dim, lengths is not None, starts is not None)
+        except ValueError as error:
+            raise ValueError(f"{name}(): {error} (a row of this process's part)") from None
     begin, end = ((column - first).clamp(0, x.size(dim)) for column in (start, start + length))
     # A length of -1 makes the row NaN.
     local_length = (end - begin).masked_fill(are_invalid(length, start, cols), -1)
     rows = (local_length.squeeze(dim), begin.squeeze(dim))
 
     if name == "masked_logsumexp":
-        outputs = (_LogSumExp.apply(x, *rows, call),)
+        outputs = (_apply(_LogSumExp, x, *rows, call),)
     else:
-        outputs = _Softmax.apply(x, _local_sinks(sink, x, dim, placements), *rows, call)
+        outputs = _apply(_Softmax, x, _local_sinks(sink, x, dim, placements), *rows, call)
     of_rows = [
         Replicate() if p.is_replicate() or p.is_shard(dim) else Shard(_row_dim(p.dim, dim))
         for p in placements
     ]
     distributed = tuple(
-        _FromLocal.apply(
+        _apply(
+            _FromLocal,
             output,
             mesh,
             placements if result.dim() == input.dim() else of_rows,
@@ -214,22 +225,23 @@ def _local_columns(
     return first, groups, index, processes
 
 
-def _redistribute_row_numbers(numbers: DTensor, dim: int, placements: list[Any]) -> DTensor:
+def _of_local_rows(numbers: DTensor, dim: int, placements: list[Any]) -> DTensor:
     """Lengths, starts or sinks, placed as the rows of scores with these placements."""
-    return numbers.redistribute(
-        placements=[
+    return _redistribute(
+        numbers,
+        [
             Replicate()
             if placement.is_replicate() or placement.dim == dim
             else _row_number_placement(numbers, placement.dim, dim)
             for placement in placements
-        ]
+        ],
     )
 
 
-def _of_local_rows(bounds: DTensor | int, dim: int, placements: list[Any]) -> Tensor | int:
-    if isinstance(bounds, int):
-        return bounds
-    return _redistribute_row_numbers(bounds, dim, placements).to_local()
+def _redistribute(tensor: DTensor, placements: list[Any]) -> DTensor:
+    # A call that changes nothing would end the derivatives at the second.
+    unchanged = list(tensor.placements) == placements
+    return tensor if unchanged else tensor.redistribute(placements=placements)
 
 
 def _local_sinks(sink: DTensor | None, x: Tensor, dim: int, placements: list[Any]) -> Tensor:
@@ -237,21 +249,15 @@ def _local_sinks(sink: DTensor | None, x: Tensor, dim: int, placements: list[Any
     rows = [*x.shape[:dim], *x.shape[dim + 1 :]]
     if sink is None:
         return x.new_full((), -math.inf, dtype=torch.float64).expand(rows)
-    sink = _redistribute_row_numbers(sink, dim, placements)
-    # Where processes have different rows and the same sink, each has a part of its gradient.
-    grad_placements = [
-        Partial() if own.is_replicate() and p.is_shard() and not p.is_shard(dim) else own
-        for own, p in zip(sink.placements, placements, strict=True)
+    sink = _of_local_rows(sink, dim, placements)
+    # The gradient of a sink that is replicated beside sharded rows is the sum of theirs.
+    groups = [
+        sink.device_mesh.get_group(mesh_dim)
+        for mesh_dim, (own, p) in enumerate(zip(sink.placements, placements, strict=True))
+        if own.is_replicate() and p.is_shard() and not p.is_shard(dim)
     ]
-    return align_to_rows(_ToLocal.apply(sink, grad_placements), len(rows)).expand(rows)
-
-
-def _check_bounds(name: str, length: Tensor, start: Tensor, x: Tensor, dim: int, cols: int) -> None:
-    whole_rows = torch.empty([*x.shape[:dim], cols, *x.shape[dim + 1 :]], device="meta")
-    try:
-        check_bounds(length, start, whole_rows, dim, has_lengths=True, has_starts=True)
-    except ValueError as error:
-        raise ValueError(f"{name}(): {error}; it is a row of this process's part") from None
+    local = _for_each_process(_apply(_ToLocal, sink), groups)
+    return align_to_rows(local, len(rows)).expand(rows)
 
 
 class _Softmax(torch.autograd.Function):
@@ -266,8 +272,10 @@ class _Softmax(torch.autograd.Function):
         ctx: Any, x: Tensor, sink: Tensor, lengths: Tensor, starts: Tensor, call: _Call
     ) -> tuple[Tensor, Tensor]:
         part = _exchange(x, lengths, starts, call)
-        terms = torch.cat([part.logsumexps, (sink - part.shift)[None]])
-        weight = (terms[-1] - terms.logsumexp(0)).exp().masked_fill(sink == -math.inf, 0.0)
+        has_no_sink = sink == -math.inf
+        sink_term = (sink - part.shift).masked_fill(has_no_sink, -math.inf)
+        terms = torch.cat([part.logsumexps, sink_term[None]])
+        weight = (sink_term - terms.logsumexp(0)).exp().masked_fill(has_no_sink, 0.0)
         terms[call.index] = -math.inf
         y, _ = find_operator(f"{call.name}_with_sink")(
             part.x,
@@ -295,13 +303,14 @@ class _Softmax(torch.autograd.Function):
         else:
             probabilities = y.to(acc_dtype).exp()
             dy_dlogsumexp = y.new_ones((), dtype=acc_dtype).expand(y.shape)
-        own_sum = _row_dot(grad, dy_dlogsumexp, *rows, None)
-        grad_logsumexp = -(_SumOfProcesses.apply(own_sum, call.groups) + grad_weight * weight)
+        own_sum = find_operator("masked_row_dot")(grad, dy_dlogsumexp, *rows, None)
+        grad_logsumexp = -(_sum_of_processes(own_sum, call.groups) + grad_weight * weight)
         # The kernel subtracts the sum over its own columns only.
         backward = find_operator(f"{call.name}_backward")
-        grad_x = backward(grad, y, *rows, call.scale, acc_dtype) + _row_scale(
+        row_scale = find_operator("masked_row_scale")
+        grad_x = backward(grad, y, *rows, call.scale, acc_dtype) + row_scale(
             probabilities,
-            own_sum + _ToProcesses.apply(grad_logsumexp, call.groups),
+            own_sum + _for_each_process(grad_logsumexp, call.groups),
             *rows,
             call.scale,
         )
@@ -325,9 +334,9 @@ class _LogSumExp(torch.autograd.Function):
         call: _Call = ctx.call
         acc_dtype = accumulation_dtype(x.dtype, call.dtype, None)
         softmax = replace(call, name="masked_softmax", dtype=acc_dtype)
-        y, _ = _Softmax.apply(x, _local_sinks(None, x, call.dim, []), lengths, starts, softmax)
-        grads = _ToProcesses.apply(grad.to(acc_dtype), call.groups)
-        grad_x = _row_scale(y, grads, lengths, call.dim, starts, call.scale)
+        y, _ = _apply(_Softmax, x, _local_sinks(None, x, call.dim, []), lengths, starts, softmax)
+        grads = _for_each_process(grad.to(acc_dtype), call.groups)
+        grad_x = find_operator("masked_row_scale")(y, grads, lengths, call.dim, starts, call.scale)
         return grad_x.to(x.dtype), None, None, None
 
 
@@ -387,56 +396,49 @@ def _all_reduce(tensor: Tensor, groups: list[dist.ProcessGroup]) -> Tensor:
     return tensor
 
 
-def _row_dot(*args: Any) -> Tensor:
-    result: Tensor = find_operator("masked_row_dot")(*args)
-    return result
+# Communication, and the way to local tensors and back, with derivatives of every order
 
 
-def _row_scale(*args: Any) -> Tensor:
-    result: Tensor = find_operator("masked_row_scale")(*args)
-    return result
+def _sum_of_processes(tensor: Tensor, groups: list[dist.ProcessGroup]) -> Any:
+    """The same sum in every process, whose gradient is the same too."""
+    return _apply(_SumOfProcesses, tensor, groups, False)
 
 
-# Functions that are each other's derivatives, so that no order of derivatives is the last.
+def _for_each_process(tensor: Tensor, groups: list[dist.ProcessGroup]) -> Any:
+    """What is the same in every process, for results that are not: its gradient is their sum."""
+    return _apply(_SumOfProcesses, tensor, groups, True)
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    return function.apply(*args)  # type: ignore[no-untyped-call]
 
 
 class _SumOfProcesses(torch.autograd.Function):
-    """The sum of what each process has."""
+    """The sum of what each process has; with ``is_transposed`` its derivative."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, groups: list[dist.ProcessGroup]) -> Tensor:
-        ctx.groups = groups
-        return _all_reduce(tensor.clone(), groups)
+    def forward(
+        ctx: Any, tensor: Tensor, groups: list[dist.ProcessGroup], is_transposed: bool
+    ) -> Tensor:
+        ctx.call = groups, not is_transposed
+        return tensor.view_as(tensor) if is_transposed else _all_reduce(tensor.clone(), groups)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _ToProcesses.apply(grad, ctx.groups), None
-
-
-class _ToProcesses(torch.autograd.Function):
-    """What all processes have, for results that differ between them."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, groups: list[dist.ProcessGroup]) -> Tensor:
-        ctx.groups = groups
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _SumOfProcesses.apply(grad, ctx.groups), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _apply(_SumOfProcesses, grad, *ctx.call), None, None
 
 
 class _ToLocal(torch.autograd.Function):
     """``to_local``, whose gradient has derivatives (not so in torch 2.11)."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: DTensor, grad_placements: list[Placement]) -> Tensor:
-        ctx.placed = tensor.device_mesh, grad_placements, (tensor.shape, tensor.stride())
+    def forward(ctx: Any, tensor: DTensor) -> Tensor:
+        ctx.placement = tensor.device_mesh, tensor.placements, (tensor.shape, tensor.stride())
         return tensor.to_local()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _FromLocal.apply(grad, *ctx.placed), None
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _apply(_FromLocal, grad, *ctx.placement)
 
 
 class _FromLocal(torch.autograd.Function):
@@ -447,10 +449,10 @@ class _FromLocal(torch.autograd.Function):
         ctx: Any,
         tensor: Tensor,
         mesh: DeviceMesh,
-        placements: list[Placement],
+        placements: list[Any],
         layout: tuple[torch.Size, tuple[int, ...]],
     ) -> DTensor:
-        ctx.placements = placements
+        ctx.placements = list(placements)
         shape, stride = layout
         return DTensor.from_local(
             tensor, mesh, placements, run_check=False, shape=shape, stride=stride
@@ -458,6 +460,4 @@ class _FromLocal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: DTensor) -> tuple[Tensor, None, None, None]:
-        placements = [Replicate() if p.is_partial() else p for p in ctx.placements]
-        grad = grad.redistribute(placements=placements)
-        return _ToLocal.apply(grad, ctx.placements), None, None, None
+        return _apply(_ToLocal, _redistribute(grad, ctx.placements)), None, None, None

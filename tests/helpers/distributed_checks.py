@@ -9,6 +9,7 @@ import json
 import os
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from torch.distributed.tensor import (
 )
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from masked_softmax_ext import (
     AttentionPooling,
@@ -173,30 +176,62 @@ def second_order(world: int) -> None:
     assert float(results[0].abs().max()) > 1e-4
 
 
+FUNCTIONS: tuple[Callable[..., Tensor], ...] = (
+    masked_softmax,
+    masked_log_softmax,
+    partial(masked_log_softmax, padding_value=0.0),
+    masked_logsumexp,
+)
+
+
+def derivatives(
+    function: Callable[..., Tensor], x: Tensor, sink: Tensor | None, order: int, **options: Any
+) -> list[Tensor]:
+    """The result, and derivatives with respect to x and the sink up to the order."""
+    leaves = [leaf.requires_grad_() for leaf in (x, sink) if leaf is not None]
+    y = function(x, sink=sink, **options)
+    results, value = [y], (4 * y).sin().sum()
+    for _ in range(order):
+        gradients = torch.autograd.grad(value, leaves, create_graph=True)
+        results += gradients
+        value = sum((4 * gradient).sin().sum() for gradient in gradients)  # type: ignore[assignment]
+    return [r.full_tensor() if isinstance(r, DTensor) else r for r in results]
+
+
+def assert_derivatives(
+    function: Callable[..., Tensor],
+    x: DTensor,
+    sink: Tensor | None,
+    order: int,
+    plain_sink: Tensor | None = None,
+    **options: Any,
+) -> None:
+    """Those of the whole tensors in one process, of float64."""
+    wide_sink = None if plain_sink is None else plain_sink.double()
+    lengths = options.pop("lengths")
+    whole = lengths.full_tensor() if isinstance(lengths, DTensor) else lengths
+    wide = x.detach().full_tensor().double()
+    expected = derivatives(function, wide, wide_sink, order, lengths=whole, **options)
+    got = derivatives(function, x.detach(), sink, order, lengths=lengths, **options)
+    for result, wide_result in zip(got, expected, strict=True):
+        largest = wide_result.detach().nan_to_num(neginf=0.0).abs().max()
+        assert float(largest) > 1e-3, f"{function}, {options}: {largest}"
+        rtol = 1e-5 if result.dtype == torch.float32 else 1e-7
+        torch.testing.assert_close(result.double(), wide_result, rtol=rtol, atol=rtol)
+
+
 @check
 def sinks(world: int) -> None:
-    """Other dimensions are sharded: the unsharded results, gradients of both; none is gathered."""
+    """In each placement the unsharded results, gradients of both; none is gathered."""
     mesh = init_device_mesh("cpu", (world,))
     sink = random_input((1, 7), torch.float32, seed=5)
-    functions = (masked_softmax, masked_log_softmax, masked_logsumexp)
-    for function, shard, is_distributed in itertools.product(functions, (0, 1), (False, True)):
-        results = []
-        for x in (X.clone(), distribute_tensor(X, mesh, [Shard(shard)])):
-            given = sink.clone()
-            if is_distributed and isinstance(x, DTensor):
-                given = distribute_tensor(given, mesh, [Replicate()])
-            options = {} if function is masked_softmax else {"padding_value": 0.0}
-            options = {} if function is masked_logsumexp else options
-            leaves = x.requires_grad_(), given.requires_grad_()
-            lengths = LENGTHS.clamp(min=1)
-            y = function(*leaves[:1], lengths, scale=0.5, sink=leaves[1], **options)
-            gradients = torch.autograd.grad(y.sin().sum(), leaves)
-            results.append(
-                [r.full_tensor() if isinstance(r, DTensor) else r for r in (y, *gradients)]
-            )
-        for expected, got in zip(*results, strict=True):
-            torch.testing.assert_close(got, expected)
-            assert float(expected.abs().max()) > 1e-3
+    for function, shard, given in itertools.product(
+        FUNCTIONS, (0, 1, 2), (None, Replicate(), Shard(1))
+    ):
+        x = distribute_tensor(X, mesh, [Shard(shard)])
+        placed = sink.clone() if given is None else distribute_tensor(sink, mesh, [given])
+        lengths = LENGTHS.clamp(min=1)
+        assert_derivatives(function, x, placed, 1, sink, lengths=lengths, scale=0.5)
 
 
 @check
@@ -306,22 +341,31 @@ def bad_lengths(world: int) -> None:
 def accuracy_of_sharded_rows(world: int) -> None:
     """The bounds of docs/guarantees.md for large scores, close scores and logarithms near 0."""
     mesh = init_device_mesh("cpu", (world,))
-    x = torch.zeros(4, 8)
+    x = torch.zeros(6, 8)
     x[0] = torch.tensor([3e38, 3e38, 1, 1, 0, 0, 0, 0])
     x[1] = torch.tensor([1000.1, 1000.2, 1000.35, 999.7, 1000.0, 1000.01, 998.0, 1001.0])
     x[2] = torch.tensor([0.0, -30, -31, -40, -50, -60, -70, -80])
     x[3] = random_input((8,), torch.float32, seed=9)
-    for scale, log in itertools.product((None, 0.1, -0.5, 10.0, 1e35, -1e-35), (False, True)):
-        y = forward(distribute_tensor(x, mesh, [Shard(1)]), 8, scale=scale, log=log)
-        assert_forward(y.full_tensor(), x, 8, scale=scale, log=log, what=f"scale {scale}")
+    x[4] = -3e38  # the logarithm of the sum is nothing beside it
+    x[5] = 12345.678 + x[3]
+    scales = (None, 0.1, -0.5, 10.0, 1e35, -1e-35)
+    # The others' sum comes as a logarithm in float64, whose rounding logarithms near 0 show.
+    for scale, (dtype, log) in itertools.product(
+        scales, ((torch.float32, False), (torch.float32, True), (torch.float64, False))
+    ):
+        scores = x.to(dtype)
+        y = forward(distribute_tensor(scores, mesh, [Shard(1)]), 8, scale=scale, log=log)
+        assert_forward(y.full_tensor(), scores, 8, scale=scale, log=log, what=f"scale {scale}")
 
 
 @check
 def overflow_on_the_way_in_sharded_rows(world: int) -> None:
     """scale * (x - max) is representable, but x - max or scale * x is not."""
     mesh = init_device_mesh("cpu", (world,))
-    for case, log in itertools.product(FAR_APART.values(), (False, True)):
-        x = case.scores(torch.float32, 9)
+    for case, log, dtype in itertools.product(
+        FAR_APART.values(), (False, True), (torch.float32, torch.float64)
+    ):
+        x = case.scores(dtype, 9)
         y = forward(distribute_tensor(x[None], mesh, [Shard(1)]), 9, scale=case.scale, log=log)
         assert_is_exact(y.full_tensor()[0], x, case.scale, log=log)
 
@@ -374,6 +418,128 @@ def derivatives_of_every_order(world: int) -> None:
     placements = (Replicate(), Shard(0), Shard(1), Shard(2))
     for placement, log in itertools.product(placements, (False, True)):
         assert_third_derivatives(mesh, [placement], log)
+
+
+@check
+def derivatives_of_sharded_rows(world: int) -> None:
+    """Of every function and of sinks: as those of the whole rows, to the third order."""
+    mesh = init_device_mesh("cpu", (world,))
+    lengths = LENGTHS.clamp(min=1)
+    for function, shape, dtype in itertools.product(
+        FUNCTIONS, (None, (), (5,), (5, 7), (1, 7)), (torch.float32, torch.float64)
+    ):
+        sink = None if shape is None else random_input(shape, dtype, seed=5)
+        x = distribute_tensor(X.to(dtype), mesh, [Shard(2)])
+        given = None if sink is None else distribute_tensor(sink, mesh, [Replicate()])
+        # The exponents of float32 round in each order.
+        order = 3 if dtype == torch.float64 else 1
+        for scale in (None, -0.7):
+            assert_derivatives(function, x, given, order, sink, lengths=lengths, scale=scale)
+
+
+@check
+def derivatives_on_two_dimensional_meshes(world: int) -> None:
+    """Rows sharded over one and two mesh dimensions, with sharded lengths and sinks."""
+    if world != 4:
+        return
+    mesh = init_device_mesh("cpu", (2, 2))
+    for function, scores, rows in itertools.product(
+        FUNCTIONS,
+        (
+            [Shard(2), Shard(2)],
+            [Shard(0), Shard(2)],
+            [Shard(2), Shard(1)],
+            [Replicate(), Shard(2)],
+        ),
+        ([Replicate(), Replicate()], [Shard(0), Replicate()], [Shard(0), Shard(0)]),
+    ):
+        sink = random_input((5,), torch.float64, seed=5)
+        x = distribute_tensor(X.double(), mesh, scores)
+        placed = distribute_tensor(sink, mesh, rows)
+        lengths = distribute_tensor(LENGTHS.clamp(min=1), mesh, rows)
+        assert_derivatives(function, x, placed, 2, sink, lengths=lengths)
+
+
+@check
+def few_columns_in_sharded_rows(world: int) -> None:
+    """Fewer columns than processes: some have none."""
+    mesh = init_device_mesh("cpu", (world,))
+    sink = random_input((5,), torch.float64, seed=5)
+    for function, cols in itertools.product(FUNCTIONS, (1, 3)):
+        x = distribute_tensor(X[..., :cols].double().contiguous(), mesh, [Shard(2)])
+        given = distribute_tensor(sink, mesh, [Replicate()])
+        assert_derivatives(function, x, given, 2, sink, lengths=torch.tensor(cols))
+
+
+@check
+def infinite_values_in_sharded_rows(world: int) -> None:
+    """Results, and which gradients are NaN, as in one process; sinks of every kind."""
+    nan, inf = float("nan"), float("inf")
+    mesh = init_device_mesh("cpu", (world,))
+    x = random_input((9, 8), torch.float32, seed=7)
+    x[1, :] = -inf
+    x[2, :6] = -inf  # a process or more has only these
+    x[3, 7] = nan
+    x[4, 0] = inf
+    x[5, 2] = -inf
+    x[6, :4] = nan  # padding
+    x[7, :] = torch.finfo(torch.float32).min  # a logarithm of the sum is lost beside it
+    lengths = torch.tensor([8, 8, 8, 8, 8, 8, 4, 8, 0])
+    starts = torch.tensor([0, 0, 0, 0, 0, 0, 4, 0, 0])
+    g = random_input((9, 8), torch.float32, seed=8)
+    g[6, :4] = nan
+    softmaxes = (masked_softmax, masked_log_softmax)
+    for function, value in itertools.product(softmaxes, (None, 0.5, -inf, inf, nan)):
+        results = []
+        for scores, given in (
+            (x.clone(), g),
+            (distribute_tensor(x, mesh, [Shard(1)]), distribute_tensor(g, mesh, [Shard(1)])),
+        ):
+            leaf = scores.requires_grad_()
+            sink = None if value is None else torch.full((9,), value)
+            y = function(leaf, lengths, starts=starts, sink=sink)
+            (gradient,) = torch.autograd.grad(y, leaf, given)
+            results.append(
+                [r.full_tensor() if isinstance(r, DTensor) else r for r in (y.detach(), gradient)]
+            )
+        for expected, got in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, equal_nan=True, msg=f"sink {value}")
+    expected = masked_logsumexp(x, lengths, starts=starts)
+    logsumexps = masked_logsumexp(distribute_tensor(x, mesh, [Shard(1)]), lengths, starts=starts)
+    torch.testing.assert_close(logsumexps.full_tensor(), expected, equal_nan=True)
+
+
+class LargestMask(TorchDispatchMode):
+    """The size of the largest mask, and of the largest message, that operators see."""
+
+    elements = 0
+    sent = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, result)):
+            if isinstance(tensor, Tensor) and tensor.dtype == torch.bool:
+                self.elements = max(self.elements, tensor.numel())
+            if isinstance(tensor, Tensor) and function.namespace == "c10d":
+                self.sent = max(self.sent, tensor.numel())
+        return result
+
+
+@check
+def sharded_rows_have_no_mask(world: int) -> None:
+    """Forward and backward: no mask of the columns is built, and no column is sent."""
+    mesh = init_device_mesh("cpu", (world,))
+    rows, cols = 3, 100 * world
+    scores = random_input((rows, cols), torch.float32, seed=1)
+    for function in FUNCTIONS:
+        x = distribute_tensor(scores, mesh, [Shard(1)]).requires_grad_()
+        with LargestMask() as largest:
+            y = function(x, torch.tensor([5, cols, 0]))
+            torch.autograd.grad(y, x, torch.ones_like(y))
+        assert 0 < largest.elements <= rows * world, function
+        assert 0 < largest.sent <= 2 * rows * world, function
 
 
 @check
