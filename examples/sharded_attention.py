@@ -1,7 +1,7 @@
 """Attention weights of scores sharded over processes: python examples/sharded_attention.py
 
 Sharding over batches needs no communication. Sharding over keys gives each process a part of every
-row; the processes then exchange two numbers per row, its maximum and its sum, and the scores stay
+row; of each part two numbers are exchanged, its maximum and its logsumexp, and the scores stay
 where they are. Runs on the CPU in two processes.
 """
 
