@@ -5,12 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Where an argument is not plain (python_calls.cpp) the result is NotImplemented, of no Tensor type.
 def masked_softmax(
     input: Tensor,
-    lengths: Tensor | None,
+    lengths: object,
     dim: int,
-    starts: Tensor | None,
-    scale: float | None,
+    starts: object,
+    scale: object,
+    sink: object,
+    padding_value: None,
     dtype: torch.dtype | None,
     validate: bool,
     out: Tensor | None,
@@ -18,11 +21,12 @@ def masked_softmax(
 ) -> Tensor: ...
 def masked_log_softmax(
     input: Tensor,
-    lengths: Tensor | None,
+    lengths: object,
     dim: int,
-    starts: Tensor | None,
-    scale: float | None,
-    padding_value: float | None,
+    starts: object,
+    scale: object,
+    sink: object,
+    padding_value: object,
     dtype: torch.dtype | None,
     validate: bool,
     out: Tensor | None,
@@ -30,10 +34,11 @@ def masked_log_softmax(
 ) -> Tensor: ...
 def masked_softmax_(
     input: Tensor,
-    lengths: Tensor | None,
+    lengths: object,
     dim: int,
-    starts: Tensor | None,
-    scale: float | None,
+    starts: object,
+    scale: object,
+    sink: object,
     validate: bool,
     /,
 ) -> Tensor: ...

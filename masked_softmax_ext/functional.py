@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import handle_torch_function
 
 from masked_softmax_ext import _C
 from masked_softmax_ext._arguments import (
@@ -34,7 +34,6 @@ from masked_softmax_ext.packed import jagged_logsumexp, jagged_softmax
 from masked_softmax_ext.reference import row_numbers
 
 _NO_VALUE = -math.inf  # the default padding_value, compared by identity
-_MAX_DIMS = 64  # torch's limit; a dim beyond it is out of range, and may not even fit 64 bits
 
 
 def masked_softmax(
@@ -111,23 +110,12 @@ def masked_softmax(
                  [0.5000, 0.5000, 0.0000],
                  [0.3333, 0.3333, 0.3333]]])
     """
-    # The fast path, for arguments that need no conversion. It is inline because a call to a shared
-    # function would take a noticeable part of a small softmax's time.
-    if (
-        type(input) is Tensor
-        and (lengths is None or type(lengths) is Tensor)
-        and type(dim) is int
-        and -_MAX_DIMS <= dim < _MAX_DIMS
-        and (starts is None or type(starts) is Tensor)
-        and (scale is None or type(scale) is float)
-        and sink is None
-        and (dtype is None or type(dtype) is torch.dtype)
-        and type(validate) is bool
-        and (out is None or type(out) is Tensor)
-        and not is_dynamo_compiling()
-        and not has_torch_function_unary(input)  # so that a TorchFunctionMode sees the call
-    ):
-        return _C.masked_softmax(input, lengths, dim, starts, scale, dtype, validate, out)
+    if not is_dynamo_compiling():
+        result: Tensor = _C.masked_softmax(
+            input, lengths, dim, starts, scale, sink, None, dtype, validate, out
+        )
+        if result is not NotImplemented:
+            return result
     return _call(masked_softmax, input, lengths, dim, starts, scale, sink, dtype, validate, out)
 
 
@@ -178,25 +166,13 @@ def masked_log_softmax(
         tensor([[ 0.0000,    -inf,    -inf],
                 [-0.6931, -0.6931,    -inf]])
     """
-    if (
-        type(input) is Tensor
-        and (lengths is None or type(lengths) is Tensor)
-        and type(dim) is int
-        and -_MAX_DIMS <= dim < _MAX_DIMS
-        and (starts is None or type(starts) is Tensor)
-        and (scale is None or type(scale) is float)
-        and sink is None
-        and (padding_value is _NO_VALUE or type(padding_value) is float)
-        and (dtype is None or type(dtype) is torch.dtype)
-        and type(validate) is bool
-        and (out is None or type(out) is Tensor)
-        and not is_dynamo_compiling()
-        and not has_torch_function_unary(input)  # so that a TorchFunctionMode sees the call
-    ):
+    if not is_dynamo_compiling():
         padding = None if padding_value is _NO_VALUE else padding_value
-        return _C.masked_log_softmax(
-            input, lengths, dim, starts, scale, padding, dtype, validate, out
+        result: Tensor = _C.masked_log_softmax(
+            input, lengths, dim, starts, scale, sink, padding, dtype, validate, out
         )
+        if result is not NotImplemented:
+            return result
     return _call(
         masked_log_softmax,
         input,
@@ -264,14 +240,8 @@ def masked_softmax_(
         return input.copy_(
             _call(masked_softmax, input, lengths, dim, starts, scale, sink, dtype, validate, None)
         )
-    if (
-        type(input) is Tensor
-        and (lengths is None or type(lengths) is Tensor)
-        and (starts is None or type(starts) is Tensor)
-        and sink is None
-        and not has_torch_function_unary(input)
-    ):
-        return _C.masked_softmax_(input, lengths, dim, starts, scale, validate)
+    if _C.masked_softmax_(input, lengths, dim, starts, scale, sink, validate) is not NotImplemented:
+        return input
     options: dict[str, Any] = {"scale": scale, "validate": validate}
     if sink is None:
         torch.ops.masked_softmax_ext.masked_softmax_(input, lengths, dim, starts, **options)

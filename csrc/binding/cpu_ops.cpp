@@ -1,6 +1,6 @@
 // The operators on CPU tensors.
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <vector>
@@ -32,7 +32,7 @@ void run_on_threads(const Problem& problem) {
 
 struct Cpu {
   static at::Tensor empty(const at::Tensor& like, at::ScalarType dtype, const CallArguments& /*arguments*/) {
-    at::Tensor output = at::empty(like.sizes(), like.options().dtype(dtype));
+    at::Tensor output = at::detail::empty_cpu(like.sizes(), dtype);  // at::empty's two dispatches take 0.1 us
     advise_huge_pages(output.data_ptr(), output.nbytes());
     return output;
   }

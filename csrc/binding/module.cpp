@@ -1,12 +1,7 @@
-// The Python module. Importing it registers the operators (torch.ops.masked_softmax_ext). Its functions call them
-// directly: Python's operator objects would double the cost of a small call.
+// The Python module. Importing it registers the operators (torch.ops.masked_softmax_ext).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/jit/frontend/tracer.h>
-#include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
 #if defined(MASKED_SOFTMAX_EXT_WITH_CUDA)
@@ -15,48 +10,13 @@
 #include "binding/cuda_ops.h"
 #endif
 #include "binding/operators.h"
+#include "binding/python_calls.h"
 #include "cpu/dispatch.h"
 
 namespace py = pybind11;
 
 namespace masked_softmax {
 namespace {
-
-using PythonSoftmax = OperatorSignature<at::Tensor, Scores<const at::Tensor&>, OptionalType, bool, OptionalTensor>;
-using PythonLogSoftmax =
-    OperatorSignature<at::Tensor, Scores<const at::Tensor&>, OptionalDouble, OptionalType, bool, OptionalTensor>;
-using PythonInPlace = OperatorSignature<at::Tensor, Scores<at::Tensor>, bool>;
-
-// torch.jit.trace follows sizes as 0-dim tensors, which are on the CPU wherever the scores are.
-OptionalTensor traced_to_device(const OptionalTensor& bounds, const at::Tensor& input) {
-  return bounds.has_value() && bounds->dim() == 0 ? bounds->to(input.device()) : bounds;
-}
-
-template <Operation kOperation>
-at::Tensor forward(const at::Tensor& input, const RowArguments& rows, OptionalDouble padding_value, OptionalType dtype,
-                   bool validate, OptionalTensor out) {
-  if (out.has_value()) {
-    call_operator<OutOperator<kOperation>>(input, rows, std::nullopt, padding_value, dtype, validate, *out);
-    return *out;
-  }
-  if (C10_UNLIKELY(torch::jit::tracer::isTracing())) {
-    const OptionalTensor lengths = traced_to_device(rows.lengths, input);
-    const OptionalTensor starts = traced_to_device(rows.starts, input);
-    return call<kOperation>(input, RowArguments{lengths, rows.dim, starts, rows.scale}, padding_value, dtype, validate,
-                            std::nullopt);
-  }
-  return call<kOperation>(input, rows, padding_value, dtype, validate, std::nullopt);
-}
-
-at::Tensor softmax(const at::Tensor& input, const RowArguments& rows, OptionalType dtype, bool validate,
-                   OptionalTensor out) {
-  return forward<Operation::kSoftmax>(input, rows, std::nullopt, dtype, validate, std::move(out));
-}
-
-at::Tensor softmax_in_place(at::Tensor input, const RowArguments& rows, bool validate) {
-  call_operator<SoftmaxInPlaceOperator>(input, rows, validate);
-  return input;
-}
 
 // (name, number of score-shaped tensors that it takes first) of every operator that returns a new tensor of their
 // shape, and takes no number a row.
@@ -119,21 +79,9 @@ std::vector<std::string> supported_capability_names() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of masked_softmax_ext; see masked_softmax_ext.functional for its functions.";
-  // torch's translator belongs to torch's copy of pybind11, and another version of pybind11 does not see it. A
-  // python_error is a Python exception that passes through torch, raised by a saved-tensor hook or a dispatch mode.
-  py::register_local_exception_translator([](std::exception_ptr error) {
-    try {
-      std::rethrow_exception(error);
-    } catch (const c10::Error&) {
-      torch::translate_exception_to_python(error);
-    } catch (const python_error&) {
-      torch::translate_exception_to_python(error);
-    }
-  });
-  const auto no_gil = py::call_guard<py::gil_scoped_release>();
-  m.def("masked_softmax", PythonSoftmax::kernel<softmax>, no_gil);
-  m.def("masked_log_softmax", PythonLogSoftmax::kernel<forward<Operation::kLogSoftmax>>, no_gil);
-  m.def("masked_softmax_", PythonInPlace::kernel<softmax_in_place>, no_gil);
+  if (add_python_calls(m.ptr()) != 0) {
+    throw py::error_already_set();
+  }
   m.def("operations", operations);
   m.def("row_operations", row_operations);
   m.def("build_info", build_info);

@@ -2,7 +2,7 @@
 //
 // A map of csrc/binding, in the order in which a call passes through it:
 //
-//   module.cpp                            Python's functions, which call the operators
+//   module, python_calls                  the Python module; its functions that call the operators
 //   operators.h, schema.cpp               signatures and schemas of the operators
 //   tracer, autocast, autograd, in_place, negative, not_dense   one file for each dispatch key that wraps the operators
 //   autograd_rows                         autograd's part for operators that return or take a number a row

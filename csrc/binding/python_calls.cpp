@@ -1,0 +1,173 @@
+// The operators' Python functions for plain arguments: exact tensors, None, and Python's own numbers and bools. For any
+// other arguments they return NotImplemented: functional.py then converts them.
+//
+// They call the operators directly and parse their arguments themselves: Python's operator objects would double the
+// time of a small call, and pybind11 would add a fifth.
+#include "binding/python_calls.h"
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
+
+#include <new>
+
+#include "binding/operators.h"
+
+namespace masked_softmax {
+namespace {
+
+// Each parse() returns whether the object is plain, and sets `value` then.
+bool parse(PyObject* object, at::Tensor& value) {
+  if (Py_TYPE(object) != reinterpret_cast<PyTypeObject*>(THPVariableClass)) {
+    return false;
+  }
+  value = THPVariable_Unpack(object);
+  return true;
+}
+
+bool parse(PyObject* object, int64_t& value) {
+  int overflow = 0;
+  value = PyLong_CheckExact(object) ? PyLong_AsLongLongAndOverflow(object, &overflow) : 0;
+  return PyLong_CheckExact(object) && overflow == 0;
+}
+
+bool parse(PyObject* object, bool& value) {
+  value = object == Py_True;
+  return PyBool_Check(object);
+}
+
+bool parse(PyObject* object, double& value) {
+  value = PyFloat_CheckExact(object) ? PyFloat_AS_DOUBLE(object) : 0;
+  return PyFloat_CheckExact(object);
+}
+
+bool parse(PyObject* object, at::ScalarType& value) {
+  if (!THPDtype_Check(object)) {
+    return false;
+  }
+  value = reinterpret_cast<THPDtype*>(object)->scalar_type;
+  return true;
+}
+
+bool parse(PyObject* object, std::nullopt_t /*value*/) { return object == Py_None; }
+
+template <class T>
+bool parse(PyObject* object, std::optional<T>& value) {
+  return object == Py_None || parse(object, value.emplace());
+}
+
+// Whether all arguments are plain. A TorchFunctionMode must see the call.
+template <class... Values>
+bool parse_arguments(PyObject* const* arguments, Py_ssize_t count, Values&&... values) {
+  TORCH_CHECK_TYPE(count == sizeof...(values), "expected ", sizeof...(values), " arguments, but got ", count);
+  return !at::impl::torch_function_mode_enabled() && (parse(*arguments++, values) && ...);
+}
+
+class WithoutGil {
+ public:
+  WithoutGil() : state_(PyEval_SaveThread()) {}
+  ~WithoutGil() { PyEval_RestoreThread(state_); }
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+
+ private:
+  PyThreadState* const state_;
+};
+
+// torch.jit.trace follows sizes as 0-dim tensors, which are on the CPU wherever the scores are.
+void move_traced_bounds(OptionalTensor& bounds, const at::Tensor& input) {
+  if (bounds.has_value() && bounds->dim() == 0) {
+    bounds = bounds->to(input.device());
+  }
+}
+
+// Runs `body` and turns an exception into a Python error, also where the memory for its message is missing.
+template <class Body>
+PyObject* with_python_errors(const Body& body) noexcept {
+  try {
+    try {
+      return body();
+    } catch (const std::exception&) {
+      torch::translate_exception_to_python(std::current_exception());
+      return nullptr;
+    }
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  }
+}
+
+template <Operation kOperation>
+PyObject* forward(PyObject* /*module*/, PyObject* const* arguments, Py_ssize_t count) {
+  return with_python_errors([&]() -> PyObject* {
+    at::Tensor input;
+    OptionalTensor lengths;
+    int64_t dim = 0;
+    OptionalTensor starts;
+    OptionalScale scale;
+    OptionalDouble padding_value;
+    OptionalType dtype;
+    bool validate = false;
+    OptionalTensor out;
+    if (!parse_arguments(arguments, count, input, lengths, dim, starts, scale, /*sink*/ std::nullopt, padding_value,
+                         dtype, validate, out)) {
+      Py_RETURN_NOTIMPLEMENTED;
+    }
+    const RowArguments rows{lengths, dim, starts, scale};
+    at::Tensor result;
+    {
+      const WithoutGil without_gil;
+      if (out.has_value()) {
+        result = *out;
+        call_operator<OutOperator<kOperation>>(input, rows, std::nullopt, padding_value, dtype, validate, result);
+      } else {
+        if (C10_UNLIKELY(torch::jit::tracer::isTracing())) {
+          move_traced_bounds(lengths, input);
+          move_traced_bounds(starts, input);
+        }
+        result = call<kOperation>(input, rows, padding_value, dtype, validate, std::nullopt);
+      }
+    }
+    return THPVariable_Wrap(std::move(result));
+  });
+}
+
+PyObject* softmax_in_place(PyObject* /*module*/, PyObject* const* arguments, Py_ssize_t count) {
+  return with_python_errors([&]() -> PyObject* {
+    at::Tensor input;
+    OptionalTensor lengths;
+    int64_t dim = 0;
+    OptionalTensor starts;
+    OptionalScale scale;
+    bool validate = false;
+    if (!parse_arguments(arguments, count, input, lengths, dim, starts, scale, /*sink*/ std::nullopt, validate)) {
+      Py_RETURN_NOTIMPLEMENTED;
+    }
+    {
+      const WithoutGil without_gil;
+      call_operator<SoftmaxInPlaceOperator>(input, RowArguments{lengths, dim, starts, scale}, validate);
+    }
+    return THPVariable_Wrap(std::move(input));
+  });
+}
+
+template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
+constexpr PyMethodDef method(const char* name) {
+  // Through void (*)(), for which compilers do not warn.
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr};
+}
+
+}  // namespace
+
+int add_python_calls(PyObject* module) {
+  static PyMethodDef methods[] = {
+      method<forward<Operation::kSoftmax>>("masked_softmax"),
+      method<forward<Operation::kLogSoftmax>>("masked_log_softmax"),
+      method<softmax_in_place>("masked_softmax_"),
+      {nullptr, nullptr, 0, nullptr},
+  };
+  return PyModule_AddFunctions(module, methods);
+}
+
+}  // namespace masked_softmax
