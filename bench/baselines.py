@@ -27,7 +27,7 @@ from bench.formulations import (
     unfused_softmax,
 )
 from bench.timing import Call, Run, timed_loop
-from masked_softmax_ext import masked_softmax
+from masked_softmax_ext import masked_log_softmax, masked_softmax
 
 Softmax = Callable[..., Tensor]
 
@@ -94,16 +94,29 @@ class RowBaseline(Baseline):
             return "measured on rows of a matrix only"
         if case.direction != "forward" or case.grad:
             return "measured forward only"
+        if case.function != "softmax":
+            return "measured for softmax only"
         return super().skip_reason(case)
 
 
 class TorchBaseline(Baseline):
-    """A function of (x, lengths, dim), or of (x, dim) if it does not use lengths."""
+    """A function of (x, lengths, dim), or of (x, dim) if it does not use lengths.
+
+    Attributes:
+        log_function: The same for log_softmax.
+        backward_operator: The operator that autograd calls for softmax, with (g, y, lengths, dim).
+    """
 
     function: ClassVar[Softmax]
+    log_function: ClassVar[Softmax | None] = None
+    backward_operator: ClassVar[Callable[[Tensor, Tensor, Tensor, int], Tensor] | None] = None
     has_gradient: ClassVar[bool] = True
 
     def skip_reason(self, case: Case) -> str | None:
+        if case.function == "log_softmax" and self.log_function is None:
+            return "measured for softmax only"
+        if case.direction == "backward operator" and self.backward_operator is None:
+            return "has no backward operator of its own"
         if (case.direction != "forward" or case.grad) and not self.has_gradient:
             return "has no gradient for a boolean mask of this type"
         return super().skip_reason(case)
@@ -114,6 +127,9 @@ class TorchBaseline(Baseline):
         return (data.lengths, *dim) if self.uses_lengths else dim
 
     def function_for(self, data: Data) -> Softmax:
+        if data.case.function == "log_softmax":
+            assert self.log_function is not None
+            return self.log_function
         return self.function
 
     def prepare(self, data: Data, first: int) -> Prepared:
@@ -121,6 +137,17 @@ class TorchBaseline(Baseline):
         function, arguments = self.function_for(data), self.arguments(data)
         if case.direction == "forward":
             calls = forward_calls(function, arguments, data)
+
+            def result() -> Tensor:
+                value = calls[0]()
+                assert isinstance(value, Tensor)
+                return value
+        elif case.direction == "backward operator":
+            assert self.backward_operator is not None
+            assert data.gradient is not None
+            results = [function(x, *arguments) for x in data.inputs]
+            rows = (data.lengths, case.dim)
+            calls = [partial(self.backward_operator, data.gradient, y, *rows) for y in results]
 
             def result() -> Tensor:
                 value = calls[0]()
@@ -166,6 +193,13 @@ class Ours(TorchBaseline):
     name = names.OURS
     outputs = ("fresh", "out=")
     function = staticmethod(masked_softmax)
+    log_function = staticmethod(masked_log_softmax)
+
+    @staticmethod
+    def backward_operator(g: Tensor, y: Tensor, lengths: Tensor, dim: int) -> Tensor:
+        operator = torch.ops.masked_softmax_ext.masked_softmax_backward.default
+        result: Tensor = operator(g, y, lengths, dim, None, None, y.dtype)
+        return result
 
 
 class Unfused(TorchBaseline):
@@ -196,6 +230,12 @@ class TorchSoftmax(TorchBaseline):
     uses_lengths = False
     outputs = ("fresh", "out=")
     function = staticmethod(torch.softmax)
+    log_function = staticmethod(torch.log_softmax)
+
+    @staticmethod
+    def backward_operator(g: Tensor, y: Tensor, lengths: Tensor, dim: int) -> Tensor:
+        result: Tensor = torch.ops.aten._softmax_backward_data.default(g, y, dim, y.dtype)
+        return result
 
 
 class TorchPrivateMasked(TorchBaseline):
@@ -253,6 +293,16 @@ class OursOnOneThread(Ours):
         return prepared
 
 
+class OursOnFullRows(Ours):
+    """The same rows without padding: what is saved where cost follows the lengths."""
+
+    name = names.OURS_ON_FULL_ROWS
+    uses_lengths = False
+
+    def arguments(self, data: Data) -> tuple[Any, ...]:
+        return (torch.full_like(data.lengths, data.case.cols), data.case.dim)
+
+
 class OursShuffled(Ours):
     """The same rows and lengths in random order."""
 
@@ -281,6 +331,7 @@ TORCH_BASELINES: tuple[Baseline, ...] = (
     TorchMasked(),
     NestedTensor(),
     OursOnOneThread(),
+    OursOnFullRows(),
     OursShuffled(),
 )
 
@@ -302,6 +353,10 @@ def copies(data: Data, first: int) -> dict[str, Prepared]:
         size = data.case.tensor_bytes
         memcpy_calls = [partial(ctypes.memmove, y.data_ptr(), x.data_ptr(), size) for x, y in pairs]
         found[names.MEMCPY] = Prepared(timed_loop(memcpy_calls, first + 1), result, threads)
+    if data.case.direction == "backward operator":
+        g = data.gradient
+        multiply_calls = [partial(torch.mul, x, g, out=y) for x, y in pairs]
+        found[names.MULTIPLY] = Prepared(timed_loop(multiply_calls, first + 3), result, threads)
     if data.case.output == "fresh":
         clone_calls = [partial(torch.clone, x) for x in data.inputs]
         found[names.FRESH_COPY] = Prepared(timed_loop(clone_calls, first + 2), result, threads)

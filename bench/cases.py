@@ -16,7 +16,8 @@ from bench import names
 SEED = 20
 DTYPES = ("float32", "bfloat16", "float16")
 LENGTHS = ("full", "uniform", "10%", "zipf", "sorted", "sentences")
-Direction = Literal["forward", "backward", "forward+backward"]
+Function = Literal["softmax", "log_softmax"]
+Direction = Literal["forward", "backward", "backward operator", "forward+backward"]
 Output = Literal["fresh", "out="]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 OUTPUTS: tuple[Output, ...] = get_args(Output)
@@ -33,6 +34,8 @@ COLUMN_SWEEPS: tuple[tuple[str, Output], ...] = (
 SCORES = (16, 8, 256, 256)
 SOFTMAX_ALONG_1 = (64, 512, 256)
 SMALL = (4, 16)
+IN_CACHE = ((1024, 64), (256, 512), (64, 2048))
+"""512 KiB of float32: input and output fit the L2 cache of most processors."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,13 @@ class Case:
 
     Attributes:
         shape, dim, dtype: Of the input.
+        function: Ours is masked_softmax or masked_log_softmax; torch.softmax stands for torch's
+            function of that name.
         lengths: One of LENGTHS, or a mean share of valid columns like "25%". There is one length
             for each element of the first dimension.
-        grad: Whether a forward pass records for autograd; the other directions always do.
+        direction: "backward" is autograd's pass; "backward operator" calls the operator that it
+            calls, alone.
+        grad: Whether a forward pass records for autograd; autograd's passes always do.
         baselines: Names of the candidates measured beside ours.
     """
 
@@ -55,11 +62,14 @@ class Case:
     threads: int = 1
     dim: int = -1
     grad: bool = False
+    function: Function = "softmax"
     baselines: tuple[str, ...] = names.DEFAULT_BASELINES
 
     def __post_init__(self) -> None:
         if self.output == "out=" and self.direction != "forward":
             raise ValueError("out= has no gradient")
+        if self.function == "log_softmax" and self.direction != "forward":
+            raise ValueError("log_softmax is measured forward only")
 
     @property
     def cols(self) -> int:
@@ -84,7 +94,10 @@ class Case:
         parts = ["x".join(map(str, self.shape))]
         if self.dim != -1:
             parts.append(f"dim={self.dim}")
-        parts += [self.lengths, self.dtype, self.direction]
+        parts += [self.lengths, self.dtype]
+        if self.function != "softmax":
+            parts.append(self.function)
+        parts.append(self.direction)
         if self.grad:
             parts.append("with grad")
         if self.direction == "forward":
@@ -151,6 +164,7 @@ class Data:
         reads, writes = {
             "forward": (1, 1),
             "backward": (2, 1),  # reads the result and its gradient
+            "backward operator": (2, 1),
             "forward+backward": (3, 2),
         }[self.case.direction]
         elems = self.valid_elems * reads + self.case.elems * writes

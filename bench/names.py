@@ -3,6 +3,7 @@
 OURS = "masked_softmax"
 OURS_ON_ONE_THREAD = f"{OURS}, 1 thread"
 OURS_SHUFFLED = f"{OURS}, shuffled lengths"
+OURS_ON_FULL_ROWS = f"{OURS}, full rows"
 
 UNFUSED = "unfused formulation"
 COMPILED = "compiled formulation"
@@ -38,4 +39,6 @@ COPY = "copy"
 COPY_ON_ONE_THREAD = "copy, 1 thread"
 MEMCPY = "memcpy"
 FRESH_COPY = "fresh copy"
-COPIES = (COPY, COPY_ON_ONE_THREAD, MEMCPY, FRESH_COPY)
+MULTIPLY = "multiplication"
+"""Of two tensors: it moves what a backward pass over full rows must."""
+COPIES = (COPY, COPY_ON_ONE_THREAD, MEMCPY, FRESH_COPY, MULTIPLY)
