@@ -17,6 +17,7 @@ from torch.overrides import handle_torch_function
 from masked_softmax_ext._numbers import (
     convert_int,
     fits_int64,
+    float64_tensor,
     is_constant,
     is_int,
     is_integer_dtype,
@@ -28,10 +29,10 @@ from masked_softmax_ext._numbers import (
 from masked_softmax_ext._torch_internals import guard_or_false, has_static_value, is_jit_tracing
 
 Index: TypeAlias = int | Tensor  # lengths or starts
-# The argument scale. What is no float stands for a number in a program that is being traced.
-Scale: TypeAlias = float | torch.SymFloat | torch.SymInt | Tensor | None
-# The argument sink: one more logit of each row.
-Sink: TypeAlias = float | torch.SymFloat | torch.SymInt | Tensor | None
+# What is no float stands for a number in a program that is being traced.
+Number: TypeAlias = float | torch.SymFloat | torch.SymInt | Tensor
+Scale: TypeAlias = Number | None  # the argument scale
+Sink: TypeAlias = Number | None  # the argument sink: one more logit of each row
 # The argument lengths: None is every column; a pair is (lengths, starts).
 Lengths: TypeAlias = Index | tuple[Index | None, Index | None] | None
 
@@ -156,23 +157,41 @@ def check_dense(name: str, argument: str, tensor: Tensor) -> None:
 
 def convert_scale(prefix: str, argument: str, scale: Scale) -> Scale:
     """A float, or what stands for a number that only the traced program knows."""
-    if scale is None or type(scale) is float or isinstance(scale, torch.SymFloat | torch.SymInt):
-        return scale
-    scale = numpy_scalar_to_tensor(scale)
-    if isinstance(scale, Tensor):
-        return _convert_scale_tensor(prefix, argument, scale)
-    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
-        is_number = isinstance(scale, str) or _is_0_dim_array(scale)
+    if scale is None:
+        return None
+    return _convert_number(prefix, "scale", scale, f"multiply {argument} by it instead")
+
+
+def convert_padding_value(name: str, padding_value: Number) -> Number | None:
+    """As convert_scale(); None for a constant of -inf, what padding holds anyway."""
+    remedy = "torch.where(mask, result, padding_value) with mask_from_lengths() takes any tensor"
+    number = _convert_number(f"{name}(): ", "padding_value", padding_value, remedy)
+    return None if is_constant(number) and number == -math.inf else number
+
+
+def _convert_number(prefix: str, argument: str, number: Any, tensor_remedy: str) -> Number:
+    """``tensor_remedy`` is what to do with a tensor that is no number."""
+    if type(number) is float or isinstance(number, torch.SymFloat | torch.SymInt):
+        return number
+    number = numpy_scalar_to_tensor(number)
+    if isinstance(number, Tensor):
+        return _convert_tensor(prefix, argument, number, tensor_remedy)
+    if isinstance(number, bool) or not isinstance(number, numbers.Real):
+        is_number = isinstance(number, str) or _is_0_dim_array(number)
         remedy = " (float() makes a number of it)" if is_number else ""
         raise TypeError(
-            f"{prefix}expected scale to be a number, but got {type(scale).__name__}{remedy}"
+            f"{prefix}expected {argument} to be a number, but got {type(number).__name__}{remedy}"
         )
+    return _to_float(prefix, argument, number)
+
+
+def _to_float(prefix: str, argument: str, number: Any) -> float:
     try:
-        return float(scale)
+        return float(number)
     except OverflowError:
         raise ValueError(
-            f"{prefix}expected scale to be a number that a float can hold, but got a larger "
-            f"{type(scale).__name__}"
+            f"{prefix}expected {argument} to be a number that a float can hold, but got a larger "
+            f"{type(number).__name__}"
         ) from None
 
 
@@ -180,9 +199,7 @@ def convert_sink(name: str, sink: Sink, input: Tensor) -> Tensor | None:
     """The sink as the operators take it: a tensor of a floating point type."""
     if sink is None:
         return None
-    if isinstance(sink, Tensor):
-        if is_traced_int(sink):
-            return sink.to(input.device, torch.float64)
+    if isinstance(sink, Tensor) and not is_traced_int(sink):
         check_dense(name, "sink", sink)
         if not sink.is_floating_point():
             raise TypeError(
@@ -196,10 +213,10 @@ def convert_sink(name: str, sink: Sink, input: Tensor) -> Tensor | None:
                 f"{sink.device}"
             )
         return sink
-    if is_traced_numpy_scalar(sink):
-        return torch.as_tensor(sink, dtype=torch.float64, device=input.device)
-    is_symbol = isinstance(sink, torch.SymFloat | torch.SymInt)
-    if isinstance(sink, bool) or not (is_symbol or isinstance(sink, numbers.Real)):
+    stands_for_number = isinstance(sink, torch.SymFloat | torch.SymInt | Tensor)
+    if stands_for_number or is_traced_numpy_scalar(sink):
+        return float64_tensor(sink, input.device)
+    if isinstance(sink, bool) or not isinstance(sink, numbers.Real):
         tensor = try_tensor(sink)
         has_remedy = tensor is not None and tensor.is_floating_point()
         raise TypeError(
@@ -207,56 +224,39 @@ def convert_sink(name: str, sink: Sink, input: Tensor) -> Tensor | None:
             + type(sink).__name__
             + (" (torch.tensor(sink, device=input.device) makes a tensor)" if has_remedy else "")
         )
-    number: Any = sink if is_symbol else float(sink)
-    if not is_constant(number):  # torch.full() would make it a constant of the program
-        zero: Any = torch.zeros((), dtype=torch.float64, device=input.device)
-        varying: Tensor = zero + number
-        return varying
-    return torch.full((), number, dtype=torch.float64, device=input.device)
+    return float64_tensor(_to_float(f"{name}(): ", "sink", sink), input.device)
 
 
-def convert_padding_value(name: str, padding_value: float) -> float | None:
-    """A float; None for -inf, what padding holds anyway."""
-    if isinstance(padding_value, Tensor) and padding_value.dim() == 0:
-        padding_value = padding_value.item()
-    if isinstance(padding_value, bool) or not isinstance(padding_value, numbers.Real):
-        raise TypeError(
-            f"{name}(): expected padding_value to be a number, but got "
-            f"{type(padding_value).__name__}"
-        )
-    return None if padding_value == -math.inf else float(padding_value)
-
-
-def _is_0_dim_array(scale: object) -> bool:
-    tensor = try_tensor(scale)
+def _is_0_dim_array(data: object) -> bool:
+    tensor = try_tensor(data)
     return tensor is not None and tensor.dim() == 0 and not tensor.is_complex()
 
 
-def _convert_scale_tensor(prefix: str, argument: str, scale: Tensor) -> Scale:
+def _convert_tensor(prefix: str, argument: str, number: Tensor, remedy: str) -> Number:
     reason = None
-    if scale.dim() != 0:
-        reason = f"of shape {tuple(scale.shape)}"
-    elif scale.dtype == torch.bool or scale.dtype.is_complex:
-        reason = f"of {scale.dtype}"
-    elif scale.device.type not in ("cpu", "meta"):
-        reason = f"on {scale.device}, whose number takes a synchronisation to read"
-    elif scale.requires_grad or has_tangent(scale):
-        reason = "with a gradient, for which scale is a constant"
+    if number.dim() != 0:
+        reason = f"of shape {tuple(number.shape)}"
+    elif number.dtype == torch.bool or number.dtype.is_complex:
+        reason = f"of {number.dtype}"
+    elif number.device.type not in ("cpu", "meta"):
+        reason = f"on {number.device}, whose number takes a synchronisation to read"
+    elif number.requires_grad or has_tangent(number):
+        reason = f"with a gradient, for which {argument} is a constant"
     if reason is not None:
         raise TypeError(
-            f"{prefix}expected scale to be a number, or a 0-dim tensor on the CPU without gradient,"
-            f" but got a tensor {reason} (multiply {argument} by it instead)"
+            f"{prefix}expected {argument} to be a number, or a 0-dim tensor on the CPU without "
+            f"gradient, but got a tensor {reason} ({remedy})"
         )
     if torch.compiler.is_compiling():
-        return scale
+        return number
     if not is_jit_tracing():
         try:
-            return float(scale)
+            return float(number)
         except RuntimeError:  # under vmap, for fake and meta tensors, and without memory
             pass
-    if not _has_memory(scale):
-        raise ValueError(f"{prefix}expected scale to have memory, but its storage was freed")
-    return scale
+    if not _has_memory(number):
+        raise ValueError(f"{prefix}expected {argument} to have memory, but its storage was freed")
+    return number
 
 
 def _has_memory(tensor: Tensor) -> bool:

@@ -7,6 +7,7 @@ of Dynamo these look like int and float, and NumPy's scalars like 0-d arrays. to
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any, TypeGuard
 
@@ -74,6 +75,36 @@ def numpy_scalar_to_tensor(number: Any) -> Any:
 def is_constant(number: object) -> TypeGuard[float]:
     """Whether the number is the same in every run of the program that is being traced."""
     return isinstance(number, float | int) and has_static_value(number)
+
+
+def float64_tensor(number: Any, device: torch.device) -> Tensor:
+    """A 0-dim tensor of any number that an argument may be, exactly that in ONNX programs too."""
+    number = numpy_scalar_to_tensor(number)
+    if isinstance(number, Tensor):
+        return number.to(device, torch.float64)
+    if not is_constant(number):  # torch.full() would make it a constant of the program
+        zero: Any = torch.zeros((), dtype=torch.float64, device=device)
+        varying: Tensor = zero + number
+        return varying
+    if not torch.compiler.is_exporting() or _fits_float32(number):
+        return torch.full((), number, dtype=torch.float64, device=device)
+    # The ONNX exporter stores a Python float as float32, but an int as int64.
+    mantissa, exponent = math.frexp(number)
+    tensor = torch.full((), int(mantissa * 2**53), dtype=torch.float64, device=device)
+    exponent -= 53
+    while exponent != 0:
+        step = max(-120, min(exponent, 120))
+        tensor = tensor * 2.0**step
+        exponent -= step
+    return tensor
+
+
+def _fits_float32(number: float) -> bool:
+    """Whether it is a normal float32, zero, infinite or NaN."""
+    mantissa, exponent = math.frexp(number)
+    return not math.isfinite(number) or (
+        mantissa * 2**24 == int(mantissa * 2**24) and -125 <= exponent <= 128
+    )
 
 
 def fits_int64(number: Any) -> bool:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from masked_softmax_ext._arguments import Scale
-from masked_softmax_ext._numbers import INTEGER_DTYPES, is_constant, is_integer_dtype
+from masked_softmax_ext._numbers import (
+    INTEGER_DTYPES,
+    float64_tensor,
+    is_constant,
+    is_integer_dtype,
+)
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -32,8 +36,11 @@ def fold_scale(
     # Large enough for the product of a float32 and a float64; not beyond float32, in which the ONNX
     # exporter stores it. A local variable: torch.compile makes a symbol of a global one.
     headroom = 2.0**120
-    scores: Any = input.to(torch.float64) / headroom
-    return scores * scale, headroom, dtype
+    scores = input.to(torch.float64) / headroom
+    factor = float64_tensor(scale, input.device)
+    # Negated apart from the product: the gradient of padding is then a sum of +0 and -0, which is
+    # +0, where a product of 0 and a negative scale would be -0.
+    return torch.where(factor < 0, -scores, scores) * factor.abs(), headroom, dtype
 
 
 def accumulation_dtype(input: torch.dtype, result: torch.dtype, scale: float | None) -> torch.dtype:
@@ -47,8 +54,15 @@ def accumulation_dtype(input: torch.dtype, result: torch.dtype, scale: float | N
 def scaled_difference(x: Tensor, row_max: Tensor, scale: float) -> Tensor:
     """``scale * (x - row_max)`` for a scale of at least 0, without overflow on the way."""
     if scale >= 1:
-        return (x - row_max) * scale  # where the difference overflows, so does the product
-    return (x / 2 - row_max / 2) * (2 * scale)
+        return times(x - row_max, scale)  # where the difference overflows, so does the product
+    return times(x / 2 - row_max / 2, 2 * scale)
+
+
+def times(x: Tensor, factor: float) -> Tensor:
+    """The product, exactly that of the float in an exported program too."""
+    if x.dtype == torch.float64 and torch.compiler.is_exporting():
+        return x * float64_tensor(factor, x.device)
+    return x * factor
 
 
 def align_to_rows(numbers: Tensor, row_ndim: int) -> Tensor:
@@ -57,14 +71,21 @@ def align_to_rows(numbers: Tensor, row_ndim: int) -> Tensor:
 
 
 def add_sink(logsumexp: Tensor, sink: Tensor) -> Tensor:
-    """``log(exp(logsumexp) + exp(sink))``, whose derivatives are finite where a term is 0."""
+    """``log(exp(logsumexp) + exp(sink))``, whose derivatives of every order are finite.
+
+    torch.logaddexp() has second derivatives of NaN where the terms are far apart, and in ONNX it
+    takes exponentials of large numbers.
+    """
     sink = sink.to(logsumexp.dtype)
     has_no_sink = sink == -math.inf
-    has_sink_only = logsumexp == -math.inf
+    has_sink_only = (logsumexp == -math.inf) | (sink == math.inf)
     has_one_term = has_no_sink | has_sink_only
-    sum_of_both = torch.logaddexp(
-        logsumexp.masked_fill(has_one_term, 0.0), sink.masked_fill(has_one_term, 0.0)
-    )
+    finite = logsumexp.masked_fill(has_one_term, 0.0)
+    finite_sink = sink.masked_fill(has_one_term, 0.0)
+    is_sink_larger = finite_sink > finite
+    larger = torch.where(is_sink_larger, finite_sink, finite)
+    smaller = torch.where(is_sink_larger, finite, finite_sink)
+    sum_of_both = larger + (smaller - larger).exp().log1p()
     return torch.where(has_no_sink, logsumexp, torch.where(has_sink_only, sink, sum_of_both))
 
 

@@ -22,6 +22,7 @@ from masked_softmax_ext._scale import (
     align_to_rows,
     result_dtype,
     scaled_difference,
+    times,
 )
 
 
@@ -182,7 +183,7 @@ def _packed_rows(
     row_max = row_max.masked_fill(row_max == -math.inf, 0.0)
     differences = scaled_difference(values, row_max.index_select(0, row), factor)
     sums = torch.zeros_like(rows).scatter_add(0, index, differences.exp()).log()
-    shift = row_max * factor
+    shift = times(row_max, factor)
     if sink is not None:
         sums = add_sink(sums, align_to_rows(sink, rows.dim()).to(rows.dtype) - shift)
     logsumexp = (sums + shift).masked_fill(row_max == math.inf, math.inf)

@@ -15,6 +15,7 @@ from masked_softmax_ext import _C
 from masked_softmax_ext._arguments import (
     Index,
     Lengths,
+    Number,
     Scale,
     Sink,
     check_dense,
@@ -31,7 +32,7 @@ from masked_softmax_ext._numbers import is_constant
 from masked_softmax_ext._scale import accumulation_dtype, add_sink, fold_scale, result_dtype
 from masked_softmax_ext.decompositions import call_operator, call_softmax
 from masked_softmax_ext.packed import jagged_logsumexp, jagged_softmax
-from masked_softmax_ext.reference import row_numbers
+from masked_softmax_ext.reference import fill_padding, row_numbers, unchecked_mask
 
 _NO_VALUE = -math.inf  # the default padding_value, compared by identity
 
@@ -84,7 +85,8 @@ def masked_softmax(
             ``input``.
 
     In the signature, ``Index`` is ``int | Tensor``, ``Lengths`` is that, a pair ``(lengths,
-    starts)`` of them or ``None``, and ``Scale`` and ``Sink`` are numbers or tensors, or ``None``.
+    starts)`` of them or ``None``, and ``Scale`` and ``Sink`` are numbers or tensors, ``Number``, or
+    ``None``.
 
     Returns:
         A contiguous tensor of input's shape (or ``out``). Differentiable in ``input`` and ``sink``
@@ -127,7 +129,7 @@ def masked_log_softmax(
     starts: Index | None = None,
     scale: Scale = None,
     sink: Sink = None,
-    padding_value: float = _NO_VALUE,
+    padding_value: Number = _NO_VALUE,
     dtype: torch.dtype | None = None,
     validate: bool = False,
     out: Tensor | None = None,
@@ -147,9 +149,10 @@ def masked_log_softmax(
         starts: the first valid column of each row.
         scale: a number multiplied into the scores.
         sink: one more logit of each row.
-        padding_value: what padding becomes. With 0, ``(weights * log_weights).sum()`` and
-            ``torch.nn.functional.kl_div`` are right over padded rows, where ``-inf`` times 0 would
-            be NaN. The gradient of padding is 0 in any case.
+        padding_value: what padding becomes: a number, as ``scale``. With 0,
+            ``(weights * log_weights).sum()`` and ``torch.nn.functional.kl_div`` are right over
+            padded rows, where ``-inf`` times 0 would be NaN. The gradient of padding is 0 in any
+            case.
         dtype: the result's type.
         validate: raise for invalid lengths on CUDA too.
         out: a tensor to write to.
@@ -362,12 +365,12 @@ def _call(
     dtype: torch.dtype | None,
     validate: bool,
     out: Tensor | None,
-    padding_value: float = _NO_VALUE,
+    padding_value: Number = _NO_VALUE,
 ) -> Tensor:
     """The general path: converts the arguments and calls the operator of the function's name."""
     name = function.__name__
     pair = lengths if isinstance(lengths, tuple) else (lengths,)
-    overriding = tensor_likes(input, *pair, dim, starts, scale, sink, out)
+    overriding = tensor_likes(input, *pair, dim, starts, scale, sink, padding_value, out)
     if overriding:
         options = {"starts": starts, "scale": scale, "dtype": dtype, "validate": validate}
         if sink is not None:
@@ -388,9 +391,13 @@ def _call(
     )
     sink = convert_sink(name, sink, input)
     padding: dict[str, float] = {}
+    varying_padding: Scale = None  # a number that only the traced program knows
     if padding_value is not _NO_VALUE:
         value = convert_padding_value(name, padding_value)
-        padding = {} if value is None else {"padding_value": value}
+        if is_constant(value):
+            padding = {"padding_value": value}
+        else:
+            varying_padding = value
     input, scale, dtype = fold_scale(input, scale, dtype)
     if out is not None:
         if not isinstance(out, Tensor):
@@ -398,7 +405,8 @@ def _call(
         check_dense(name, "out", out)
     # Under a compiler and for a DTensor, copy_ writes the result to out: neither of them handles
     # operators that return nothing.
-    if out is not None and not is_dtensor(input) and not torch.compiler.is_compiling():
+    copies_to_out = torch.compiler.is_compiling() or is_dtensor(input)
+    if out is not None and not copies_to_out and varying_padding is None:
         getattr(torch.ops.masked_softmax_ext, name).out(
             input,
             lengths,
@@ -416,6 +424,13 @@ def _call(
         dtype = input.dtype  # autocast does not apply to calls with out=
     options = {"scale": scale, **padding, "dtype": dtype, "validate": validate}
     result = call_softmax(name, input, sink, lengths, dim, starts, **options)
+    if varying_padding is not None:
+        if is_dtensor(input):  # an operator shards the mask as the result
+            zeros = torch.zeros_like(result)
+            valid = call_softmax("masked_softmax", zeros, None, lengths, dim, starts, **options) > 0
+        else:
+            valid = unchecked_mask(input, lengths, dim, starts)
+        result = fill_padding(result, valid, varying_padding)
     if out is None:
         return result
     check_out(name, input, result, out)  # copy_ would convert and broadcast

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from masked_softmax_ext._arguments import (
     Index,
     Lengths,
+    Number,
     Scale,
     Sink,
     check_dense,
@@ -82,7 +83,7 @@ class MaskedLogSoftmax(nn.Module):
     """
 
     def __init__(
-        self, dim: int = -1, *, scale: Scale = None, padding_value: float = -math.inf
+        self, dim: int = -1, *, scale: Scale = None, padding_value: Number = -math.inf
     ) -> None:
         super().__init__()
         self.dim = convert_int(dim)

@@ -16,6 +16,7 @@ from torch import Tensor
 from masked_softmax_ext._arguments import (
     Index,
     Lengths,
+    Number,
     Scale,
     Sink,
     check_dense,
@@ -29,6 +30,7 @@ from masked_softmax_ext._arguments import (
 from masked_softmax_ext._numbers import (
     broadcasts_to,
     fits_int64,
+    float64_tensor,
     is_integer_dtype,
     is_traced_int,
     is_traced_numpy_scalar,
@@ -41,6 +43,7 @@ from masked_softmax_ext._scale import (
     fold_scale,
     result_dtype,
     scaled_difference,
+    times,
 )
 from masked_softmax_ext._torch_internals import is_statically_true
 
@@ -91,7 +94,7 @@ def masked_log_softmax(
     starts: Index | None = None,
     scale: Scale = None,
     sink: Sink = None,
-    padding_value: float = -math.inf,
+    padding_value: Number = -math.inf,
     dtype: torch.dtype | None = None,
     validate: bool = False,
     out: Tensor | None = None,
@@ -208,16 +211,21 @@ def log_softmax_where(
     scale: Scale = None,
     dtype: torch.dtype | None = None,
     sink: Sink = None,
-    padding_value: float | None = None,
+    padding_value: Number | None = None,
 ) -> Tensor:
     """Log-softmax over the columns where the mask is True, in the accumulation type."""
     logits = _masked_logits(input, valid, dim, scale, dtype, sink)
     result = _without_sink(torch.log_softmax(logits, dim), valid, dim, sink)
     if padding_value is None:
         return result.masked_fill(~valid, -math.inf)
+    return fill_padding(result, valid, padding_value)
+
+
+def fill_padding(result: Tensor, valid: Tensor, padding_value: Number) -> Tensor:
+    """The result with padding_value where the mask is False."""
     # Converted as a tensor: masked_fill() refuses a number beyond float32.
-    fill = torch.full((), padding_value, dtype=torch.float64, device=input.device)
-    return result.masked_fill(~valid, fill.to(result.dtype))
+    fill = float64_tensor(padding_value, result.device).to(result.dtype)
+    return result.masked_fill(~valid, fill)
 
 
 def logsumexp_where(
@@ -243,7 +251,7 @@ def logsumexp_where(
 def sink_column(sink: Any, input: Tensor, dim: int) -> Tensor:
     """The sink as a tensor that broadcasts with input, of size 1 in ``dim``."""
     if not isinstance(sink, Tensor):
-        sink = torch.full((), sink, dtype=torch.float64, device=input.device)
+        sink = float64_tensor(sink, input.device)
     if not sink.is_floating_point():
         raise TypeError(f"expected sink of a floating point type, but got {sink.dtype}")
     return aligned("sink", sink, input, dim % max(input.dim(), 1))
@@ -418,9 +426,10 @@ def _logits_and_shift(
         # A constant in the gradient: softmax does not depend on it.
         row_max = logits.detach().masked_fill(~valid, -math.inf).amax(dim, keepdim=True)
         # A row without a finite maximum is not shifted, so that a sink stays a number.
-        row_max = row_max.masked_fill(row_max.isinf(), 0.0)
+        # (ONNX's isinf() is one of float32.)
+        row_max = row_max.masked_fill(row_max.abs() == math.inf, 0.0)
         logits = scaled_difference(logits, row_max, abs(factor))
-        shift = row_max * abs(factor)
+        shift = times(row_max, abs(factor))
     logits = logits.masked_fill(~valid, -math.inf)
     # An empty row of -inf would give NaN, in the gradient too; any finite value avoids that.
     return logits.masked_fill(~valid.any(dim, keepdim=True), 0.0), shift
