@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_same_bits, generator, random_input
+from cases import assert_same_bits, generator, random_input, short_name
 from far_apart import FAR_APART, assert_is_exact
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -19,10 +19,12 @@ from masked_softmax_ext import (
     MaskedSoftmax,
     decomposition_table,
     masked_log_softmax,
+    masked_logsumexp,
     masked_softmax,
     masked_softmax_,
     packed_log_softmax,
     packed_softmax,
+    reference,
 )
 
 Inputs = tuple[Tensor, Tensor]
@@ -445,6 +447,107 @@ def test_onnx_of_scores_that_are_far_apart(name: str, log: bool, tmp_path: Path)
     program.save(path)
     (got,) = load_in_onnx_runtime(path)(x, lengths)
     assert_is_exact(torch.from_numpy(got)[0], x[0], case.scale, log=log)
+
+
+# Beyond float32, subnormal there or here, of more digits than it has, and its largest powers.
+NUMBERS = (1e39, -1e300, 1e30, -0.1, 2.0**-126, -1e-39, 1e-46, 5e-324)
+
+
+class EachScale(nn.Module):
+    """One input and one result for each of the numbers."""
+
+    def __init__(self, dtype: torch.dtype, function: Callable[[Tensor, float], Tensor]) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.function = function
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        """NumPy has no bfloat16."""
+        largest = torch.finfo(self.dtype).max
+        x = random_input((3, 5), torch.float64, seed=3)
+        rounded = ((x / abs(n)).clamp(-largest, largest).to(self.dtype) for n in NUMBERS)
+        return tuple(x if x.dtype == torch.float64 else x.float() for x in rounded)
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        return [
+            self.function(x.to(self.dtype), number).to(x.dtype)
+            for x, number in zip(inputs, NUMBERS, strict=True)
+        ]
+
+
+def packed_rows(x: Tensor, number: float) -> Tensor:
+    return packed_softmax(x, torch.tensor([0, 2, 2, 5]), 1, scale=number, sink=-0.1)
+
+
+OF_NUMBERS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "masked_softmax": lambda x, n: masked_softmax(x, 3, scale=n),
+    "masked_log_softmax": lambda x, n: masked_log_softmax(x, 3, scale=n, sink=0.1),
+    "masked_logsumexp": lambda x, n: masked_logsumexp(x, 3, scale=n),
+    "packed_softmax": packed_rows,
+    "packed_log_softmax": lambda x, n: packed_log_softmax(x, torch.tensor([0, 5]), 1, scale=n),
+    "reference": lambda x, n: reference.masked_log_softmax(x, 3, scale=n),
+    "padding_value": lambda x, n: masked_log_softmax(x, 3, padding_value=n),
+    "sink": lambda x, n: masked_log_softmax(x, 3, sink=n),
+    "sink of logsumexp": lambda x, n: masked_logsumexp(x, 3, sink=n),
+    "sink of packed rows": lambda x, n: packed_log_softmax(x, torch.tensor([0, 5]), 1, sink=n),
+}
+
+
+def functions_of_numbers() -> list[Any]:
+    """An export takes seconds: 16-bit types, and decomposition before it, by one function."""
+    cases = [
+        (name, dtype, False) for name in OF_NUMBERS for dtype in (torch.float32, torch.float64)
+    ]
+    cases += [("masked_log_softmax", dtype, False) for dtype in (torch.float16, torch.bfloat16)]
+    cases += [("packed_softmax", torch.float64, True), ("padding_value", torch.float64, True)]
+    return [
+        pytest.param(*case, id=f"{case[0]}-{short_name(case[1])}" + "-decomposed" * case[2])
+        for case in cases
+    ]
+
+
+@pytest.mark.parametrize(("name", "dtype", "decomposed"), functions_of_numbers())
+def test_numbers_are_exact_in_onnx(
+    name: str, dtype: torch.dtype, decomposed: bool, tmp_path: Path
+) -> None:
+    """The exporter stores Python's floats as float32."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = EachScale(dtype, OF_NUMBERS[name])
+    x = model.inputs()
+    if decomposed:
+        exported = torch.export.export(model, x).run_decompositions(decomposition_table())
+        program = torch.onnx.export(exported, dynamo=True, verbose=False)
+    else:
+        program = torch.onnx.export(model, x, dynamo=True, verbose=False)
+    assert program is not None
+    path = str(tmp_path / "model.onnx")
+    program.save(path)
+    results = load_in_onnx_runtime(path)(*x)
+    tolerance = 16 * torch.finfo(dtype).eps
+    for number, got, expected in zip(NUMBERS, results, model(*x), strict=True):
+        torch.testing.assert_close(
+            torch.as_tensor(got),
+            expected,
+            rtol=tolerance,
+            atol=tolerance,
+            msg=lambda text, number=number: f"{number}: {text}",
+        )
+
+
+def test_onnx_of_a_maximum_beyond_float32(tmp_path: Path) -> None:
+    """ONNX's isinf() is one of float32."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    x, lengths = torch.tensor([[2e300, 1e300, -3e300]], dtype=torch.float64), torch.tensor([3])
+    program = torch.onnx.export(Far(1e-300, True), (x, lengths), dynamo=True, verbose=False)
+    assert program is not None
+    path = str(tmp_path / "model.onnx")
+    program.save(path)
+    (got,) = load_in_onnx_runtime(path)(x, lengths)
+    torch.testing.assert_close(
+        torch.from_numpy(got), masked_log_softmax(x, 3, scale=1e-300), rtol=1e-14, atol=0
+    )
 
 
 def load_in_onnx_runtime(path: str) -> Callable[..., list[Any]]:

@@ -106,6 +106,18 @@ def test_transforms(name: str) -> None:
     assert torch.allclose(got, jvp(lambda *a: loss(of_reference, *a), (x, sink), tangents)[1])
 
 
+@pytest.mark.parametrize("sink", [-200.0, -100.0, 100.0, 200.0, 1e30])
+def test_second_derivatives_of_a_sink_far_from_the_scores(sink: float) -> None:
+    """As those of one column more. Those of torch.logaddexp would be NaN."""
+    x = torch.tensor([1.0, 2.0, 3.0])
+    with_column = torch.cat([x, torch.tensor([sink])])
+    expected = hessian(lambda z: z.logsumexp(0).sin())(with_column)
+    for function in (masked_logsumexp, reference.masked_logsumexp):
+        got = hessian(lambda z, f=function: f(z[:3], sink=z[3]).sin())(with_column)
+        torch.testing.assert_close(got, expected)
+        assert bool((got != 0).any())
+
+
 @every_function
 def test_vmap(name: str) -> None:
     function = PAIRS[name][0]

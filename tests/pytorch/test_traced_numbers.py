@@ -120,6 +120,8 @@ INTS: dict[str, Program] = {
 }  # fmt: skip
 every_int = pytest.mark.parametrize("program", INTS.values(), ids=list(INTS))
 
+strict_or_not = pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+
 FLOATS = {"float": float, "float64": np.float64, "float32": np.float32}
 INT_TYPES = {"int": int, "int64": np.int64, "int32": np.int32}
 
@@ -290,6 +292,133 @@ def test_jit_trace_of_a_size_as_a_sink(program: Program) -> None:
         assert_close(traced(x), function(x))
 
 
+@pytest.mark.parametrize("number", FLOATS.values(), ids=list(FLOATS))
+@every_sink
+def test_sinks_of_numpy(program: Program, number: Any) -> None:
+    assert_numpy_is_a_number(program, number)
+
+
+def assert_numpy_is_a_number(program: Program, number: Any) -> None:
+    """In eager mode, as an argument, as a constant of the program, and made in it."""
+    expected = program(scores(), 0.25)
+    value = number(0.25)
+    assert_close(program(scores(), value), expected)
+    assert_close(compiled(program)[0](scores(), value), expected)
+    assert_close(compiled(lambda x: program(x, value))[0](scores()), expected)
+    assert_close(compiled(lambda x: program(x, number(0.25)))[0](scores()), expected)
+
+
+@strict_or_not
+@every_sink
+def test_export_of_sinks(program: Program, strict: bool) -> None:
+    assert_item_is_a_number(program, strict)
+
+
+def assert_item_is_a_number(program: Program, strict: bool) -> None:
+    """t.item() is read when the program runs."""
+    module = Module(lambda x, t: program(x, t.item()))
+    for kind in (torch.float32, torch.float64, torch.int64):
+        exported = torch.export.export(
+            module, (scores(), torch.ones((), dtype=kind)), strict=strict
+        )
+        for number in (2, -3):
+            got = exported.module()(scores(), torch.tensor(number, dtype=kind))
+            assert_close(got, program(scores(), number), f"{kind}, {number}")
+
+
+# A padding value is one of the same numbers; where it varies, torch's operators fill the padding.
+PADDING: dict[str, Program] = {
+    "lengths": lambda x, p: masked_log_softmax(x, row_lengths(x), padding_value=p),
+    "starts, a dim, a scale": lambda x, p: masked_log_softmax(
+        x, 2, 0, starts=1, scale=p, padding_value=p
+    ),
+    "a sink": lambda x, p: masked_log_softmax(x, row_lengths(x), sink=p, padding_value=p),
+    "a type": lambda x, p: masked_log_softmax(x, 3, dtype=torch.float64, padding_value=p),
+    "no dimensions": lambda x, p: masked_log_softmax(x[0, 0], 0, padding_value=p),
+    "a module": lambda x, p: MaskedLogSoftmax(padding_value=p)(x, row_lengths(x)),
+    "reference": lambda x, p: reference.masked_log_softmax(x, row_lengths(x), padding_value=p),
+}
+every_padding = pytest.mark.parametrize("program", PADDING.values(), ids=list(PADDING))
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+@every_padding
+def test_padding_values(program: Program, dynamic: bool | None) -> None:
+    run, counter = compiled(program, dynamic=dynamic)
+    for value in (0.1, 0.25, -0.5, 0.75, 1.5, 2.0, -3.0, 0.01, 4.0):
+        assert_close(run(scores(), value), program(scores(), value), f"padding value {value}")
+    assert counter.frame_count <= 2
+
+
+def test_padding_values_of_out() -> None:
+    """Under torch.compile, torch.jit.trace and in eager mode."""
+    program: Program = lambda x, p: masked_log_softmax(  # noqa: E731
+        x, row_lengths(x), padding_value=p, out=torch.empty_like(x)
+    )
+    expected = masked_log_softmax(scores(), row_lengths(scores()), padding_value=-0.5)
+    value = torch.tensor(-0.5)
+    assert_same_bits(program(scores(), value), expected)
+    assert_close(compiled(program)[0](scores(), value), expected)
+    traced = torch.jit.trace(program, (scores(), torch.tensor(1.0)), check_trace=False)
+    assert_close(traced(scores(), value), expected)
+
+
+@pytest.mark.parametrize("number", FLOATS.values(), ids=list(FLOATS))
+@every_padding
+def test_padding_values_of_numpy(program: Program, number: Any) -> None:
+    assert_numpy_is_a_number(program, number)
+
+
+@every_padding
+def test_padding_values_that_are_ints_or_tensors(program: Program) -> None:
+    for value in (2, torch.tensor(0.5), torch.tensor(2), torch.tensor(-math.inf), -math.inf):
+        if program is PADDING["starts, a dim, a scale"] and float(value) == -math.inf:
+            continue  # NaN
+        if program is PADDING["a sink"] and isinstance(value, Tensor) and value == 2:
+            continue  # a sink that is a tensor has a floating point type
+        expected = program(scores(), float(value))
+        assert_close(program(scores(), value), expected, repr(value))
+        assert_close(compiled(program)[0](scores(), value), expected, repr(value))
+
+
+@strict_or_not
+@every_padding
+def test_export_of_padding_values(program: Program, strict: bool) -> None:
+    assert_item_is_a_number(program, strict)
+
+
+@every_padding
+def test_jit_trace_of_padding_values(program: Program) -> None:
+    """A size, and a tensor."""
+    traced = jit_trace_without_warning(lambda x: program(x, x.size(0)), scores(4, 8))
+    for x in (scores(4, 8), scores(3, 8)):
+        assert_close(traced(x), program(x, x.size(0)))
+    if program is not PADDING["a sink"]:
+        traced = jit_trace_without_warning(program, scores(4, 8), torch.tensor(0.5))
+        assert_close(traced(scores(4, 8), torch.tensor(-2.0)), program(scores(4, 8), -2.0))
+
+
+def test_vmap_over_padding_values() -> None:
+    x, values = scores(), torch.tensor([0.5, -1.0])
+    got = torch.vmap(lambda p: masked_log_softmax(x, LENGTHS, padding_value=p))(values)
+    expected = [masked_log_softmax(x, LENGTHS, padding_value=float(p)) for p in values]
+    assert_close(got, torch.stack(expected))
+
+
+def test_a_padding_value_that_is_no_number() -> None:
+    for value, error, words in (
+        (torch.ones(1), TypeError, r"of shape \(1,\).*mask_from_lengths\(\) takes any tensor"),
+        (torch.tensor(1.0, requires_grad=True), TypeError, "padding_value is a constant"),
+        (torch.tensor(True), TypeError, "of torch.bool"),
+        (np.array(1.0), TypeError, r"float\(\) makes a number of it"),
+        (10**400, ValueError, "padding_value to be a number that a float can hold"),
+    ):
+        with pytest.raises(error, match=words):
+            masked_log_softmax(scores(), LENGTHS, padding_value=value)
+    with pytest.raises(ValueError, match="sink to be a number that a float can hold"):
+        masked_softmax(scores(), LENGTHS, sink=10**400)
+
+
 @pytest.mark.parametrize("backend", ["inductor"])
 def test_inductor(backend: str) -> None:
     def function(x: Tensor, scale: float, n: int) -> Tensor:
@@ -421,6 +550,42 @@ def test_products_that_float32_cannot_hold(trace: Callable[[Program, Tensor], Pr
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
+@every_trace
+@pytest.mark.parametrize("sink", [None, 0.5])
+def test_padding_has_a_gradient_of_plus_zero(
+    trace: Callable[[Program, Tensor], Program], sink: float | None, log: bool
+) -> None:
+    """Also where a negative scale varies: a product of 0 and it would be -0."""
+    program: Program = lambda x, s: forward(x, 3, log=log, scale=s, sink=sink)  # noqa: E731
+    run = trace(program, scores(3, 5))
+    x = scores(3, 5).requires_grad_()
+    for scale in (-0.5, -3.0, 2.0):
+        y = finite(run(x, scale))
+        (gradient,) = torch.autograd.grad(y.sin().sum(), x, create_graph=trace in BY_DERIVATIVES)
+        assert_same_bits(gradient.detach()[:, 3:], torch.zeros(3, 2))
+        assert bool((gradient[:, :3] != 0).any())
+        if trace in BY_DERIVATIVES:
+            (second,) = torch.autograd.grad(gradient.sin().sum(), x)
+            assert_same_bits(second[:, 3:], torch.zeros(3, 2))
+            assert bool((second[:, :3] != 0).any())
+
+
+# A compiled program has no second derivatives by torch.autograd.
+BY_DERIVATIVES = (trace_exported, trace_decomposed, trace_jit, trace_vmap)
+
+
+def test_padding_has_a_second_derivative_of_plus_zero_in_a_compiled_program(log: bool) -> None:
+    def program(x: Tensor, scale: float) -> Tensor:
+        def loss(x: Tensor) -> Tensor:
+            return finite(forward(x, 3, log=log, scale=scale)).sin().sum()
+
+        return torch.func.grad(lambda x: torch.func.grad(loss)(x).sin().sum())(x)
+
+    got = trace_compiled(program, scores())(scores(3, 5), -0.5)
+    assert_same_bits(got[:, 3:], torch.zeros(3, 2))
+    assert_close(got, program(scores(3, 5), -0.5))
+
+
 def test_accuracy_of_a_scale_that_varies(log: bool) -> None:
     """That of a constant scale: a product in float32 would lose the differences of large scores."""
     x = 4096 + scores(8, 8)
@@ -431,9 +596,6 @@ def test_accuracy_of_a_scale_that_varies(log: bool) -> None:
 
 
 # torch.export and make_fx
-
-
-strict_or_not = pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 
 
 @strict_or_not
