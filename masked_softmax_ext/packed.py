@@ -219,6 +219,11 @@ def _check_jagged(
             f"{name}(): expected a dense or a jagged input, but got a nested tensor of layout "
             f"{input.layout}"
         )
+    if torch.compiler.is_exporting():
+        raise NotImplementedError(
+            f"{name}(): torch.export cannot export programs with jagged tensors, but input is one; "
+            "packed_softmax(values, offsets) and packed_log_softmax() can be exported"
+        )
     for argument, given in (("lengths", lengths), ("starts", starts), ("out", out)):
         if given is not None:
             raise ValueError(f"{name}(): expected no {argument} with a jagged input, but got some")

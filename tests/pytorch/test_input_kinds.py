@@ -242,6 +242,24 @@ def test_second_derivatives_of_jagged_input() -> None:
     assert float(second(lambda x: packed_softmax(x, offsets)).abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize("module", [AttentionPooling(FEATURES), MaskedSoftmax(1)], ids=repr)
+def test_export_of_jagged_input_is_refused(module: nn.Module) -> None:
+    """torch exports no such program that runs, not even one of torch.softmax."""
+    remedy = r"packed_softmax\(values, offsets\) and packed_log_softmax\(\) can be exported"
+    with pytest.raises(Exception, match=remedy):  # torch wraps it in an error of its own
+        torch.export.export(module, (jagged(),), strict=True)
+    x, offsets = torch.cat(rows()), torch.nn.functional.pad(LENGTHS.cumsum(0), (1, 0))
+    assert_same_bits(
+        torch.export.export(PackedSoftmax(), (x, offsets)).module()(x, offsets),
+        MaskedSoftmax(1)(jagged()).values(),
+    )
+
+
+class PackedSoftmax(nn.Module):
+    def forward(self, values: Tensor, offsets: Tensor) -> Tensor:
+        return packed_softmax(values, offsets)
+
+
 def test_weights_of_pooled_jagged_input() -> None:
     pool = AttentionPooling(FEATURES)
     pooled, weights = pool(jagged(), return_weights=True)
