@@ -103,8 +103,8 @@ cuda-test:
 	$(CUDA_BIN)/python tests/gpu/inspect_kernels.py --write build/cuda_kernels.md
 
 # Builds and checks the source distribution and the wheel for TORCH, in dist/. Another torch needs a separate
-# environment: make dist VENV=.venv-2.11 TORCH=torch==2.11.0
-dist: $(VENV)/dist.stamp
+# environment: make dist VENV=.venv-2.11 TORCH=torch==2.11.0. Tests run on the installed wheel.
+dist: $(VENV)/dist.stamp $(VENV)/test.stamp
 	tests/builds/dist.sh $(BIN)/python
 
 # Types are checked against the packages that the tests need.
@@ -114,9 +114,7 @@ lint: $(VENV)/lint.stamp $(VENV)/test.stamp
 	$(BIN)/mypy
 	$(call if-available,pyright,--pythonpath $(BIN)/python)
 	$(call if-available,shellcheck,.ci/run $$(git ls-files '*.sh'))
-	@$(BIN)/python tools/requirements.py workflows >$(VENV)/workflows.txt
-	@$(BIN)/python -m pip install --quiet --requirement $(VENV)/workflows.txt >/dev/null 2>&1 || true
-	$(call if-available,actionlint,)
+	$(BIN)/actionlint -shellcheck=$(BIN)/shellcheck
 	git ls-files '*.h' '*.cpp' '*.inc' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 # With what the tests need; make demo goes without.
