@@ -51,9 +51,14 @@ DEFAULT_GENCODE = [
 # Those of an nvcc older than 12.8.
 OLDER_ARCHITECTURES = "8.0;9.0+PTX"
 
-# So many files include those of csrc/binding, and are compiled in their place: each would parse
-# torch's headers, which takes 4 seconds.
-BINDING_UNITS = 4
+# The files of csrc/binding are included in these, and compiled so: each alone would parse torch's
+# headers, which takes 2 to 5 seconds. A unit's files need the same headers; a file is in the first
+# unit that has it.
+BINDING_UNITS = {
+    "python": ["module.cpp", "python_calls.cpp"],  # Python's headers
+    "autograd": ["*autograd*.cpp", "in_place.cpp"],  # autograd's
+    "operators": ["*.cpp"],  # those of tensors and the dispatcher
+}
 UNITS = "build/units"
 CUDART_FOLDER = "build/cudart"
 
@@ -288,10 +293,12 @@ def binding_units(with_cuda: bool) -> dict[str, str]:
     files = csrc_files("*.cpp", folders=("binding",))
     files.remove(f"csrc/binding/{'without_cuda' if with_cuda else 'cuda_ops'}.cpp")
     kind = "cuda" if with_cuda else "cpu"  # the other kind's objects stay as they are
-    return {
-        f"{UNITS}/{kind}/binding_{unit}.cpp": unit_of(files[unit::BINDING_UNITS])
-        for unit in range(BINDING_UNITS)
-    }
+    units = {}
+    for unit, patterns in BINDING_UNITS.items():
+        chosen = [file for file in files if any(Path(file).match(pattern) for pattern in patterns)]
+        units[f"{UNITS}/{kind}/binding_{unit}.cpp"] = unit_of(chosen)
+        files = [file for file in files if file not in chosen]
+    return units
 
 
 def link_cudart(toolkit: Path) -> None:
