@@ -23,8 +23,8 @@ define if-available
 @if $(BIN)/$(1) --version >/dev/null 2>&1; then $(BIN)/$(1) $(2); else echo "SKIPPED: $(1) cannot be had here"; fi
 endef
 
-.PHONY: demo test bench bench-quick bench-mxnet docs dist lint kernel-test sanitizer-test fuzz build-test mutation-test \
-	emulator-test cuda-test gpu-kernels gate-rehearsal build clean
+.PHONY: demo test bench bench-quick bench-mxnet docs dist lint clang-tidy coverage kernel-test sanitizer-test fuzz \
+	build-test mutation-test emulator-test cuda-test gpu-kernels gate-rehearsal build clean
 
 demo: $(VENV)/build.stamp
 	$(BIN)/python -m masked_softmax_ext
@@ -117,6 +117,14 @@ lint: $(VENV)/lint.stamp $(VENV)/test.stamp
 	$(BIN)/actionlint -shellcheck=$(BIN)/shellcheck
 	git ls-files '*.h' '*.cpp' '*.inc' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
+# Apart from lint, which needs no build.
+clang-tidy: build $(VENV)/lint.stamp
+	$(BIN)/python tools/clang_tidy.py
+
+# Which lines of Python and C++ the tests run: a report, and pages in build/coverage/html. COVERAGE may name some tests.
+coverage: build $(VENV)/coverage.stamp
+	tests/coverage/run.sh $(COVERAGE)
+
 # With what the tests need; make demo goes without.
 build: $(VENV)/build.stamp $(VENV)/test.stamp
 
@@ -139,7 +147,8 @@ $(VENV)/bench.stamp: $(VENV)/tools.stamp
 	$(if $(FBGEMM),$(BIN)/python -m pip install --quiet --no-deps "$(FBGEMM)")
 	touch $@
 
-$(VENV)/test.stamp $(VENV)/docs.stamp $(VENV)/lint.stamp $(VENV)/dist.stamp: $(VENV)/%.stamp: $(VENV)/tools.stamp
+STAMPS := $(patsubst %,$(VENV)/%.stamp,test docs lint dist coverage)
+$(STAMPS): $(VENV)/%.stamp: $(VENV)/tools.stamp
 	$(call pip-install,$(VENV),$*)
 	touch $@
 

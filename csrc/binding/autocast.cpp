@@ -9,7 +9,7 @@
 namespace masked_softmax {
 namespace {
 
-const c10::DispatchKeySet kAutocast{c10::DispatchKey::AutocastCUDA};
+constexpr c10::DispatchKeySet kAutocast{c10::DispatchKey::AutocastCUDA};
 
 OptionalType autocast_type(const at::Tensor& input, OptionalType dtype) {
   const bool is_16bit = input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;

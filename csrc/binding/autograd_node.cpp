@@ -70,15 +70,16 @@ void OperatorNode::save_output(const at::Tensor& output, bool is_in_place) {
 }
 
 std::vector<bool> OperatorNode::needed() const {
-  std::vector<bool> result;
-  for (size_t i = 0; i < formula_.inputs; ++i) {
-    result.push_back(task_should_compute_output(i));
+  std::vector<bool> result(formula_.inputs);
+  for (size_t i = 0; i < result.size(); ++i) {
+    result[i] = task_should_compute_output(i);
   }
   return result;
 }
 
 variable_list OperatorNode::unpack() {
   variable_list result;
+  result.reserve(saved_.size());
   for (size_t i = 0; i < saved_.size(); ++i) {
     try {
       result.push_back(saved_[i].is_output ? saved_[i].tensor.unpack(getptr()) : saved_[i].tensor.unpack());

@@ -3,7 +3,9 @@
 #   native      as they are
 #   sanitizers  under AddressSanitizer and UndefinedBehaviorSanitizer
 #   qemu        for aarch64 (NEON), cross-compiled, under qemu-aarch64
-# Without an argument: all three. CXX names the compiler of the first two. Modes whose tools are missing print SKIPPED.
+#   coverage    with g++'s counters of executed lines: tests/coverage/run.sh
+# Without an argument: the first three. CXX names the compiler of the first two. Modes whose tools are missing print
+# SKIPPED.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -28,6 +30,8 @@ sanitizers() {
   build_and_run sanitizers "" "${CXX:-g++}" -O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
 }
 
+coverage() { build_and_run coverage "" g++ -O0 --coverage -fprofile-update=atomic; }
+
 qemu() {
   local tool
   for tool in aarch64-linux-gnu-g++ qemu-aarch64; do
@@ -42,7 +46,7 @@ qemu() {
 (($#)) || set -- native sanitizers qemu
 for mode in "$@"; do
   case $mode in
-    native | sanitizers | qemu) "$mode" ;;
-    *) echo "expected native, sanitizers or qemu, but got '$mode'" >&2 && exit 2 ;;
+    native | sanitizers | qemu | coverage) "$mode" ;;
+    *) echo "expected native, sanitizers, qemu or coverage, but got '$mode'" >&2 && exit 2 ;;
   esac
 done
