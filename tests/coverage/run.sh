@@ -2,6 +2,7 @@
 # Measures which lines the tests run: of Python with coverage, of C++ with gcov. The extension is built in a copy of the
 # tree, where the Python tests run. The kernels of csrc/cpu are measured in their own tests (tests/kernel), because
 # their code without optimization would make the Python tests ten times as slow.
+# Fails only if the build does.
 # Usage: run.sh [PYTEST ARGUMENT]...   PYTHON names the interpreter, which has torch, pytest, coverage and gcovr.
 #
 # Not seen: the CUDA kernels, lines of Python that torch.compile traces without running them, and what a process did that
@@ -29,30 +30,28 @@ find "$FOLDER" -name '*.gcda' -delete
 rm -rf "$FOLDER/python" "$FOLDER/html"
 mkdir -p "$FOLDER/python" "$FOLDER/html"
 
+cd "$TREE"
 echo "== the kernel layer's tests"
 tests/kernel/run.sh coverage
 
 echo "== the extension"
 export CXX=$FOLDER/g++ MASKED_SOFTMAX_EXT_CUDA=0
-(cd "$TREE" && "$PYTHON" setup.py --quiet build_ext --inplace) >"$FOLDER/build.log" 2>&1 || {
+"$PYTHON" setup.py --quiet build_ext --inplace >"$FOLDER/build.log" 2>&1 || {
   cat "$FOLDER/build.log"
   exit 1
 }
 unset CXX MASKED_SOFTMAX_EXT_CUDA
 
 echo "== the Python tests"
-status=0
-(cd "$TREE" && COVERAGE_FILE=$FOLDER/python/data "$PYTHON" -m coverage run -m pytest -q "$@") || status=$?
+export COVERAGE_FILE=$FOLDER/python/data
+"$PYTHON" -m coverage run -m pytest -q "$@" || echo "Some tests fail here: make test says whether they should."
 
 echo "== Python"
-cd "$TREE"
-export COVERAGE_FILE=$FOLDER/python/data
 "$PYTHON" -m coverage combine --quiet
 "$PYTHON" -m coverage html --quiet --directory "$FOLDER/html/python"
 "$PYTHON" -m coverage report
 
 echo "== C++"
-cd "$ROOT"
-"$PYTHON" -m gcovr --root "$ROOT" --filter 'csrc/' --merge-lines --html-details "$FOLDER/html/cpp.html" --txt - \
-  "$TREE/build" build/kernel_tests/coverage
-exit $status
+# setup.py strips the folders of torch's headers from their names.
+"$PYTHON" -m gcovr --root . --filter csrc/ --merge-lines --gcov-ignore-errors=source_not_found \
+  --html-details "$FOLDER/html/cpp.html" --txt - build
