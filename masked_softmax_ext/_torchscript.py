@@ -18,6 +18,7 @@ _OPERATORS = {
     "masked_softmax_with_sink": "masked_softmax",
     "masked_log_softmax_with_sink": "masked_log_softmax",
     "masked_logsumexp": "masked_logsumexp",
+    "masked_logsumexp_with_sink": "masked_logsumexp",
 }
 # The operator that does what a function or a module does.
 _SCRIPTABLE = {

@@ -94,14 +94,16 @@ def _in_place_with_sink_batching_rule(
     in_dims: tuple[int | None, ...],
     input: Tensor,
     sink: Tensor,
+    sink_weight: Tensor | None,
     *args: Any,
     **options: Any,
 ) -> tuple[None, None]:
     scores = _overwritten(info, in_dims, input)
-    rows = _batched_rows(scores, in_dims[2:], False, *args)
-    find_operator("masked_softmax_with_sink_")(
-        scores, _batch_at(0, sink, in_dims[1]), *rows, **options
-    )
+    sink = _batch_at(0, sink, in_dims[1])
+    if sink_weight is not None:
+        sink_weight = _batch_at(0, sink_weight, in_dims[2])
+    rows = _batched_rows(scores, in_dims[3:], False, *args)
+    find_operator("masked_softmax_with_sink_")(scores, sink, sink_weight, *rows, **options)
     return None, None
 
 

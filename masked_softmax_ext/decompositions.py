@@ -51,6 +51,7 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
         find_operator("masked_softmax_with_sink"): _masked_softmax_with_sink,
         find_operator("masked_log_softmax_with_sink"): _masked_log_softmax_with_sink,
         find_operator("masked_logsumexp"): _masked_logsumexp,
+        find_operator("masked_logsumexp_with_sink"): _masked_logsumexp_with_sink,
     }
 
 
@@ -75,7 +76,9 @@ def call_softmax(
     if sink is None:
         result: Tensor = call_operator(name, input, *rows, **options)
     else:
-        result, _ = call_operator(f"{name}_with_sink", input, sink, *rows, **options)
+        result = call_operator(f"{name}_with_sink", input, sink, *rows, **options)
+        if isinstance(result, tuple):
+            result, _ = result  # without the sink's weight
     return result
 
 
@@ -89,6 +92,12 @@ def _masked_log_softmax(*args: Any, **options: Any) -> Tensor:
 
 def _masked_logsumexp(*args: Any, **options: Any) -> Tensor:
     return _decompose(_logsumexp_where, _packed_logsumexp, *args, **options)
+
+
+def _masked_logsumexp_with_sink(
+    input: Tensor, sink: Tensor, *args: Any, **options: Any
+) -> Tensor:
+    return _masked_logsumexp(input, *args, sink=sink, **options)
 
 
 def _masked_softmax_with_sink(
@@ -115,7 +124,7 @@ def _sink_weight(
     **options: Any,
 ) -> Tensor:
     acc_dtype = accumulation_dtype(result, result, None)
-    logsumexp = _masked_logsumexp(input, *args, sink=sink, dtype=acc_dtype, **options)
+    logsumexp = _masked_logsumexp_with_sink(input, sink, *args, dtype=acc_dtype, **options)
     sink = align_to_rows(sink, logsumexp.dim()).to(acc_dtype)
     return (sink - logsumexp).exp().masked_fill(sink == -math.inf, 0.0)
 

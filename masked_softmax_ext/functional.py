@@ -29,10 +29,10 @@ from masked_softmax_ext._arguments import (
     tensor_likes,
 )
 from masked_softmax_ext._numbers import is_constant
-from masked_softmax_ext._scale import accumulation_dtype, add_sink, fold_scale, result_dtype
-from masked_softmax_ext.decompositions import call_operator, call_softmax
+from masked_softmax_ext._scale import fold_scale
+from masked_softmax_ext.decompositions import call_softmax
 from masked_softmax_ext.packed import jagged_logsumexp, jagged_softmax
-from masked_softmax_ext.reference import fill_padding, row_numbers, unchecked_mask
+from masked_softmax_ext.reference import fill_padding, unchecked_mask
 
 _NO_VALUE = -math.inf  # the default padding_value, compared by identity
 
@@ -211,7 +211,8 @@ def masked_softmax_(
         dim: the softmax dimension.
         starts: the first valid column of each row.
         scale: a number multiplied into the scores.
-        sink: one more logit of each row. If it requires grad, a temporary tensor is allocated.
+        sink: one more logit of each row. If it requires grad and ``input`` is a view, a temporary
+            tensor of its shape is allocated.
         validate: raise for invalid lengths on CUDA too.
 
     Returns:
@@ -250,7 +251,7 @@ def masked_softmax_(
         torch.ops.masked_softmax_ext.masked_softmax_(input, lengths, dim, starts, **options)
     else:
         torch.ops.masked_softmax_ext.masked_softmax_with_sink_(
-            input, sink, lengths, dim, starts, **options
+            input, sink, None, lengths, dim, starts, **options
         )
     return input
 
@@ -307,23 +308,11 @@ def masked_logsumexp(
     lengths, dim, starts, scale, dtype = convert(
         name, input, lengths, dim, starts, scale, dtype, validate
     )
-    row_sink: Any = convert_sink(name, sink, input)
+    sink = convert_sink(name, sink, input)
     input, scale, dtype = fold_scale(input, scale, dtype)
-    rows = (lengths, dim, starts)
-    if row_sink is None:
-        result = call_operator(name, input, *rows, scale=scale, dtype=dtype, validate=validate)
-    else:
-        if is_dtensor(input):
-            from masked_softmax_ext._dtensor import on_mesh
-
-            distributed: Any = input
-            row_sink = on_mesh(row_sink, distributed.device_mesh)
-        dtype = result_dtype(input, dtype)
-        acc_dtype = accumulation_dtype(dtype, dtype, None)  # so that the sum is rounded once
-        result = call_operator(name, input, *rows, scale=scale, dtype=acc_dtype, validate=validate)
-        result = add_sink(result, row_numbers("sink", row_sink, input, dim)).to(dtype)
-    kept: Tensor = result.unsqueeze(dim) if keepdim and input.dim() > 0 else result
-    return kept
+    options: dict[str, Any] = {"scale": scale, "dtype": dtype, "validate": validate}
+    result = call_softmax(name, input, sink, lengths, dim, starts, **options)
+    return result.unsqueeze(dim) if keepdim and input.dim() > 0 else result
 
 
 def build_info() -> dict[str, Any]:

@@ -30,8 +30,6 @@ from masked_softmax_ext._numbers import (
 )
 from masked_softmax_ext._scale import (
     accumulation_dtype,
-    add_sink,
-    align_to_rows,
     fold_scale,
     matmul_dtype,
 )
@@ -183,25 +181,17 @@ def jagged_logsumexp(
 ) -> Tensor:
     """``masked_logsumexp`` of a nested tensor: a dense tensor, one number a row."""
     row_dim = _check_jagged("masked_logsumexp", input, lengths, dim, starts, None)
-    values = input.values()
     result = _packed(
         "logsumexp",
-        values,
+        input.values(),
         input.offsets(),
         row_dim - 1,
         scale,
-        None,
+        sink,
         dtype,
         cached_max_length(input),
         validate,
     )
-    sink = convert_sink("masked_logsumexp", sink, values)
-    if sink is not None:
-        sink = align_to_rows(sink, result.dim())
-        sum_of_both = add_sink(
-            result.to(accumulation_dtype(result.dtype, result.dtype, None)), sink
-        )
-        result = sum_of_both.to(result.dtype)
     return result.unsqueeze(row_dim) if keepdim else result
 
 

@@ -38,6 +38,12 @@ at::Tensor reduction(const at::Tensor& input, const RowArguments& rows, Optional
   return call<kOperation>(input, rows, autocast_type(input, dtype), validate, packed);
 }
 
+at::Tensor logsumexp_with_sink(const at::Tensor& input, const at::Tensor& sink, const RowArguments& rows,
+                               OptionalType dtype, bool validate, OptionalSymInt packed) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocast);
+  return call_with_sink<Operation::kLogSumExp>(input, sink, rows, autocast_type(input, dtype), validate, packed);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(masked_softmax_ext, AutocastCUDA, m) {
@@ -48,6 +54,7 @@ TORCH_LIBRARY_IMPL(masked_softmax_ext, AutocastCUDA, m) {
       m.impl(kInfo.sink_name, ForwardWithSink::kernel<forward_with_sink<operation.value>>);
     } else if constexpr (kInfo.signature == Signature::kReduction) {
       m.impl(kInfo.name, Reduction::kernel<reduction<operation.value>>);
+      m.impl(kInfo.sink_name, ReductionWithSink::kernel<logsumexp_with_sink>);
     }
   });
 }

@@ -341,7 +341,8 @@ void forward_out(const at::Tensor& input, const RowArguments& rows, const Option
 }
 
 // sink: null if there is none; then nothing is differentiated with respect to it.
-void compute_in_place(at::Tensor& input, const RowArguments& rows, const at::Tensor* sink, bool validate) {
+void compute_in_place(at::Tensor& input, const RowArguments& rows, const at::Tensor* sink,
+                      const OptionalTensor& sink_weight, bool validate) {
   torch::autograd::check_inplace(input, torch::autograd::compute_requires_grad(input));
   const CallView view = view_of(rows, std::nullopt, input.scalar_type());
   OperatorNode::Pointer owner;
@@ -358,7 +359,7 @@ void compute_in_place(at::Tensor& input, const RowArguments& rows, const at::Ten
   {
     const at::AutoDispatchBelowAutograd below_autograd;  // in_place.cpp is next
     if (sink != nullptr) {
-      call_operator<SinkInPlaceOperator>(input, *sink, rows, validate);
+      call_operator<SinkInPlaceOperator>(input, *sink, sink_weight, rows, validate);
     } else {
       call_operator<SoftmaxInPlaceOperator>(input, rows, validate);
     }
@@ -376,14 +377,17 @@ void compute_in_place(at::Tensor& input, const RowArguments& rows, const at::Ten
 }
 
 void softmax_in_place(at::Tensor& input, const RowArguments& rows, bool validate) {
-  compute_in_place(input, rows, nullptr, validate);
+  compute_in_place(input, rows, nullptr, std::nullopt, validate);
 }
 
-void softmax_with_sink_in_place(at::Tensor& input, const at::Tensor& sink, const RowArguments& rows, bool validate) {
-  if (!torch::autograd::compute_requires_grad(sink) && !has_tangent(sink) && !has_tangent(input)) {
-    return compute_in_place(input, rows, &sink, validate);
+void softmax_with_sink_in_place(at::Tensor& input, const at::Tensor& sink, const OptionalTensor& sink_weight,
+                                const RowArguments& rows, bool validate) {
+  const bool is_weight_differentiated = sink_weight.has_value() && torch::autograd::compute_requires_grad(input);
+  if (!torch::autograd::compute_requires_grad(sink) && !is_weight_differentiated && !has_tangent(sink) &&
+      !has_tangent(input)) {
+    return compute_in_place(input, rows, &sink, sink_weight, validate);
   }
-  differentiate_sink_in_place(input, sink, rows, validate);
+  differentiate_sink_in_place(input, sink, sink_weight, rows, validate);
 }
 
 }  // namespace

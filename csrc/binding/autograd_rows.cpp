@@ -12,21 +12,23 @@
 //   dw = w * ((1 - w) * ds - scale * <p, dx>)
 //   softmax      dy = scale * y * (dx - <y, dx>) - y * w * ds
 //   log_softmax  dy = scale * (dx - <p, dx>) - w * ds
+//   logsumexp    dy = scale * <p, dx> + w * ds
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/exp.h>
+#include <ATen/ops/new_empty.h>
 #include <ATen/ops/new_ones.h>
 #include <c10/core/ScalarType.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
-#include <limits>
 #include <tuple>
 #include <vector>
 
 #include "binding/autograd_rows.h"
 
 #include "binding/autograd_node.h"
+#include "binding/checks.h"
 
 namespace masked_softmax {
 namespace {
@@ -47,13 +49,6 @@ at::Tensor row_scale(const at::Tensor& a, const at::Tensor& factor, const RowArg
 }
 
 RowArguments unscaled(const RowArguments& rows) { return {rows.lengths, rows.dim, rows.starts, std::nullopt}; }
-
-// `given` broadcasts to rows of `row_ndim` dimensions from its first dimension on; torch broadcasts from the last.
-at::Tensor with_all_dimensions(const at::Tensor& given, int64_t row_ndim) {
-  std::vector<c10::SymInt> sizes = given.sym_sizes().vec();
-  sizes.resize(static_cast<size_t>(row_ndim), 1);
-  return given.view_symint(sizes);
-}
 
 // The gradient of what was broadcast to the rows.
 at::Tensor sum_to_given(const at::Tensor& grad, const at::Tensor& given) {
@@ -162,7 +157,7 @@ std::tuple<at::Tensor, at::Tensor> forward_with_sink(const at::Tensor& input, co
     weight_tangent = row_dot(tangent, D::probabilities(y), rows, packed).neg();
   }
   if (has_tangent(sink)) {
-    const at::Tensor tangent = with_all_dimensions(tangent_of(sink), weight.dim()).to(weight.scalar_type());
+    const at::Tensor tangent = align_to_rows(tangent_of(sink), weight.dim()).to(weight.scalar_type());
     const at::Tensor times_weight = tangent.mul(weight);
     y_tangent = plus(y_tangent, row_scale(D::minus_dy_dsink(y), times_weight.neg(), unscaled(rows), packed));
     weight_tangent = plus(weight_tangent, tangent.sub(times_weight));
@@ -180,16 +175,45 @@ std::tuple<at::Tensor, at::Tensor> forward_with_sink(const at::Tensor& input, co
   return {y, weight};
 }
 
-at::Tensor softmax_of(const at::Tensor& input, const RowArguments& rows, const OptionalSymInt& packed) {
-  return call<Operation::kSoftmax>(input, rows, std::nullopt, accumulation_type(input), /*validate=*/false, packed);
+// The type in which a logsumexp of `input` with results of type `result` is computed, and so its gradient.
+at::ScalarType accumulation_type(const at::Tensor& input, const at::Tensor& result) {
+  return c10::promoteTypes(accumulation_type(input), result.scalar_type());
+}
+
+// The probabilities whose products with the tangents are the derivative of a logsumexp. They are not computed as
+// exp(x - logsumexp), where the rounding of the logsumexp would be an error of the exponent.
+at::Tensor softmax_of(const at::Tensor& input, at::ScalarType acc_type, const RowArguments& rows,
+                      const OptionalSymInt& packed) {
+  return call<Operation::kSoftmax>(input, rows, std::nullopt, acc_type, /*validate=*/false, packed);
+}
+
+std::tuple<at::Tensor, at::Tensor> softmax_of(const at::Tensor& input, const at::Tensor& sink, at::ScalarType acc_type,
+                                              const RowArguments& rows, const OptionalSymInt& packed) {
+  return call_with_sink<Operation::kSoftmax>(input, sink, rows, std::nullopt, acc_type, /*validate=*/false, packed);
 }
 
 constexpr GradientFormula kLogSumExpFormula = {
     "MaskedLogSumExpExtBackward", 1,
     // saved: input
     [](const CallView& c, const variable_list& grads, const variable_list& saved, const std::vector<bool>&) {
-      const RowArguments rows = c.rows();
-      return variable_list{row_scale(softmax_of(saved[0], rows, c.packed), grads[0], rows, c.packed).to(c.input_dtype)};
+      const at::Tensor p = softmax_of(saved[0], accumulation_type(saved[0], grads[0]), c.rows(), c.packed);
+      return variable_list{row_scale(p, grads[0], c.rows(), c.packed).to(c.input_dtype)};
+    }};
+
+constexpr GradientFormula kLogSumExpWithSinkFormula = {
+    "MaskedLogSumExpExtWithSinkBackward", 2,
+    // saved: input, sink
+    [](const CallView& c, const variable_list& grads, const variable_list& saved, const std::vector<bool>& is_needed) {
+      const at::ScalarType acc_type = accumulation_type(saved[0], grads[0]);
+      const auto [p, weight] = softmax_of(saved[0], saved[1], acc_type, c.rows(), c.packed);
+      variable_list result(2);
+      if (is_needed[0]) {
+        result[0] = row_scale(p, grads[0], c.rows(), c.packed).to(c.input_dtype);
+      }
+      if (is_needed[1]) {
+        result[1] = sum_to_given(grads[0].mul(weight), saved[1]);
+      }
+      return result;
     }};
 
 at::Tensor logsumexp(const at::Tensor& input, const RowArguments& rows, OptionalType dtype, bool validate,
@@ -206,8 +230,37 @@ at::Tensor logsumexp(const at::Tensor& input, const RowArguments& rows, Optional
     torch::autograd::set_history(result, owner);
   }
   if (has_tangent(input)) {
-    const at::Tensor p = softmax_of(primal_of(input), rows, packed);
+    const at::Tensor p = softmax_of(primal_of(input), accumulation_type(input, result), rows, packed);
     set_tangent(result, row_dot(tangent_of(input), p, rows, packed).to(result.scalar_type()), /*is_in_place=*/false);
+  }
+  return result;
+}
+
+at::Tensor logsumexp_with_sink(const at::Tensor& input, const at::Tensor& sink, const RowArguments& rows,
+                               OptionalType dtype, bool validate, OptionalSymInt packed) {
+  at::Tensor result;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    result = call_with_sink<Operation::kLogSumExp>(input, sink, rows, dtype, validate, packed);
+  }
+  OperatorNode::Pointer owner;
+  const CallView view = view_of(rows, packed, input.scalar_type());
+  if (OperatorNode* node = OperatorNode::create(kLogSumExpWithSinkFormula, view, {&input, &sink}, owner)) {
+    node->save(input);
+    node->save(sink);
+    torch::autograd::set_history(result, owner);
+  }
+  if (has_tangent(input) || has_tangent(sink)) {
+    const at::ScalarType acc_type = accumulation_type(input, result);
+    const auto [p, weight] = softmax_of(primal_of(input), primal_of(sink), acc_type, rows, packed);
+    at::Tensor tangent;
+    if (has_tangent(input)) {
+      tangent = row_dot(tangent_of(input), p, rows, packed);
+    }
+    if (has_tangent(sink)) {
+      tangent = plus(tangent, align_to_rows(tangent_of(sink), weight.dim()).to(acc_type).mul(weight));
+    }
+    set_tangent(result, tangent.to(result.scalar_type()), /*is_in_place=*/false);
   }
   return result;
 }
@@ -266,37 +319,36 @@ at::Tensor bilinear(const at::Tensor& a, const at::Tensor& b, const RowArguments
   return result;
 }
 
-// exp(sink - logsumexp), computed apart from the softmax. In double: the error of a logarithm in float would grow with
-// it.
-at::Tensor sink_weight_of(const at::Tensor& input, const at::Tensor& sink, const RowArguments& rows, bool validate) {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const at::Tensor logsumexp = call<Operation::kLogSumExp>(input, rows, at::kDouble, validate, std::nullopt);
-  const at::Tensor in_double = with_all_dimensions(sink.to(at::kDouble), logsumexp.dim());
-  const at::Tensor weight = in_double.sub(logsumexp).sigmoid();
-  const double none = -std::numeric_limits<double>::infinity();
-  return weight.masked_fill(in_double.eq(none), 0.0).to(accumulation_type(input));
+at::Tensor new_sink_weight(const at::Tensor& input, const RowArguments& rows) {
+  const CallArguments arguments{rows, SoftmaxInPlaceOperator::kName, std::nullopt, /*validate=*/false};
+  return input.new_empty_symint(row_shape(input, arguments), input.options().dtype(accumulation_type(input)));
 }
 
 }  // namespace
 
-void differentiate_sink_in_place(at::Tensor& input, const at::Tensor& sink, const RowArguments& rows, bool validate) {
+void differentiate_sink_in_place(at::Tensor& input, const at::Tensor& sink, const OptionalTensor& sink_weight,
+                                 const RowArguments& rows, bool validate) {
   torch::autograd::check_inplace(input, /*requires_grad=*/true);
   // A node that changes a view has one result, and tangents are those of a new tensor.
   if (input.is_view() || has_tangent(input) || has_tangent(sink)) {
-    input.copy_(std::get<0>(call_with_sink<Operation::kSoftmax>(input, sink, rows, std::nullopt, input.scalar_type(),
-                                                                validate, std::nullopt)));
+    const auto [y, weight] = call_with_sink<Operation::kSoftmax>(input, sink, rows, std::nullopt, input.scalar_type(),
+                                                                 validate, std::nullopt);
+    input.copy_(y);
+    if (sink_weight.has_value()) {
+      sink_weight->copy_(weight);
+    }
     return;
   }
   const CallView view = view_of(rows, std::nullopt, input.scalar_type());
   OperatorNode::Pointer owner;
   OperatorNode* const node = OperatorNode::create(kSinkFormula<Operation::kSoftmax>, view, {&input, &sink}, owner);
-  const at::Tensor weight = sink_weight_of(input, sink, rows, validate);
+  const at::Tensor weight = sink_weight.has_value() ? *sink_weight : new_sink_weight(input, rows);
   {
     const at::AutoDispatchBelowAutograd below_autograd;  // in_place.cpp is next
-    call_operator<SinkInPlaceOperator>(input, sink, rows, validate);
+    call_operator<SinkInPlaceOperator>(input, sink, weight, rows, validate);
   }
   torch::autograd::rebase_history(input, owner);
-  torch::autograd::set_history(weight, owner);
+  torch::autograd::rebase_history(weight, owner);
   node->save(sink);
   node->save_output(input, /*is_in_place=*/true);
   node->save_output(weight, /*is_in_place=*/false);
@@ -310,6 +362,7 @@ TORCH_LIBRARY_IMPL(masked_softmax_ext, Autograd, m) {
       m.impl(kInfo.sink_name, ForwardWithSink::kernel<forward_with_sink<kOperation>>);
     } else if constexpr (kInfo.signature == Signature::kReduction) {
       m.impl(kInfo.name, Reduction::kernel<logsumexp>);
+      m.impl(kInfo.sink_name, ReductionWithSink::kernel<logsumexp_with_sink>);
     } else if constexpr (kInfo.signature == Signature::kRowDot) {
       m.impl(kInfo.name, RowDot::kernel<bilinear<kOperation>>);
     } else if constexpr (kInfo.signature == Signature::kRowScale) {

@@ -256,6 +256,12 @@ std::vector<c10::SymInt> row_shape(const at::Tensor& input, const CallArguments&
   return arguments.packed.has_value() ? packed_row_shape(input, dim, *arguments.lengths) : row_shape(input, dim);
 }
 
+at::Tensor align_to_rows(const at::Tensor& numbers, int64_t row_ndim) {
+  std::vector<c10::SymInt> sizes = numbers.sym_sizes().vec();
+  sizes.resize(static_cast<size_t>(row_ndim), 1);
+  return numbers.view_symint(sizes);
+}
+
 void check_row_input(const char* what, const at::Tensor& input, const CallArguments& arguments) {
   const at::Tensor& given = *arguments.row_input;
   TORCH_CHECK_TYPE(is_floating(given.scalar_type()), arguments.name, "(): expected ", what,

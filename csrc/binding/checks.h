@@ -37,6 +37,9 @@ void check_output(const at::Tensor& output, const at::Tensor& input, at::ScalarT
 // The shape of one number a row. For packed rows the batch of rows comes first.
 std::vector<c10::SymInt> row_shape(const at::Tensor& input, const CallArguments& arguments);
 
+// `numbers` broadcast to rows of `row_ndim` dimensions from their first dimension on; torch broadcasts from the last.
+at::Tensor align_to_rows(const at::Tensor& numbers, int64_t row_ndim);
+
 // Checks the type, device and shape of arguments.row_input, for scores like `input`.
 void check_row_input(const char* what, const at::Tensor& input, const CallArguments& arguments);
 

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/logaddexp.h>
 #include <c10/core/ScalarType.h>
 #include <torch/library.h>
 
@@ -59,10 +60,19 @@ struct DeviceOps {
                  {rows, SoftmaxInPlaceOperator::kName, std::nullopt, validate});
   }
 
-  static void softmax_with_sink_in_place(at::Tensor& input, const at::Tensor& sink, const RowArguments& rows,
-                                         bool validate) {
-    compute_into(Operation::kSoftmax, input, input, std::nullopt,
-                 {rows, SoftmaxInPlaceOperator::kName, std::nullopt, validate, std::nullopt, &sink});
+  static void softmax_with_sink_in_place(at::Tensor& input, const at::Tensor& sink, const OptionalTensor& sink_weight,
+                                         const RowArguments& rows, bool validate) {
+    CallArguments arguments{rows, SoftmaxInPlaceOperator::kName, std::nullopt, validate, std::nullopt, &sink};
+    at::Tensor weight;
+    if (sink_weight.has_value()) {
+      weight = empty_rows(input, sink_weight->scalar_type(), arguments);
+      check_like_output("sink_weight", *sink_weight, weight, arguments);
+      arguments.row_result = &weight;
+    }
+    compute_into(Operation::kSoftmax, input, input, std::nullopt, arguments);
+    if (sink_weight.has_value()) {
+      sink_weight->copy_(weight);
+    }
   }
 
   template <Operation kOperation>
@@ -74,6 +84,21 @@ struct DeviceOps {
     at::Tensor result = empty_rows(input, type, arguments);
     Device::compute(kOperation, result, {&input}, arguments);
     return result;
+  }
+
+  // The sink is added to one number a row, in the accumulation type; the sum is rounded once.
+  static at::Tensor logsumexp_with_sink(const at::Tensor& input, const at::Tensor& sink, const RowArguments& rows,
+                                        OptionalType dtype, bool validate, OptionalSymInt packed) {
+    CallArguments arguments{rows,         info_of(Operation::kLogSumExp).name, packed, validate,
+                            std::nullopt, &sink};
+    const at::ScalarType type = result_dtype(arguments.name, input.scalar_type(), dtype);
+    check_row_arguments(input, arguments);
+    check_row_input("sink", input, arguments);
+    arguments.row_input = nullptr;
+    const at::ScalarType acc_type = c10::promoteTypes(type, at::kFloat);
+    at::Tensor result = empty_rows(input, acc_type, arguments);
+    Device::compute(Operation::kLogSumExp, result, {&input}, arguments);
+    return at::logaddexp(result, align_to_rows(sink, result.dim()).to(acc_type)).to(type);
   }
 
   static at::Tensor row_dot(const at::Tensor& a, const at::Tensor& b, const RowArguments& rows, OptionalSymInt packed) {
@@ -131,6 +156,7 @@ struct DeviceOps {
         library.impl(kInfo.name, Jvp::kernel<jvp<kOperation>>);
       } else if constexpr (kInfo.signature == Signature::kReduction) {
         library.impl(kInfo.name, Reduction::kernel<reduction<kOperation>>);
+        library.impl(kInfo.sink_name, ReductionWithSink::kernel<logsumexp_with_sink>);
       } else if constexpr (kInfo.signature == Signature::kRowDot) {
         library.impl(kInfo.name, RowDot::kernel<row_dot>);
       } else if constexpr (kInfo.signature == Signature::kRowScale) {

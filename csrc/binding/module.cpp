@@ -34,10 +34,11 @@ std::vector<std::tuple<std::string, int, bool, bool, bool>> row_operations() {
   std::vector<std::tuple<std::string, int, bool, bool, bool>> result;
   for_each_operation([&](auto operation) {
     constexpr OperationInfo kInfo = info_of(operation.value);
-    if constexpr (has_variants(operation.value)) {
-      result.emplace_back(kInfo.sink_name, 1, true, true, true);
-    } else if constexpr (returns_or_takes_row_numbers(kInfo.signature)) {
-      constexpr bool kIsReduced = is_reduction(operation.value);
+    constexpr bool kIsReduced = is_reduction(operation.value);
+    if constexpr (takes_sink(operation.value)) {
+      result.emplace_back(kInfo.sink_name, 1, true, !kIsReduced, true);
+    }
+    if constexpr (returns_or_takes_row_numbers(kInfo.signature)) {
       result.emplace_back(kInfo.name, input_count(operation.value), !kIsReduced, !kIsReduced, kIsReduced);
     }
   });

@@ -28,6 +28,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 
 #include "common/operation.h"
 
@@ -102,13 +103,22 @@ struct InPlace : OperatorSignature<void, Scores<at::Tensor&>, bool> {
   static constexpr const char* kSchema =
       "(Tensor(a!) input, " MASKED_SOFTMAX_FORWARD_ROWS ", bool validate=False) -> ()";
 };
-struct InPlaceWithSink : OperatorSignature<void, Scores<at::Tensor&, InputTensor>, bool> {
+// Also writes the weights of the sinks, where it gets a tensor for them. They are no option, because torch.vmap does not
+// batch those.
+struct InPlaceWithSink : OperatorSignature<void, Scores<at::Tensor&, InputTensor, const OptionalTensor&>, bool> {
   static constexpr const char* kSchema =
-      "(Tensor(a!) input, Tensor sink, " MASKED_SOFTMAX_FORWARD_ROWS ", bool validate=False) -> ()";
+      "(Tensor(a!) input, Tensor sink, Tensor(b!)? sink_weight, " MASKED_SOFTMAX_FORWARD_ROWS
+      ", bool validate=False) -> ()";
 };
 struct Reduction : OperatorSignature<at::Tensor, Scores<InputTensor>, OptionalType, bool, OptionalSymInt> {
   static constexpr const char* kSchema =
       "(Tensor input, " MASKED_SOFTMAX_FORWARD_ROWS
+      ", ScalarType? dtype=None, bool validate=False, SymInt? packed=None) -> Tensor";
+};
+struct ReductionWithSink
+    : OperatorSignature<at::Tensor, Scores<InputTensor, InputTensor>, OptionalType, bool, OptionalSymInt> {
+  static constexpr const char* kSchema =
+      "(Tensor input, Tensor sink, " MASKED_SOFTMAX_FORWARD_ROWS
       ", ScalarType? dtype=None, bool validate=False, SymInt? packed=None) -> Tensor";
 };
 struct RowDot : OperatorSignature<at::Tensor, Scores<InputTensor, InputTensor>, OptionalSymInt> {
@@ -154,14 +164,17 @@ struct FunctionalOperator {
   using Signature = typename SignatureOf<kOperation>::Type;
 };
 
-// Whether it is softmax or log_softmax, which have operators with a sink and overloads with out=.
-constexpr bool has_variants(Operation operation) { return info_of(operation).signature == Signature::kForward; }
+// Whether it is softmax, log_softmax or logsumexp, which have operators with a sink.
+constexpr bool takes_sink(Operation operation) { return is_forward(operation); }
+
+// Whether it is softmax or log_softmax, which have overloads with out=.
+constexpr bool has_out_overload(Operation operation) { return info_of(operation).signature == Signature::kForward; }
 
 template <Operation kOperation>
 struct SinkOperator {
   static constexpr const char* kName = info_of(kOperation).sink_name;
   static constexpr const char* kOverload = "";
-  using Signature = ForwardWithSink;
+  using Signature = std::conditional_t<is_reduction(kOperation), ReductionWithSink, ForwardWithSink>;
 };
 
 template <Operation kOperation>
@@ -188,7 +201,7 @@ template <class Visitor>
 void for_each_functional_operator(const Visitor& visit) {
   for_each_operation([&](auto operation) {
     visit(FunctionalOperator<operation.value>());
-    if constexpr (has_variants(operation.value)) {
+    if constexpr (takes_sink(operation.value)) {
       visit(SinkOperator<operation.value>());
     }
   });
@@ -198,7 +211,7 @@ void for_each_functional_operator(const Visitor& visit) {
 template <class Visitor>
 void for_each_writing_operator(const Visitor& visit) {
   for_each_operation([&](auto operation) {
-    if constexpr (has_variants(operation.value)) {
+    if constexpr (has_out_overload(operation.value)) {
       visit(OutOperator<operation.value>());
     }
   });
@@ -232,7 +245,7 @@ at::Tensor call(Arguments&&... arguments) {
   return call_operator<FunctionalOperator<kOperation>>(std::forward<Arguments>(arguments)...);
 }
 template <Operation kOperation, class... Arguments>
-std::tuple<at::Tensor, at::Tensor> call_with_sink(Arguments&&... arguments) {
+auto call_with_sink(Arguments&&... arguments) {
   return call_operator<SinkOperator<kOperation>>(std::forward<Arguments>(arguments)...);
 }
 

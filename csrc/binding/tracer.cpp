@@ -54,6 +54,9 @@ void record(const c10::OperatorHandle& op, Stack* stack) {
     op.callBoxed(stack);
   }
   for (size_t i = 0; i < parameters.size(); ++i) {
+    if (parameters[i].name() == "sink_weight") {
+      continue;  // the callers that pass it are not recorded
+    }
     if (parameters[i].is_out() || (parameters[i].alias_info() != nullptr && parameters[i].alias_info()->isWrite())) {
       arguments[i].toTensor().copy_(result);
     }

@@ -22,7 +22,7 @@ enum class Kernels : uint8_t { kTuned, kGeneric };
 struct OperationInfo {
   const char* name;         // of the operator
   const char* packed_name;  // of the Python function for packed rows; forward operations only
-  const char* sink_name;    // of the operator with a sink; forward operations only
+  const char* sink_name;    // of the operator with a sink; softmax, log_softmax and logsumexp only
   Signature signature;
   Kernels kernels;
 };

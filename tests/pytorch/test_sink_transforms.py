@@ -220,7 +220,8 @@ def test_opcheck_in_place() -> None:
     operator = find_operator("masked_softmax_with_sink_")
     # aot dispatch: torch functionalizes operators that return nothing, but opcheck does not.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(operator, (x, sink, LENGTHS), test_utils=tests)
+    for weight in (None, torch.empty(2, 3)):
+        torch.library.opcheck(operator, (x, sink, weight, LENGTHS), test_utils=tests)
 
 
 class WithSink(torch.nn.Module):
