@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function
 
 from masked_softmax_ext._numbers import (
+    FLOATING_DTYPES,
     convert_int,
     fits_int64,
     float64_tensor,
@@ -24,6 +25,7 @@ from masked_softmax_ext._numbers import (
     is_same_size,
     is_traced_int,
     is_traced_numpy_scalar,
+    names_of,
     numpy_scalar_to_tensor,
 )
 from masked_softmax_ext._torch_internals import guard_or_false, has_static_value, is_jit_tracing
@@ -144,7 +146,9 @@ def check_dense(name: str, argument: str, tensor: Tensor) -> None:
         kind = "a MaskedTensor; its get_data() is one (and lengths_from_mask(its get_mask(), "
         kind += "ndim=its get_data()) makes lengths and starts)"
     elif tensor.is_nested:
-        kind = "a nested tensor (masked_softmax_ext.masked_softmax() takes a jagged input)"
+        kind = "a nested tensor; torch.nested.to_padded_tensor() gives a dense one"
+        if argument == "input":
+            kind = "a nested tensor (masked_softmax_ext.masked_softmax() takes a jagged input)"
     elif tensor.is_quantized:
         kind = "a quantized tensor; its dequantize() gives a dense one"
     elif tensor.layout != torch.strided:
@@ -201,10 +205,10 @@ def convert_sink(name: str, sink: Sink, input: Tensor) -> Tensor | None:
         return None
     if isinstance(sink, Tensor) and not is_traced_int(sink):
         check_dense(name, "sink", sink)
-        if not sink.is_floating_point():
+        if sink.dtype not in FLOATING_DTYPES:
             raise TypeError(
-                f"{name}(): expected sink to be a number or a tensor of a floating point type, but "
-                f"got a tensor of {sink.dtype}"
+                f"{name}(): expected sink to be a number or a tensor of a floating point type "
+                f"({names_of(FLOATING_DTYPES)}), but got a tensor of {sink.dtype}"
                 + ("" if sink.dtype.is_complex else " (its float() has one)")
             )
         if sink.device != input.device:

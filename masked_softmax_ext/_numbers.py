@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -28,6 +29,9 @@ INTEGER_DTYPES = (
     *(torch.int64, torch.int32, torch.int16, torch.int8),
     *(torch.uint8, torch.uint16, torch.uint32),
 )
+
+# The types of the results, and of a sink.
+FLOATING_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def is_integer_dtype(dtype: torch.dtype) -> bool:
@@ -62,6 +66,12 @@ def is_traced_int(number: object) -> bool:
         and number.dim() == 0
         and is_integer_dtype(number.dtype)
     )
+
+
+def names_of(dtypes: Sequence[torch.dtype]) -> str:
+    """As in "float32, float64, bfloat16 or float16"."""
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def numpy_scalar_to_tensor(number: Any) -> Any:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from masked_softmax_ext._arguments import Scale
 from masked_softmax_ext._numbers import (
+    FLOATING_DTYPES,
     INTEGER_DTYPES,
     float64_tensor,
     is_constant,
     is_integer_dtype,
+    names_of,
 )
-
-_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def fold_scale(
@@ -89,13 +88,19 @@ def add_sink(logsumexp: Tensor, sink: Tensor) -> Tensor:
     return torch.where(has_no_sink, logsumexp, torch.where(has_sink_only, sink, sum_of_both))
 
 
+def log_beside_sink(row_sum: Tensor) -> Tensor:
+    """The logarithm of a row's sum for :func:`add_sink`, whose gradient is 0 where the sum is."""
+    is_zero = row_sum == 0
+    return row_sum.masked_fill(is_zero, 1.0).log().masked_fill(is_zero, -math.inf)
+
+
 def result_dtype(input: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """The type of the result of a softmax with this ``dtype=``; the operators' checks of both."""
-    is_floating = input.dtype in _FLOATING
+    is_floating = input.dtype in FLOATING_DTYPES
     if not is_floating and input.dtype != torch.bool and not is_integer_dtype(input.dtype):
         raise TypeError(
-            f"expected input of {_names(_FLOATING)}, or of an integer type "
-            f"({_names(INTEGER_DTYPES)}), but got {input.dtype}"
+            f"expected input of {names_of(FLOATING_DTYPES)}, or of an integer type "
+            f"({names_of(INTEGER_DTYPES)}), but got {input.dtype}"
         )
     if dtype is None:
         if not is_floating:
@@ -104,14 +109,9 @@ def result_dtype(input: Tensor, dtype: torch.dtype | None) -> torch.dtype:
                 f"result, but got input of {input.dtype}"
             )
         return autocast_dtype(input.device.type, input.dtype)
-    if dtype not in _FLOATING:
-        raise TypeError(f"expected dtype to be {_names(_FLOATING)}, but got {dtype}")
+    if dtype not in FLOATING_DTYPES:
+        raise TypeError(f"expected dtype to be {names_of(FLOATING_DTYPES)}, but got {dtype}")
     return dtype
-
-
-def _names(dtypes: Sequence[torch.dtype]) -> str:
-    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
-    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def autocast_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:

@@ -20,6 +20,7 @@ from masked_softmax_ext._scale import (
     accumulation_dtype,
     add_sink,
     align_to_rows,
+    log_beside_sink,
     result_dtype,
     scaled_difference,
     times,
@@ -191,7 +192,8 @@ def _packed_rows(
     row_max = rows.scatter_reduce(0, index, values.detach(), "amax")
     row_max = row_max.masked_fill(row_max == -math.inf, 0.0)
     differences = scaled_difference(values, row_max.index_select(0, row), factor)
-    sums = torch.zeros_like(rows).scatter_add(0, index, differences.exp()).log()
+    sums = torch.zeros_like(rows).scatter_add(0, index, differences.exp())
+    sums = sums.log() if sink is None else log_beside_sink(sums)
     shift = times(row_max, factor)
     if sink is not None:
         sums = add_sink(sums, align_to_rows(sink, rows.dim()).to(rows.dtype) - shift)

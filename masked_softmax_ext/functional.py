@@ -374,6 +374,8 @@ def _call(
         )
         return overridden
     if isinstance(input, Tensor) and input.is_nested:
+        if padding_value is not _NO_VALUE:
+            convert_padding_value(name, padding_value)  # checked; a jagged input has no padding
         return jagged_softmax(name, input, lengths, dim, starts, scale, sink, dtype, validate, out)
     lengths, dim, starts, scale, dtype = convert(
         name, input, lengths, dim, starts, scale, dtype, validate

@@ -32,6 +32,7 @@ from masked_softmax_ext._scale import (
     accumulation_dtype,
     fold_scale,
     matmul_dtype,
+    result_dtype,
 )
 from masked_softmax_ext._torch_internals import (
     cached_max_length,
@@ -40,6 +41,7 @@ from masked_softmax_ext._torch_internals import (
     ragged_dim,
 )
 from masked_softmax_ext.decompositions import call_softmax
+from masked_softmax_ext.reference import broadcasts_to_rows
 
 _UNKNOWN_LENGTH = -1  # the value of the operators' argument packed without a max_length
 
@@ -93,7 +95,7 @@ def packed_softmax(
         >>> packed_softmax(torch.zeros(5), torch.tensor([0, 2, 2, 5]))
         tensor([0.5000, 0.5000, 0.3333, 0.3333, 0.3333])
     """
-    return _packed("softmax", values, offsets, dim, scale, sink, dtype, max_length, validate)
+    return _packed("packed_softmax", values, offsets, dim, scale, sink, dtype, max_length, validate)
 
 
 @overridable
@@ -131,7 +133,9 @@ def packed_log_softmax(
         >>> packed_log_softmax(torch.zeros(3), torch.tensor([0, 2, 3]))
         tensor([-0.6931, -0.6931,  0.0000])
     """
-    return _packed("log_softmax", values, offsets, dim, scale, sink, dtype, max_length, validate)
+    return _packed(
+        "packed_log_softmax", values, offsets, dim, scale, sink, dtype, max_length, validate
+    )
 
 
 def jagged_softmax(
@@ -148,18 +152,8 @@ def jagged_softmax(
 ) -> Tensor:
     """``masked_softmax`` or ``masked_log_softmax`` of a nested tensor, whose rows are packed."""
     row_dim = _check_jagged(name, input, lengths, dim, starts, out)
+    values = _packed_rows_of(name, input, row_dim, scale, sink, dtype, validate)
     offsets = input.offsets()
-    values = _packed(
-        name.removeprefix("masked_"),
-        input.values(),
-        offsets,
-        row_dim - 1,
-        scale,
-        sink,
-        dtype,
-        cached_max_length(input),
-        validate,
-    )
     result: Tensor = torch.nested.nested_tensor_from_jagged(values, offsets, jagged_dim=row_dim)
     if torch.compiler.is_compiling() and result.dim() == 2:
         # torch cannot recreate a 2-d jagged tensor that a program returns and that is a view of its
@@ -180,18 +174,9 @@ def jagged_logsumexp(
     validate: bool,
 ) -> Tensor:
     """``masked_logsumexp`` of a nested tensor: a dense tensor, one number a row."""
-    row_dim = _check_jagged("masked_logsumexp", input, lengths, dim, starts, None)
-    result = _packed(
-        "logsumexp",
-        input.values(),
-        input.offsets(),
-        row_dim - 1,
-        scale,
-        sink,
-        dtype,
-        cached_max_length(input),
-        validate,
-    )
+    name = "masked_logsumexp"
+    row_dim = _check_jagged(name, input, lengths, dim, starts, None)
+    result = _packed_rows_of(name, input, row_dim, scale, sink, dtype, validate)
     return result.unsqueeze(row_dim) if keepdim else result
 
 
@@ -246,8 +231,37 @@ def weighted_sum_of_rows(weights: Any, input: Any) -> Tensor:
     return result.to(matmul_dtype(values.device.type, values.dtype))
 
 
+def _packed_rows_of(
+    name: str,
+    input: Any,
+    row_dim: int,
+    scale: Scale,
+    sink: Sink,
+    dtype: torch.dtype | None,
+    validate: bool,
+) -> Tensor:
+    """The result for the values of a jagged tensor, whose ragged dimension is ``row_dim``."""
+    values, offsets = input.values(), input.offsets()
+    # The operators' checks: their messages would name the function for packed rows.
+    dim, scale, dtype = convert_options(name, "input", values, row_dim - 1, scale, dtype, validate)
+    try:
+        result_dtype(values, dtype)
+    except TypeError as error:
+        raise TypeError(f"{name}(): {error}") from None
+    sink = convert_sink(name, sink, values)
+    rows = [offsets.size(0) - 1, *values.shape[:dim], *values.shape[dim + 1 :]]
+    if sink is not None and not broadcasts_to_rows(sink.shape, rows):
+        raise ValueError(
+            f"{name}(): expected sink to broadcast, from its first dimension on, to the shape of "
+            f"the rows, {rows}, but got sink of shape {list(sink.shape)} for a jagged input of "
+            f"shape {list(input.shape)}"
+        )
+    max_length = cached_max_length(input)
+    return _packed(name, values, offsets, dim, scale, sink, dtype, max_length, validate)
+
+
 def _packed(
-    function: str,
+    name: str,
     values: Tensor,
     offsets: Tensor,
     dim: int,
@@ -257,7 +271,6 @@ def _packed(
     max_length: int | None,
     validate: bool,
 ) -> Tensor:
-    name = f"packed_{function}"
     dim, scale, dtype = convert_options(name, "values", values, dim, scale, dtype, validate)
     if not isinstance(offsets, Tensor):
         raise TypeError(
@@ -295,7 +308,7 @@ def _packed(
     values, scale, dtype = fold_scale(values, scale, dtype)
     offsets = offsets.to(torch.int64)
     return call_softmax(
-        f"masked_{function}",
+        "masked_" + name.split("_", 1)[1],
         values,
         sink,
         offsets[1:] - offsets[:-1],

@@ -41,6 +41,7 @@ from masked_softmax_ext._scale import (
     add_sink,
     align_to_rows,
     fold_scale,
+    log_beside_sink,
     result_dtype,
     scaled_difference,
     times,
@@ -241,7 +242,11 @@ def logsumexp_where(
     # takes no sizes that only the data know.)
     scale = 1.0 if scale is None else scale
     logits, row_max = _logits_and_shift(input, valid, dim, scale, dtype)
-    result = logits if input.dim() == 0 else logits.exp().sum(dim, keepdim=True).log()
+    if input.dim() == 0:
+        result = logits
+    else:
+        row_sum = logits.exp().sum(dim, keepdim=True)
+        result = row_sum.log() if sink is None else log_beside_sink(row_sum)
     result = result if row_max is None else result + row_max
     has_columns = valid if input.dim() == 0 else valid.any(dim, keepdim=True)
     result = result.masked_fill(~has_columns, -math.inf)
@@ -320,7 +325,7 @@ def row_numbers(name: str, index: Tensor, input: Tensor, dim: int) -> Tensor:
             f"expected {name} on the device of input, {input.device}, but got {name} on "
             f"{index.device}"
         )
-    if not _broadcasts(index.shape, rows):
+    if not broadcasts_to_rows(index.shape, rows):
         raise ValueError(
             f"expected {name} to broadcast, from its first dimension on, to the shape of input "
             f"without dimension {dim}, {rows}, but got {name} of shape {list(index.shape)} for "
@@ -329,7 +334,7 @@ def row_numbers(name: str, index: Tensor, input: Tensor, dim: int) -> Tensor:
     return align_to_rows(index, len(rows))
 
 
-def _broadcasts(shape: Sequence[int], rows: Sequence[int]) -> bool:
+def broadcasts_to_rows(shape: Sequence[int], rows: Sequence[int]) -> bool:
     """Whether the shape broadcasts, from its first dimension on, to that of the rows."""
     return len(shape) <= len(rows) and all(
         broadcasts_to(given, size) for given, size in zip(shape, rows, strict=False)
@@ -342,7 +347,7 @@ def _to_aligned_remedy(name: str, shape: Sequence[int], rows: Sequence[int]) -> 
     while len(aligned_shape) > len(rows) and aligned_shape[0] == 1:
         aligned_shape.pop(0)
     aligned_shape = [1] * (len(rows) - len(aligned_shape)) + aligned_shape
-    if name not in ("lengths", "starts") or not rows or not _broadcasts(aligned_shape, rows):
+    if name not in ("lengths", "starts") or not rows or not broadcasts_to_rows(aligned_shape, rows):
         return ""
     return (
         f"; {name} of shape {aligned_shape} would, which causal_lengths(), window() and "
@@ -396,6 +401,7 @@ def _masked_logits(
     if column.dtype == torch.float64:
         logits = logits.double()  # a sink may be beyond float32
     column = column.to(logits.dtype)
+    column = column.masked_fill(column == -math.inf, -math.inf)  # whose gradient is 0 in any row
     if row_max is not None:
         column = column - row_max
     if input.dim() == 0:

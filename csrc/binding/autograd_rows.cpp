@@ -22,6 +22,7 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -55,6 +56,11 @@ at::Tensor sum_to_given(const at::Tensor& grad, const at::Tensor& given) {
   std::vector<c10::SymInt> sizes = given.sym_sizes().vec();
   sizes.resize(static_cast<size_t>(grad.dim()), 1);
   return grad.sum_to_size_symint(sizes).reshape_symint(given.sym_sizes()).to(given.scalar_type());
+}
+
+// The gradient of the sink. That of -inf, which is no sink, is 0 where a row is NaN too.
+at::Tensor sum_to_sink(const at::Tensor& grad, const at::Tensor& sink) {
+  return sum_to_given(grad, sink).masked_fill(sink.eq(-std::numeric_limits<double>::infinity()), 0);
 }
 
 at::Tensor expanded_ones(const at::Tensor& y) {
@@ -126,7 +132,7 @@ constexpr GradientFormula kSinkFormula = {
         if (grad_times_weight.defined()) {
           by_rows = plus(by_rows, grad_times_weight.sub(grad_times_weight.mul(weight)));
         }
-        result[1] = sum_to_given(by_rows, saved[0]);
+        result[1] = sum_to_sink(by_rows, saved[0]);
       }
       return result;
     }};
@@ -211,7 +217,7 @@ constexpr GradientFormula kLogSumExpWithSinkFormula = {
         result[0] = row_scale(p, grads[0], c.rows(), c.packed).to(c.input_dtype);
       }
       if (is_needed[1]) {
-        result[1] = sum_to_given(grads[0].mul(weight), saved[1]);
+        result[1] = sum_to_sink(grads[0].mul(weight), saved[1]);
       }
       return result;
     }};
@@ -348,7 +354,7 @@ void differentiate_sink_in_place(at::Tensor& input, const at::Tensor& sink, cons
     call_operator<SinkInPlaceOperator>(input, sink, weight, rows, validate);
   }
   torch::autograd::rebase_history(input, owner);
-  torch::autograd::rebase_history(weight, owner);
+  torch::autograd::set_history(weight, owner);
   node->save(sink);
   node->save_output(input, /*is_in_place=*/true);
   node->save_output(weight, /*is_in_place=*/false);

@@ -27,6 +27,7 @@ from cases import (
 from numpy_reference import Wide, accumulation_dtype, to_wide, total
 from tolerances import half_ulp
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from masked_softmax_ext import (
     MaskedLogSoftmax,
@@ -354,6 +355,240 @@ def test_the_modules_take_a_sink() -> None:
     assert repr(log_module) == "MaskedLogSoftmax(dim=-1, padding_value=0.5)"
 
 
+# Rows and sinks at the edges, with their derivatives
+
+EDGE_ROWS = {  # values, of which the second is the length
+    "empty": ([5.0, 6.0, 7.0], 0),
+    "one -inf": ([-math.inf, 3.0, 3.0], 1),
+    "only -inf": ([-math.inf, -math.inf, 7.0], 2),
+    "-inf and a number": ([-math.inf, 1.0, 7.0], 2),
+    "numbers": ([2.0, 1.0, 7.0], 2),
+    "+inf": ([math.inf, 1.0, 7.0], 2),
+    "NaN": ([math.nan, 1.0, 7.0], 2),
+}
+WITH_NAN = ("+inf", "NaN")
+EDGE_FUNCTIONS = {
+    "softmax": (masked_softmax, reference.masked_softmax),
+    "log_softmax": (masked_log_softmax, reference.masked_log_softmax),
+    "logsumexp": (masked_logsumexp, reference.masked_logsumexp),
+}
+
+
+def formulation(name: str, x: Tensor, length: int, sink: Tensor) -> Tensor:
+    """Concatenate, torch's function, drop. A sink of -inf is none."""
+    logits = x[:length]
+    has_sink = bool(sink != -math.inf)
+    if has_sink:
+        logits = torch.cat([logits, sink[None]])
+    if name == "logsumexp":
+        return logits.logsumexp(0) if len(logits) else logits.sum() - math.inf
+    y = (torch.softmax if name == "softmax" else torch.log_softmax)(logits, 0)
+    return torch.cat([y[:-1] if has_sink else y, x.new_zeros(len(x) - length)])
+
+
+def derivatives_of(
+    call: Any, values: list[float], length: int, sink_value: float
+) -> dict[str, Tensor]:
+    """The result, its gradients, their derivatives, and those of forward mode."""
+    x = torch.tensor(values, dtype=torch.float64, requires_grad=True)
+    sink = torch.tensor(sink_value, dtype=torch.float64, requires_grad=True)
+
+    def gradients(of: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        if not of.requires_grad:
+            return torch.zeros_like(x), torch.zeros_like(sink)
+        options: dict[str, Any] = {"create_graph": True, "materialize_grads": True}
+        of_x, of_sink = torch.autograd.grad(of, (x, sink), g, **options)
+        return of_x, of_sink
+
+    y = call(x, length, sink)
+    weights = torch.tensor([1.5, -0.5, 2.0], dtype=torch.float64)
+    results = {"result": y}
+    results["of x"], results["of sink"] = gradients(y, weights if y.dim() else weights[0])
+    for name in ("of x", "of sink"):
+        first = results[name]
+        second = gradients(first, weights.flip(0) if first.dim() else weights[0])
+        results[f"{name}, of x"], results[f"{name}, of sink"] = second
+    with forward_ad.dual_level():
+        for name, tangents in (("x", (weights, sink * 0)), ("sink", (x * 0, sink * 0 + 1))):
+            dual = [
+                forward_ad.make_dual(primal.detach(), tangent.detach().nan_to_num(0, 0, 0))
+                for primal, tangent in zip((x, sink), tangents, strict=True)
+            ]
+            tangent = forward_ad.unpack_dual(call(dual[0], length, dual[1])).tangent
+            results[f"along {name}"] = torch.zeros_like(y) if tangent is None else tangent
+    return {name: result.detach() for name, result in results.items()}
+
+
+@pytest.mark.parametrize("sink", [-math.inf, 0.5, -1e300, 1e300])
+@pytest.mark.parametrize("row", [row for row in EDGE_ROWS if row not in WITH_NAN])
+@pytest.mark.parametrize("name", EDGE_FUNCTIONS)
+@pytest.mark.parametrize("implementation", [0, 1], ids=["fused", "reference"])
+def test_derivatives_at_the_edges(name: str, row: str, sink: float, implementation: int) -> None:
+    """As concatenate, torch's function, drop: in every mode and of both orders."""
+    function = EDGE_FUNCTIONS[name][implementation]
+    options = {"padding_value": 0.0} if name == "log_softmax" else {}
+    values, length = EDGE_ROWS[row]
+
+    def call(x: Tensor, length: int, sink: Tensor) -> Tensor:
+        return function(x, torch.tensor(length), sink=sink, **options)
+
+    got = derivatives_of(call, values, length, sink)
+    expected = derivatives_of(
+        lambda x, length, sink: formulation(name, x, length, sink), values, length, sink
+    )
+    is_nan = length > 0 and sink == -math.inf and values[:length] == [-math.inf] * length
+    for what, result in got.items():
+        if is_nan and what != "of sink":
+            assert (result[length:] == 0).all() if result.dim() else True, what
+            continue  # without a sink, such rows are NaN, and so is what depends on them
+        close = torch.allclose(result, expected[what], rtol=1e-12, atol=1e-15, equal_nan=True)
+        assert close, (what, result, expected[what])
+        assert not result.isnan().any(), what
+
+
+@pytest.mark.parametrize("sink", [-math.inf, 0.5, -1e30, math.inf, math.nan])
+@pytest.mark.parametrize("row", EDGE_ROWS)
+@pytest.mark.parametrize("name", EDGE_FUNCTIONS)
+def test_nan_reaches_the_gradients_of_its_row_alone(name: str, row: str, sink: float) -> None:
+    """It comes from +inf and NaN, in the row or as its sink, which is never that of -inf."""
+    values, length = EDGE_ROWS[row]
+    function = EDGE_FUNCTIONS[name][0]
+    options = {"padding_value": 0.0} if name == "log_softmax" else {}
+    x = torch.tensor([[1.0, 2.0, 3.0], values, [3.0, 2.0, 1.0]]).requires_grad_()
+    lengths = torch.tensor([3, length, 2])
+    sinks = torch.tensor([0.25, sink, -math.inf], requires_grad=True)
+    y = function(x, lengths, sink=sinks, **options)
+    of_x, of_sink = torch.autograd.grad(y, (x, sinks), torch.full_like(y, 0.75))
+    is_empty_sum = values[:length] == [-math.inf] * length and sink == -math.inf
+    is_nan = row in WITH_NAN or not sink < math.inf or is_empty_sum
+    assert of_x[[0, 2]].isfinite().all()
+    assert (of_x[1, length:] == 0).all()
+    assert of_sink[0].isfinite()
+    assert of_sink[2] == 0
+    if is_nan and length > 0:
+        assert of_x[1, :length].isnan().all()
+    else:
+        assert of_x[1].isfinite().all()
+    if sink == -math.inf:
+        assert of_sink[1] == 0
+    else:
+        assert of_sink[1].isfinite() == (row not in WITH_NAN and sink < math.inf)
+
+
+# The accuracy of the sink's gradient where the scores are large
+
+LARGE = ((0.0, 1.0, 50), (1e4, 0.5, 50), (-1e6, 0.25, 500), (1e5, -2.0, 3000), (0.0, 0.5, 50000))
+
+
+@pytest.mark.parametrize("offset, scale, cols", LARGE)
+@pytest.mark.parametrize("name", ["softmax", "softmax_", "log_softmax", "logsumexp"])
+@pytest.mark.parametrize("acc", [torch.float32, torch.float64], ids=short_name)
+def test_the_gradient_of_a_sink_beside_large_scores(
+    capability: str, acc: torch.dtype, name: str, offset: float, scale: float, cols: int
+) -> None:
+    """Within 8 * eps of p_s, which no rounding of a logsumexp may reach; log_softmax: + log(n)."""
+    x = (random_input((ROWS, cols), torch.float64, 1) + offset).to(acc)
+    lengths = mixed_lengths(ROWS, cols, 2).clamp(min=1)
+    valid = torch.arange(cols) < lengths[:, None]
+    logits = (x.double() * scale).masked_fill(~valid, -math.inf)
+    far = torch.linspace(-70, 70, ROWS, dtype=torch.float64)
+    sinks = (logits.amax(1) + far).to(acc).requires_grad_()
+    leaf = x.requires_grad_()
+    if name == "logsumexp":
+        y = masked_logsumexp(leaf, lengths, scale=scale, sink=sinks)
+    elif name == "softmax_":
+        y = masked_softmax_(leaf * 1, lengths, scale=scale, sink=sinks)
+    else:
+        y = forward(leaf, lengths, log=name != "softmax", scale=scale, sink=sinks)
+    g = random_input(y.shape, acc, 3).abs() + 0.5  # of one sign: errors of p_s do not cancel
+    of_x, of_sink = torch.autograd.grad(y, (leaf, sinks), g)
+    expected = expected_of(x.detach(), lengths, sinks.detach(), scale, acc)
+    wide_g = to_wide(g, acc)
+    eps = torch.finfo(acc).eps
+    if name == "logsumexp":
+        exact = expected.weight * wide_g
+        of_scores = scale * expected.y * wide_g[:, None]
+        bound = (8 + expected.distance) * eps * np.abs(of_scores)
+        assert_close(of_x[valid], of_scores[expected.valid], bound[expected.valid], acc, "x's")
+    else:
+        saved = np.where(expected.valid, to_wide(y.detach(), acc), 0)
+        terms = np.where(expected.valid, wide_g, 0) * (1 if name == "log_softmax" else saved)
+        exact = -expected.weight * terms.sum(1)
+    factor = 8 + (np.log(lengths.numpy()) if name == "log_softmax" else 0)
+    assert_close(of_sink, exact, factor * eps * np.abs(exact), acc, "the sink's")
+    with pytest.raises(AssertionError):
+        assert_close(of_sink * 0, exact, factor * eps * np.abs(exact), acc, "zeros")
+
+
+@pytest.mark.parametrize("function", [masked_softmax, masked_log_softmax, masked_logsumexp])
+def test_a_float64_sink_beside_float32_scores(function: Any) -> None:
+    """Its share is a float32: right where it is a normal one, and below that off by at most one."""
+    x = torch.zeros(300, 4)
+    sinks = -torch.arange(300, dtype=torch.float64, requires_grad=True)
+    y = function(x, sink=sinks)
+    (gradient,) = torch.autograd.grad(y, sinks, torch.ones_like(y))
+    share = (sinks.double() - np.log(4)).sigmoid().detach()
+    factor = {masked_softmax: share - 1, masked_log_softmax: -4.0, masked_logsumexp: 1.0}[function]
+    error = (gradient - factor * share).abs()
+    finfo = torch.finfo(torch.float32)
+    bound = abs(factor) * (share * 9 * finfo.eps + finfo.smallest_normal)
+    assert (error <= bound).all()
+    assert (gradient[:80] != 0).all()
+
+
+def test_jagged_logsumexp_rounds_once() -> None:
+    """Its bits are those of padded rows, also where the accumulation type is wider."""
+    x = random_input((5, 7, 3), torch.bfloat16, 1)
+    lengths = torch.tensor([7, 0, 1, 5, 3])
+    sink = random_input((5, 3), torch.float32, 2)
+    values = torch.cat([x[row, :length] for row, length in enumerate(lengths)])
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    jagged = torch.nested.nested_tensor_from_jagged(values, offsets)
+    for given in (sink, sink[:, 0], sink[:1], 0.5):
+        expected = masked_logsumexp(x, lengths[:, None], 1, sink=given)
+        assert_same_bits(masked_logsumexp(jagged, dim=1, sink=given), expected)
+    leaf = values.clone().requires_grad_()
+    jagged = torch.nested.nested_tensor_from_jagged(leaf, offsets)
+    sink.requires_grad_()
+    g = random_input((5, 3), torch.bfloat16, 3)
+    got = torch.autograd.grad(masked_logsumexp(jagged, dim=1, sink=sink), (leaf, sink), g)
+    padded = x.clone().requires_grad_()
+    y = masked_logsumexp(padded, lengths[:, None], 1, sink=sink)
+    of_padded, of_sink = torch.autograd.grad(y, (padded, sink), g)
+    rows = torch.cat([of_padded[row, :length] for row, length in enumerate(lengths)])
+    assert_same_bits(got[0], rows)
+    assert_same_bits(got[1], of_sink)
+
+
+def test_errors_of_a_jagged_input() -> None:
+    """They name the function that was called."""
+    offsets = torch.tensor([0, 2, 5])
+    jagged = torch.nested.nested_tensor_from_jagged(torch.zeros(5, 3), offsets)
+    of_ints = torch.nested.nested_tensor_from_jagged(torch.zeros(5, 3, dtype=torch.int64), offsets)
+    for function in (masked_softmax, masked_log_softmax, masked_logsumexp):
+        name = rf"^{function.__name__}\(\): "
+        for sink, error, words in (
+            (torch.zeros(5), ValueError, r"the rows, \[2, 3\], but got sink of shape \[5\]"),
+            (torch.zeros(2, 3, 1), ValueError, "sink to broadcast"),
+            (torch.zeros(2, dtype=torch.int64), TypeError, "floating point type"),
+            (torch.zeros(2).to(torch.float8_e5m2), TypeError, "float32, float64"),
+            (torch.zeros(2, device="meta"), ValueError, "on the device of input"),
+            ("1", TypeError, "got str"),
+            (jagged, NotImplementedError, "sink to be a dense tensor, .*to_padded_tensor"),
+        ):
+            with pytest.raises(error, match=name + ".*" + words):
+                function(jagged, dim=1, sink=sink)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=name + ".*floating point type, or dtype="):
+            function(of_ints, dim=1)
+        with pytest.raises(TypeError, match=name + ".*dtype to be float32"):
+            function(jagged, dim=1, dtype=torch.int8)
+        with pytest.raises(TypeError, match=name + ".*scale to be a number"):
+            function(jagged, dim=1, scale="1")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="padding_value to be a number"):
+        masked_log_softmax(jagged, dim=1, padding_value="x")  # type: ignore[arg-type]
+    assert masked_log_softmax(jagged, dim=1, padding_value=0.0).is_nested
+
+
 # masked_logsumexp
 
 
@@ -474,14 +709,27 @@ def test_errors() -> None:
         (torch.zeros(3), ValueError, "sink to broadcast, from its first dimension on"),
         (torch.zeros(2, 3, 1), ValueError, "sink"),
         (torch.zeros(2, dtype=torch.int64), TypeError, "floating point type"),
+        (torch.zeros(2).to(torch.float8_e4m3fn), TypeError, "float32, float64, bfloat16 or"),
         (torch.zeros(2, device="meta"), ValueError, "on the device of input"),
+        (
+            torch.nested.nested_tensor([torch.zeros(2)], layout=torch.jagged),
+            NotImplementedError,
+            "sink to be a dense tensor, .*to_padded_tensor",
+        ),
         (True, TypeError, "got bool"),
         ("1", TypeError, "got str"),
         ([1.0, 2.0], TypeError, "torch.tensor"),
     ):
         for function in (masked_softmax, masked_log_softmax, masked_softmax_, masked_logsumexp):
-            with pytest.raises(error, match=words):
+            with pytest.raises(error, match=rf"^{function.__name__}\(\): .*{words}"):
                 function(x, sink=sink)  # type: ignore[arg-type]
+        for of_reference in (
+            reference.masked_softmax,
+            reference.masked_log_softmax,
+            reference.masked_logsumexp,
+        ):
+            with pytest.raises(error, match=words):
+                of_reference(x, sink=sink)  # type: ignore[arg-type]
     for padding_value in (None, "0", True, torch.zeros(2)):
         with pytest.raises(TypeError, match="padding_value to be a number"):
             masked_log_softmax(x, padding_value=padding_value)  # type: ignore[arg-type]
