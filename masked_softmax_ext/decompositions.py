@@ -95,9 +95,7 @@ def _masked_logsumexp(*args: Any, **options: Any) -> Tensor:
     return _decompose(_logsumexp_where, _packed_logsumexp, *args, **options)
 
 
-def _masked_logsumexp_with_sink(
-    input: Tensor, sink: Tensor, *args: Any, **options: Any
-) -> Tensor:
+def _masked_logsumexp_with_sink(input: Tensor, sink: Tensor, *args: Any, **options: Any) -> Tensor:
     return _masked_logsumexp(input, *args, sink=sink, **options)
 
 

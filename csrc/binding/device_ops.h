@@ -89,8 +89,7 @@ struct DeviceOps {
   // The sink is added to one number a row, in the accumulation type; the sum is rounded once.
   static at::Tensor logsumexp_with_sink(const at::Tensor& input, const at::Tensor& sink, const RowArguments& rows,
                                         OptionalType dtype, bool validate, OptionalSymInt packed) {
-    CallArguments arguments{rows,         info_of(Operation::kLogSumExp).name, packed, validate,
-                            std::nullopt, &sink};
+    CallArguments arguments{rows, info_of(Operation::kLogSumExp).name, packed, validate, std::nullopt, &sink};
     const at::ScalarType type = result_dtype(arguments.name, input.scalar_type(), dtype);
     check_row_arguments(input, arguments);
     check_row_input("sink", input, arguments);

@@ -103,8 +103,8 @@ struct InPlace : OperatorSignature<void, Scores<at::Tensor&>, bool> {
   static constexpr const char* kSchema =
       "(Tensor(a!) input, " MASKED_SOFTMAX_FORWARD_ROWS ", bool validate=False) -> ()";
 };
-// Also writes the weights of the sinks, where it gets a tensor for them. They are no option, because torch.vmap does not
-// batch those.
+// Also writes the weights of the sinks, where it gets a tensor for them. They are no option, because torch.vmap does
+// not batch those.
 struct InPlaceWithSink : OperatorSignature<void, Scores<at::Tensor&, InputTensor, const OptionalTensor&>, bool> {
   static constexpr const char* kSchema =
       "(Tensor(a!) input, Tensor sink, Tensor(b!)? sink_weight, " MASKED_SOFTMAX_FORWARD_ROWS

@@ -54,7 +54,9 @@ double sink_term(double sink, double scale, double offset, double r) {
   return corrected(std::exp2(z.high), (z.low + sink * kLog2eLow) * kLog2);
 }
 
-SumWithSink add_sink_term(double sum, double term) { return {sum + term, term == 0 && sum == sum ? 0 : 1 / (1 + sum / term)}; }
+SumWithSink add_sink_term(double sum, double term) {
+  return {sum + term, term == 0 && sum == sum ? 0 : 1 / (1 + sum / term)};
+}
 
 SumWithSink add_sink_to_log_sum(double log_sum, double row_max, double sink, double scale) {
   if (sink == kInfinity) {

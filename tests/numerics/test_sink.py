@@ -480,7 +480,7 @@ def test_nan_reaches_the_gradients_of_its_row_alone(name: str, row: str, sink: f
 LARGE = ((0.0, 1.0, 50), (1e4, 0.5, 50), (-1e6, 0.25, 500), (1e5, -2.0, 3000), (0.0, 0.5, 50000))
 
 
-@pytest.mark.parametrize("offset, scale, cols", LARGE)
+@pytest.mark.parametrize(("offset", "scale", "cols"), LARGE)
 @pytest.mark.parametrize("name", ["softmax", "softmax_", "log_softmax", "logsumexp"])
 @pytest.mark.parametrize("acc", [torch.float32, torch.float64], ids=short_name)
 def test_the_gradient_of_a_sink_beside_large_scores(

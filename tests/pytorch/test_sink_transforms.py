@@ -118,7 +118,8 @@ def test_second_derivatives_of_a_sink_far_from_the_scores(sink: float) -> None:
         assert bool((got != 0).any())
 
 
-def test_transforms_in_place() -> None:
+@pytest.mark.parametrize("argument", [0, 1], ids=["scores", "sink"])
+def test_transforms_in_place(argument: int) -> None:
     """The weight of the sink comes from the call that overwrites the scores, under each of them."""
     x, sink = operands()
 
@@ -132,19 +133,18 @@ def test_transforms_in_place() -> None:
     assert gradcheck(in_place, leaves, check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(in_place, leaves, check_fwd_over_rev=True, check_batched_grad=True)
     xs, sinks = torch.stack([x, -x]), torch.stack([sink, sink + 1])
-    for argument in (0, 1):
-        for transform in (
-            lambda f: grad(lambda *a: f(*a).sin().sum(), argument)(x, sink),
-            lambda f: jacrev(jacrev(f, argument), 1 - argument)(x, sink),
-            lambda f: jacrev(jacrev(f, argument), argument)(x, sink),
-            lambda f: hessian(f, argument)(x, sink),
-            lambda f: vmap(grad(lambda *a: f(*a).sin().sum(), argument))(xs, sinks),
-            lambda f: vmap(jacrev(jacrev(f, 0), 1), (0, None))(xs, sink),
-            lambda f: grad(lambda xs: vmap(f)(xs, sinks).sin().sum())(xs),
-        ):
-            got, expected = transform(in_place), transform(out_of_place)
-            assert torch.allclose(got, expected, rtol=1e-12)
-            assert (got.abs() > 1e-9).any()
+    for transform in (
+        lambda f: grad(lambda *a: f(*a).sin().sum(), argument)(x, sink),
+        lambda f: jacrev(jacrev(f, argument), 1 - argument)(x, sink),
+        lambda f: jacrev(jacrev(f, argument), argument)(x, sink),
+        lambda f: hessian(f, argument)(x, sink),
+        lambda f: vmap(grad(lambda *a: f(*a).sin().sum(), argument))(xs, sinks),
+        lambda f: vmap(jacrev(jacrev(f, 0), 1), (0, None))(xs, sink),
+        lambda f: grad(lambda xs: vmap(f)(xs, sinks).sin().sum())(xs),
+    ):
+        got, expected = transform(in_place), transform(out_of_place)
+        assert torch.allclose(got, expected, rtol=1e-12)
+        assert (got.abs() > 1e-9).any()
 
 
 @every_function
