@@ -66,29 +66,56 @@ inline real largest_of(ElementType type) {
 // One row's inputs over its valid columns, in the order of common/operations.inc.
 using RowValues = std::vector<std::vector<real>>;
 
-inline std::vector<Expected> expected_forward(const std::vector<real>& x, bool is_log, double scale, real eps) {
+// One row of softmax or log_softmax, with a sink where it is not -inf.
+struct ExpectedForward {
+  std::vector<Expected> y;
+  Expected sink_weight;
+  Expected logsumexp;
+};
+
+// Precondition: the row has an element, and one above -inf if the sink is -inf; nothing is +inf or NaN.
+inline ExpectedForward expected_forward_and_row_numbers(const std::vector<real>& x, bool is_log, double scale, real eps,
+                                                        real sink) {
   real largest = scale < 0 ? -x[0] : x[0];
   for (real value : x) {
     largest = std::fmax(largest, scale < 0 ? -value : value);
   }
   const real row_max = scale < 0 ? -largest : largest;
-  // The sum without one maximum's term, which is 1: log1p of it keeps a log_softmax near 0 accurate.
-  real rest = 0;
-  bool is_skipped = false;
+  // All terms are relative to the largest, which is the sink's or that of a maximum. The sum without it, of which it is
+  // 1: log1p of it keeps a log_softmax near 0 accurate.
+  const bool has_scores = std::isfinite(row_max);
+  const real sink_distance = has_scores ? sink - scale * row_max : 0;
+  const bool is_sink_largest = !has_scores || sink_distance > 0;
+  const real shift = is_sink_largest ? sink_distance : 0;
+  const auto distance = [&](real value) {
+    return has_scores ? scale * (value - row_max) - shift : -std::numeric_limits<real>::infinity();
+  };
+  real rest = is_sink_largest ? 0 : std::exp(sink_distance);
+  bool is_skipped = is_sink_largest;
   for (real value : x) {
     if (value == row_max && !is_skipped) {
       is_skipped = true;
     } else {
-      rest += std::exp(scale * (value - row_max));
+      rest += std::exp(distance(value));
     }
   }
-  std::vector<Expected> row;
+  ExpectedForward row;
   for (real value : x) {
-    const real d = scale * (value - row_max);
+    const real d = distance(value);
     const real y = is_log ? d - std::log1p(rest) : std::exp(d) / (1 + rest);
-    row.push_back({y, (4 + std::fabs(d)) * eps * std::fabs(y)});
+    row.y.push_back({y, y == 0 || !has_scores ? 0 : (4 + std::fabs(d)) * eps * std::fabs(y)});
   }
+  const real weight = (is_sink_largest ? 1 : std::exp(sink_distance)) / (1 + rest);
+  const real of_logarithm = is_log ? std::log(static_cast<real>(x.size())) : 0;
+  row.sink_weight = {weight, (8 + of_logarithm) * eps * weight};
+  const real scaled_max = has_scores ? scale * row_max : 0;
+  const real logsumexp = (is_sink_largest ? sink : scaled_max) + std::log1p(rest);
+  row.logsumexp = {logsumexp, 4 * eps * (std::fabs(logsumexp) + std::fabs(scaled_max))};
   return row;
+}
+
+inline std::vector<Expected> expected_forward(const std::vector<real>& x, bool is_log, double scale, real eps) {
+  return expected_forward_and_row_numbers(x, is_log, scale, eps, -std::numeric_limits<real>::infinity()).y;
 }
 
 // The bounds: 8 eps times the sum of the terms' magnitudes; terms with exp(y) have (1 + |y|) times that.
@@ -121,8 +148,7 @@ inline std::vector<Expected> expected_derivative(Operation operation, const RowV
     case Operation::kLogSoftmax: break;  // expected_forward()
     case Operation::kLogSumExp:
     case Operation::kRowDot:
-    case Operation::kRowScale:
-      break;  // one number a row: tests/numerics/test_sink.py, tests/emulator/test_row_numbers.py
+    case Operation::kRowScale: break;  // one number a row: test_row_numbers.cpp
     case Operation::kSoftmaxBackward: {
       const real inner = dot(a);
       const real magnitude = magnitude_of_dot(a);
