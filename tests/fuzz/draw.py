@@ -189,18 +189,21 @@ class Draw:
             return self.anything()
         return self.one_of((fits, fits, *range(-ndim, ndim))) if not self.one_in(12) else ndim
 
+    def rows(self, input: Any, dim: Any) -> list[int]:
+        """A shape that broadcasts to the rows of the input."""
+        rows = list(shape_of(input, (2, 3)))
+        if rows:
+            del rows[dim_of(rows, dim)]
+        return [1 if self.one_in(4) else size for size in rows[: len(rows) - self.up_to(len(rows))]]
+
     def index(self, input: Any, dim: Any, largest: int | None = None) -> Any:
         """Lengths or starts."""
         if self.one_in(12):
             return self.anything()
         shape = shape_of(input, (2, 3))
-        dim = dim if type(dim) is int and -len(shape) <= dim < len(shape) else -1
-        cols = shape[dim] if shape else 1
+        cols = shape[dim_of(shape, dim)] if shape else 1
         largest = cols if largest is None else largest
-        rows = list(shape)
-        if rows:
-            del rows[dim]
-        rows = [1 if self.one_in(4) else size for size in rows[: len(rows) - self.up_to(len(rows))]]
+        rows = self.rows(input, dim)
         if self.one_in(8):
             return self.up_to(max(largest, 0))
         dtype = self.one_of(INTEGER)
@@ -222,6 +225,22 @@ class Draw:
         return self.one_of(
             (None, None, 1.0, 0.125, -1.0, 2, 0.0, 1e30, float("nan"), float("inf"), 1e-320)
         )
+
+    def sink(self, input: Any, dim: Any, batch: int | None = None) -> Any:
+        """A number or a tensor for the rows; for packed rows, ``batch`` of them come first."""
+        if self.one_in(12):
+            return self.anything()
+        if self.one_in(3):
+            return self.one_of((None, 0.0, -2.5, 1, 1e300, -1e300, *SPECIAL[-3:]))
+        rows = self.rows(input, dim)
+        if batch is not None:
+            rows = [batch, *rows][: self.up_to(len(rows) + 1)]
+        return self.tensor(tuple(rows), self.dtype())
+
+    def padding_value(self) -> Any:
+        if self.one_in(8):
+            return self.anything()
+        return self.one_of((0.0, -0.0, 0, 1.5, -1e300, np.float32(2.0), *SPECIAL[-3:]))
 
     def options(self, input: Any, with_out: bool) -> dict[str, Any]:
         options: dict[str, Any] = {}
@@ -278,6 +297,11 @@ class Draw:
 def shape_of(x: Any, otherwise: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of a dense tensor, otherwise the given one; nested tensors have no single shape."""
     return tuple(x.shape) if isinstance(x, Tensor) and not x.is_nested else otherwise
+
+
+def dim_of(shape: Any, dim: Any) -> int:
+    """The dimension if the shape has it, otherwise the last."""
+    return dim if type(dim) is int and -len(shape) <= dim < len(shape) else -1
 
 
 def is_plain(x: Any) -> bool:

@@ -66,6 +66,7 @@ class Case {
     draw_bounds();
     draw_operands();
     draw_values();
+    draw_row_numbers();
   }
 
   const Problem& problem() const { return problem_; }
@@ -112,14 +113,34 @@ class Case {
       input->poison_others();
     }
     output_->poison_others();
+    for (const auto& numbers : {sinks_.get(), sink_weights_.get()}) {
+      if (numbers != nullptr) {
+        for (int64_t row = 0; row < shape_.rows(); ++row) {
+          numbers->admit(shape_.offset(numbers->layout().row_strides.data(), row));
+        }
+        numbers->poison_others();
+      }
+    }
   }
   void unpoison() {
     for (const auto& input : inputs_) {
       input->unpoison();
     }
     output_->unpoison();
+    for (const auto& numbers : {sinks_.get(), sink_weights_.get()}) {
+      if (numbers != nullptr) {
+        numbers->unpoison();
+      }
+    }
   }
-  bool surroundings_are_untouched() const { return output_->others_are_untouched(); }
+  bool surroundings_are_untouched() const {
+    return output_->others_are_untouched() && (sink_weights_ == nullptr || sink_weights_->others_are_untouched());
+  }
+
+  bool has_sinks() const { return sinks_ != nullptr; }
+  const std::vector<double>& sinks() const { return sink_values_; }
+  ElementType sink_weight_type() const { return sink_weights_->type(); }
+  const unsigned char* sink_weight_at(int64_t row) const { return sink_weights_->at(row); }
 
   // The twin's inputs; packed rows are padded to the longest.
   std::vector<Matrix>& twin_inputs() { return twin_inputs_; }
@@ -350,6 +371,40 @@ class Case {
     }
   }
 
+  // A sink for each row, memory for their weights, and a value for the padding.
+  void draw_row_numbers() {
+    constexpr double kPaddings[] = {0.0, -7.0, kInfinity, kNan};
+    if (!is_forward(problem_.operation) || bytes_.up_to(2) != 2) {
+      return;
+    }
+    if (bytes_.flag()) {
+      problem_.padding = bytes_.one_of(kPaddings);
+    }
+    const ElementType type = draw_output_type();
+    sinks_ = std::make_unique<Memory>(type, draw_layout(bytes_, shape_, false, true), bytes_.one_of(kPlaces));
+    const Layout& layout = sinks_->layout();
+    const Values kind = bytes_.one_of(kValueKinds);
+    std::mt19937 random(bytes_.bits<uint16_t>());
+    for (int64_t i = 0; i < layout.elems; ++i) {
+      draw_element(kind, type, sinks_->at(i - layout.first), random);
+    }
+    problem_.row_input.data = sinks_->first();
+    problem_.row_input.type = type;
+    std::copy(layout.row_strides.begin(), layout.row_strides.end(), problem_.row_input.row_strides);
+    for (int64_t row = 0; row < shape_.rows(); ++row) {
+      sink_values_.push_back(load_row_input(problem_.row_input, shape_.offset(problem_.row_input.row_strides, row)));
+    }
+    Layout contiguous;
+    contiguous.elems = shape_.rows();
+    contiguous.row_strides.assign(shape_.row_sizes.size(), 1);
+    for (size_t dim = shape_.row_sizes.size(); dim-- > 1;) {
+      contiguous.row_strides[dim - 1] = contiguous.row_strides[dim] * shape_.row_sizes[dim];
+    }
+    const ElementType acc = accumulates_in_double(problem_) ? ElementType::kFloat64 : ElementType::kFloat32;
+    sink_weights_ = std::make_unique<Memory>(acc, contiguous, bytes_.one_of(kPlaces));
+    problem_.row_result = {sink_weights_->first(), acc};
+  }
+
   void draw_element(Values kind, ElementType type, unsigned char* to, std::mt19937& random) {
     visit_element_type(type, [&](auto element) {
       using T = decltype(element);
@@ -411,6 +466,9 @@ class Case {
   std::unique_ptr<Memory> own_output_;
   Memory* output_ = nullptr;  // its own, or the first input's
   std::vector<Matrix> twin_inputs_;
+  std::unique_ptr<Memory> sinks_;
+  std::unique_ptr<Memory> sink_weights_;
+  std::vector<double> sink_values_;  // of each row
 };
 
 }  // namespace fuzz

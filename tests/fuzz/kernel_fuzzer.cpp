@@ -25,7 +25,8 @@ std::string describe(const Case& c) {
   for (int k = 0; k < problem.input_count; ++k) {
     text << ' ' << static_cast<int>(problem.inputs[k].type);
   }
-  text << " -> " << static_cast<int>(problem.output.type) << (c.is_packed() ? ", packed" : "") << ", rows (";
+  text << " -> " << static_cast<int>(problem.output.type) << (c.is_packed() ? ", packed" : "")
+       << (c.has_sinks() ? ", sinks" : "") << ", rows (";
   for (int64_t size : c.shape().row_sizes) {
     text << ' ' << size;
   }
@@ -90,7 +91,12 @@ bool agrees(long double got, const kernel_tests::Expected& expected, ElementType
 }
 
 // One row's results; empty if it has no valid column.
-std::vector<kernel_tests::Expected> expected_row(Case& c, int64_t row, const Bounds& bounds) {
+struct ExpectedRow {
+  std::vector<kernel_tests::Expected> y;
+  kernel_tests::Expected sink_weight;
+};
+
+ExpectedRow expected_row(Case& c, int64_t row, const Bounds& bounds) {
   const Problem& problem = c.problem();
   bool in_double = problem.output.type == ElementType::kFloat64;
   for (Matrix& input : c.twin_inputs()) {
@@ -107,13 +113,14 @@ std::vector<kernel_tests::Expected> expected_row(Case& c, int64_t row, const Bou
       values[k].push_back(in_double ? static_cast<double>(value) : static_cast<float>(value));
     }
   }
+  const double sink = c.has_sinks() ? c.sinks()[static_cast<size_t>(row)] : -kInfinity;
   if (values[0].empty()) {
-    return {};
+    return {{}, {sink == -kInfinity ? 0 : 1 + (sink - sink), 0}};
   }
   const kernel_tests::real eps = kernel_tests::epsilon_of(in_double);
-  std::vector<kernel_tests::Expected> results;
+  ExpectedRow expected;
   if (!is_forward(problem.operation)) {
-    results = kernel_tests::expected_derivative(problem.operation, values, problem.scale, eps);
+    expected.y = kernel_tests::expected_derivative(problem.operation, values, problem.scale, eps);
   } else {
     const std::vector<kernel_tests::real>& x = values[0];
     const long double sign = problem.scale < 0 ? -1 : 1;
@@ -123,15 +130,24 @@ std::vector<kernel_tests::Expected> expected_row(Case& c, int64_t row, const Bou
       is_nan = is_nan || std::isnan(value) || sign * value == kInfinity;
       all_lowest = all_lowest && sign * value == -kInfinity;
     }
-    if (is_nan || all_lowest) {
-      return std::vector<kernel_tests::Expected>(x.size(), {static_cast<long double>(kNan), 0});
+    is_nan = is_nan || std::isnan(sink) || sink == kInfinity;
+    if (is_nan || (all_lowest && sink == -kInfinity)) {
+      const kernel_tests::Expected nan{static_cast<long double>(kNan), 0};
+      return {std::vector<kernel_tests::Expected>(x.size(), nan), sink == -kInfinity ? kernel_tests::Expected{} : nan};
     }
-    results = kernel_tests::expected_forward(x, problem.operation == Operation::kLogSoftmax, problem.scale, eps);
+    const bool is_log = problem.operation == Operation::kLogSoftmax;
+    kernel_tests::ExpectedForward forward =
+        kernel_tests::expected_forward_and_row_numbers(x, is_log, problem.scale, eps, sink);
+    expected = {std::move(forward.y), forward.sink_weight};
   }
-  for (kernel_tests::Expected& result : results) {
+  for (kernel_tests::Expected& result : expected.y) {
     result.tolerance += kernel_tests::rounding_of(problem.output.type, in_double, result.value);
   }
-  return results;
+  if (c.has_sinks()) {
+    expected.sink_weight.tolerance +=
+        kernel_tests::rounding_of(c.sink_weight_type(), in_double, expected.sink_weight.value);
+  }
+  return expected;
 }
 
 void check_padding(Case& c) {
@@ -141,7 +157,7 @@ void check_padding(Case& c) {
   visit_element_type(problem.output.type, [&](auto element) {
     using T = decltype(element);
     if constexpr (!std::is_integral_v<T>) {
-      element = from_acc<T>(problem.operation == Operation::kLogSoftmax ? -kInfinity : 0.0);
+      element = from_acc<T>(problem.padding_value());
       std::memcpy(padding, &element, sizeof(T));
     }
   });
@@ -155,12 +171,31 @@ void check_padding(Case& c) {
   }
 }
 
-void check_values(Case& c, const Matrix& twin, const Bounds& bounds) {
+void check_sink_weight(Case& c, int64_t row, const std::string& twin, const kernel_tests::Expected& want) {
+  const ElementType type = c.sink_weight_type();
+  const unsigned char* const result = c.sink_weight_at(row);
+  const long double got = element(result, type);
+  require(
+      std::memcmp(result, twin.data(), twin.size()) == 0 || (std::isnan(got) && std::isnan(element(twin.data(), type))),
+      c, "a sink's weight has the same bits beside a contiguous matrix: row " + std::to_string(row));
+  if (c.has_reference() && !agrees(got, want, type)) {
+    std::ostringstream what;
+    what << "the reference agrees: the weight of the sink " << c.sinks()[static_cast<size_t>(row)] << " of row " << row
+         << " is " << got << ", expected " << want.value << ", tolerance " << want.tolerance;
+    require(false, c, what.str());
+  }
+}
+
+// weights: those of the twin's sinks.
+void check_values(Case& c, const Matrix& twin, const Matrix& weights, const Bounds& bounds) {
   const Problem& problem = c.problem();
   const auto size = static_cast<size_t>(size_bytes(problem.output.type));
   for (int64_t row = 0; row < problem.rows; ++row) {
-    const std::vector<kernel_tests::Expected> expected =
-        c.has_reference() ? expected_row(c, row, bounds) : std::vector<kernel_tests::Expected>();
+    const ExpectedRow row_of_reference = c.has_reference() ? expected_row(c, row, bounds) : ExpectedRow();
+    const std::vector<kernel_tests::Expected>& expected = row_of_reference.y;
+    if (c.has_sinks()) {
+      check_sink_weight(c, row, weights.bits(row, 0), row_of_reference.sink_weight);
+    }
     for (int64_t i = 0; i < bounds.lengths[static_cast<size_t>(row)]; ++i) {
       const int64_t col = bounds.starts[static_cast<size_t>(row)] + i;
       const unsigned char* const result = c.result_at(row, col);
@@ -186,7 +221,8 @@ void check(Bytes bytes) {
   const bool is_disturbed = c.bytes().up_to(15) == 15;
   const int64_t invalid = c.first_invalid_row();
   require(first_invalid_row(c.problem()) == invalid, c, "the first invalid row is found");
-  if ((invalid >= 0 && !is_disturbed) || c.problem().rows == 0 || c.problem().cols == 0) {
+  const bool is_empty = c.problem().rows == 0 || (c.problem().cols == 0 && !c.has_sinks());
+  if ((invalid >= 0 && !is_disturbed) || is_empty) {
     return;  // as binding/cpu_ops.cpp does
   }
   force_store_hint(c.store_hint());
@@ -205,12 +241,22 @@ void check(Bytes bytes) {
   }
   const Bounds bounds = c.twin_bounds();
   Matrix twin(c.problem().output.type, c.problem().rows, c.twin_cols());
-  const Problem problem =
-      kernel_tests::make_problem(c.problem().operation, twin, c.twin_inputs(), bounds, c.problem().scale);
+  Problem problem = kernel_tests::make_problem(c.problem().operation, twin, c.twin_inputs(), bounds, c.problem().scale);
+  Matrix sinks(ElementType::kFloat64, problem.rows, 1);
+  Matrix weights(c.has_sinks() ? c.sink_weight_type() : ElementType::kFloat32, problem.rows, 1);
+  if (c.has_sinks()) {
+    for (int64_t row = 0; row < problem.rows; ++row) {
+      sinks.set(row, 0, c.sinks()[static_cast<size_t>(row)]);
+    }
+    problem.row_input.data = sinks.operand().data;
+    problem.row_input.type = ElementType::kFloat64;
+    problem.row_input.row_strides[0] = 1;
+    problem.row_result = {weights.operand().data, weights.type()};
+  }
   if (problem.cols > 0) {
     force_store_hint({});
     c.capability().run_rows(problem, 0, problem.rows);
-    check_values(c, twin, bounds);
+    check_values(c, twin, weights, bounds);
   }
 }
 

@@ -26,10 +26,11 @@ from torch._subclasses import FakeTensorMode  # no public spelling
 # draw is instrumented too: its branches tell the fuzzer which kind of argument it has drawn.
 with atheris.instrument_imports(include=["masked_softmax_ext", "draw"]):
     from draw import Draw, is_plain, shape_of
-    from operators import FORWARD_OPERATORS, SCORE_TENSORS, takes_input_dtype
+    from operators import FORWARD_OPERATORS, takes_input_dtype
 
     import masked_softmax_ext
     from masked_softmax_ext import reference
+    from masked_softmax_ext._operators import OPERATORS as OPERATOR_TENSORS
 
 OPERATORS = torch.ops.masked_softmax_ext
 
@@ -37,18 +38,31 @@ FORWARD = {
     "masked_softmax": masked_softmax_ext.masked_softmax,
     "masked_log_softmax": masked_softmax_ext.masked_log_softmax,
     "masked_softmax_": masked_softmax_ext.masked_softmax_,
+    "masked_logsumexp": masked_softmax_ext.masked_logsumexp,
     "packed_softmax": masked_softmax_ext.packed_softmax,
     "packed_log_softmax": masked_softmax_ext.packed_log_softmax,
     "MaskedSoftmax": masked_softmax_ext.MaskedSoftmax,
     "MaskedLogSoftmax": masked_softmax_ext.MaskedLogSoftmax,
     "reference.masked_softmax": reference.masked_softmax,
     "reference.masked_log_softmax": reference.masked_log_softmax,
+    "reference.masked_logsumexp": reference.masked_logsumexp,
     "reference.valid_mask": reference.valid_mask,
 }
+WITH_PADDING_VALUE = ("masked_log_softmax", "reference.masked_log_softmax", "MaskedLogSoftmax")
 REFERENCES = [function for name, function in FORWARD.items() if name.startswith("reference.")]
 
-# The number of score-shaped tensors that each operator takes.
-SCORES = {"masked_softmax_": 1, **SCORE_TENSORS}
+# The number of score-shaped tensors that each operator takes first.
+SCORES = {"masked_softmax_": 1, "masked_softmax_with_sink_": 1}
+SCORES |= {name: tensors.scores for name, tensors in OPERATOR_TENSORS.items()}
+# Those that then take one number a row.
+TAKES_ROW_NUMBER = {"masked_softmax_with_sink_"}
+TAKES_ROW_NUMBER |= {name for name, tensors in OPERATOR_TENSORS.items() if tensors.takes_row_number}
+
+IN_PLACE = (
+    FORWARD["masked_softmax_"],
+    OPERATORS.masked_softmax_,
+    OPERATORS.masked_softmax_with_sink_,
+)
 
 EXPECTED = (TypeError, ValueError, IndexError, RuntimeError)  # NotImplementedError: RuntimeError
 UNEXPECTED = (UnicodeError, RecursionError)  # subclasses of these
@@ -101,12 +115,13 @@ def call(mode: Any, function: Callable[..., Any], *arguments: Any, **options: An
         result = attempt(function, *arguments, **options)
     if function in REFERENCES:
         return result  # it writes out= with copy_(), which may fail halfway
-    in_place = function in (FORWARD["masked_softmax_"], OPERATORS.masked_softmax_)
+    in_place = function in IN_PLACE
     output = arguments[0] if in_place else options.get("out")
     may_write = is_plain(output) and not isinstance(result, Exception)
     written = output.untyped_storage().data_ptr() if may_write else None
+    weight = arguments[2] if function is OPERATORS.masked_softmax_with_sink_ else None
     for x, old in before:
-        is_written = x.untyped_storage().data_ptr() == written
+        is_written = x is weight or x.untyped_storage().data_ptr() == written
         assert is_written or bits(x) == old, "an argument was written"
     return result
 
@@ -121,7 +136,11 @@ def check_result(
     tensors = [x for x in (*arguments, *options.values()) if isinstance(x, Tensor)]
     if isinstance(mode, FakeTensorMode) and not all(map(is_plain, tensors)):
         return  # torch may not call the operator then
-    assert result.shape == input.shape, f"shape {tuple(result.shape)} for {tuple(input.shape)}"
+    shape = list(input.shape)
+    if name == "masked_logsumexp" and shape:
+        dim = int(arguments[2]) if len(arguments) > 2 else -1
+        shape[dim : dim + 1 or None] = [1] * bool(options.get("keepdim"))
+    assert list(result.shape) == shape, f"shape {tuple(result.shape)} for {tuple(input.shape)}"
     dtype = options.get("dtype")
     if isinstance(dtype, torch.dtype):
         assert result.dtype == dtype
@@ -132,7 +151,7 @@ def check_result(
 
 
 def compare(
-    log: bool, before: Tensor, result: Tensor, arguments: list[Any], options: dict[str, Any]
+    name: str, before: Tensor, result: Tensor, arguments: list[Any], options: dict[str, Any]
 ) -> None:
     """The padding is exact, and the rest agrees with the reference."""
     dim = arguments[2] if len(arguments) > 2 else -1
@@ -140,30 +159,41 @@ def compare(
     if isinstance(lengths, tuple):
         lengths, starts = lengths
     if lengths is None:
-        lengths = result.size(int(dim)) if result.dim() > 0 else 1
-    if any(isinstance(index, Tensor) and not is_plain(index) for index in (lengths, starts)):
+        lengths = before.size(int(dim)) if before.dim() > 0 else 1
+    sink, padding_value = options.get("sink"), options.get("padding_value")
+    given = (lengths, starts, sink)
+    if any(isinstance(tensor, Tensor) and not is_plain(tensor) for tensor in given):
         return
-    valid = valid_like(result, lengths, int(dim), starts)
-    padding = result.detach()[~valid]
-    expected_padding = torch.full_like(padding, float("-inf") if log else 0.0)
-    assert bits(padding) == bits(expected_padding), "padding is not exact"
+    log = name == "masked_log_softmax"
+    valid = valid_like(before, lengths, int(dim), starts)
+    if name != "masked_logsumexp":
+        padding = result.detach()[~valid]
+        value = (float("-inf") if log else 0.0) if padding_value is None else float(padding_value)
+        expected_padding = torch.full_like(padding, 0).to(torch.float64).fill_(value)
+        is_exact = bits(padding) == bits(expected_padding.to(padding.dtype))
+        assert is_exact or value != value, "padding is not exact"
     scale = options.get("scale")
     if scale is not None and not 1e-2 <= abs(float(scale)) <= 10:
         return
     if not bool(before[valid].double().abs().le(1e3).all()):
         return
-    given = {"starts": starts, "scale": None if scale is None else float(scale)}
-    function = reference.masked_log_softmax if log else reference.masked_softmax
+    same = {name: options[name] for name in ("keepdim", "padding_value") if name in options}
+    same |= {"starts": starts, "scale": None if scale is None else float(scale), "sink": sink}
+    function = getattr(reference, name.removesuffix("_"))
     with torch.no_grad():
-        expected = attempt(function, before, lengths, dim, dtype=result.dtype, **given)
+        expected = attempt(function, before, lengths, dim, dtype=result.dtype, **same)
     if isinstance(expected, Exception):
         raise AssertionError("the reference raised") from expected
     relative = RELATIVE[result.dtype]
-    tolerance = {"rtol": relative, "atol": relative if log else SMALLEST[result.dtype]}
+    absolute = relative if log else SMALLEST[result.dtype]
+    if name == "masked_logsumexp":  # the sum of two numbers as large as the scores
+        absolute = relative * 1e4
+    tolerance = {"rtol": relative, "atol": absolute}
     torch.testing.assert_close(result.detach(), expected, equal_nan=True, **tolerance)
 
 
 def differentiate(draw: Draw, result: Tensor, input: Tensor) -> None:
+    """``input`` is the scores or the sink."""
     grad = (
         torch.ones_like(result)
         if draw.one_in(2)
@@ -203,18 +233,24 @@ def call_masked(draw: Draw, name: str) -> None:
     if type(dim) is not int or dim != -1 or draw.one_in(2):
         arguments.append(dim)
     in_place = name.endswith("_")
-    options.update(draw.options(input, with_out=not in_place))
+    is_reduced = name.endswith("logsumexp")
+    options.update(draw.options(input, with_out=not in_place and not is_reduced))
+    if draw.one_in(3):
+        options["sink"] = draw.sink(input, dim)
+    if name in WITH_PADDING_VALUE and draw.one_in(3):
+        options["padding_value"] = draw.padding_value()
+    if is_reduced and draw.one_in(3):
+        options["keepdim"] = draw.anything() if draw.one_in(8) else True
     if in_place:
         options.pop("dtype", None)
     function = FORWARD[name]
     if name.startswith("Masked"):
-        module = attempt(
-            function, *arguments[2:], **{k: v for k, v in options.items() if k == "scale"}
-        )
+        own = {k: v for k, v in options.items() if k in ("scale", "padding_value")}
+        module = attempt(function, *arguments[2:], **own)
         if isinstance(module, Exception):
             return
         repr(module)
-        attempt(module, *arguments[:2], options.get("starts"))
+        attempt(module, *arguments[:2], options.get("starts"), options.get("sink"))
         return
     before = input.detach().clone() if is_plain(input) else None
     mode = draw.mode()
@@ -227,9 +263,10 @@ def call_masked(draw: Draw, name: str) -> None:
     if isinstance(mode, FakeTensorMode) or function in REFERENCES:
         return
     if before is not None and is_plain(result):
-        compare(name == "masked_log_softmax", before, result, arguments, options)
-    if isinstance(input, Tensor) and result.requires_grad and input.requires_grad:
-        differentiate(draw, result, input)
+        compare(name, before, result, arguments, options)
+    for tensor in (input, options.get("sink")):
+        if isinstance(tensor, Tensor) and result.requires_grad and tensor.requires_grad:
+            differentiate(draw, result, tensor)
 
 
 def call_packed(draw: Draw, name: str) -> None:
@@ -239,13 +276,17 @@ def call_packed(draw: Draw, name: str) -> None:
     options = draw.options(values, with_out=False)
     if draw.one_in(4):
         options["max_length"] = draw.anything() if draw.one_in(3) else draw.up_to(130)
+    if draw.one_in(3):
+        batch = len(arguments[1]) - 1 if is_plain(arguments[1]) and arguments[1].dim() == 1 else 2
+        options["sink"] = draw.sink(values, dim, batch)
     mode = draw.mode()
     result = call(mode, FORWARD[name], *arguments, **options)
     if isinstance(result, Exception):
         return
     check_result(name, result, mode, arguments, options)
-    if isinstance(values, Tensor) and result.requires_grad and values.requires_grad:
-        differentiate(draw, result, values)
+    for tensor in (values, options.get("sink")):
+        if isinstance(tensor, Tensor) and result.requires_grad and tensor.requires_grad:
+            differentiate(draw, result, tensor)
 
 
 def call_operator(draw: Draw, name: str) -> None:
@@ -256,22 +297,27 @@ def call_operator(draw: Draw, name: str) -> None:
         own_dtype = draw.dtype() if draw.one_in(8) else dtype
         scores.append(draw.anything() if draw.one_in(24) else draw.tensor(own_shape, own_dtype))
     dim = draw.dim(len(shape)) if draw.one_in(2) else -1
+    in_place = name.endswith("_")
+    row_numbers = [draw.sink(scores[-1], dim)] if name in TAKES_ROW_NUMBER else []
+    if in_place and row_numbers:
+        row_numbers.append(draw.sink(scores[-1], dim) if draw.one_in(4) else None)  # sink_weight
     rows: list[Any] = [
+        *row_numbers,
         draw.index(scores[-1], dim),
         dim,
         draw.index(scores[-1], dim, 0) if draw.one_in(2) else None,
     ]
     options: dict[str, Any] = {}
-    if SCORES[name] > 1:
+    if SCORES[name] > 1 or name == "masked_row_scale":
         rows.append(draw.scale())
         if takes_input_dtype(name):
             rows.append(draw.dtype())
         if draw.one_in(4):
             rows.append(draw.one_of((-1, 0, 1, 5, 2**40, None)))
     else:
-        options = draw.options(scores[0], with_out=name != "masked_softmax_")
+        options = draw.options(scores[0], with_out=name in FORWARD_OPERATORS)
         options.pop("starts", None)  # already given; twice makes torch report an internal error
-        if name == "masked_softmax_":
+        if in_place:
             options.pop("dtype", None)
         elif draw.one_in(4):
             options["packed"] = draw.one_of((-1, 0, 1, 5, 2**40, None))

@@ -116,6 +116,97 @@ MUTATIONS = (
         "return N{} - scale * sums[0];",
         "return scale * sums[0];",
     ),
+    # Sinks, and the table of operations that return or take one number a row, common/row_operations.inc
+    Mutation(
+        "a sink that is multiplied by the scale",
+        "cpu/sink.cpp",
+        "return product(-scale, offset) + sink;",
+        "return product(-scale, offset) + sink * scale;",
+    ),
+    Mutation(
+        "a sink's exponent rounded",
+        "cpu/sink.cpp",
+        "return corrected(std::exp2(z.high), (z.low + sink * kLog2eLow) * kLog2);",
+        "return std::exp2(z.high);",
+    ),
+    Mutation(
+        "a sink's distance from a large maximum rounded",
+        "cpu/sink.cpp",
+        "double exp_of(const Exponent& e) { return corrected(std::exp(e.high), e.low); }",
+        "double exp_of(const Exponent& e) { return std::exp(e.high); }",
+    ),
+    Mutation(
+        "a sink's weight that is not divided by the sum",
+        "cpu/sink.cpp",
+        "? 0 : 1 / (1 + sum / term)};",
+        "? 0 : term};",
+    ),
+    Mutation(
+        "a sink's weight of 0 in a row of NaN",
+        "cpu/sink.cpp",
+        "term == 0 && sum == sum ? 0",
+        "term == 0 ? 0",
+    ),
+    Mutation(
+        "a sink of +inf taken for a large number",
+        "cpu/sink.cpp",
+        "if (sink == kInfinity || sink != sink) {\n    return kNaN;",
+        "if (sink == kInfinity || sink != sink) {\n    return 0x1p500;",
+    ),
+    Mutation(
+        "log_softmax: a weight without the other terms",
+        "cpu/sink.cpp",
+        "return {log_sum + std::log1p(ratio), ratio / (1 + ratio)};",
+        "return {log_sum + std::log1p(ratio), ratio};",
+    ),
+    Mutation(
+        "log_softmax: the scores dropped beside a larger sink",
+        "cpu/sink.cpp",
+        "return {log_term.high + (log_term.low + std::log1p(ratio)), 1 / (1 + ratio)};",
+        "return {log_term.high + log_term.low, 1 / (1 + ratio)};",
+    ),
+    Mutation(
+        "sinks of blocks of rows ignored",
+        "cpu/block_kernel.h",
+        "has_sinks_((kIsSoftmax || kIsLogSoftmax) && problem.row_input.data != nullptr)",
+        "has_sinks_(false)",
+    ),
+    Mutation(
+        "a long row's sink ignored",
+        "cpu/long_row.h",
+        "row_input = load_row_input(problem.row_input, run.row_input_offset(i));",
+        "",
+    ),
+    Mutation(
+        "the sink of the first row for all rows of a block",
+        "cpu/row_block.h",
+        "run.row_input_offset(first + i)",
+        "run.row_input_offset(0)",
+    ),
+    Mutation(
+        "padding that holds the operation's own value",
+        "cpu/block_kernel.h",
+        "padding_(static_cast<acc_t>(problem.padding_value()))",
+        "padding_(static_cast<acc_t>(masked_softmax::padding_value(problem.operation)))",
+    ),
+    Mutation(
+        "logsumexp: a maximum that is not multiplied by the scale",
+        "cpu/row_kernel.h",
+        "const double scaled_max = scale.exact * static_cast<double>(row_max);",
+        "const double scaled_max = static_cast<double>(row_max);",
+    ),
+    Mutation(
+        "row_dot: the scale dropped",
+        "common/formulas.h",
+        "return scale * sums[0];",
+        "(void)scale;\n    return sums[0];",
+    ),
+    Mutation(
+        "row_scale: the factor dropped",
+        "common/formulas.h",
+        "return scale * in[0] * sums[0];",
+        "(void)sums;\n    return scale * in[0];",
+    ),
     # The table of type pairs, common/type_pairs.inc: each row's kernel runs with other types
     *(
         Mutation(
