@@ -197,9 +197,9 @@ MUTATIONS = (
     ),
     Mutation(
         "row_dot: the scale dropped",
-        "common/formulas.h",
-        "return scale * sums[0];",
-        "(void)scale;\n    return sums[0];",
+        "cpu/block_kernel.h",
+        "scale_.scale * block.sums[0][r]",
+        "block.sums[0][r]",
     ),
     Mutation(
         "row_scale: the factor dropped",

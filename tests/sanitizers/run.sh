@@ -18,7 +18,7 @@ case $mode in
     FLAGS="-O0 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
     # These reach every path. Left out are tests that repeat a path with other numbers, that measure memory, that wait
     # minutes for torch's compilers, and those of threads (the other mode).
-    TESTS=(tests/numerics/test_{article,edges,gradients}.py
+    TESTS=(tests/numerics/test_{article,edges,gradients,sink}.py
       tests/semantics/test_{strides,errors,padding,broadcasting,packed}.py
       -k "not avx2 and not avx512 and not neon and not compiled")
     ;;
