@@ -185,10 +185,11 @@ def _call_on_sharded_rows(
     local_length = (end - begin).masked_fill(are_invalid(length, start, cols), -1)
     rows = (local_length.squeeze(dim), begin.squeeze(dim))
 
+    arguments = (x, _local_sinks(sink, x, dim, placements), *rows, call)
     if name == "masked_logsumexp":
-        outputs = (_apply(_LogSumExp, x, *rows, call),)
+        outputs = (_apply(_LogSumExp, *arguments),)
     else:
-        outputs = _apply(_Softmax, x, _local_sinks(sink, x, dim, placements), *rows, call)
+        outputs = _apply(_Softmax, *arguments)
     of_rows = [
         Replicate() if p.is_replicate() or p.is_shard(dim) else Shard(_row_dim(p.dim, dim))
         for p in placements
@@ -322,22 +323,26 @@ class _LogSumExp(torch.autograd.Function):
     """Logsumexp of whole rows: the same in all processes that share them, as is its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lengths: Tensor, starts: Tensor, call: _Call) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, sink: Tensor, lengths: Tensor, starts: Tensor, call: _Call
+    ) -> Tensor:
         part = _exchange(x, lengths, starts, call)
-        ctx.save_for_backward(x, lengths, starts)
+        ctx.save_for_backward(x, sink, lengths, starts)
         ctx.call = call
-        return (part.logsumexps.logsumexp(0) + part.shift).to(call.dtype)
+        result = part.logsumexps.logsumexp(0) + part.shift
+        return torch.logaddexp(result, sink.to(result.dtype)).to(call.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, lengths, starts = ctx.saved_tensors
+        x, sink, lengths, starts = ctx.saved_tensors
         call: _Call = ctx.call
         acc_dtype = accumulation_dtype(x.dtype, call.dtype, None)
         softmax = replace(call, name="masked_softmax", dtype=acc_dtype)
-        y, _ = _apply(_Softmax, x, _local_sinks(None, x, call.dim, []), lengths, starts, softmax)
-        grads = _for_each_process(grad.to(acc_dtype), call.groups)
+        y, weight = _apply(_Softmax, x, sink, lengths, starts, softmax)
+        grad = grad.to(acc_dtype)
+        grads = _for_each_process(grad, call.groups)
         grad_x = find_operator("masked_row_scale")(y, grads, lengths, call.dim, starts, call.scale)
-        return grad_x.to(x.dtype), None, None, None
+        return grad_x.to(x.dtype), (grad * weight).to(sink.dtype), None, None, None
 
 
 class _Part(NamedTuple):
