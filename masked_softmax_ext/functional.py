@@ -169,7 +169,7 @@ def masked_log_softmax(
         tensor([[ 0.0000,    -inf,    -inf],
                 [-0.6931, -0.6931,    -inf]])
     """
-    if not is_dynamo_compiling():
+    if padding_value is not None and not is_dynamo_compiling():  # None is an error
         padding = None if padding_value is _NO_VALUE else padding_value
         result: Tensor = _C.masked_log_softmax(
             input, lengths, dim, starts, scale, sink, padding, dtype, validate, out
