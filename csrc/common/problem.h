@@ -158,13 +158,14 @@ inline bool has_contiguous_columns(const Problem& problem) {
 
 // Forward passes multiply x by this factor as they load it, and use scale / factor as the scale. It is -1 for a
 // negative scale, so that the maximum of the loaded values is that of scale * x. It is +-2^-64 for a tiny scale, where
-// x - max may overflow although scale * (x - max) does not.
+// x - max may overflow although scale * (x - max) does not, and +-2 for a huge one, where scale * log2(e) overflows.
 inline double input_factor(const Problem& problem) {
   if (!is_forward(problem.operation)) {
     return 1.0;
   }
   const double sign = problem.scale < 0 ? -1.0 : 1.0;
-  return std::fabs(problem.scale) < 0x1p-1000 ? sign * 0x1p-64 : sign;
+  const double magnitude = std::fabs(problem.scale);
+  return magnitude < 0x1p-1000 ? sign * 0x1p-64 : magnitude > 0x1p1023 ? sign * 2 : sign;
 }
 
 MASKED_SOFTMAX_HOST_DEVICE bool bounds_are_valid(int64_t start, int64_t length, int64_t cols) {

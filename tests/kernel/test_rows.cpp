@@ -156,7 +156,7 @@ TEST("scale: none is too small or too large, on either side of 0") {
   for (Operation operation : {Operation::kSoftmax, Operation::kLogSoftmax}) {
     for (ElementType type : {ElementType::kFloat32, ElementType::kFloat64}) {
       const double largest = type == ElementType::kFloat32 ? 2e38 : 1.2e308;
-      for (double magnitude : {1e-320, 1e-300, 1e-40, 1e-37, 1e-20, 1e20, 1e37, 1e40, 1e300}) {
+      for (double magnitude : {1e-320, 1e-300, 1e-40, 1e-37, 1e-20, 1e20, 1e37, 1e40, 1e300, 1.7e308}) {
         for (double scale : {magnitude, -magnitude}) {
           // Scores whose scaled distances are a few units wherever the type reaches that far.
           const double spread = std::clamp(3 / magnitude, 1 / largest, largest);

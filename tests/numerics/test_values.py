@@ -213,6 +213,17 @@ def test_scale_whose_base_two_exponent_overflows(capability: str, log: bool) -> 
     assert_forward(forward(x, 4, scale=3e38, log=log), x, 4, scale=3e38, log=log)
 
 
+@pytest.mark.parametrize("scale", [1.7e308, -1.7e308])
+def test_scale_whose_base_two_exponent_overflows_in_float64(
+    capability: str, scale: float, log: bool
+) -> None:
+    x = torch.tensor([[0.0, 1e-308, -1e-308, 5e-309]], dtype=torch.float64)
+    exponents = [0.0, 1.0, -1.0, 0.5]  # in units of scale / 1e308, which float64 holds
+    expected = torch.tensor([exponents], dtype=torch.float64) * (scale * 1e-308)
+    expected = expected.log_softmax(-1) if log else expected.softmax(-1)
+    assert torch.allclose(forward(x, 4, scale=scale, log=log), expected, rtol=1e-14, atol=0)
+
+
 def test_starts(capability: str, compared_dtype: torch.dtype, log: bool) -> None:
     """Valid columns anywhere in the row, padding on both sides."""
     for cols in (1, 7, 8, 33, 128, 1025):
