@@ -21,6 +21,7 @@ extensions = [
     "sphinx_copybutton",
     "drawing",
     "formulas",
+    "plot",
 ]
 exclude_patterns = ["extensions"]
 

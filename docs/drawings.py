@@ -51,6 +51,8 @@ def style(ink: str) -> dict[str, Any]:
         "svg.fonttype": "none",
         "legend.frameon": False,
         "hatch.linewidth": 0.6,
+        "image.interpolation": "none",
+        "image.composite_image": False,
         "axes.facecolor": "none",
         "figure.facecolor": "none",
     }
@@ -59,11 +61,16 @@ def style(ink: str) -> dict[str, Any]:
 def svg(name: str) -> str:
     """The drawing of that name as an SVG element, to be inlined in a page."""
     matplotlib.use("Agg")
+    with matplotlib.rc_context(style(INK)):
+        return to_svg(DRAWINGS[name](), name)
+
+
+def to_svg(figure: Any, name: str) -> str:
+    """A figure as an SVG element. The name, one per page, makes its identifiers unique."""
+    file = io.StringIO()
     with matplotlib.rc_context(style(INK) | {"svg.hashsalt": name}):
-        figure = DRAWINGS[name]()
-        file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None}, bbox_inches="tight")
-        pyplot.close(figure)
+    pyplot.close(figure)
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)

@@ -6,10 +6,9 @@ has every public name.
 
 from __future__ import annotations
 
-import doctest
 import re
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,12 +17,10 @@ import masked_softmax_ext
 ROOT = Path(__file__).parents[2]
 PLACEHOLDERS = ("FILE.md", "STEM.md")  # in descriptions of what a program writes
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+REQUIRED_PACKAGES = {"recipes.md": ["transformers"], "tutorial.md": ["matplotlib"]}
 
-
-def python_blocks(text: str) -> list[tuple[int, str]]:
-    """Each ```python block, and the line on which it begins."""
-    found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [(text.count("\n", 0, block.start(1)), block[1]) for block in found]
+sys.path.insert(0, str(ROOT / "docs"))
+import page_code  # noqa: E402
 
 
 def run_page(page: str, text: str) -> None:
@@ -31,26 +28,19 @@ def run_page(page: str, text: str) -> None:
 
     Interactive sessions must give the results they show; other blocks need only run.
     """
-    names: dict[str, Any] = {"__name__": "page"}
-    for line, block in python_blocks(text):
-        if not block.lstrip().startswith(">>>"):
-            exec(compile("\n" * line + block, page, "exec"), names)
-            continue
-        session = doctest.DocTestParser().get_doctest(block, names, page, page, line)
-        report: list[str] = []
-        runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.NORMALIZE_WHITESPACE)
-        result = runner.run(session, out=report.append, clear_globs=False)
-        assert result.attempted > 0
-        assert result.failed == 0, "".join(report)
-        names.update(session.globs)
+    names = page_code.new_namespace()
+    for block in page_code.python_blocks(text):
+        page_code.run_block(page, block, names)
 
 
 def test_readme_has_examples() -> None:
-    assert python_blocks(PAGES[0].read_text(encoding="utf-8"))
+    assert page_code.python_blocks(PAGES[0].read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_examples(page: Path) -> None:
+    for package in REQUIRED_PACKAGES.get(page.name, ()):
+        pytest.importorskip(package, reason=f"{package}, which this page uses, is missing")
     run_page(page.name, page.read_text(encoding="utf-8"))
 
 
