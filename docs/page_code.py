@@ -1,4 +1,4 @@
-"""Runs the Python blocks of a Markdown page, for the tests and for the figures of the built pages."""
+"""Runs the Python blocks of a page, for the tests and for the figures of the built pages."""
 
 from __future__ import annotations
 

@@ -30,8 +30,10 @@ class Drawing(SphinxDirective):
         return [figure]
 
     def draw(self) -> str:
-        """The picture as HTML."""
-        return drawings.svg(self.arguments[0])
+        """The picture as HTML: wide, and narrow for phones. The page's style shows one of them."""
+        name = self.arguments[0]
+        wide, narrow = drawings.svg(name), drawings.svg(name, narrow=True)
+        return f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
