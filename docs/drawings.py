@@ -317,6 +317,49 @@ def cpu_block(narrow: bool) -> Any:
     return figure
 
 
+def architecture(narrow: bool) -> Any:
+    """The layers of the package, and the way of one call through them."""
+    layers = (
+        ("masked_softmax_ext/", "Python: arguments and call path", VALID),
+        ("csrc/binding/", "torch: schemas, checks, autograd, output", RESULT),
+        ("csrc/cpu/", "vectors, threads", "#3f9f5f"),
+        ("csrc/cuda/", "launch plan, kernels", "#3f9f5f"),
+        ("csrc/common/", "C++17 only: Problem, tables, formulas", "#9467bd"),
+    )
+    left, width, step, height = 0.2, 12.6, 3.3, 1.9
+    figure, axes = canvas(13, 13, 0.31) if narrow else canvas(25.5, 13, 0.31)
+    for number, (name, what, colour) in enumerate(layers):
+        is_device = number in (2, 3)
+        x = left + (width + 0.6) / 2 * (number == 3)
+        y = 0.4 + step * (number - (number > 2))
+        size = (width - 0.6) / 2 if is_device else width
+        colours = {"facecolor": (*matplotlib.colors.to_rgb(colour), 0.25), "edgecolor": colour}
+        axes.add_patch(Rectangle((x, y), size, height, linewidth=1, **colours))
+        write(axes, x + size / 2, y + 0.65, name, family=MONO)
+        write(axes, x + size / 2, y + 1.35, what, size=8.5, style="italic")
+        if number < 4:
+            for target in ((3.3, 9.7) if number == 1 else (x + size / 2,)):
+                arrow(axes, (target, y + height + 0.1), (target, y + step - 0.1))
+    calls = (
+        "masked_softmax(scores, lengths)",
+        "torch.ops.masked_softmax_ext.masked_softmax",
+        "run_rows(problem, begin, end) on each thread",
+        "Problem: pointers, strides, lengths, scale",
+    )
+    notes = (
+        ("Python finds that the arguments", "need no conversion."),
+        ("Autograd saves output and lengths. The", "output is allocated, the lengths checked."),
+        ("A block of rows at a time: exponentials,", "their sums, weights, zeros in the padding."),
+        ("Both devices read the same description", "of the call, and the same formulas."),
+    )
+    if not narrow:
+        for number, (call, note) in enumerate(zip(calls, notes, strict=True)):
+            y = 0.4 + step * number
+            write(axes, 13.6, y + 0.35, call, family=MONO, size=8, ha="left")
+            write(axes, 13.6, y + 1.45, "\n".join(note), size=8.5, ha="left")
+    return figure
+
+
 def cuda_strategies(narrow: bool) -> Any:
     """Plain rows' CUDA strategy by number of columns: csrc/cuda/launch_plan.h, with clusters."""
     kinds = (
@@ -368,6 +411,7 @@ DRAWINGS: dict[str, Callable[[bool], Any]] = {
     "broadcasting": broadcasting,
     "empty_rows": empty_rows,
     "packed": packed,
+    "architecture": architecture,
     "cpu_block": cpu_block,
     "cuda_strategies": cuda_strategies,
     "zen4_columns": result(ZEN4, plot.draw_columns),
