@@ -338,7 +338,7 @@ def architecture(narrow: bool) -> Any:
         write(axes, x + size / 2, y + 0.65, name, family=MONO)
         write(axes, x + size / 2, y + 1.35, what, size=8.5, style="italic")
         if number < 4:
-            for target in ((3.3, 9.7) if number == 1 else (x + size / 2,)):
+            for target in (3.3, 9.7) if number == 1 else (x + size / 2,):
                 arrow(axes, (target, y + height + 0.1), (target, y + step - 0.1))
     calls = (
         "masked_softmax(scores, lengths)",

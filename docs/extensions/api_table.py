@@ -1,4 +1,4 @@
-"""The directive ``api-table``: names, the first sentence of each docstring, and a link to the source.
+"""The directive ``api-table``: names, their docstrings' first sentences, and links to the source.
 
 Its content is a list of full names, one a line. sphinx.ext.viewcode makes the pages of the sources.
 """
@@ -32,7 +32,7 @@ class ApiTable(SphinxDirective):
         return [nodes.table("", group, classes=["api-table"])]
 
     def cells(self, full_name: str, described: Any) -> tuple[list[nodes.Node], ...]:
-        name = full_name.rsplit(".", 1)[1]
+        name = full_name.removeprefix("masked_softmax_ext.")
         reference = addnodes.pending_xref(
             "",
             nodes.literal("", name),

@@ -17,7 +17,12 @@ import masked_softmax_ext
 ROOT = Path(__file__).parents[2]
 PLACEHOLDERS = ("FILE.md", "STEM.md")  # in descriptions of what a program writes
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-REQUIRED_PACKAGES = {"recipes.md": ["transformers"], "tutorial.md": ["matplotlib"]}
+REQUIRED_PACKAGES = {
+    "examples.md": ["transformers"],
+    "migration.md": ["transformers"],
+    "recipes.md": ["transformers"],
+    "tutorial.md": ["matplotlib"],
+}
 
 sys.path.insert(0, str(ROOT / "docs"))
 import page_code  # noqa: E402
@@ -69,6 +74,18 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
     )
     missing = [path for path in named if not (ROOT / path).exists() and "NAME" not in path]
     assert not missing
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES, *(ROOT / f"{folder}/README.md" for folder in ("bench", "examples", "tests"))],
+    ids=lambda page: page.relative_to(ROOT).as_posix(),
+)
+def test_code_blocks_name_their_language(page: Path) -> None:
+    """A block without one would be coloured as Python."""
+    fences = re.findall(r"^ *```(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert all(fences[::2])
+    assert not any(fences[1::2])
 
 
 def cells(line: str) -> list[str]:
