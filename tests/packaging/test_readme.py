@@ -119,6 +119,52 @@ def test_every_public_name_is_in_the_api_page() -> None:
         assert name == "reference" or re.search(in_table, text, re.MULTILINE), name
 
 
+def contributing_table() -> list[tuple[list[str], str]]:
+    """The patterns of files, and the commands, of each row of "Where to change what"."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text[text.index("## Where to change what") : text.index("## Tests")]
+    rows = []
+    for line in re.findall(r"^\| (?!to change|-).*\|$", section, re.MULTILINE):
+        _, files, commands = line.strip("| ").split(" | ")
+        folder, patterns = "", []
+        for name in re.findall(r"`([^`]+)`", files):
+            if name.endswith("/"):
+                folder = name
+            else:  # in the folder, unless the name itself begins with one
+                in_folder = bool(list(ROOT.glob(folder + name)))
+                patterns.append(folder + name if in_folder else name)
+        rows.append((patterns, commands))
+    return rows
+
+
+def test_contributing_names_every_file() -> None:
+    """And none that does not exist."""
+    named: set[Path] = set()
+    for patterns, _ in contributing_table():
+        for pattern in patterns:
+            found = set(ROOT.glob(pattern))
+            assert found, pattern
+            named |= found
+    folders = ("csrc/binding", "csrc/common", "csrc/cpu", "csrc/cuda", "masked_softmax_ext")
+    suffixes = (".h", ".cpp", ".inc", ".cu", ".cuh", ".py", ".pyi")
+    sources = {
+        path
+        for folder in folders
+        for path in (ROOT / folder).iterdir()
+        if path.suffix in suffixes and path.name != "_built_for.py"  # the build writes it
+    }
+    assert sources - named == set()
+
+
+def test_commands_of_contributing_exist() -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for target in re.findall(r"`make ([\w-]+)", text):
+        assert target in targets
+    for path in re.findall(r"\btests/[\w/]+(?:\.\w+)?", text):
+        assert (ROOT / path).exists(), path
+
+
 def test_pages_that_sources_cite_exist() -> None:
     """Such as docs/guarantees.md, which the tests cite for what they prove."""
     missing = []
