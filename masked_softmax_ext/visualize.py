@@ -88,7 +88,7 @@ def heat_map(
             panel.set_title(f"head {head}", fontsize=10)
     # A bar beside the panels is as high as they are: too low for its ticks if there are few rows.
     is_flat = rows < 4 and cols * len(heads) >= 8
-    bar = {"location": "top", "shrink": 0.4, "aspect": 30} if is_flat else {}
+    bar: dict[str, Any] = {"location": "top", "shrink": 0.4, "aspect": 30} if is_flat else {}
     figure.colorbar(image, ax=list(panels), label="weight", **bar)
     if title is not None:
         figure.suptitle(title, fontsize=11)
