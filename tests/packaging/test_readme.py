@@ -1,7 +1,7 @@
 """Promise: the Python examples of README and docs run as written and give the results they show.
 
-Files that the pages name exist, docs/performance.md lists every missed target, and docs/api.rst
-has every public name.
+Files that the pages name exist, docs/performance.md lists every missed target, docs/api.rst has
+every public name, and CONTRIBUTING.md every source file and every check of a pull request.
 """
 
 from __future__ import annotations
@@ -163,6 +163,16 @@ def test_commands_of_contributing_exist() -> None:
         assert target in targets
     for path in re.findall(r"\btests/[\w/]+(?:\.\w+)?", text):
         assert (ROOT / path).exists(), path
+
+
+def test_contributing_lists_the_checks_of_a_pull_request() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8")
+    (matrix,) = re.findall(r"target: \[(.*)\]", workflow)
+    commands = re.findall(r"run: (make [a-z-]+)", workflow)
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    checks = text[text.index("A pull request runs") : text.index("## Where to change what")]
+    for command in [*commands, *(f"make {target}" for target in matrix.split(", "))]:
+        assert f"| `{command}" in checks, command
 
 
 def test_pages_that_sources_cite_exist() -> None:
