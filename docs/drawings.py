@@ -347,7 +347,7 @@ def architecture(narrow: bool) -> Any:
         "Problem: pointers, strides, lengths, scale",
     )
     notes = (
-        ("Python finds that the arguments", "need no conversion."),
+        ("Plain arguments go to the extension as", "they are; others are converted first."),
         ("Autograd saves output and lengths. The", "output is allocated, the lengths checked."),
         ("A block of rows at a time: exponentials,", "their sums, weights, zeros in the padding."),
         ("Both devices read the same description", "of the call, and the same formulas."),
