@@ -22,6 +22,7 @@ COLOURS = {
     names.MLAS: "#9467bd",
 }
 MIN_POINTS = 2
+MIN_WIDE_INCHES = 6.0  # narrower figures have a legend of two columns
 
 
 def write_plots(report: Json, stem: Path) -> list[Path]:
@@ -70,8 +71,11 @@ def points(
     return sorted((key, value) for key, value in found.items() if value is not None)
 
 
-def draw_columns(report: Json) -> Any:
-    """Billion elements per second over columns, beside a copy of the same tensor."""
+def draw_columns(report: Json, *, narrow: bool = False) -> Any:
+    """Billion elements per second over columns, beside a copy of the same tensor.
+
+    A narrow figure, for phones, has its panels one below the other.
+    """
     panels = []
     for lengths, output in COLUMN_SWEEPS:
         chosen = [
@@ -84,7 +88,7 @@ def draw_columns(report: Json) -> Any:
             panels.append((f"{rows}, {output}{' output' * (output == 'fresh')}", chosen))
     if not panels:
         return None
-    figure, all_axes = new_figure(len(panels))
+    figure, all_axes = new_figure(len(panels), narrow)
     for axes, (title, chosen) in zip(all_axes, panels, strict=True):
         for name in (names.COPY, *COLOURS):
 
@@ -101,11 +105,15 @@ def draw_columns(report: Json) -> Any:
         axes.set_title(title, fontsize=11)
         axes.set_xlabel(f"columns ({SWEPT_ROWS} rows, float32)")
         axes.set_ylim(bottom=0)
-    all_axes[0].set_ylabel("billion elements per second, padding counted")
+    if narrow:
+        figure.supylabel("billion elements per second, padding counted", fontsize=10)
+        figure.get_layout_engine().set(hspace=0.06)
+    else:
+        all_axes[0].set_ylabel("billion elements per second, padding counted")
     return finished(figure, all_axes, report)
 
 
-def draw_padding(report: Json) -> Any:
+def draw_padding(report: Json, *, narrow: bool = False) -> Any:
     """Speedup over each baseline against the share of padding, with a fresh output."""
     by_cols: dict[int, list[Json]] = {}
     for result in report["results"]:
@@ -116,7 +124,7 @@ def draw_padding(report: Json) -> Any:
     chosen = [r for r in chosen if r["case"]["lengths"].endswith(("full", "uniform", "%"))]
     if len(chosen) < MIN_POINTS:
         return None
-    figure, all_axes = new_figure(1)
+    figure, all_axes = new_figure(1, narrow)
     axes = all_axes[0]
     for name in names.DEFAULT_BASELINES:
         drawn = points(
@@ -127,20 +135,24 @@ def draw_padding(report: Json) -> Any:
         if drawn:
             line(axes, name, drawn, f"over {name}" + ", no mask" * (name != names.UNFUSED))
     axes.axhline(1.0, color=INK, linewidth=0.8, linestyle=":")
-    axes.set_xlabel(f"padding, % of all elements ({SWEPT_ROWS} x {cols}, float32, fresh output)")
+    details = f"({SWEPT_ROWS} x {cols}, float32, fresh output)"
+    separator = "\n" if narrow else " "
+    axes.set_xlabel(f"padding, % of all elements{separator}{details}")
     axes.set_ylabel("speedup")
     axes.set_ylim(bottom=0)
     return finished(figure, all_axes, report)
 
 
-def new_figure(panels: int) -> tuple[Any, list[Any]]:
+def new_figure(panels: int, narrow: bool) -> tuple[Any, list[Any]]:
     from matplotlib import pyplot
 
-    width = 6.2 if panels == 1 else 4.2 * panels
+    rows, cols = (panels, 1) if narrow else (1, panels)
+    width, height = (4.2, 3.0) if narrow else (6.2 if panels == 1 else 4.2, 3.9)
+    size = (width * cols, height * rows)
     figure, axes = pyplot.subplots(
-        1, panels, figsize=(width, 3.9), layout="constrained", squeeze=False, sharey=True
+        rows, cols, figsize=size, layout="constrained", squeeze=False, sharey=True
     )
-    return figure, list(axes[0])
+    return figure, list(axes.flat)
 
 
 def line(axes: Any, name: str, drawn: Points, label: str | None = None) -> None:
@@ -168,8 +180,9 @@ def finished(figure: Any, all_axes: Sequence[Any], report: Json) -> Any:
         axes.grid(alpha=0.25)
         handles, labels = axes.get_legend_handles_labels()
         labelled |= dict(zip(labels, handles, strict=True))
+    columns = len(labelled) if figure.get_figwidth() > MIN_WIDE_INCHES else 2
     figure.legend(
-        labelled.values(), labelled, loc="outside lower center", ncols=len(labelled), fontsize=9
+        labelled.values(), labelled, loc="outside lower center", ncols=columns, fontsize=9
     )
     machine = report["machine"]
     torch_version = machine["versions"]["torch"]

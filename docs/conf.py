@@ -18,9 +18,12 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",
     "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "api_table",
     "drawing",
     "formulas",
+    "plot",
 ]
 exclude_patterns = ["extensions"]
 

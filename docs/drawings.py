@@ -51,19 +51,26 @@ def style(ink: str) -> dict[str, Any]:
         "svg.fonttype": "none",
         "legend.frameon": False,
         "hatch.linewidth": 0.6,
+        "image.interpolation": "none",
+        "image.composite_image": False,
         "axes.facecolor": "none",
         "figure.facecolor": "none",
     }
 
 
-def svg(name: str) -> str:
-    """The drawing of that name as an SVG element, to be inlined in a page."""
+def svg(name: str, *, narrow: bool = False) -> str:
+    """The drawing of that name as an SVG element, to be inlined in a page; narrow, for phones."""
     matplotlib.use("Agg")
+    with matplotlib.rc_context(style(INK)):
+        return to_svg(DRAWINGS[name](narrow), f"{name}-narrow" if narrow else name)
+
+
+def to_svg(figure: Any, name: str) -> str:
+    """A figure as an SVG element. The name, one per page, makes its identifiers unique."""
+    file = io.StringIO()
     with matplotlib.rc_context(style(INK) | {"svg.hashsalt": name}):
-        figure = DRAWINGS[name]()
-        file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None}, bbox_inches="tight")
-        pyplot.close(figure)
+    pyplot.close(figure)
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
@@ -77,7 +84,7 @@ def svg(name: str) -> str:
 
 def write_readme_picture() -> None:
     with matplotlib.rc_context(style("#222222") | {"font.family": "DejaVu Sans"}):
-        figure = padding()
+        figure = padding(narrow=False)
         figure.savefig(README_PICTURE, dpi=170, facecolor="white", bbox_inches="tight")
         pyplot.close(figure)
 
@@ -138,28 +145,34 @@ def grid(
                 padding_cell(axes, x + col, y + row, padding_text)
 
 
-def padding() -> Any:
+def padding(narrow: bool) -> Any:
     """Padded scores, one row of them empty, and their weights."""
     scores = torch.tensor((*ARTICLE_SCORES, ARTICLE_SCORES[0]), dtype=torch.float64)
     lengths = torch.tensor((*ARTICLE_LENGTHS, 0))
     valid = unchecked_mask(scores, lengths, -1, None)
-    figure, axes = canvas(20.6, 6.6, 0.37)
+    figure, axes = canvas(9.8, 15.3, 0.37) if narrow else canvas(20.6, 6.6, 0.37)
     for row, length in enumerate(lengths.tolist()):
         write(axes, 1.9, 1.5 + row, f"{length}", family=MONO)
     write(axes, 1.9, 0.5, "lengths", family=MONO)
     write(axes, 6, 0.5, "scores", family=MONO)
     grid(axes, 3, 1, scores, valid, VALID, "{:.1f}")
     write(axes, 6, 6.4, "padding is never read", size=9, style="italic")
-    arrow(axes, (9.6, 3.5), (13.4, 3.5))
-    write(axes, 11.5, 2.9, "masked_softmax", family=MONO)
-    write(axes, 11.5, 4.1, "one kernel, no mask", size=9, style="italic")
-    write(axes, 17, 0.5, "weights", family=MONO)
-    grid(axes, 14, 1, masked_softmax(scores, lengths), valid, RESULT, "{:.2f}", "0")
-    write(axes, 17, 6.4, "padding is exactly 0, empty rows too", size=9, style="italic")
+    x, y = (3, 9.6) if narrow else (14, 1)
+    if narrow:
+        arrow(axes, (6, 6.9), (6, 8.6))
+        write(axes, 5.6, 7.4, "masked_softmax", family=MONO, ha="right")
+        write(axes, 6.4, 7.4, "one kernel,\nno mask", size=9, style="italic", ha="left", va="top")
+    else:
+        arrow(axes, (9.6, 3.5), (13.4, 3.5))
+        write(axes, 11.5, 2.9, "masked_softmax", family=MONO)
+        write(axes, 11.5, 4.1, "one kernel, no mask", size=9, style="italic")
+    write(axes, x + 3, y - 0.5, "weights", family=MONO)
+    grid(axes, x, y, masked_softmax(scores, lengths), valid, RESULT, "{:.2f}", "0")
+    write(axes, x + 3, y + 5.4, "padding is exactly 0, empty rows too", size=9, style="italic")
     return figure
 
 
-def bounds() -> Any:
+def bounds(narrow: bool) -> Any:
     """Masks that lengths and starts can express."""
     panels: Sequence[tuple[str, list[int], list[int] | None]] = (
         ("padding at the end", [5, 2, 0, 4], None),
@@ -167,121 +180,187 @@ def bounds() -> Any:
         ("causal", [1, 2, 3, 4], None),
         ("sliding window", [1, 2, 3, 3], [0, 0, 0, 1]),
     )
-    figure, axes = canvas(26, 6.6, 0.3)
+    columns = 2 if narrow else 4
+    rows = len(panels) // columns
+    figure, axes = canvas(6.9 * columns - 1.6, 7.6 * rows - 1, 0.3)
     for number, (title, lengths, starts) in enumerate(panels):
-        x = 6.9 * number
+        x, y = 6.9 * (number % columns), 7.6 * (number // columns)
         valid = torch.zeros(4, 5, dtype=torch.bool)
         for row, length in enumerate(lengths):
             first = starts[row] if starts else 0
             valid[row, first : first + length] = True
-        grid(axes, x, 1.2, torch.ones(4, 5), valid, VALID, "")
-        write(axes, x + 2.5, 0.5, title, size=9)
-        write(axes, x, 5.8, f"lengths {lengths}", size=8.5, ha="left", family=MONO)
+        grid(axes, x, y + 1.2, torch.ones(4, 5), valid, VALID, "")
+        write(axes, x + 2.5, y + 0.5, title, size=9)
+        write(axes, x, y + 5.8, f"lengths {lengths}", size=8.5, ha="left", family=MONO)
         if starts:
-            write(axes, x, 6.6, f"starts\u00a0 {starts}", size=8.5, ha="left", family=MONO)
+            write(axes, x, y + 6.6, f"starts\u00a0 {starts}", size=8.5, ha="left", family=MONO)
     return figure
 
 
-def broadcasting() -> Any:
+def broadcasting(narrow: bool) -> Any:
     """The dimensions of (B, H, Q, K) scores along which lengths of each shape vary."""
     shapes = (
-        ("()", "   ", "one length for all rows"),
-        ("(B,)", "B  ", "one per sequence"),
-        ("(B, H)", "BH ", "one per head"),
-        ("(B, 1, Q)", "B Q", "one per query, the same for all heads"),
-        ("(1, 1, Q)", "  Q", "one per query, the same everywhere: causal"),
-        ("(B, H, Q)", "BHQ", "one per row"),
+        ("()", "   ", ("one length for all rows",)),
+        ("(B,)", "B  ", ("one per sequence",)),
+        ("(B, H)", "BH ", ("one per head",)),
+        ("(B, 1, Q)", "B Q", ("one per query,", "the same for all heads")),
+        ("(1, 1, Q)", "  Q", ("one per query, the same", "everywhere: causal")),
+        ("(B, H, Q)", "BHQ", ("one per row",)),
     )
-    figure, axes = canvas(23, 8, 0.33)
+    figure, axes = canvas(17.3, 9.4, 0.29) if narrow else canvas(23, 8, 0.33)
+    step, height, gap = (1.1, 1.3, "\n") if narrow else (1.4, 1.06, " ")
+    text_x = 5.5 + 4 * step + 0.6
     write(axes, 4.6, 0.5, "scores", family=MONO, ha="right")
     for col, name in enumerate("BHQK"):
-        cell(axes, 5.5 + 1.4 * col, 0, name, RESULT if name == "K" else VALID, 0.25)
-    write(axes, 12, 0.5, "K: the columns, dim=-1", ha="left", size=9, style="italic")
+        cell(axes, 5.5 + step * col, 0, name, RESULT if name == "K" else VALID, 0.25)
+    write(axes, text_x, 0.5, f"K: the columns,{gap}dim=-1", ha="left", size=9, style="italic")
     for row, (shape, names, meaning) in enumerate(shapes):
-        y = 1.7 + 1.06 * row
+        y = 1.7 + height * row
         write(axes, 4.6, y + 0.5, shape, family=MONO, ha="right")
         for col, name in enumerate(names):
             if name.strip():
-                cell(axes, 5.5 + 1.4 * col, y, name, VALID, 0.5)
+                cell(axes, 5.5 + step * col, y, name, VALID, 0.5)
             else:
-                padding_cell(axes, 5.5 + 1.4 * col, y, "1")
-        write(axes, 12, y + 0.5, meaning, ha="left")
+                padding_cell(axes, 5.5 + step * col, y, "1")
+        write(axes, text_x, y + 0.5, gap.join(meaning), ha="left", size=8.5 if narrow else 9)
     return figure
 
 
-def empty_rows() -> Any:
+def empty_rows(narrow: bool) -> Any:
     """An empty row as masked_fill with two fill values and masked_softmax compute it."""
     ways = (
-        ("masked_fill(-inf), softmax", "NaN", "and NaN gradients for the whole model"),
-        ("masked_fill(-1e9), softmax", "0.25", "weights that sum to 1, all in padding"),
-        ("masked_softmax", "0", "and zero gradient"),
+        ("masked_fill(-inf), softmax", "NaN", ("and NaN gradients", "for the whole model")),
+        ("masked_fill(-1e9), softmax", "0.25", ("weights that sum to 1,", "all in padding")),
+        ("masked_softmax", "0", ("and zero gradient",)),
     )
-    figure, axes = canvas(24, 4.1, 0.36)
+    figure, axes = canvas(10.4, 7.2, 0.36) if narrow else canvas(24, 4.1, 0.36)
     for row, (name, value, meaning) in enumerate(ways):
-        y = 1.4 * row
-        write(axes, 9.2, y + 0.5, name, ha="right", family=MONO)
+        x, y = (0, 2.5 * row + 1) if narrow else (10, 1.4 * row)
+        if narrow:
+            write(axes, 0, y - 0.5, name, ha="left", family=MONO)
+        else:
+            write(axes, 9.2, y + 0.5, name, ha="right", family=MONO)
         for col in range(4):
             if value == "0":
-                padding_cell(axes, 10 + col, y, value)
+                padding_cell(axes, x + col, y, value)
             else:
-                cell(axes, 10 + col, y, value, "#cc3344", 0.3)
-        write(axes, 14.7, y + 0.5, meaning, ha="left")
+                cell(axes, x + col, y, value, "#cc3344", 0.3)
+        write(axes, x + 4.7, y + 0.5, ("\n" if narrow else " ").join(meaning), ha="left")
     return figure
 
 
-def packed() -> Any:
+def packed(narrow: bool) -> Any:
     """The same rows padded and packed."""
     lengths = torch.tensor([4, 2, 0, 3])
-    figure, axes = canvas(20, 6.2, 0.36)
+    figure, axes = canvas(10.5, 12.2, 0.36) if narrow else canvas(20, 6.2, 0.36)
     valid = unchecked_mask(torch.zeros(4, 5), lengths, -1, None)
     values = torch.arange(4.0).view(4, 1).expand(4, 5)
-    grid(axes, 0, 1.1, values, valid, VALID, "")
-    write(axes, 2.5, 0.5, "padded", size=9)
-    write(axes, 2.5, 5.7, f"lengths {lengths.tolist()}", size=8, family=MONO)
-    arrow(axes, (6.2, 3.1), (9.2, 3.1))
-    write(axes, 15, 1.6, "packed: values, and offsets of the rows", size=9)
+    x = 2.6 if narrow else 0
+    grid(axes, x, 1.1, values, valid, VALID, "")
+    write(axes, x + 2.5, 0.5, "padded", size=9)
+    write(axes, x + 2.5, 5.7, f"lengths {lengths.tolist()}", size=8, family=MONO)
+    if narrow:
+        arrow(axes, (5.1, 6.2), (5.1, 7.6))
+    else:
+        arrow(axes, (6.2, 3.1), (9.2, 3.1))
+    x, y = (0.6, 9) if narrow else (10.5, 2.5)
+    write(axes, x + 4.5, y - 0.9, "packed: values, and offsets of the rows", size=9)
     row_of = torch.repeat_interleave(torch.arange(4), lengths)
-    grid(axes, 10.5, 2.5, row_of[None].float(), torch.ones(1, 9, dtype=torch.bool), VALID, "")
+    grid(axes, x, y, row_of[None].float(), torch.ones(1, 9, dtype=torch.bool), VALID, "")
     offsets = [0, *lengths.cumsum(0).tolist()]
     for offset in offsets:
-        axes.plot([10.5 + offset] * 2, [2.3, 4.0], lw=1, color=matplotlib.rcParams["text.color"])
+        ink = matplotlib.rcParams["text.color"]
+        axes.plot([x + offset] * 2, [y - 0.2, y + 1.5], lw=1, color=ink)
     for offset in sorted(set(offsets)):
-        write(axes, 10.5 + offset, 4.5, str(offset), size=8, family=MONO)
-    write(axes, 15, 5.7, f"offsets {offsets}", size=8, family=MONO)
+        write(axes, x + offset, y + 2, str(offset), size=8, family=MONO)
+    write(axes, x + 4.5, y + 3.0, f"offsets {offsets}", size=8, family=MONO)
     return figure
 
 
-def cpu_block() -> Any:
+def cpu_block(narrow: bool) -> Any:
     """The memory traffic of a forward pass on the CPU."""
-    figure, axes = canvas(30, 6.4, 0.26)
+    figure, axes = canvas(13.4, 25.4, 0.28) if narrow else canvas(30, 6.4, 0.26)
     lengths = torch.tensor([5, 3, 4, 2])
     ones = torch.ones(4, 5)
     valid = unchecked_mask(ones, lengths, -1, None)
     places = (
-        (0.0, "scores, in memory", "valid columns only"),
-        (12.5, "exponentials, in L1 cache", "a block: up to 32 rows, 8 KiB"),
-        (25.0, "weights, in memory", "each element once, padding too"),
+        ("scores, in memory", "valid columns only"),
+        ("exponentials, in L1 cache", "a block: up to 32 rows, 8 KiB"),
+        ("weights, in memory", "each element once, padding too"),
     )
-    for x, title, below in places:
-        write(axes, x + 2.5, 0.4, title)
-        write(axes, x + 2.5, 5.9, below, size=8.5, style="italic")
-    grid(axes, 0, 1.2, ones, valid, VALID, "")
-    for row, length in enumerate(lengths.tolist()):
-        for col in range(length):
-            cell(axes, 12.5 + col, 1.2 + row, "", RESULT, 0.2)
-    grid(axes, 25, 1.2, ones, valid, RESULT, "", "0")
+    for number, (title, below) in enumerate(places):
+        x, y = (4, 9.5 * number) if narrow else (12.5 * number, 0)
+        write(axes, x + 2.5, y + 0.4, title)
+        write(axes, x + 2.5, y + 5.9, below, size=8.5, style="italic")
+        if number == 1:
+            for row, length in enumerate(lengths.tolist()):
+                for col in range(length):
+                    cell(axes, x + col, y + 1.2 + row, "", RESULT, 0.2)
+        else:
+            colour, text = (RESULT, "0") if number else (VALID, "")
+            grid(axes, x, y + 1.2, ones, valid, colour, "", text)
     steps = (
-        (8.75, "exponentials\nand their sum", "4 bytes read for\neach valid element"),
-        (21.25, "multiply by 1 / sum;\nzeros in padding", "4 bytes written\nfor each element"),
+        ("exponentials\nand their sum", "4 bytes read for\neach valid element"),
+        ("multiply by 1 / sum;\nzeros in padding", "4 bytes written\nfor each element"),
     )
-    for x, what, bytes_moved in steps:
-        arrow(axes, (x - 3.2, 3.2), (x + 3.2, 3.2))
-        write(axes, x, 2.2, what, size=8.5)
-        write(axes, x, 4.3, bytes_moved, size=8.5, style="italic")
+    for number, (what, bytes_moved) in enumerate(steps):
+        if narrow:
+            y = 9.5 * number + 7.7
+            arrow(axes, (6.5, y - 1.2), (6.5, y + 1.4))
+            write(axes, 6.1, y, what, size=8.5, ha="right")
+            write(axes, 6.9, y, bytes_moved, size=8.5, style="italic", ha="left")
+        else:
+            x = 8.75 + 12.5 * number
+            arrow(axes, (x - 3.2, 3.2), (x + 3.2, 3.2))
+            write(axes, x, 2.2, what, size=8.5)
+            write(axes, x, 4.3, bytes_moved, size=8.5, style="italic")
     return figure
 
 
-def cuda_strategies() -> Any:
+def architecture(narrow: bool) -> Any:
+    """The layers of the package, and the way of one call through them."""
+    layers = (
+        ("masked_softmax_ext/", "Python: arguments and call path", VALID),
+        ("csrc/binding/", "torch: schemas, checks, autograd, output", RESULT),
+        ("csrc/cpu/", "vectors, threads", "#3f9f5f"),
+        ("csrc/cuda/", "launch plan, kernels", "#3f9f5f"),
+        ("csrc/common/", "C++17 only: Problem, tables, formulas", "#9467bd"),
+    )
+    left, width, step, height = 0.2, 12.6, 3.3, 1.9
+    figure, axes = canvas(13, 13, 0.31) if narrow else canvas(25.5, 13, 0.31)
+    for number, (name, what, colour) in enumerate(layers):
+        is_device = number in (2, 3)
+        x = left + (width + 0.6) / 2 * (number == 3)
+        y = 0.4 + step * (number - (number > 2))
+        size = (width - 0.6) / 2 if is_device else width
+        colours = {"facecolor": (*matplotlib.colors.to_rgb(colour), 0.25), "edgecolor": colour}
+        axes.add_patch(Rectangle((x, y), size, height, linewidth=1, **colours))
+        write(axes, x + size / 2, y + 0.65, name, family=MONO)
+        write(axes, x + size / 2, y + 1.35, what, size=8.5, style="italic")
+        if number < 4:
+            for target in (3.3, 9.7) if number == 1 else (x + size / 2,):
+                arrow(axes, (target, y + height + 0.1), (target, y + step - 0.1))
+    calls = (
+        "masked_softmax(scores, lengths)",
+        "torch.ops.masked_softmax_ext.masked_softmax",
+        "run_rows(problem, begin, end) on each thread",
+        "Problem: pointers, strides, lengths, scale",
+    )
+    notes = (
+        ("Plain arguments go to the extension as", "they are; others are converted first."),
+        ("Autograd saves output and lengths. The", "output is allocated, the lengths checked."),
+        ("A block of rows at a time: exponentials,", "their sums, weights, zeros in the padding."),
+        ("Both devices read the same description", "of the call, and the same formulas."),
+    )
+    if not narrow:
+        for number, (call, note) in enumerate(zip(calls, notes, strict=True)):
+            y = 0.4 + step * number
+            write(axes, 13.6, y + 0.35, call, family=MONO, size=8, ha="left")
+            write(axes, 13.6, y + 1.45, "\n".join(note), size=8.5, ha="left")
+    return figure
+
+
+def cuda_strategies(narrow: bool) -> Any:
     """Plain rows' CUDA strategy by number of columns: csrc/cuda/launch_plan.h, with clusters."""
     kinds = (
         ("float32, forward", (1024, 16384, 131072)),
@@ -290,17 +369,18 @@ def cuda_strategies() -> Any:
         ("16 bits, backward", (1024, 16384, 262144)),
     )
     names = (("lanes", VALID), ("block", RESULT), ("cluster", "#3f9f5f"), ("split", "#9467bd"))
-    figure, axes = pyplot.subplots(figsize=(7.6, 2.4))
+    figure, axes = pyplot.subplots(figsize=(3.6, 2.4) if narrow else (7.6, 2.4))
     for row, (_, limits) in enumerate(kinds):
         edges = (8, *limits, 1 << 20)
         for (name, colour), low, high in zip(names, edges, edges[1:], strict=False):
             face = (*matplotlib.colors.to_rgb(colour), 0.45)
             axes.barh(row, high - low, left=low, height=0.7, color=face, edgecolor=colour)
-            write(axes, (low * high) ** 0.5, row, name, size=8.5)
+            write(axes, (low * high) ** 0.5, row, name, size=7.5 if narrow else 8.5)
     axes.set_xscale("log", base=2)
-    axes.set_yticks(range(len(kinds)), [kind for kind, _ in kinds])
+    labels = [kind.replace(", ", ",\n") if narrow else kind for kind, _ in kinds]
+    axes.set_yticks(range(len(kinds)), labels)
     axes.set_xlim(8, 1 << 20)
-    ticks = (8, 64, 512, 4096, 32768, 131072, 1 << 20)
+    ticks = (8, 512, 16384, 1 << 20) if narrow else (8, 64, 512, 4096, 32768, 131072, 1 << 20)
     axes.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
     axes.set_xlabel("columns")
     axes.invert_yaxis()
@@ -309,12 +389,12 @@ def cuda_strategies() -> Any:
     return figure
 
 
-def result(stem: str, draw: Callable[[Any], Any]) -> Callable[[], Any]:
+def result(stem: str, draw: Callable[..., Any]) -> Callable[[bool], Any]:
     """A plot of one benchmark run, no wider than a page."""
     path = ROOT / "bench" / "results" / f"{stem}.json"
 
-    def draw_result() -> Any:
-        figure = draw(json.loads(path.read_text(encoding="utf-8")))
+    def draw_result(narrow: bool) -> Any:
+        figure = draw(json.loads(path.read_text(encoding="utf-8")), narrow=narrow)
         width, height = figure.get_size_inches()
         figure.set_size_inches(min(width, 9.2), height)
         return figure
@@ -324,12 +404,14 @@ def result(stem: str, draw: Callable[[Any], Any]) -> Callable[[], Any]:
 
 ZEN4, ZEN5 = "amd-epyc-zen4-avx512-2026-11-25", "amd-epyc-zen5-avx512-2026-11-26"
 
-DRAWINGS: dict[str, Callable[[], Any]] = {
+# Each takes whether it is to be narrow, for phones.
+DRAWINGS: dict[str, Callable[[bool], Any]] = {
     "padding": padding,
     "bounds": bounds,
     "broadcasting": broadcasting,
     "empty_rows": empty_rows,
     "packed": packed,
+    "architecture": architecture,
     "cpu_block": cpu_block,
     "cuda_strategies": cuda_strategies,
     "zen4_columns": result(ZEN4, plot.draw_columns),

@@ -13,3 +13,4 @@ bool shares_elements(const at::Tensor& a, const at::Tensor& b);
 bool shares_own_elements(const at::Tensor& tensor);
 
 }  // namespace masked_softmax
+// x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from typing import Any, ClassVar
 
 import drawings
@@ -19,14 +20,20 @@ class Drawing(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         self.env.note_dependency(drawings.__file__)
         figure = nodes.figure(classes=["drawing"])
-        alt = self.options["alt"].replace('"', "&quot;")
-        svg = drawings.svg(self.arguments[0])
-        figure += nodes.raw("", f'<div role="img" aria-label="{alt}">{svg}</div>', format="html")
+        alt = html.escape(self.options["alt"])
+        picture = f'<div role="img" aria-label="{alt}">{self.draw()}</div>'
+        figure += nodes.raw("", picture, format="html")
         if self.content:
             text, messages = self.parse_inline(" ".join(self.content))
             figure += nodes.caption("", "", *text)
             return [figure, *messages]
         return [figure]
+
+    def draw(self) -> str:
+        """The picture as HTML: wide, and narrow for phones. The page's style shows one of them."""
+        name = self.arguments[0]
+        wide, narrow = drawings.svg(name), drawings.svg(name, narrow=True)
+        return f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -30,7 +30,7 @@ print(masked_softmax_ext.__file__)
 """
 
 
-def blocks(section: str, language: str = "") -> list[str]:
+def blocks(section: str, language: str = "bash") -> list[str]:
     """The code blocks of a section of the page, in order."""
     text = PAGE.read_text(encoding="utf-8")
     (body,) = re.findall(rf"^## {section}$(.*?)(?=^## |\Z)", text, re.M | re.S)

@@ -1,11 +1,12 @@
-"""Promise: each example runs on real data without a network, and its own checks pass.
+"""Promise: each example runs without a network, and its own checks pass.
 
-An example exits with 0 only if its results agree with the unfused formulation and its training
-succeeds. The tests also give each example wrong results, which its checks must reject.
+An example exits with 0 only if its training succeeds, a comparison only if the results agree with
+the unfused formulation. The tests also give them wrong results, which their checks must reject.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import socket
@@ -22,6 +23,8 @@ from torch import Tensor
 import masked_softmax_ext
 
 FOLDER = Path(__file__).parents[2] / "examples"
+NEED_TRANSFORMERS = ("compare_sinks", "compare_transformers", "transformers_attention")
+sys.path.insert(0, str(FOLDER))  # as for a program that Python starts there
 
 
 @pytest.fixture(autouse=True)
@@ -38,59 +41,77 @@ def no_network_and_one_thread(
 
 
 def load(name: str) -> ModuleType:
-    if name in ("attention_sinks", "transformers_attention"):
+    if name in NEED_TRANSFORMERS:
         transformers = pytest.importorskip("transformers", reason="transformers is missing")
         version = tuple(map(int, transformers.__version__.split(".")[:2]))
         if not (5, 10) <= version < (6, 0):
             pytest.skip(f"transformers is {transformers.__version__}, not 5.10 to 5.x")
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(name)
 
 
 # Each runs and exits with 0
 
 
-def test_attention_pooling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plots = importlib.util.find_spec("matplotlib") is not None
-    picture = tmp_path / "words.png"
-    arguments = ["--quick", *(["--plot", str(picture)] if plots else [])]
-    assert load("attention_pooling").main(arguments) == 0
-    printed = capsys.readouterr().out
-    curves = re.findall(r"^  (?:unfused|this package)((?: +\d\.\d{4}){5})", printed, re.M)
-    first, second = (list(map(float, curve.split())) for curve in curves)
-    assert first == pytest.approx(second, abs=1e-4)  # printed to 4 decimals
-    assert first[-1] < first[0] / 2
-    if not plots:
+def plot_arguments(picture: Path) -> list[str]:
+    has_matplotlib = importlib.util.find_spec("matplotlib") is not None
+    return ["--plot", str(picture)] if has_matplotlib else []
+
+
+def check_picture(picture: Path) -> None:
+    if not plot_arguments(picture):
         pytest.skip("matplotlib is missing: the example ran without its plot")
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert picture.stat().st_size > 8000
 
 
+def test_attention_pooling(tmp_path: Path) -> None:
+    picture = tmp_path / "words.png"
+    assert load("attention_pooling").main(["--quick", *plot_arguments(picture)]) == 0
+    check_picture(picture)
+
+
+def test_compare_pooling(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load("compare_pooling").main(["--quick"]) == 0
+    printed = capsys.readouterr().out
+    curves = re.findall(r"^  (?:unfused|this package)((?: +\d\.\d{4}){5})", printed, re.M)
+    first, second = (list(map(float, curve.split())) for curve in curves)
+    assert first == pytest.approx(second, abs=1e-4)  # printed to 4 decimals
+    assert first[-1] < first[0] / 2
+
+
 def test_transformers_attention(capsys: pytest.CaptureFixture[str]) -> None:
-    assert load("transformers_attention").main(["--quick"]) == 0
+    assert load("transformers_attention").main() == 0
+    assert "weight of the second text's padding: 0.0\n" in capsys.readouterr().out
+
+
+def test_compare_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load("compare_transformers").main(["--quick"]) == 0
     printed = capsys.readouterr().out
     assert len(re.findall(r"^  masked_softmax .* 0 +\d\.\de-\d\d$", printed, re.M)) == 2
     assert "The same results, the same text generated, no mask." in printed
 
 
 def test_attention_sinks(capsys: pytest.CaptureFixture[str]) -> None:
-    assert load("attention_sinks").main(["--quick"]) == 0
+    assert load("attention_sinks").main() == 0
+    sums = re.search(r"weights: (\S+) in .*, (\S+) in others", capsys.readouterr().out)
+    assert sums is not None
+    with_mark, without = map(float, sums.groups())
+    assert with_mark > 0.9 > 0.3 > without
+
+
+def test_compare_sinks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load("compare_sinks").main(["--quick"]) == 0
     assert re.search(r"sinks \d\.\de-\d\d, gradient .*: ok\.", capsys.readouterr().out)
 
 
-def test_encoder_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_encoder_attention(tmp_path: Path) -> None:
     picture = tmp_path / "weights.png"
-    plots = importlib.util.find_spec("matplotlib") is not None
-    arguments = ["--quick", *(["--plot", str(picture)] if plots else [])]
-    assert load("encoder_attention").main(arguments) == 0
-    assert picture.exists() == plots
+    assert load("encoder_attention").main(plot_arguments(picture)) == 0
+    check_picture(picture)
+
+
+def test_compare_encoder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load("compare_encoder").main(["--quick"]) == 0
     printed = capsys.readouterr().out
     assert "are NaN in torch.nn and finite in this package." in printed
 
@@ -102,10 +123,16 @@ def test_listwise_ranking(capsys: pytest.CaptureFixture[str]) -> None:
     assert learned > baseline
 
 
-def test_readme_names_every_example() -> None:
-    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+def test_compare_ranking() -> None:
+    assert load("compare_ranking").main() == 0
+
+
+def test_readme_and_page_name_every_example() -> None:
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
+    page = (FOLDER.parent / "docs" / "examples.md").read_text(encoding="utf-8")
     for example in FOLDER.glob("*.py"):
-        assert f"[`{example.name}`]({example.name})" in text
+        assert f"[`{example.name}`]({example.name})" in readme
+        assert f"`examples/{example.name}`" in page
 
 
 # Their checks reject wrong results
@@ -127,10 +154,8 @@ def nan(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5, -1.0])
-def test_attention_sinks_rejects_wrong_sinks(
-    monkeypatch: pytest.MonkeyPatch, factor: float
-) -> None:
-    example = load("attention_sinks")
+def test_compare_sinks_rejects_wrong_sinks(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    example = load("compare_sinks")
     integration = sys.modules["masked_softmax_ext.integrations.transformers"]
 
     def wrong(scores: Tensor, lengths: Tensor, *, sink: Tensor, **options: Any) -> Tensor:
@@ -144,30 +169,63 @@ every_wrong = pytest.mark.parametrize("wrong", [one_column_less, zeros, nan])
 Wrong = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 
 
+FEW = [(words.split(), label) for label, words in enumerate(("a b c", "d e", "f g h i", "j k"))]
+
+
 @every_wrong
-def test_attention_pooling_rejects_wrong_weights(
+def test_compare_pooling_rejects_wrong_weights(
     wrong: Wrong, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    example = load("attention_pooling")
-    few = [(words.split(), label) for label, words in enumerate(("a b c", "d e", "f g h i", "j k"))]
-    monkeypatch.setattr(example, "read_examples", lambda *_: (few, few))
-    monkeypatch.setattr(example, "MIN_ACCURACY", 0.0)
-    assert example.main([]) == 0
+    comparison = load("compare_pooling")
+    monkeypatch.setattr(comparison.example, "read_examples", lambda *_: (FEW, FEW))
+    monkeypatch.setattr(comparison, "MIN_ACCURACY", 0.0)
+    assert comparison.main([]) == 0
+    broken = wrong(masked_softmax_ext.masked_softmax)
+    monkeypatch.setattr(sys.modules["masked_softmax_ext.modules"], "masked_softmax", broken)
+    assert comparison.main([]) == 1
+
+
+@pytest.mark.parametrize("name", ["attention_pooling", "compare_pooling"])
+def test_attention_pooling_rejects_failed_training(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = [(["a", "a"], label) for label in range(4)]
+    monkeypatch.setattr(load("attention_pooling"), "read_examples", lambda *_: (train, train))
+    assert load(name).main([]) == 1
+
+
+@every_wrong
+def test_encoder_attention_rejects_wrong_weights(
+    wrong: Wrong, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = load("encoder_attention")
     monkeypatch.setattr(example, "masked_softmax", wrong(masked_softmax_ext.masked_softmax))
     assert example.main([]) == 1
+    assert load("compare_encoder").main(["--quick"]) == 1
 
 
-def test_attention_pooling_rejects_failed_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    example = load("attention_pooling")
-    train = [(["a", "a"], label) for label in range(4)]
-    monkeypatch.setattr(example, "read_examples", lambda *_: (train, train))
-    assert example.main([]) == 1
+@every_wrong
+def test_transformers_attention_rejects_wrong_weights(
+    wrong: Wrong, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = load("transformers_attention")
+    patch_integration(monkeypatch, wrong(masked_softmax_ext.masked_softmax))
+    assert example.main() == 1
+
+
+@every_wrong
+def test_attention_sinks_rejects_wrong_weights(
+    wrong: Wrong, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = load("attention_sinks")
+    monkeypatch.setattr(example, "masked_softmax", wrong(masked_softmax_ext.masked_softmax))
+    assert example.main() == 1
 
 
 @pytest.fixture
 def untimed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """transformers_attention without its slowest part, the measurements of time and memory."""
-    example = load("transformers_attention")
+    """compare_transformers without its slowest part, the measurements of time and memory."""
+    example = load("compare_transformers")
     monkeypatch.setattr(example, "figures", lambda *_: [[""] * 4] * len(example.IMPLEMENTATIONS))
     return example
 
@@ -179,7 +237,7 @@ def patch_integration(monkeypatch: pytest.MonkeyPatch, softmax: Callable[..., Te
 
 @every_wrong
 @pytest.mark.parametrize("which", [0, 1], ids=["BERT", "Llama"])
-def test_transformers_attention_rejects_wrong_weights(
+def test_compare_transformers_rejects_wrong_weights(
     wrong: Wrong, which: int, untimed: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     example = untimed
@@ -192,7 +250,7 @@ def test_transformers_attention_rejects_wrong_weights(
     assert not example.compare("wrong", model, batch, rounds=1)
 
 
-def test_transformers_attention_rejects_a_mask(
+def test_compare_transformers_rejects_a_mask(
     untimed: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     example = untimed
@@ -209,30 +267,21 @@ def test_transformers_attention_rejects_a_mask(
 
 
 @every_wrong
-def test_encoder_attention_rejects_wrong_weights(
+def test_compare_ranking_rejects_wrong_weights(
     wrong: Wrong, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    example = load("encoder_attention")
-    monkeypatch.setattr(example, "masked_softmax", wrong(masked_softmax_ext.masked_softmax))
-    assert example.main(["--quick"]) == 1
-
-
-@every_wrong
-def test_listwise_ranking_rejects_wrong_weights(
-    wrong: Wrong, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    example = load("listwise_ranking")
+    example, comparison = load("listwise_ranking"), load("compare_ranking")
     files = [
         [("close", "Closes the file."), ("read", "Reads all of it.")],
         [("seek", "Goes there.")],
     ]
     [lists] = example.make_lists(files, torch.ones(example.FEATURES))
-    difference, _ = example.compare_loss(example.Scorer().eval(), lists)
-    assert difference <= example.TOLERANCE
+    difference, _ = comparison.compare_loss(example.Scorer().eval(), lists)
+    assert difference <= comparison.TOLERANCE
     broken = wrong(masked_softmax_ext.masked_log_softmax)
-    monkeypatch.setattr(example, "masked_log_softmax", broken)
-    difference, _ = example.compare_loss(example.Scorer().eval(), lists)
-    assert not difference <= example.TOLERANCE
+    monkeypatch.setattr(comparison, "masked_log_softmax", broken)
+    difference, _ = comparison.compare_loss(example.Scorer().eval(), lists)
+    assert not difference <= comparison.TOLERANCE
 
 
 def test_listwise_ranking_metrics() -> None:

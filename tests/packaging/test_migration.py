@@ -205,7 +205,7 @@ def test_both_sides_give_the_same_weights_and_gradients(row: Row) -> None:
 
 @pytest.mark.parametrize("row", table())
 def test_empty_rows(row: Row) -> None:
-    if row.empty == "has none":
+    if row.empty == "no row is empty":
         assert "causal" in row.after[-1]
         return
     before, _, is_empty = evaluate(row.before, row, has_empty_rows=True)

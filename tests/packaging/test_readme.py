@@ -1,15 +1,14 @@
 """Promise: the Python examples of README and docs run as written and give the results they show.
 
-Files that the pages name exist, docs/performance.md lists every missed target, and docs/api.rst
-has every public name.
+Files that the pages name exist, docs/performance.md lists every missed target, docs/api.rst has
+every public name, and CONTRIBUTING.md every source file and every check of a pull request.
 """
 
 from __future__ import annotations
 
-import doctest
 import re
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,12 +17,15 @@ import masked_softmax_ext
 ROOT = Path(__file__).parents[2]
 PLACEHOLDERS = ("FILE.md", "STEM.md")  # in descriptions of what a program writes
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+REQUIRED_PACKAGES = {
+    "examples.md": ["transformers"],
+    "migration.md": ["transformers"],
+    "recipes.md": ["transformers"],
+    "tutorial.md": ["matplotlib"],
+}
 
-
-def python_blocks(text: str) -> list[tuple[int, str]]:
-    """Each ```python block, and the line on which it begins."""
-    found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [(text.count("\n", 0, block.start(1)), block[1]) for block in found]
+sys.path.insert(0, str(ROOT / "docs"))
+import page_code  # noqa: E402
 
 
 def run_page(page: str, text: str) -> None:
@@ -31,26 +33,19 @@ def run_page(page: str, text: str) -> None:
 
     Interactive sessions must give the results they show; other blocks need only run.
     """
-    names: dict[str, Any] = {"__name__": "page"}
-    for line, block in python_blocks(text):
-        if not block.lstrip().startswith(">>>"):
-            exec(compile("\n" * line + block, page, "exec"), names)
-            continue
-        session = doctest.DocTestParser().get_doctest(block, names, page, page, line)
-        report: list[str] = []
-        runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.NORMALIZE_WHITESPACE)
-        result = runner.run(session, out=report.append, clear_globs=False)
-        assert result.attempted > 0
-        assert result.failed == 0, "".join(report)
-        names.update(session.globs)
+    names = page_code.new_namespace()
+    for block in page_code.python_blocks(text):
+        page_code.run_block(page, block, names)
 
 
 def test_readme_has_examples() -> None:
-    assert python_blocks(PAGES[0].read_text(encoding="utf-8"))
+    assert page_code.python_blocks(PAGES[0].read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_examples(page: Path) -> None:
+    for package in REQUIRED_PACKAGES.get(page.name, ()):
+        pytest.importorskip(package, reason=f"{package}, which this page uses, is missing")
     run_page(page.name, page.read_text(encoding="utf-8"))
 
 
@@ -81,6 +76,18 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
     assert not missing
 
 
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES, *(ROOT / f"{folder}/README.md" for folder in ("bench", "examples", "tests"))],
+    ids=lambda page: page.relative_to(ROOT).as_posix(),
+)
+def test_code_blocks_name_their_language(page: Path) -> None:
+    """A block without one would be coloured as Python."""
+    fences = re.findall(r"^ *```(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert all(fences[::2])
+    assert not any(fences[1::2])
+
+
 def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.replace("`", "").strip("|\n ").split("|")]
 
@@ -108,6 +115,64 @@ def test_every_public_name_is_in_the_api_page() -> None:
     text = (ROOT / "docs" / "api.rst").read_text(encoding="utf-8")
     for name in masked_softmax_ext.__all__:
         assert re.search(rf"^\.\. auto\w+:: masked_softmax_ext\.{name}$", text, re.MULTILINE), name
+        in_table = rf"^   masked_softmax_ext\.{name}$"
+        assert name == "reference" or re.search(in_table, text, re.MULTILINE), name
+
+
+def contributing_table() -> list[tuple[list[str], str]]:
+    """The patterns of files, and the commands, of each row of "Where to change what"."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text[text.index("## Where to change what") : text.index("## Tests")]
+    rows = []
+    for line in re.findall(r"^\| (?!to change|-).*\|$", section, re.MULTILINE):
+        _, files, commands = line.strip("| ").split(" | ")
+        folder, patterns = "", []
+        for name in re.findall(r"`([^`]+)`", files):
+            if name.endswith("/"):
+                folder = name
+            else:  # in the folder, unless the name itself begins with one
+                in_folder = bool(list(ROOT.glob(folder + name)))
+                patterns.append(folder + name if in_folder else name)
+        rows.append((patterns, commands))
+    return rows
+
+
+def test_contributing_names_every_file() -> None:
+    """And none that does not exist."""
+    named: set[Path] = set()
+    for patterns, _ in contributing_table():
+        for pattern in patterns:
+            found = set(ROOT.glob(pattern))
+            assert found, pattern
+            named |= found
+    folders = ("csrc/binding", "csrc/common", "csrc/cpu", "csrc/cuda", "masked_softmax_ext")
+    suffixes = (".h", ".cpp", ".inc", ".cu", ".cuh", ".py", ".pyi")
+    sources = {
+        path
+        for folder in folders
+        for path in (ROOT / folder).iterdir()
+        if path.suffix in suffixes and path.name != "_built_for.py"  # the build writes it
+    }
+    assert sources - named == set()
+
+
+def test_commands_of_contributing_exist() -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for target in re.findall(r"`make ([\w-]+)", text):
+        assert target in targets
+    for path in re.findall(r"\btests/[\w/]+(?:\.\w+)?", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_contributing_lists_the_checks_of_a_pull_request() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8")
+    (matrix,) = re.findall(r"target: \[(.*)\]", workflow)
+    commands = re.findall(r"run: (make [a-z-]+)", workflow)
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    checks = text[text.index("A pull request runs") : text.index("## Where to change what")]
+    for command in [*commands, *(f"make {target}" for target in matrix.split(", "))]:
+        assert f"| `{command}" in checks, command
 
 
 def test_pages_that_sources_cite_exist() -> None:

@@ -71,6 +71,15 @@ def test_no_name_is_cut_off() -> None:
             assert box.y1 <= height
 
 
+def test_the_bar_of_one_long_row_has_room_for_its_ticks() -> None:
+    """It lies above the panel; beside it, it would be as low as the row."""
+    figure = heat_map(torch.rand(20), tokens=["word"] * 20)
+    figure.draw_without_rendering()
+    panel, bar = (axes.get_window_extent() for axes in figure.axes)
+    assert bar.width > 100
+    assert bar.y0 >= panel.y1
+
+
 def test_errors() -> None:
     with pytest.raises(ValueError, match=r"expected weights of shape .*, but got \(1, 1, 2, 3\)"):
         heat_map(torch.zeros(1, 1, 2, 3))
