@@ -312,7 +312,7 @@ def test_each_target_has_a_baseline_that_its_case_measures() -> None:
     targets = all_targets()
     assert len({(t.title, t.baseline) for t in targets}) == len(targets)
     for target in targets:
-        if target.baseline != FASTEST_COPY:
+        if target.baseline not in (FASTEST_COPY, names.MULTIPLY):  # timed with every such case
             assert target.baseline in target.case.baselines
             assert BASELINES[target.baseline].skip_reason(target.case) is None, target.title
 
