@@ -27,6 +27,7 @@ from masked_softmax_ext._scale import (
     accumulation_dtype,
     align_to_rows,
     autocast_dtype,
+    relative_sink,
     scaled_difference,
 )
 from masked_softmax_ext.reference import are_invalid, check_bounds, per_row
@@ -274,13 +275,16 @@ class _Softmax(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         part = _exchange(x, lengths, starts, call)
         has_no_sink = sink == -math.inf
-        sink_term = (sink - part.shift).masked_fill(has_no_sink, -math.inf)
+        sink_term = relative_sink(sink, part.shift, torch.float64)
         terms = torch.cat([part.logsumexps, sink_term[None]])
         weight = (sink_term - terms.logsumexp(0)).exp().masked_fill(has_no_sink, 0.0)
         terms[call.index] = -math.inf
+        others = terms.logsumexp(0)
+        # A sum that overflows leaves this process's columns nothing; with infinity they were NaN.
+        finite_sum = (others + part.shift_from_own).clamp(max=torch.finfo(torch.float64).max)
         y, _ = find_operator(f"{call.name}_with_sink")(
             part.x,
-            terms.logsumexp(0) + part.shift_from_own,
+            torch.where(others == math.inf, others, finite_sum),
             lengths,
             call.dim,
             starts,

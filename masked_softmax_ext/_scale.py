@@ -77,7 +77,7 @@ def add_sink(logsumexp: Tensor, sink: Tensor) -> Tensor:
     """
     sink = sink.to(logsumexp.dtype)
     has_no_sink = sink == -math.inf
-    has_sink_only = (logsumexp == -math.inf) | (sink == math.inf)
+    has_sink_only = (logsumexp == -math.inf) | ((sink == math.inf) & ~logsumexp.isnan())
     has_one_term = has_no_sink | has_sink_only
     finite = logsumexp.masked_fill(has_one_term, 0.0)
     finite_sink = sink.masked_fill(has_one_term, 0.0)
@@ -86,6 +86,14 @@ def add_sink(logsumexp: Tensor, sink: Tensor) -> Tensor:
     smaller = torch.where(is_sink_larger, finite, finite_sink)
     sum_of_both = larger + (smaller - larger).exp().log1p()
     return torch.where(has_no_sink, logsumexp, torch.where(has_sink_only, sink, sum_of_both))
+
+
+def relative_sink(sink: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+    """``sink - shift`` in this type, infinite only where the sink is."""
+    largest = torch.finfo(dtype).max
+    sink = sink.double()
+    difference = (sink - shift).clamp(-largest, largest)
+    return torch.where(sink.abs() == math.inf, sink, difference).to(dtype)
 
 
 def log_beside_sink(row_sum: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from masked_softmax_ext._scale import (
     add_sink,
     align_to_rows,
     log_beside_sink,
+    relative_sink,
     result_dtype,
     scaled_difference,
     times,
@@ -192,8 +193,8 @@ def _packed_rows(
     differences = scaled_difference(values, row_max.index_select(0, row), factor)
     sums = torch.zeros_like(rows).scatter_add(0, index, differences.exp())
     sums = sums.log() if sink is None else log_beside_sink(sums)
-    shift = times(row_max, factor)
+    shift = times(row_max.double(), factor)
     if sink is not None:
-        sums = add_sink(sums, align_to_rows(sink, rows.dim()).to(rows.dtype) - shift)
-    logsumexp = (sums + shift).masked_fill(row_max == math.inf, math.inf)
+        sums = add_sink(sums, relative_sink(align_to_rows(sink, rows.dim()), shift, rows.dtype))
+    logsumexp = (sums + shift.to(rows.dtype)).masked_fill(row_max == math.inf, math.inf)
     return differences - sums.index_select(0, row), logsumexp

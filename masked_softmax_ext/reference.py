@@ -42,6 +42,7 @@ from masked_softmax_ext._scale import (
     align_to_rows,
     fold_scale,
     log_beside_sink,
+    relative_sink,
     result_dtype,
     scaled_difference,
     times,
@@ -247,7 +248,7 @@ def logsumexp_where(
     else:
         row_sum = logits.exp().sum(dim, keepdim=True)
         result = row_sum.log() if sink is None else log_beside_sink(row_sum)
-    result = result if row_max is None else result + row_max
+    result = result if row_max is None else result + row_max.to(result.dtype)
     has_columns = valid if input.dim() == 0 else valid.any(dim, keepdim=True)
     result = result.masked_fill(~has_columns, -math.inf)
     return result if sink is None else add_sink(result, sink_column(sink, input, dim))
@@ -400,10 +401,9 @@ def _masked_logits(
     column = sink_column(sink, input, dim)
     if column.dtype == torch.float64:
         logits = logits.double()  # a sink may be beyond float32
-    column = column.to(logits.dtype)
     column = column.masked_fill(column == -math.inf, -math.inf)  # whose gradient is 0 in any row
-    if row_max is not None:
-        column = column - row_max
+    shift = torch.zeros_like(column) if row_max is None else row_max
+    column = relative_sink(column, shift, logits.dtype)
     if input.dim() == 0:
         logits, column = logits.unsqueeze(0), column.reshape(1)
     shape = list(logits.shape)
@@ -435,7 +435,7 @@ def _logits_and_shift(
         # (ONNX's isinf() is one of float32.)
         row_max = row_max.masked_fill(row_max.abs() == math.inf, 0.0)
         logits = scaled_difference(logits, row_max, abs(factor))
-        shift = times(row_max, abs(factor))
+        shift = times(row_max.double(), abs(factor))
     logits = logits.masked_fill(~valid, -math.inf)
     # An empty row of -inf would give NaN, in the gradient too; any finite value avoids that.
     return logits.masked_fill(~valid.any(dim, keepdim=True), 0.0), shift

@@ -13,4 +13,3 @@ bool shares_elements(const at::Tensor& a, const at::Tensor& b);
 bool shares_own_elements(const at::Tensor& tensor);
 
 }  // namespace masked_softmax
-// x

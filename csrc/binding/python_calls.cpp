@@ -1,5 +1,5 @@
-// The operators' Python functions for plain arguments: exact tensors, None, and Python's own numbers and bools. For any
-// other arguments they return NotImplemented: functional.py then converts them.
+// The operators' Python functions for plain arguments: tensors and parameters of no subclass, None, and Python's own
+// numbers and bools. For any other arguments they return NotImplemented: functional.py then converts them.
 //
 // They call the operators directly and parse their arguments themselves: Python's operator objects would double the
 // time of a small call, and pybind11 would add a fifth.
@@ -20,7 +20,7 @@ namespace {
 
 // Each parse() returns whether the object is plain, and sets `value` then.
 bool parse(PyObject* object, at::Tensor& value) {
-  if (Py_TYPE(object) != reinterpret_cast<PyTypeObject*>(THPVariableClass)) {
+  if (!THPVariable_CheckExact(object)) {
     return false;
   }
   value = THPVariable_Unpack(object);
@@ -39,6 +39,14 @@ bool parse(PyObject* object, bool& value) {
 }
 
 bool parse(PyObject* object, double& value) {
+  if (PyLong_CheckExact(object)) {
+    value = PyLong_AsDouble(object);
+    if (PyErr_Occurred() == nullptr) {
+      return true;
+    }
+    PyErr_Clear();  // beyond the largest double
+    return false;
+  }
   value = PyFloat_CheckExact(object) ? PyFloat_AS_DOUBLE(object) : 0;
   return PyFloat_CheckExact(object);
 }

@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <optional>
 
 #include "common/inline.h"
@@ -158,14 +159,17 @@ inline bool has_contiguous_columns(const Problem& problem) {
 
 // Forward passes multiply x by this factor as they load it, and use scale / factor as the scale. It is -1 for a
 // negative scale, so that the maximum of the loaded values is that of scale * x. It is +-2^-64 for a tiny scale, where
-// x - max may overflow although scale * (x - max) does not, and +-2 for a huge one, where scale * log2(e) overflows.
+// x - max may overflow although scale * (x - max) does not, and +-2 for a huge one, where scale * log2(e) overflows;
+// there x must be below 2^1023.
 inline double input_factor(const Problem& problem) {
   if (!is_forward(problem.operation)) {
     return 1.0;
   }
   const double sign = problem.scale < 0 ? -1.0 : 1.0;
   const double magnitude = std::fabs(problem.scale);
-  return magnitude < 0x1p-1000 ? sign * 0x1p-64 : magnitude > 0x1p1023 ? sign * 2 : sign;
+  constexpr double kLargest = std::numeric_limits<double>::max();
+  constexpr double kLn2 = 0.69314718055994531;
+  return magnitude < 0x1p-1000 ? sign * 0x1p-64 : magnitude > kLargest * kLn2 ? sign * 2 : sign;
 }
 
 MASKED_SOFTMAX_HOST_DEVICE bool bounds_are_valid(int64_t start, int64_t length, int64_t cols) {

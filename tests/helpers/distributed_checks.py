@@ -389,6 +389,23 @@ def overflow_on_the_way_in_sharded_rows(world: int) -> None:
 
 
 @check
+def overflow_between_sharded_rows(world: int) -> None:
+    """What one process has overflows beside the maximum of another, or beside the sink."""
+    mesh = init_device_mesh("cpu", (world,))
+    far, half = [1.7e308, 0.0, -1.7e308, -1.6e308], [3e38, 0.0, -3e38, -3e38]
+    for row, dtype, scale, sink in (
+        (far, torch.float64, 1.0, None),
+        ([-1.7e308] * 4, torch.float64, 10.0, 0.0),
+        (half, torch.float32, 1e300, None),
+        (half, torch.float32, 2.0, 1e39),
+    ):
+        x = torch.tensor([row], dtype=dtype)
+        expected = masked_softmax(x, 4, scale=scale, sink=sink)
+        y = masked_softmax(distribute_tensor(x, mesh, [Shard(1)]), 4, scale=scale, sink=sink)
+        torch.testing.assert_close(y.full_tensor(), expected)
+
+
+@check
 def full_rows_and_pairs(world: int) -> None:
     """lengths=None, and a pair (lengths, starts), for every placement."""
     mesh = init_device_mesh("cpu", (world,))

@@ -703,6 +703,19 @@ def test_reference_has_the_same_values() -> None:
 # Errors
 
 
+@pytest.mark.parametrize("softmax", [masked_softmax, reference.masked_softmax])
+def test_a_scaled_maximum_beyond_float32(softmax: Any) -> None:
+    """The sink has the whole row, or nothing: not NaN."""
+    assert softmax(torch.tensor([-3e38, 0.0]), 1, scale=2.0, sink=0.0).tolist() == [0, 0]
+    assert softmax(torch.tensor([3e38, 0.0]), 2, scale=2.0, sink=1e39).tolist() == [0, 0]
+    assert softmax(torch.tensor([3e38, 0.0]), 2, scale=2.0, sink=1e38).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("logsumexp", [masked_logsumexp, reference.masked_logsumexp])
+def test_nan_beside_an_infinite_sink(logsumexp: Any) -> None:
+    assert logsumexp(torch.tensor([math.nan, 1.0]), 2, sink=math.inf).isnan()
+
+
 def test_errors() -> None:
     x = torch.zeros(2, 3, 4)
     for sink, error, words in (

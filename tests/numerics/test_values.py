@@ -224,6 +224,16 @@ def test_scale_whose_base_two_exponent_overflows_in_float64(
     assert torch.allclose(forward(x, 4, scale=scale, log=log), expected, rtol=1e-14, atol=0)
 
 
+def test_a_huge_scale_of_the_largest_numbers(capability: str, log: bool) -> None:
+    """scale * log2(e) does not overflow yet, and nor may x."""
+    for row in ([1.5e308, 1.5e308, 0.0], [1e308, -1e308, 1.7e308]):
+        x = torch.tensor([row], dtype=torch.float64)
+        is_max = x == x.amax()
+        expected = torch.where(is_max, 1 / is_max.sum(), 0.0).double()
+        expected = expected.log() if log else expected
+        assert torch.allclose(forward(x, 3, scale=1e308, log=log), expected, rtol=1e-15, atol=0)
+
+
 def test_starts(capability: str, compared_dtype: torch.dtype, log: bool) -> None:
     """Valid columns anywhere in the row, padding on both sides."""
     for cols in (1, 7, 8, 33, 128, 1025):
