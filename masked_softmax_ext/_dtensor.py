@@ -275,7 +275,7 @@ class _Softmax(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         part = _exchange(x, lengths, starts, call)
         has_no_sink = sink == -math.inf
-        sink_term = relative_sink(sink, part.shift, torch.float64)
+        sink_term = relative_sink(sink, part.shift)
         terms = torch.cat([part.logsumexps, sink_term[None]])
         weight = (sink_term - terms.logsumexp(0)).exp().masked_fill(has_no_sink, 0.0)
         terms[call.index] = -math.inf

@@ -88,12 +88,12 @@ def add_sink(logsumexp: Tensor, sink: Tensor) -> Tensor:
     return torch.where(has_no_sink, logsumexp, torch.where(has_sink_only, sink, sum_of_both))
 
 
-def relative_sink(sink: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
-    """``sink - shift`` in this type, infinite only where the sink is."""
-    largest = torch.finfo(dtype).max
+def relative_sink(sink: Tensor, shift: Tensor) -> Tensor:
+    """``sink - shift`` in float64, infinite only where the sink is."""
+    largest = torch.finfo(torch.float64).max
     sink = sink.double()
     difference = (sink - shift).clamp(-largest, largest)
-    return torch.where(sink.abs() == math.inf, sink, difference).to(dtype)
+    return torch.where(sink.abs() == math.inf, sink, difference)
 
 
 def log_beside_sink(row_sum: Tensor) -> Tensor:

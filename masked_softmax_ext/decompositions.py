@@ -195,6 +195,6 @@ def _packed_rows(
     sums = sums.log() if sink is None else log_beside_sink(sums)
     shift = times(row_max.double(), factor)
     if sink is not None:
-        sums = add_sink(sums, relative_sink(align_to_rows(sink, rows.dim()), shift, rows.dtype))
-    logsumexp = (sums + shift.to(rows.dtype)).masked_fill(row_max == math.inf, math.inf)
+        sums = add_sink(sums.double(), relative_sink(align_to_rows(sink, rows.dim()), shift))
+    logsumexp = (sums + shift.to(sums.dtype)).masked_fill(row_max == math.inf, math.inf)
     return differences - sums.index_select(0, row), logsumexp

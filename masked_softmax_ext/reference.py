@@ -399,11 +399,11 @@ def _masked_logits(
     if sink is None:
         return logits
     column = sink_column(sink, input, dim)
-    if column.dtype == torch.float64:
-        logits = logits.double()  # a sink may be beyond float32
+    if column.dtype == torch.float64 or row_max is not None:
+        logits = logits.double()  # a sink, or its difference to a maximum, may be beyond float32
     column = column.masked_fill(column == -math.inf, -math.inf)  # whose gradient is 0 in any row
     shift = torch.zeros_like(column) if row_max is None else row_max
-    column = relative_sink(column, shift, logits.dtype)
+    column = relative_sink(column, shift).to(logits.dtype)
     if input.dim() == 0:
         logits, column = logits.unsqueeze(0), column.reshape(1)
     shape = list(logits.shape)
