@@ -116,7 +116,7 @@ class TorchBaseline(Baseline):
         if case.function == "log_softmax" and self.log_function is None:
             return "measured for softmax only"
         if case.direction == "backward operator" and self.backward_operator is None:
-            return "has no backward operator of its own"
+            return "has no backward operator"
         if (case.direction != "forward" or case.grad) and not self.has_gradient:
             return "has no gradient for a boolean mask of this type"
         return super().skip_reason(case)
@@ -135,27 +135,24 @@ class TorchBaseline(Baseline):
     def prepare(self, data: Data, first: int) -> Prepared:
         case = data.case
         function, arguments = self.function_for(data), self.arguments(data)
+        if case.direction in ("backward", "forward+backward"):
+            calls, result = backward_calls(function, arguments, data)
+            return Prepared(timed_loop(calls, first), result, case.threads)
         if case.direction == "forward":
             calls = forward_calls(function, arguments, data)
-
-            def result() -> Tensor:
-                value = calls[0]()
-                assert isinstance(value, Tensor)
-                return value
-        elif case.direction == "backward operator":
+        else:
             assert self.backward_operator is not None
             assert data.gradient is not None
             results = [function(x, *arguments) for x in data.inputs]
             rows = (data.lengths, case.dim)
             calls = [partial(self.backward_operator, data.gradient, y, *rows) for y in results]
 
-            def result() -> Tensor:
-                value = calls[0]()
-                assert isinstance(value, Tensor)
-                return value
-        else:
-            calls, result = backward_calls(function, arguments, data)
-        return Prepared(timed_loop(calls, first), result, case.threads)
+        def first_result() -> Tensor:
+            value = calls[0]()
+            assert isinstance(value, Tensor)
+            return value
+
+        return Prepared(timed_loop(calls, first), first_result, case.threads)
 
 
 def forward_calls(function: Softmax, arguments: tuple[Any, ...], data: Data) -> list[Call]:

@@ -71,7 +71,7 @@ def call_operator(name: str, input: Tensor, *args: Any, **options: Any) -> Any:
     return find_operator(name)(input, *args, **options)
 
 
-def call_softmax(
+def call_forward(
     name: str, input: Tensor, sink: Tensor | None, *rows: Any, **options: Any
 ) -> Tensor:
     """The result of the operator ``name``, or with a sink of the one that takes it."""

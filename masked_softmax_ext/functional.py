@@ -30,7 +30,7 @@ from masked_softmax_ext._arguments import (
 )
 from masked_softmax_ext._numbers import is_constant
 from masked_softmax_ext._scale import fold_scale
-from masked_softmax_ext.decompositions import call_softmax
+from masked_softmax_ext.decompositions import call_forward
 from masked_softmax_ext.packed import jagged_logsumexp, jagged_softmax
 from masked_softmax_ext.reference import fill_padding, unchecked_mask
 
@@ -231,6 +231,12 @@ def masked_softmax_(
         tensor([[0.5000, 0.5000, 0.0000, 0.0000]])
     """
     name = "masked_softmax_"
+    if (
+        not is_dynamo_compiling()
+        and _C.masked_softmax_(input, lengths, dim, starts, scale, sink, validate)
+        is not NotImplemented
+    ):
+        return input
     lengths, dim, starts, scale, _ = convert(
         name, input, lengths, dim, starts, scale, None, validate
     )
@@ -244,8 +250,6 @@ def masked_softmax_(
         return input.copy_(
             _call(masked_softmax, input, lengths, dim, starts, scale, sink, dtype, validate, None)
         )
-    if _C.masked_softmax_(input, lengths, dim, starts, scale, sink, validate) is not NotImplemented:
-        return input
     options: dict[str, Any] = {"scale": scale, "validate": validate}
     if sink is None:
         torch.ops.masked_softmax_ext.masked_softmax_(input, lengths, dim, starts, **options)
@@ -311,7 +315,7 @@ def masked_logsumexp(
     sink = convert_sink(name, sink, input)
     input, scale, dtype = fold_scale(input, scale, dtype)
     options: dict[str, Any] = {"scale": scale, "dtype": dtype, "validate": validate}
-    result = call_softmax(name, input, sink, lengths, dim, starts, **options)
+    result = call_forward(name, input, sink, lengths, dim, starts, **options)
     return result.unsqueeze(dim) if keepdim and input.dim() > 0 else result
 
 
@@ -387,7 +391,7 @@ def _call(
         value = convert_padding_value(name, padding_value)
         if is_constant(value):
             padding = {"padding_value": value}
-        else:
+        else:  # None: -inf, the operator's own
             varying_padding = value
     input, scale, dtype = fold_scale(input, scale, dtype)
     if out is not None:
@@ -414,11 +418,11 @@ def _call(
     if out is not None and dtype is None and input.is_floating_point():
         dtype = input.dtype  # autocast does not apply to calls with out=
     options = {"scale": scale, **padding, "dtype": dtype, "validate": validate}
-    result = call_softmax(name, input, sink, lengths, dim, starts, **options)
+    result = call_forward(name, input, sink, lengths, dim, starts, **options)
     if varying_padding is not None:
         if is_dtensor(input):  # an operator shards the mask as the result
             zeros = torch.zeros_like(result)
-            valid = call_softmax("masked_softmax", zeros, None, lengths, dim, starts, **options) > 0
+            valid = call_forward("masked_softmax", zeros, None, lengths, dim, starts, **options) > 0
         else:
             valid = unchecked_mask(input, lengths, dim, starts)
         result = fill_padding(result, valid, varying_padding)

@@ -40,7 +40,7 @@ from masked_softmax_ext._torch_internals import (
     guard_or_true,
     ragged_dim,
 )
-from masked_softmax_ext.decompositions import call_softmax
+from masked_softmax_ext.decompositions import call_forward
 from masked_softmax_ext.reference import broadcasts_to_rows
 
 _UNKNOWN_LENGTH = -1  # the value of the operators' argument packed without a max_length
@@ -307,7 +307,7 @@ def _packed(
     sink = convert_sink(name, sink, values)
     values, scale, dtype = fold_scale(values, scale, dtype)
     offsets = offsets.to(torch.int64)
-    return call_softmax(
+    return call_forward(
         "masked_" + name.split("_", 1)[1],
         values,
         sink,

@@ -86,14 +86,14 @@ struct DeviceOps {
     return result;
   }
 
-  // The sink is added to one number a row, in the accumulation type; the sum is rounded once.
+  // The kernel's logsumexp, in the accumulation type, to which the sink is added: one number a row.
   static at::Tensor logsumexp_with_sink(const at::Tensor& input, const at::Tensor& sink, const RowArguments& rows,
                                         OptionalType dtype, bool validate, OptionalSymInt packed) {
     CallArguments arguments{rows, info_of(Operation::kLogSumExp).name, packed, validate, std::nullopt, &sink};
     const at::ScalarType type = result_dtype(arguments.name, input.scalar_type(), dtype);
     check_row_arguments(input, arguments);
     check_row_input("sink", input, arguments);
-    arguments.row_input = nullptr;
+    arguments.row_input = nullptr;  // not the kernel's
     const at::ScalarType acc_type = c10::promoteTypes(type, at::kFloat);
     at::Tensor result = empty_rows(input, acc_type, arguments);
     Device::compute(Operation::kLogSumExp, result, {&input}, arguments);

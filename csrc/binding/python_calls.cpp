@@ -66,11 +66,30 @@ bool parse(PyObject* object, std::optional<T>& value) {
   return object == Py_None || parse(object, value.emplace());
 }
 
-// Whether all arguments are plain. A TorchFunctionMode must see the call.
+// The arguments that every function takes first.
+struct Call {
+  at::Tensor input;
+  OptionalTensor lengths;
+  int64_t dim = 0;
+  OptionalTensor starts;
+  OptionalScale scale;
+
+  RowArguments rows() const { return {lengths, dim, starts, scale}; }
+};
+
 template <class... Values>
-bool parse_arguments(PyObject* const* arguments, Py_ssize_t count, Values&&... values) {
+bool parse_each(PyObject* const* objects, Py_ssize_t count, Values&&... values) {
   TORCH_CHECK_TYPE(count == sizeof...(values), "expected ", sizeof...(values), " arguments, but got ", count);
-  return !at::impl::torch_function_mode_enabled() && (parse(*arguments++, values) && ...);
+  return (parse(*objects++, values) && ...);
+}
+
+// Parses a call, a sink, which must be None, and the options. Returns whether all are plain. A TorchFunctionMode must
+// see the call; torch.jit.trace follows sizes as tensors, which functional.py moves to the scores' device.
+template <class... Options>
+bool parse_arguments(PyObject* const* objects, Py_ssize_t count, Call& call, Options&... options) {
+  return !at::impl::torch_function_mode_enabled() && !torch::jit::tracer::isTracing() &&
+         parse_each(objects, count, call.input, call.lengths, call.dim, call.starts, call.scale, std::nullopt,
+                    options...);
 }
 
 class WithoutGil {
@@ -83,13 +102,6 @@ class WithoutGil {
  private:
   PyThreadState* const state_;
 };
-
-// torch.jit.trace follows sizes as 0-dim tensors, which are on the CPU wherever the scores are.
-void move_traced_bounds(OptionalTensor& bounds, const at::Tensor& input) {
-  if (bounds.has_value() && bounds->dim() == 0) {
-    bounds = bounds->to(input.device());
-  }
-}
 
 // Runs `body` and turns an exception into a Python error, also where the memory for its message is missing.
 template <class Body>
@@ -109,32 +121,23 @@ PyObject* with_python_errors(const Body& body) noexcept {
 template <Operation kOperation>
 PyObject* forward(PyObject* /*module*/, PyObject* const* arguments, Py_ssize_t count) {
   return with_python_errors([&]() -> PyObject* {
-    at::Tensor input;
-    OptionalTensor lengths;
-    int64_t dim = 0;
-    OptionalTensor starts;
-    OptionalScale scale;
+    Call given;
     OptionalDouble padding_value;
     OptionalType dtype;
     bool validate = false;
     OptionalTensor out;
-    if (!parse_arguments(arguments, count, input, lengths, dim, starts, scale, /*sink*/ std::nullopt, padding_value,
-                         dtype, validate, out)) {
+    if (!parse_arguments(arguments, count, given, padding_value, dtype, validate, out)) {
       Py_RETURN_NOTIMPLEMENTED;
     }
-    const RowArguments rows{lengths, dim, starts, scale};
     at::Tensor result;
     {
       const WithoutGil without_gil;
       if (out.has_value()) {
         result = *out;
-        call_operator<OutOperator<kOperation>>(input, rows, std::nullopt, padding_value, dtype, validate, result);
+        call_operator<OutOperator<kOperation>>(given.input, given.rows(), std::nullopt, padding_value, dtype, validate,
+                                               result);
       } else {
-        if (C10_UNLIKELY(torch::jit::tracer::isTracing())) {
-          move_traced_bounds(lengths, input);
-          move_traced_bounds(starts, input);
-        }
-        result = call<kOperation>(input, rows, padding_value, dtype, validate, std::nullopt);
+        result = call<kOperation>(given.input, given.rows(), padding_value, dtype, validate, std::nullopt);
       }
     }
     return THPVariable_Wrap(std::move(result));
@@ -143,20 +146,16 @@ PyObject* forward(PyObject* /*module*/, PyObject* const* arguments, Py_ssize_t c
 
 PyObject* softmax_in_place(PyObject* /*module*/, PyObject* const* arguments, Py_ssize_t count) {
   return with_python_errors([&]() -> PyObject* {
-    at::Tensor input;
-    OptionalTensor lengths;
-    int64_t dim = 0;
-    OptionalTensor starts;
-    OptionalScale scale;
+    Call given;
     bool validate = false;
-    if (!parse_arguments(arguments, count, input, lengths, dim, starts, scale, /*sink*/ std::nullopt, validate)) {
+    if (!parse_arguments(arguments, count, given, validate)) {
       Py_RETURN_NOTIMPLEMENTED;
     }
     {
       const WithoutGil without_gil;
-      call_operator<SoftmaxInPlaceOperator>(input, RowArguments{lengths, dim, starts, scale}, validate);
+      call_operator<SoftmaxInPlaceOperator>(given.input, given.rows(), validate);
     }
-    return THPVariable_Wrap(std::move(input));
+    return THPVariable_Wrap(std::move(given.input));
   });
 }
 

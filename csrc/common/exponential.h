@@ -13,6 +13,10 @@
 
 namespace masked_softmax {
 
+constexpr double kLog2 = 0x1.62e42fefa39efp-1;       // log(2)
+constexpr double kLog2e = 0x1.71547652b82fep0;       // log2(e), rounded
+constexpr double kLog2eLow = 0x1.777d0ffda0d24p-56;  // log2(e) - kLog2e
+
 template <class acc_t>
 struct Exp2;
 
@@ -56,8 +60,6 @@ struct ScaledLog2e {
   acc_t low;
 
   explicit ScaledLog2e(double scale) {
-    constexpr double kLog2e = 0x1.71547652b82fep0;
-    constexpr double kLog2eLow = 0x1.777d0ffda0d24p-56;
     const double product = scale * kLog2e;
     const double rest = std::fma(scale, kLog2e, -product) + scale * kLog2eLow;
     high = static_cast<acc_t>(product);

@@ -7,9 +7,9 @@
 
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <optional>
 
+#include "common/exponential.h"
 #include "common/inline.h"
 #include "common/numeric.h"
 #include "common/operation.h"
@@ -167,9 +167,10 @@ inline double input_factor(const Problem& problem) {
   }
   const double sign = problem.scale < 0 ? -1.0 : 1.0;
   const double magnitude = std::fabs(problem.scale);
-  constexpr double kLargest = std::numeric_limits<double>::max();
-  constexpr double kLn2 = 0.69314718055994531;
-  return magnitude < 0x1p-1000 ? sign * 0x1p-64 : magnitude > kLargest * kLn2 ? sign * 2 : sign;
+  if (magnitude < 0x1p-1000) {
+    return sign * 0x1p-64;
+  }
+  return std::isfinite(magnitude) && std::isinf(magnitude * kLog2e) ? sign * 2 : sign;
 }
 
 MASKED_SOFTMAX_HOST_DEVICE bool bounds_are_valid(int64_t start, int64_t length, int64_t cols) {

@@ -101,7 +101,6 @@ MASKED_SOFTMAX_INLINE bool is_log_sum_accurate(acc_t log_sum) {
 template <class V>
 MASKED_SOFTMAX_INLINE void log_sums_relative_to_maxima(int rows, const float* magic_minus_r, const float* maxima,
                                                        double scale, float* log_sums) {
-  constexpr double kLog2 = 0x1.62e42fefa39efp-1;
   for (int r = 0; r < rows; ++r) {
     // sum = m * 2^n with m in [sqrt(1/2), sqrt(2)), and log(m) = 2 * atanh((m - 1) / (m + 1)), a series in odd powers
     // whose rest is below 1e-12.

@@ -2,6 +2,8 @@
 
 #include <limits>
 
+#include "common/exponential.h"
+
 namespace masked_softmax {
 namespace {
 
@@ -47,9 +49,6 @@ double sink_term(double sink, double scale, double offset, double r) {
   if (std::fabs(sink) > kLarge) {
     return sink < 0 ? 0 : kInfinity;
   }
-  constexpr double kLog2e = 0x1.71547652b82fep0;
-  constexpr double kLog2eLow = 0x1.777d0ffda0d24p-56;
-  constexpr double kLog2 = 0x1.62e42fefa39efp-1;
   const Exponent z = product(sink, kLog2e) + -r;
   return corrected(std::exp2(z.high), (z.low + sink * kLog2eLow) * kLog2);
 }

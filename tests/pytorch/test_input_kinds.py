@@ -246,7 +246,7 @@ def test_second_derivatives_of_jagged_input() -> None:
 def test_export_of_jagged_input_is_refused(module: nn.Module) -> None:
     """torch exports no such program that runs, not even one of torch.softmax."""
     remedy = r"packed_softmax\(values, offsets\) and packed_log_softmax\(\) can be exported"
-    with pytest.raises(Exception, match=remedy):  # torch wraps it in an error of its own
+    with pytest.raises(Exception, match=remedy):  # torch wraps it in another error
         torch.export.export(module, (jagged(),), strict=True)
     x, offsets = torch.cat(rows()), torch.nn.functional.pad(LENGTHS.cumsum(0), (1, 0))
     assert_same_bits(
