@@ -37,6 +37,7 @@
 #include "cuda/exp2.cuh"
 #include "cuda/groups.cuh"
 #include "cuda/row.cuh"
+#include "cuda/sink.cuh"
 #include "cuda/vector_access.cuh"
 
 namespace masked_softmax::cuda {
@@ -49,6 +50,7 @@ class HeldRows {
   using acc_t = typename Types::acc_t;
   static constexpr int kElems = Types::kElems;
   static constexpr int kRowCount = kRows;
+  static constexpr int kDistinctRows = kRows;
   using Values = acc_t[kVectors][kElems];
 
   MASKED_SOFTMAX_DEVICE explicit HeldRows(const Group& group)
@@ -101,7 +103,7 @@ class HeldRows {
     const Problem& problem = kernel_problem.problem;
     const int chunk_elems = kernel_problem.order.vectors * share_.stride;
     const int64_t begin = group.chunk() * chunk_elems;
-    lengths_[0] = clamp(row.length - begin, chunk_elems);
+    lengths_[0] = !row.exists ? kNoRow : !row.is_valid ? kInvalidLength : clamp(row.length - begin, chunk_elems);
     is_single_ = row.length == 1;
     outputs_[0] = static_cast<output_t*>(problem.output.data) + row.output_offset + row.start + begin;
     MASKED_SOFTMAX_UNROLL
@@ -127,6 +129,9 @@ class HeldRows {
 
   // Whether the row has one valid column.
   MASKED_SOFTMAX_DEVICE bool is_single(int row) const { return Group::kHasChunks ? is_single_ : lengths_[row] == 1; }
+
+  MASKED_SOFTMAX_DEVICE bool exists(int row) const { return lengths_[row] != kNoRow; }
+  MASKED_SOFTMAX_DEVICE bool is_valid(int row) const { return lengths_[row] != kInvalidLength; }
 
   // Calls visit(k) for the vectors of which a lane of this thread's warp holds an element.
   template <class Visitor>
@@ -204,7 +209,7 @@ class HeldRows {
   const int thread_;
   const int threads_;
   const VectorShare share_;
-  int lengths_[kRows];  // of the rows, or of the chunk
+  int lengths_[kRows];  // of the rows, or of the chunk; or kInvalidLength or kNoRow
   bool is_single_;
   int cols_;
   output_t* outputs_[kRows];  // of the first valid column
@@ -235,19 +240,27 @@ MASKED_SOFTMAX_DEVICE void add_to(Sum<acc_t>& sum, int k, const acc_t (&terms)[k
 }
 
 // softmax and log_softmax, step by step: maximum, exponentials, sum, results.
-template <class Rows, class Group, bool kHasPasses>
+// row_number(row): the number of a row; 32 bits of a plain one. Computed where it is needed, so that it takes no
+// register meanwhile.
+template <class Rows, class Group, bool kHasPasses, class RowNumber>
 class Forward {
   using acc_t = typename Rows::acc_t;
   static constexpr int kRows = Rows::kRowCount;
 
  public:
-  MASKED_SOFTMAX_DEVICE Forward(const Group& group, const KernelProblem& kernel_problem, const Rows& rows)
-      : group_(group), kernel_problem_(kernel_problem), constants_(constants_of<acc_t>(kernel_problem)), rows_(rows) {}
+  MASKED_SOFTMAX_DEVICE Forward(const Group& group, const KernelProblem& kernel_problem, const Rows& rows,
+                                const RowNumber& row_number)
+      : group_(group),
+        kernel_problem_(kernel_problem),
+        constants_(constants_of<acc_t>(kernel_problem)),
+        rows_(rows),
+        row_number_(row_number) {}
 
   MASKED_SOFTMAX_DEVICE void compute() {
     Max<acc_t> max[kRows];
     MASKED_SOFTMAX_UNROLL
     for (int row = 0; row < kRows; ++row) {
+      max[row] = {{constants_.least_max}};
       rows_.for_each_vector(row, [&](int k) MASKED_SOFTMAX_DEVICE_LAMBDA {
         MASKED_SOFTMAX_UNROLL
         for (int i = 0; i < Rows::kElems; ++i) {
@@ -281,6 +294,22 @@ class Forward {
  private:
   MASKED_SOFTMAX_DEVICE bool is_pass(Pass pass) const { return kHasPasses && kernel_problem_.pass == pass; }
 
+  // Of those that share a row.
+  MASKED_SOFTMAX_DEVICE bool is_first_thread() const {
+    if constexpr (Group::kHasChunks) {
+      return group_.thread() == 0 && group_.chunk() == 0;
+    } else {
+      return group_.thread() == 0;
+    }
+  }
+
+  MASKED_SOFTMAX_DEVICE double load_sink(uint32_t row_number) const {
+    return load_plain_row_input(kernel_problem_, row_number);
+  }
+  MASKED_SOFTMAX_DEVICE double load_sink(int64_t row_number) const {
+    return load_row_input(kernel_problem_, row_number);
+  }
+
   template <class Partial>
   MASKED_SOFTMAX_DEVICE void publish(Partial (&partials)[kRows]) const {
     if constexpr (kHasPasses) {
@@ -288,12 +317,34 @@ class Forward {
     }
   }
 
+  // If the rows have sinks, sets each row's sum to add(sink, row), and stores the sinks' weights.
+  template <class Add>
+  MASKED_SOFTMAX_DEVICE void add_sinks(const Max<acc_t> (&max)[kRows], acc_t (&sums)[kRows], const Add& add) const {
+    if (kernel_problem_.has_sinks != 0) {
+      MASKED_SOFTMAX_UNROLL
+      for (int row = 0; row < Rows::kDistinctRows; ++row) {
+        const auto number = rows_.exists(row) ? row_number_(row) : 0;
+        const Sink<acc_t> sink(constants_, load_sink(number), max[row].value());
+        const SumWithSink<acc_t> sum = add(sink, row);
+        const RowResult& result = kernel_problem_.problem.row_result;
+        if (result.data != nullptr && is_first_thread() && rows_.exists(row)) {
+          store_row_result(result, number, rows_.is_valid(row), sum.weight);
+        }
+        sums[row] = sum.value;
+      }
+      MASKED_SOFTMAX_UNROLL
+      for (int row = Rows::kDistinctRows; row < kRows; ++row) {
+        sums[row] = sums[0];
+      }
+    }
+  }
+
   MASKED_SOFTMAX_DEVICE void finish(OperationConstant<Operation::kSoftmax>, const Max<acc_t> (&max)[kRows]) {
+    using Exponential = SoftmaxExponential<Rows::Types::kApproximate, acc_t>;
     Sum<acc_t> sum[kRows];
     MASKED_SOFTMAX_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      const SoftmaxExponential<Rows::Types::kApproximate, acc_t> exponential(constants_, max[row].value(),
-                                                                             rows_.is_single(row));
+      const Exponential exponential(constants_, max[row].value(), rows_.is_single(row));
       rows_.for_each_vector(row, [&](int k) MASKED_SOFTMAX_DEVICE_LAMBDA {
         MASKED_SOFTMAX_UNROLL
         for (int i = 0; i < Rows::kElems; ++i) {
@@ -308,9 +359,18 @@ class Forward {
     }
     reduce_or_load<kHasPasses>(group_, kernel_problem_, sum);
     group_.release();
+    acc_t row_sum[kRows];
     MASKED_SOFTMAX_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      const acc_t inverse = reciprocal(sum[row].value());
+      row_sum[row] = sum[row].value();
+    }
+    add_sinks(max, row_sum, [&](const Sink<acc_t>& sink, int row) MASKED_SOFTMAX_DEVICE_LAMBDA {
+      const Exponential exponential(constants_, max[row].value(), rows_.is_single(row));
+      return sink.added_to(row_sum[row], exponential.factor());
+    });
+    MASKED_SOFTMAX_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      const acc_t inverse = reciprocal(row_sum[row]);
       // An absent element's exponential is 0, and so is its product with a finite number.
       rows_.store(kernel_problem_, row, /*is_absent_padding=*/inverse - inverse == 0,
                   [&](int k, int i) MASKED_SOFTMAX_DEVICE_LAMBDA { return values_[row][k][i] * inverse; });
@@ -340,12 +400,18 @@ class Forward {
     reduce_or_load<kHasPasses>(group_, kernel_problem_, rest);
     reduce_or_load<kHasPasses>(group_, kernel_problem_, max_count);
     group_.release();
+    acc_t row_log_sum[kRows];
     MASKED_SOFTMAX_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      const acc_t row_max = max[row].value();
-      const LogResult<acc_t> log_result(
-          constants_, row_max,
-          LogSum<acc_t>(constants_, row_max, rows_.is_single(row)).value(rest[row].value(), max_count[row].value()));
+      const LogSum<acc_t> log_sum(constants_, max[row].value(), rows_.is_single(row));
+      row_log_sum[row] = log_sum.value(rest[row].value(), max_count[row].value());
+    }
+    add_sinks(max, row_log_sum, [&](const Sink<acc_t>& sink, int row) MASKED_SOFTMAX_DEVICE_LAMBDA {
+      return sink.added_to_log(row_log_sum[row]);
+    });
+    MASKED_SOFTMAX_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      const LogResult<acc_t> log_result(constants_, max[row].value(), row_log_sum[row]);
       rows_.store(kernel_problem_, row, /*is_absent_padding=*/false,
                   [&](int k, int i) MASKED_SOFTMAX_DEVICE_LAMBDA { return log_result(values_[row][k][i]); });
     }
@@ -355,6 +421,7 @@ class Forward {
   const KernelProblem& kernel_problem_;
   const RowConstants<acc_t>& constants_;
   const Rows& rows_;
+  const RowNumber& row_number_;
   typename Rows::Values values_[kRows];
 };
 
@@ -421,10 +488,11 @@ class Backward {
   const Rows& rows_;
 };
 
-template <bool kForward, bool kHasPasses, class Rows, class Group>
-MASKED_SOFTMAX_DEVICE void compute_rows(const Group& group, const KernelProblem& kernel_problem, const Rows& rows) {
+template <bool kForward, bool kHasPasses, class Rows, class Group, class RowNumber>
+MASKED_SOFTMAX_DEVICE void compute_rows(const Group& group, const KernelProblem& kernel_problem, const Rows& rows,
+                                        const RowNumber& row_number) {
   if constexpr (kForward) {
-    Forward<Rows, Group, kHasPasses>(group, kernel_problem, rows).compute();
+    Forward<Rows, Group, kHasPasses, RowNumber>(group, kernel_problem, rows, row_number).compute();
   } else {
     Backward<Rows, Group, kHasPasses>(group, kernel_problem, rows).compute();
   }
@@ -471,19 +539,22 @@ plain_lanes(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
     }
     find_next(warp_first + step);
     rows.finish_loads();
-    compute_rows<kForward, false>(group, kernel_problem, rows);
+    compute_rows<kForward, false>(group, kernel_problem, rows, [&](int row) MASKED_SOFTMAX_DEVICE_LAMBDA {
+      return warp_first + thread_index() % kWarpThreads / kLanes.threads_per_row + row * kGroups;
+    });
   }
 }
 
 // A group of threads holds a row. `next` is the row, and finds the following one while the loads are in flight.
 template <bool kForward, class input_t, class output_t, int kVectors, class Group, class FindNext>
-MASKED_SOFTMAX_DEVICE void compute_plain_row(const Group& group, const KernelProblem& kernel_problem, PlainRow& next,
-                                             const FindNext& find_next) {
+MASKED_SOFTMAX_DEVICE void compute_plain_row(const Group& group, const KernelProblem& kernel_problem, unsigned number,
+                                             PlainRow& next, const FindNext& find_next) {
   HeldRows<input_t, output_t, kForward ? 1 : 2, 1, kVectors, Group, true> rows(group);
   rows.begin_loads(group, kernel_problem, 0, next, absent_value<kForward, input_t>(kernel_problem));
   find_next();
   rows.finish_loads();
-  compute_rows<kForward, false>(group, kernel_problem, rows);
+  compute_rows<kForward, false>(group, kernel_problem, rows,
+                                [&](int /*row*/) MASKED_SOFTMAX_DEVICE_LAMBDA { return number; });
   group.sync();
 }
 
@@ -497,7 +568,7 @@ plain_block(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   PlainRow next(kernel_problem, block_index());
   for (unsigned row = block_index(); row < kernel_problem.plain_rows.rows; row += grid_blocks()) {
     compute_plain_row<kForward, input_t, output_t, kVectors>(
-        group, kernel_problem, next,
+        group, kernel_problem, row, next,
         [&]() MASKED_SOFTMAX_DEVICE_LAMBDA { next = PlainRow(kernel_problem, row + grid_blocks()); });
   }
 }
@@ -510,8 +581,9 @@ plain_cluster(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   using Types = RowTypes<input_t, output_t>;
   constexpr int kVectors = cluster_vectors(Types::kElems, kForward ? 1 : 2);
   const ClusterGroup<typename Types::acc_t> group;
-  PlainRow row(kernel_problem, block_index() >> kernel_problem.cluster_shift);
-  compute_plain_row<kForward, input_t, output_t, kVectors>(group, kernel_problem, row,
+  const unsigned number = block_index() >> kernel_problem.cluster_shift;
+  PlainRow row(kernel_problem, number);
+  compute_plain_row<kForward, input_t, output_t, kVectors>(group, kernel_problem, number, row,
                                                            []() MASKED_SOFTMAX_DEVICE_LAMBDA {});
 #endif
 }
@@ -539,7 +611,8 @@ any_held_rows(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
     HeldRows<input_t, output_t, kInputs, 1, held_vectors(kElems, kInputs), AnyGroup<acc_t>, false> rows(group);
     rows.begin_loads(group, kernel_problem, row, absent);
     rows.finish_loads();
-    compute_rows<kForward, true>(group, kernel_problem, rows);
+    compute_rows<kForward, true>(group, kernel_problem, rows,
+                                 [&](int /*row*/) MASKED_SOFTMAX_DEVICE_LAMBDA { return group.row(); });
     const bool stores = kernel_problem.pass == Pass::kAll || kernel_problem.pass == Pass::kResults;
     if (stores && row.exists && !problem.packing.is_packed) {
       output_t* const output = in_device_memory(static_cast<output_t*>(problem.output.data)) + row.output_offset;

@@ -53,10 +53,7 @@ struct ProblemTypes {
       : accumulates_in_double(masked_softmax::accumulates_in_double(problem)) {
     // Held rows tell absent elements by their exponentials, which are 0 only if the scale is not.
     const bool is_scale_zero = is_forward(problem.operation) && problem.scale == 0;
-    // Numbers of a row, the sink among them, are read and written by the kernels for any rows only.
-    const bool has_row_numbers = problem.row_input.data != nullptr || problem.row_result.data != nullptr;
-    if (!is_tuned(problem.operation) || !input_types_agree(problem) || is_scale_extreme(problem) || is_scale_zero ||
-        has_row_numbers) {
+    if (!is_tuned(problem.operation) || !input_types_agree(problem) || is_scale_extreme(problem) || is_scale_zero) {
       return;
     }
     for (const TypePair& candidate : kTypePairs) {

@@ -73,7 +73,16 @@ MASKED_SOFTMAX_DEVICE Row find_row(const KernelProblem& kernel_problem, int64_t 
   return row;
 }
 
-// The number that the problem has for a row (Problem::row_input), in double, which holds those of every type.
+// In double, which holds the numbers of every type.
+MASKED_SOFTMAX_DEVICE double load_number(const RowInput& input, int64_t offset) {
+  double value = 0;
+  visit_element_type_of<ElementKind::kFloating>(input.type, [&](auto element) MASKED_SOFTMAX_DEVICE_LAMBDA {
+    value = static_cast<double>(widen(in_device_memory(static_cast<const decltype(element)*>(input.data))[offset]));
+  });
+  return value;
+}
+
+// The number that the problem has for a row (Problem::row_input).
 MASKED_SOFTMAX_DEVICE double load_row_input(const KernelProblem& kernel_problem, int64_t row_number) {
   const RowInput& input = kernel_problem.problem.row_input;
   int64_t offset = 0;
@@ -84,11 +93,17 @@ MASKED_SOFTMAX_DEVICE double load_row_input(const KernelProblem& kernel_problem,
     offset += static_cast<int64_t>(rest - outer * kernel_problem.row_sizes[dim].divisor) * input.row_strides[dim];
     rest = outer;
   }
-  double value = 0;
-  visit_element_type_of<ElementKind::kFloating>(input.type, [&](auto element) MASKED_SOFTMAX_DEVICE_LAMBDA {
-    value = static_cast<double>(widen(in_device_memory(static_cast<const decltype(element)*>(input.data))[offset]));
+  return load_number(input, offset);
+}
+
+// Sets a row's Problem::row_result: to NaN if its bounds are not valid.
+template <class acc_t>
+MASKED_SOFTMAX_DEVICE void store_row_result(const RowResult& result, int64_t row_number, bool is_valid, acc_t value) {
+  const acc_t stored = is_valid ? value : std::numeric_limits<acc_t>::quiet_NaN();
+  visit_element_type_of<ElementKind::kFloating>(result.type, [&](auto element) MASKED_SOFTMAX_DEVICE_LAMBDA {
+    using T = decltype(element);
+    in_device_memory(static_cast<T*>(result.data))[row_number] = narrow<T>(stored);
   });
-  return value;
 }
 
 // The value of padding. All of an invalid row is padding, and is NaN.
@@ -97,7 +112,22 @@ MASKED_SOFTMAX_DEVICE acc_t padding_of(const KernelProblem& kernel_problem, bool
   return is_valid ? constants_of<acc_t>(kernel_problem).padding : std::numeric_limits<acc_t>::quiet_NaN();
 }
 
-// In place of the length of a plain row: its bounds are not valid; its number is past the last one.
+// The same for a plain row.
+MASKED_SOFTMAX_DEVICE double load_plain_row_input(const KernelProblem& kernel_problem, uint32_t row_number) {
+  const PlainRowInput& plain = kernel_problem.plain_rows.row_input;
+  int64_t offset = 0;
+  uint32_t rest = row_number;
+  MASKED_SOFTMAX_UNROLL
+  for (int dim = 0; dim < PlainRowInput::kDims - 1; ++dim) {
+    const uint32_t outer = divide(rest, plain.sizes[dim]);
+    offset += int64_t{plain.strides[dim]} * static_cast<int>(rest - outer * plain.sizes[dim].divisor);
+    rest = outer;
+  }
+  offset += int64_t{plain.strides[PlainRowInput::kDims - 1]} * static_cast<int>(rest);
+  return load_number(kernel_problem.problem.row_input, offset);
+}
+
+// In place of the length of a held row: its bounds are not valid; its number is past the last one.
 constexpr int kInvalidLength = -1;
 constexpr int kNoRow = -2;
 

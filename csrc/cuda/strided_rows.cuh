@@ -21,6 +21,7 @@
 #include "cuda/exp2.cuh"
 #include "cuda/groups.cuh"
 #include "cuda/row.cuh"
+#include "cuda/sink.cuh"
 
 namespace masked_softmax::cuda {
 
@@ -80,9 +81,8 @@ class StridedRow {
         is_approximate_(std::is_same_v<acc_t, float> && kernel_problem.output_is_16_bit),
         row_number_(row_number),
         row_(find_row<kMaxInputs>(kernel_problem, row_number)),
-        row_input_(row_.exists && problem_.row_input.data != nullptr
-                       ? masked_softmax::cuda::load_row_input(kernel_problem, row_number)
-                       : -std::numeric_limits<double>::infinity()),
+        row_input_(row_.exists && problem_.row_input.data != nullptr ? load_row_input(kernel_problem, row_number)
+                                                                     : -std::numeric_limits<double>::infinity()),
         absent_(!is_forward(problem_.operation) ? acc_t{0}
                 : constants_.factor < 0         ? std::numeric_limits<acc_t>::infinity()
                                                 : -std::numeric_limits<acc_t>::infinity()) {}
@@ -216,10 +216,7 @@ class StridedRow {
         max.add(x[i] * constants_.factor);
       }
     });
-    acc_t row_max = reduced(max).value();
-    if (has_sink() && row_max == -std::numeric_limits<acc_t>::infinity()) {
-      row_max = 0;  // the exponentials of -inf are 0, and the sink's is relative to this
-    }
+    const acc_t row_max = larger(reduced(max).value(), constants_.least_max);
     visit_own_operation<true>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA { finish(operation, row_max); });
   }
 
@@ -242,10 +239,9 @@ class StridedRow {
       }
     });
     if (problem_.row_input.data != nullptr) {
-      const acc_t term = has_sink() ? sink_distance(row_max).exponential() * exponential.factor() : acc_t{0};
-      row_sum = has_sink() ? row_sum + term : row_sum;
-      const bool is_all = term > std::numeric_limits<acc_t>::max() / 4;  // the row's sum is its length at most
-      store_row_result(has_sink() ? is_all ? acc_t{1} : term * reciprocal(row_sum) : acc_t{0});
+      const auto with_sink = Sink<acc_t>(constants_, row_input_, row_max).added_to(row_sum, exponential.factor());
+      store_row_result(with_sink.weight);
+      row_sum = with_sink.value;
     }
     const acc_t inverse = reciprocal(row_sum);
     for_each_tile([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
@@ -259,48 +255,12 @@ class StridedRow {
     });
   }
 
-  // A sink of -inf is none.
-  MASKED_SOFTMAX_DEVICE bool has_sink() const {
-    return problem_.row_input.data != nullptr && row_input_ != -std::numeric_limits<double>::infinity();
-  }
-
-  // sink - scale * max as an unevaluated sum, so that the error of its exponential does not grow with it. NaN for a
-  // sink of +inf, as in torch.softmax.
-  struct Distance {
-    acc_t high;
-    acc_t low;
-
-    MASKED_SOFTMAX_DEVICE acc_t exponential() const {
-      constexpr acc_t kMax = std::numeric_limits<acc_t>::max();
-      const acc_t value = exponential_function(high);
-      const bool has_error = value <= kMax && low - low == 0;
-      return has_error ? fused_multiply_add(value, low, value) : value;
-    }
-  };
-
-  MASKED_SOFTMAX_DEVICE Distance sink_distance(acc_t row_max) const {
-    constexpr double kInfinity = std::numeric_limits<double>::infinity();
-    const double sink = row_input_ == kInfinity ? std::numeric_limits<double>::quiet_NaN() : row_input_;
-    const double scale = -static_cast<double>(constants_.scale);
-    const double max = static_cast<double>(row_max);
-    const double product = scale * max;
-    const double sum = product + sink;
-    const double part = sum - product;
-    const double error = ((product - (sum - part)) + (sink - part)) + fused_multiply_add(scale, max, -product);
-    const acc_t high = static_cast<acc_t>(sum);
-    return {high, static_cast<acc_t>((sum - static_cast<double>(high)) + error)};
-  }
-
   MASKED_SOFTMAX_DEVICE void store_row_result(acc_t value) const {
     const RowResult& result = problem_.row_result;
     if (result.data == nullptr || !row_.exists || group_.thread() != 0) {
       return;
     }
-    const acc_t stored = row_.is_valid ? value : std::numeric_limits<acc_t>::quiet_NaN();
-    visit_element_type_of<ElementKind::kFloating>(result.type, [&](auto element) MASKED_SOFTMAX_DEVICE_LAMBDA {
-      using T = decltype(element);
-      in_device_memory(static_cast<T*>(result.data))[row_number_] = narrow<T>(stored);
-    });
+    masked_softmax::cuda::store_row_result(result, row_number_, row_.is_valid, value);
   }
 
   MASKED_SOFTMAX_DEVICE void finish(OperationConstant<Operation::kLogSoftmax>, acc_t row_max) const {
@@ -316,14 +276,9 @@ class StridedRow {
     });
     acc_t log_sum = terms_of.value(rest, reduced(max_count).value());
     if (problem_.row_input.data != nullptr) {
-      const Distance distance = sink_distance(row_max);
-      const acc_t difference = distance.high - log_sum;
-      const bool is_larger = difference > 0;
-      const Distance negative = {is_larger ? -difference : difference, is_larger ? -distance.low : distance.low};
-      const acc_t ratio = negative.exponential();
-      const acc_t total = (is_larger ? distance.high : log_sum) + log_one_plus(ratio);
-      log_sum = has_sink() ? total : log_sum;
-      store_row_result(has_sink() ? (is_larger ? acc_t{1} : ratio) * reciprocal(1 + ratio) : acc_t{0});
+      const auto with_sink = Sink<acc_t>(constants_, row_input_, row_max).added_to_log(log_sum);
+      store_row_result(with_sink.weight);
+      log_sum = with_sink.value;
     }
     const LogResult<acc_t> log_result(constants_, row_max, log_sum);
     for_each_tile([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {

@@ -26,18 +26,16 @@ void allow_columns(const Operand& operand, int64_t row_offset, int64_t begin, in
   }
 }
 
-int64_t index_offset(const Problem& problem, const RowIndex& index, int64_t row) {
-  int64_t offset = 0;
-  for (int dim = problem.row_ndim - 1; dim >= 0; --dim) {
-    offset += row % problem.row_sizes[dim] * index.row_strides[dim];
-    row /= problem.row_sizes[dim];
-  }
-  return offset;
-}
-
-void allow_index(const Problem& problem, const RowIndex& index, int64_t row) {
+// Lengths, starts or a RowInput.
+template <class Index>
+void allow_index(const Problem& problem, const Index& index, int64_t row) {
   if (index.data != nullptr) {
-    simt::allow(at(index.data, index_offset(problem, index, row), index.type), size_bytes(index.type), simt::kMayRead);
+    int64_t offset = 0;
+    for (int dim = problem.row_ndim - 1; dim >= 0; --dim) {
+      offset += row % problem.row_sizes[dim] * index.row_strides[dim];
+      row /= problem.row_sizes[dim];
+    }
+    simt::allow(at(index.data, offset, index.type), size_bytes(index.type), simt::kMayRead);
   }
 }
 
@@ -74,9 +72,16 @@ void allow_problem(const Problem& problem) {
     for (int64_t i = 0; i < run.rows; ++i, ++row) {
       allow_index(problem, problem.lengths, row);
       allow_index(problem, problem.starts, row);
+      allow_index(problem, problem.row_input, row);
+      if (problem.row_result.data != nullptr) {
+        simt::allow(at(problem.row_result.data, row, problem.row_result.type), size_bytes(problem.row_result.type),
+                    kIsWritten);
+      }
       const RowBounds bounds = run.bounds(i);
       const bool is_valid = bounds_are_valid(problem, run.raw_start(i), run.raw_length(i));
-      if (!problem.packing.is_packed) {
+      if (is_reduction(problem.operation)) {
+        // its output is row_result
+      } else if (!problem.packing.is_packed) {
         allow_columns(problem.output, run.output_offset(i), 0, problem.cols, kIsWritten);
       } else if (is_valid && !fills_gaps(problem)) {  // the columns around it are another row's
         allow_columns(problem.output, run.output_offset(i), bounds.start, bounds.end, kIsWritten);

@@ -11,7 +11,8 @@ cd "$(dirname "$0")/../.."
 
 FLAGS=(-std=c++17 -Wall -Wextra -Werror -Wno-unknown-pragmas -ffp-contract=off -g1 -Itests/emulator/include -Icsrc -Itests/kernel
   -Itests/emulator)
-KERNEL_TESTS=(main test_values test_rows test_bits test_layouts test_guard test_packed)
+KERNEL_TESTS=(main test_values test_rows test_bits test_layouts test_guard test_packed
+  test_row_numbers)
 
 build_and_run() {
   local mode=$1 is_checked=$2 kernel_flags=$3 test_flags=$4

@@ -32,6 +32,7 @@ void for_each_row(const Problem& problem, int64_t begin, int64_t end, const Visi
       row.lengths.data = row.starts.data = nullptr;
       row.lengths.value = run.raw_length(i);
       row.starts.value = run.raw_start(i);
+      CHECK(row.row_input.data == nullptr && row.row_result.data == nullptr, "rows with numbers, one by one");
       visit(row);
     }
   }
