@@ -2,6 +2,7 @@
 //
 //   forward   softmax      y = e / sum(e),  e = 2^((x - max) * scale * log2(e))
 //             log_softmax  y = scale * (x - max) - log(sum(e))
+//             a sink is one more term of the sum: sink.cuh
 //   backward  common/formulas.h
 //
 // Four kernels, by the group of threads and the layout of the rows:
@@ -50,7 +51,7 @@ class HeldRows {
   using acc_t = typename Types::acc_t;
   static constexpr int kElems = Types::kElems;
   static constexpr int kRowCount = kRows;
-  static constexpr int kDistinctRows = kRows;
+  static constexpr int kDistinctRows = kRows;  // those from this number on have the same sum as row 0
   using Values = acc_t[kVectors][kElems];
 
   MASKED_SOFTMAX_DEVICE explicit HeldRows(const Group& group)
@@ -239,9 +240,10 @@ MASKED_SOFTMAX_DEVICE void add_to(Sum<acc_t>& sum, int k, const acc_t (&terms)[k
   }
 }
 
-// softmax and log_softmax, step by step: maximum, exponentials, sum, results.
-// row_number(row): the number of a row; 32 bits of a plain one. Computed where it is needed, so that it takes no
-// register meanwhile.
+// softmax and log_softmax, step by step: maximum, exponentials, sum, sink, results.
+//
+// row_number(row) is the number of a row, in 32 bits if it is plain. It is a function, computed only where rows have
+// sinks, so that it takes no register in other calls.
 template <class Rows, class Group, bool kHasPasses, class RowNumber>
 class Forward {
   using acc_t = typename Rows::acc_t;

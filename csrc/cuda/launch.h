@@ -13,6 +13,7 @@
 //   strided_rows.cuh            rows of any types and layout: column, strided
 //   packed_gaps.cuh             NaN in the elements that no packed row covers
 //   groups.cuh, row.cuh         threads that share a row; where a row lies
+//   sink.cuh                    one more term of a row's sum
 //   exp2.cuh                    exponentials
 //   vector_access.cuh           16-byte accesses
 //   device.cuh                  the GPU's own instructions

@@ -18,6 +18,15 @@ kernel_tests::real value_at(const Operand& operand, int64_t offset) {
   });
 }
 
+int64_t row_offset(const Problem& problem, const RowInput& input, int64_t row) {
+  int64_t offset = 0;
+  for (int dim = problem.row_ndim - 1; dim >= 0; --dim) {
+    offset += row % problem.row_sizes[dim] * input.row_strides[dim];
+    row /= problem.row_sizes[dim];
+  }
+  return offset;
+}
+
 }  // namespace
 
 extern "C" {
@@ -34,9 +43,11 @@ const char* masked_softmax_emulate(const Call* call, int32_t has_clusters, int32
 }
 
 // Sets, for the valid columns of the rows with valid bounds, the values that tests/kernel/reference.h expects, and how
-// far a result may be off: by its accumulation, and by its rounding to the output's type.
+// far a result may be off: by its accumulation, and by its rounding to the output's type. With sinks, also their
+// weights, in the accumulation type.
 void masked_softmax_expected(const Call* call, kernel_tests::real* values, kernel_tests::real* tolerances,
-                             kernel_tests::real* roundings) {
+                             kernel_tests::real* roundings, kernel_tests::real* weights,
+                             kernel_tests::real* weight_tolerances) {
   using namespace kernel_tests;
   const Problem problem = problem_of(*call);
   bool is_double = problem.output.type == ElementType::kFloat64;
@@ -55,14 +66,26 @@ void masked_softmax_expected(const Call* call, kernel_tests::real* values, kerne
           in[static_cast<size_t>(k)].push_back(value_at(operand, run.input_offset(k, i) + col * operand.col_stride));
         }
       }
+      const bool has_sink = problem.row_input.data != nullptr;
+      const double sink = has_sink ? load_row_input(problem.row_input, row_offset(problem, problem.row_input, row))
+                                   : -std::numeric_limits<double>::infinity();
       if (bounds.length() == 0 || !bounds_are_valid(run.raw_start(i), run.raw_length(i), problem.cols)) {
+        weights[row] = std::isinf(sink) ? 0 : 1;
         continue;
       }
       const bool is_log = problem.operation == Operation::kLogSoftmax;
-      const std::vector<Expected> expected =
-          is_forward(problem.operation)
-              ? expected_forward(in[0], is_log, problem.scale, epsilon_of(is_double))
-              : expected_derivative(problem.operation, in, problem.scale, epsilon_of(is_double));
+      const real eps = epsilon_of(is_double);
+      std::vector<Expected> expected;
+      if (is_forward(problem.operation)) {
+        const ExpectedForward forward = expected_forward_and_row_numbers(in[0], is_log, problem.scale, eps, sink);
+        expected = forward.y;
+        weights[row] = forward.sink_weight.value;
+        weight_tolerances[row] =
+            forward.sink_weight.tolerance + rounding_of(is_double ? ElementType::kFloat64 : ElementType::kFloat32,
+                                                        is_double, forward.sink_weight.value);
+      } else {
+        expected = expected_derivative(problem.operation, in, problem.scale, eps);
+      }
       for (int64_t col = bounds.start; col < bounds.end; ++col) {
         const Expected& of_col = expected[static_cast<size_t>(col - bounds.start)];
         const int64_t at = row * problem.cols + col;

@@ -25,6 +25,7 @@ from emulator import (
     OPERATIONS,
     STRATEGIES,
     Emulator,
+    Expected,
     Wide,
     can_be_held,
     max_cols,
@@ -205,6 +206,30 @@ def index_dtype(case: Case, seed: int) -> torch.dtype:
     return fitting[seed % len(fitting)]
 
 
+def make_sinks(case: Case, score: float, generator: torch.Generator, seed: int) -> Tensor:
+    """A sink for each row, or for each index of the first dimension; `score` is a typical one."""
+    rows = case.rows if seed % 2 else case.rows[:1]
+    sinks = score + 4 * torch.randn(rows, generator=generator, dtype=torch.float64)
+    flat = sinks.view(-1)
+    flat[1:2] = -math.inf
+    flat[3:5] = score + torch.tensor([90.0, -90.0])[: len(flat[3:5])]
+    dtype = (torch.float32, torch.float64, torch.bfloat16)[seed % 3]
+    sinks = sinks.to(dtype)
+    return sinks if seed % 2 else sinks.view(-1, *[1] * (len(case.rows) - 1)).expand(case.rows)
+
+
+def wrong_weight(weights: Tensor, want: Expected, is_valid: Wide, nan_row: int) -> str:
+    got = weights.double().flatten().numpy()
+    is_right = np.abs(got - want.weights) <= want.weight_tolerances
+    is_right = np.where(is_valid, is_right, np.isnan(got))
+    if nan_row >= 0:
+        is_right[nan_row] |= np.isnan(got[nan_row])
+    if is_right.all():
+        return ""
+    row = np.argwhere(~is_right)[0, 0]
+    return f"row {row}: a sink's weight is {got[row]}, not {want.weights[row]}"
+
+
 def check(
     emulate: Emulator,
     case: Case,
@@ -226,12 +251,19 @@ def check(
             at = np.unravel_index(nan_row, case.rows)
             inputs[0][(*at, int(starts[at]))] = math.nan
     output = make_rows(case, dtypes[1], generator)
+    row_numbers: dict[str, Tensor] = {}
+    if len(inputs) == 1 and dtypes[0].is_floating_point and seed % 5 < 3:
+        score = scale * SHIFT * (seed % 3 - 1)
+        weights = torch.full(case.rows, 7.0, dtype=torch.promote_types(dtypes[1], torch.float32))
+        row_numbers["row_input"] = make_sinks(case, score, generator, seed)
+        row_numbers["row_result"] = weights
     ran = emulate(
         operation,
         inputs,
         output,
         lengths.to(given_type),
         starts.to(given_type) if case.has_starts else 0,
+        **row_numbers,
         scale=scale,
         strategy=case.strategy,
         has_clusters=case.has_clusters,
@@ -251,7 +283,10 @@ def check(
             padding[row] = math.nan
         else:
             is_valid[row, start : start + length] = True
-    want = emulate.expected(operation, inputs, output, lengths, starts, scale=scale)
+    sinks = row_numbers.get("row_input")
+    want = emulate.expected(
+        operation, inputs, output, lengths, starts, scale=scale, row_input=sinks
+    )
     got = output.double().flatten(0, -2).numpy()
     is_right = np.abs(got - want.values) <= want.tolerances + want.roundings
     is_right = np.where(is_valid, is_right, bits_of(got) == bits_of(padding.numpy()))
@@ -262,9 +297,15 @@ def check(
         row, col = np.argwhere(~is_right)[0]
         expected = want.values[row, col] if is_valid[row, col] else padding[row, col]
         return f"row {row}, column {col}: {got[row, col]}, not {expected}"
+    if sinks is not None:
+        has_valid_bounds = ~(padding.isnan().any(1).numpy())
+        if wrong := wrong_weight(weights, want, has_valid_bounds, nan_row):
+            return wrong
     same = "block" if case.strategy == "staged" else "automatic"
     if same == "block" or not STRATEGIES[case.strategy]:
-        return compare_bits(emulate, operation, inputs, output, lengths, starts, scale, seed, same)
+        return compare_bits(
+            emulate, operation, inputs, output, lengths, starts, scale, seed, same, **row_numbers
+        )
     return ""
 
 
@@ -278,11 +319,15 @@ def compare_bits(
     scale: float,
     seed: int,
     strategy: str,
+    row_input: Tensor | None = None,
+    row_result: Tensor | None = None,
 ) -> str:
     """Contiguous rows have the same bits, with the other strategy that sums in the same order."""
     contiguous = torch.empty(output.shape, dtype=output.dtype)
     inputs = [x.contiguous() for x in inputs]
+    weights = None if row_result is None else torch.empty_like(row_result)
     options = {"scale": scale, "seed": seed, "strategy": strategy}
+    options |= {"row_input": row_input, "row_result": weights}
     ran = emulate(operation, inputs, contiguous, lengths, starts, **options)
     if ran.error:
         return ran.error
@@ -294,6 +339,8 @@ def compare_bits(
             f"row {row}, column {col}: {got[row, col]!r}, "
             f"but {ran.strategy} computes other bits, {same[row, col]!r}"
         )
+    if weights is not None and not torch.equal(weights.nan_to_num(7), row_result.nan_to_num(7)):
+        return f"{ran.strategy} computes other bits of the sinks' weights"
     return ""
 
 

@@ -59,12 +59,15 @@ class Emulation:
 class Expected:
     """By row and column, for valid columns; zeros elsewhere.
 
-    A result may be off by its tolerance, and by the rounding to the output's type.
+    A result may be off by its tolerance, and by the rounding to the output's type. The sinks'
+    weights, and how far they may be off, by row.
     """
 
     values: Wide
     tolerances: Wide
     roundings: Wide
+    weights: Wide
+    weight_tolerances: Wide
 
 
 class Emulator:
@@ -134,11 +137,15 @@ class Emulator:
         starts: int | Tensor = 0,
         *,
         scale: float = 1.0,
+        row_input: Tensor | None = None,
     ) -> Expected:
         """What tests/kernel/reference.h expects in `output`, of which only the type is used."""
-        call = make_call(operation, inputs, output, lengths, starts, scale=scale)
-        shape = (output.shape[:-1].numel(), output.shape[-1])
-        results = [np.zeros(shape, np.longdouble) for _ in range(3)]
+        call = make_call(
+            operation, inputs, output, lengths, starts, scale=scale, row_input=row_input
+        )
+        rows, cols = output.shape[:-1].numel(), output.shape[-1]
+        shapes = [(rows, cols)] * 3 + [(rows,)] * 2
+        results = [np.zeros(shape, np.longdouble) for shape in shapes]
         self._expected(ctypes.byref(call), *(ctypes.c_void_p(r.ctypes.data) for r in results))
         return Expected(*results)
 

@@ -44,6 +44,32 @@ def assert_near(got: Tensor, expected: Tensor, tolerance: Tensor | float) -> Non
     assert near.all(), (got[~near], expected[~near])
 
 
+@pytest.mark.parametrize("cols", [64, 300, 2100, 20000])
+@pytest.mark.parametrize("operation", ["softmax", "log_softmax"])
+def test_sinks_of_heads(plain_library: Path, operation: str, cols: int) -> None:
+    """A sink for each head, and a length for each sequence, leave rows to be held."""
+    generator = torch.Generator().manual_seed(cols)
+    x = torch.randn(2, 3, 5, cols, generator=generator)
+    lengths = torch.tensor([cols, cols // 2])[:, None, None].expand(2, 3, 5)
+    heads = torch.tensor([0.5, -math.inf, 30.0])
+    sinks = heads[None, :, None].expand(2, 3, 5)
+    y, weights = torch.empty_like(x), torch.full((2, 3, 5), math.nan)
+    ran = Emulator(plain_library)(
+        operation, [x], y, lengths, row_input=sinks, row_result=weights, padding=0.0
+    )
+    held = {64: "lanes", 300: "lanes", 2100: "block", 20000: "cluster"}
+    assert (ran.error, ran.strategy) == ("", held[cols])
+    logits = logits_of(x.flatten(0, 2), lengths.flatten(), 1.0)
+    with_sink = torch.cat([logits, sinks.reshape(-1, 1).double()], 1)
+    expected = torch.softmax(with_sink, 1)
+    assert_near(weights.flatten(), expected[:, -1], 30 * EPS[torch.float32] * expected[:, -1])
+    if operation == "log_softmax":
+        expected = torch.log_softmax(with_sink, 1)
+        expected[expected == -math.inf] = 0.0  # padding
+    allowed = 40 * EPS[torch.float32] * expected[:, :-1].abs() + 1e-38
+    assert_near(y.flatten(0, 2), expected[:, :-1], allowed)
+
+
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("cols", [1, 5, 64, 300, 2100])
@@ -78,7 +104,8 @@ def test_softmax_with_sink(plain_library: Path, cols: int, dtype: torch.dtype, l
         assert_near(y[valid], expected[:, :-1][valid], tolerance[valid])
         share = torch.softmax(with_sink, 1)[:, -1]
         share[is_empty] = 0.0
-        bound = (8 if operation == "softmax" else 8 + 4 * d.amax(1)) * EPS[acc_dtype] * share
+        of_logarithm = 0.0 if operation == "softmax" else math.log(cols)
+        bound = (8 + of_logarithm) * EPS[acc_dtype] * share
         bound = bound + 1.2e-38
         assert_near(weights, share, bound)
 
