@@ -96,6 +96,21 @@ MASKED_SOFTMAX_DEVICE double load_row_input(const KernelProblem& kernel_problem,
   return load_number(input, offset);
 }
 
+// The same for a plain row.
+MASKED_SOFTMAX_DEVICE double load_plain_row_input(const KernelProblem& kernel_problem, uint32_t row_number) {
+  const PlainRowInput& plain = kernel_problem.plain_rows.row_input;
+  int64_t offset = 0;
+  uint32_t rest = row_number;
+  MASKED_SOFTMAX_UNROLL
+  for (int dim = 0; dim < PlainRowInput::kDims - 1; ++dim) {
+    const uint32_t outer = divide(rest, plain.sizes[dim]);
+    offset += int64_t{plain.strides[dim]} * static_cast<int>(rest - outer * plain.sizes[dim].divisor);
+    rest = outer;
+  }
+  offset += int64_t{plain.strides[PlainRowInput::kDims - 1]} * static_cast<int>(rest);
+  return load_number(kernel_problem.problem.row_input, offset);
+}
+
 // Sets a row's Problem::row_result: to NaN if its bounds are not valid.
 template <class acc_t>
 MASKED_SOFTMAX_DEVICE void store_row_result(const RowResult& result, int64_t row_number, bool is_valid, acc_t value) {
@@ -110,21 +125,6 @@ MASKED_SOFTMAX_DEVICE void store_row_result(const RowResult& result, int64_t row
 template <class acc_t>
 MASKED_SOFTMAX_DEVICE acc_t padding_of(const KernelProblem& kernel_problem, bool is_valid) {
   return is_valid ? constants_of<acc_t>(kernel_problem).padding : std::numeric_limits<acc_t>::quiet_NaN();
-}
-
-// The same for a plain row.
-MASKED_SOFTMAX_DEVICE double load_plain_row_input(const KernelProblem& kernel_problem, uint32_t row_number) {
-  const PlainRowInput& plain = kernel_problem.plain_rows.row_input;
-  int64_t offset = 0;
-  uint32_t rest = row_number;
-  MASKED_SOFTMAX_UNROLL
-  for (int dim = 0; dim < PlainRowInput::kDims - 1; ++dim) {
-    const uint32_t outer = divide(rest, plain.sizes[dim]);
-    offset += int64_t{plain.strides[dim]} * static_cast<int>(rest - outer * plain.sizes[dim].divisor);
-    rest = outer;
-  }
-  offset += int64_t{plain.strides[PlainRowInput::kDims - 1]} * static_cast<int>(rest);
-  return load_number(kernel_problem.problem.row_input, offset);
 }
 
 // In place of the length of a held row: its bounds are not valid; its number is past the last one.
