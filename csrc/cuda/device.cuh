@@ -81,15 +81,11 @@ MASKED_SOFTMAX_DEVICE T* in_device_memory(T* p) {
   return p;
 }
 
-// Keeps a value in a register: the compiler would compute it again where few threads use it.
+// Keeps p in a register: the compiler would compute it again where few threads use it.
 template <class T>
 MASKED_SOFTMAX_DEVICE T* computed_once(T* p) {
   asm("" : "+l"(p));
   return p;
-}
-MASKED_SOFTMAX_DEVICE int computed_once(int value) {
-  asm("" : "+r"(value));
-  return value;
 }
 
 // The address of shared memory within its state space, as PTX takes it.

@@ -11,7 +11,8 @@
 //   plain_block      a block holds a plain row
 //   plain_cluster    a cluster of blocks holds a plain row, each block a chunk of it
 //   any_held_rows    all of these for contiguous rows in any place; and split rows, plain or not, whose chunks are held
-//                    by the blocks of a launch for each reduction and one for the results
+//                    by the blocks of a launch for each reduction and one for the results. Rows with sinks take this
+//                    one
 //
 // plain_lanes and plain_block are launched with as many blocks as run at once. These loop over the rows, and load the
 // lengths of the next ones ahead.
@@ -51,7 +52,6 @@ class HeldRows {
   using acc_t = typename Types::acc_t;
   static constexpr int kElems = Types::kElems;
   static constexpr int kRowCount = kRows;
-  static constexpr int kDistinctRows = kRows;  // those from this number on have the same sum as row 0
   using Values = acc_t[kVectors][kElems];
 
   MASKED_SOFTMAX_DEVICE explicit HeldRows(const Group& group)
@@ -240,29 +240,21 @@ MASKED_SOFTMAX_DEVICE void add_to(Sum<acc_t>& sum, int k, const acc_t (&terms)[k
   }
 }
 
-// softmax and log_softmax, step by step: maximum, exponentials, sum, sink, results.
-//
-// row_number(row) is the number of a row, in 32 bits if it is plain. It is a function, computed only where rows have
-// sinks, so that it takes no register in other calls.
-template <class Rows, class Group, bool kHasPasses, class RowNumber>
+// softmax and log_softmax, step by step: maximum, exponentials, sum, sink, results. Rows have sinks only where
+// kHasPasses: in any_held_rows.
+template <class Rows, class Group, bool kHasPasses>
 class Forward {
   using acc_t = typename Rows::acc_t;
   static constexpr int kRows = Rows::kRowCount;
 
  public:
-  MASKED_SOFTMAX_DEVICE Forward(const Group& group, const KernelProblem& kernel_problem, const Rows& rows,
-                                const RowNumber& row_number)
-      : group_(group),
-        kernel_problem_(kernel_problem),
-        constants_(constants_of<acc_t>(kernel_problem)),
-        rows_(rows),
-        row_number_(row_number) {}
+  MASKED_SOFTMAX_DEVICE Forward(const Group& group, const KernelProblem& kernel_problem, const Rows& rows)
+      : group_(group), kernel_problem_(kernel_problem), constants_(constants_of<acc_t>(kernel_problem)), rows_(rows) {}
 
   MASKED_SOFTMAX_DEVICE void compute() {
     Max<acc_t> max[kRows];
     MASKED_SOFTMAX_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      max[row] = {{constants_.least_max}};
       rows_.for_each_vector(row, [&](int k) MASKED_SOFTMAX_DEVICE_LAMBDA {
         MASKED_SOFTMAX_UNROLL
         for (int i = 0; i < Rows::kElems; ++i) {
@@ -285,6 +277,9 @@ class Forward {
       return;
     }
     reduce_or_load<kHasPasses>(group_, kernel_problem_, max);
+    if constexpr (kHasPasses) {
+      max[0] = {{max_beside_sink(kernel_problem_.problem, max[0].value())}};
+    }
     visit_operation(kernel_problem_.problem.operation, [&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
       constexpr Operation kOperation = decltype(operation)::value;
       if constexpr (is_tuned(kOperation) && is_forward(kOperation)) {
@@ -296,22 +291,6 @@ class Forward {
  private:
   MASKED_SOFTMAX_DEVICE bool is_pass(Pass pass) const { return kHasPasses && kernel_problem_.pass == pass; }
 
-  // Of those that share a row.
-  MASKED_SOFTMAX_DEVICE bool is_first_thread() const {
-    if constexpr (Group::kHasChunks) {
-      return group_.thread() == 0 && group_.chunk() == 0;
-    } else {
-      return group_.thread() == 0;
-    }
-  }
-
-  MASKED_SOFTMAX_DEVICE double load_sink(uint32_t row_number) const {
-    return load_plain_row_input(kernel_problem_, row_number);
-  }
-  MASKED_SOFTMAX_DEVICE double load_sink(int64_t row_number) const {
-    return load_row_input(kernel_problem_, row_number);
-  }
-
   template <class Partial>
   MASKED_SOFTMAX_DEVICE void publish(Partial (&partials)[kRows]) const {
     if constexpr (kHasPasses) {
@@ -319,26 +298,21 @@ class Forward {
     }
   }
 
-  // If the rows have sinks, sets each row's sum to add(sink, row), and stores the sinks' weights.
+  // If rows have sinks, returns add(sink).value instead of `sum`, and stores the sink's weight.
   template <class Add>
-  MASKED_SOFTMAX_DEVICE void add_sinks(const Max<acc_t> (&max)[kRows], acc_t (&sums)[kRows], const Add& add) const {
-    if (kernel_problem_.has_sinks != 0) {
-      MASKED_SOFTMAX_UNROLL
-      for (int row = 0; row < Rows::kDistinctRows; ++row) {
-        const auto number = rows_.exists(row) ? row_number_(row) : 0;
-        const Sink<acc_t> sink(constants_, load_sink(number), max[row].value());
-        const SumWithSink<acc_t> sum = add(sink, row);
-        const RowResult& result = kernel_problem_.problem.row_result;
-        if (result.data != nullptr && is_first_thread() && rows_.exists(row)) {
-          store_row_result(result, number, rows_.is_valid(row), sum.weight);
+  MASKED_SOFTMAX_DEVICE acc_t with_sink(acc_t row_max, acc_t sum, const Add& add) const {
+    if constexpr (kHasPasses) {
+      const Problem& problem = kernel_problem_.problem;
+      if (problem.row_input.data != nullptr && rows_.exists(0)) {
+        const double number = load_row_input(kernel_problem_, group_.row());
+        const SumWithSink<acc_t> result = add(Sink<acc_t>(constants_, number, row_max));
+        if (problem.row_result.data != nullptr && group_.thread() == 0 && group_.chunk() == 0) {
+          store_row_result(problem.row_result, group_.row(), rows_.is_valid(0), result.weight);
         }
-        sums[row] = sum.value;
-      }
-      MASKED_SOFTMAX_UNROLL
-      for (int row = Rows::kDistinctRows; row < kRows; ++row) {
-        sums[row] = sums[0];
+        return result.value;
       }
     }
+    return sum;
   }
 
   MASKED_SOFTMAX_DEVICE void finish(OperationConstant<Operation::kSoftmax>, const Max<acc_t> (&max)[kRows]) {
@@ -361,18 +335,14 @@ class Forward {
     }
     reduce_or_load<kHasPasses>(group_, kernel_problem_, sum);
     group_.release();
-    acc_t row_sum[kRows];
     MASKED_SOFTMAX_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      row_sum[row] = sum[row].value();
-    }
-    add_sinks(max, row_sum, [&](const Sink<acc_t>& sink, int row) MASKED_SOFTMAX_DEVICE_LAMBDA {
-      const Exponential exponential(constants_, max[row].value(), rows_.is_single(row));
-      return sink.added_to(row_sum[row], exponential.factor());
-    });
-    MASKED_SOFTMAX_UNROLL
-    for (int row = 0; row < kRows; ++row) {
-      const acc_t inverse = reciprocal(row_sum[row]);
+      const acc_t of_elements = sum[row].value();
+      const acc_t row_max = max[row].value();
+      const acc_t inverse =
+          reciprocal(with_sink(row_max, of_elements, [&](const Sink<acc_t>& sink) MASKED_SOFTMAX_DEVICE_LAMBDA {
+            return sink.added_to(of_elements, Exponential(constants_, row_max, rows_.is_single(row)).factor());
+          }));
       // An absent element's exponential is 0, and so is its product with a finite number.
       rows_.store(kernel_problem_, row, /*is_absent_padding=*/inverse - inverse == 0,
                   [&](int k, int i) MASKED_SOFTMAX_DEVICE_LAMBDA { return values_[row][k][i] * inverse; });
@@ -402,18 +372,16 @@ class Forward {
     reduce_or_load<kHasPasses>(group_, kernel_problem_, rest);
     reduce_or_load<kHasPasses>(group_, kernel_problem_, max_count);
     group_.release();
-    acc_t row_log_sum[kRows];
     MASKED_SOFTMAX_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      const LogSum<acc_t> log_sum(constants_, max[row].value(), rows_.is_single(row));
-      row_log_sum[row] = log_sum.value(rest[row].value(), max_count[row].value());
-    }
-    add_sinks(max, row_log_sum, [&](const Sink<acc_t>& sink, int row) MASKED_SOFTMAX_DEVICE_LAMBDA {
-      return sink.added_to_log(row_log_sum[row]);
-    });
-    MASKED_SOFTMAX_UNROLL
-    for (int row = 0; row < kRows; ++row) {
-      const LogResult<acc_t> log_result(constants_, max[row].value(), row_log_sum[row]);
+      const acc_t row_max = max[row].value();
+      const acc_t of_elements =
+          LogSum<acc_t>(constants_, row_max, rows_.is_single(row)).value(rest[row].value(), max_count[row].value());
+      const LogResult<acc_t> log_result(
+          constants_, row_max,
+          with_sink(row_max, of_elements, [&](const Sink<acc_t>& sink) MASKED_SOFTMAX_DEVICE_LAMBDA {
+            return sink.added_to_log(of_elements);
+          }));
       rows_.store(kernel_problem_, row, /*is_absent_padding=*/false,
                   [&](int k, int i) MASKED_SOFTMAX_DEVICE_LAMBDA { return log_result(values_[row][k][i]); });
     }
@@ -423,7 +391,6 @@ class Forward {
   const KernelProblem& kernel_problem_;
   const RowConstants<acc_t>& constants_;
   const Rows& rows_;
-  const RowNumber& row_number_;
   typename Rows::Values values_[kRows];
 };
 
@@ -490,11 +457,10 @@ class Backward {
   const Rows& rows_;
 };
 
-template <bool kForward, bool kHasPasses, class Rows, class Group, class RowNumber>
-MASKED_SOFTMAX_DEVICE void compute_rows(const Group& group, const KernelProblem& kernel_problem, const Rows& rows,
-                                        const RowNumber& row_number) {
+template <bool kForward, bool kHasPasses, class Rows, class Group>
+MASKED_SOFTMAX_DEVICE void compute_rows(const Group& group, const KernelProblem& kernel_problem, const Rows& rows) {
   if constexpr (kForward) {
-    Forward<Rows, Group, kHasPasses, RowNumber>(group, kernel_problem, rows, row_number).compute();
+    Forward<Rows, Group, kHasPasses>(group, kernel_problem, rows).compute();
   } else {
     Backward<Rows, Group, kHasPasses>(group, kernel_problem, rows).compute();
   }
@@ -541,22 +507,19 @@ plain_lanes(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
     }
     find_next(warp_first + step);
     rows.finish_loads();
-    compute_rows<kForward, false>(group, kernel_problem, rows, [&](int row) MASKED_SOFTMAX_DEVICE_LAMBDA {
-      return warp_first + thread_index() % kWarpThreads / kLanes.threads_per_row + row * kGroups;
-    });
+    compute_rows<kForward, false>(group, kernel_problem, rows);
   }
 }
 
 // A group of threads holds a row. `next` is the row, and finds the following one while the loads are in flight.
 template <bool kForward, class input_t, class output_t, int kVectors, class Group, class FindNext>
-MASKED_SOFTMAX_DEVICE void compute_plain_row(const Group& group, const KernelProblem& kernel_problem, unsigned number,
-                                             PlainRow& next, const FindNext& find_next) {
+MASKED_SOFTMAX_DEVICE void compute_plain_row(const Group& group, const KernelProblem& kernel_problem, PlainRow& next,
+                                             const FindNext& find_next) {
   HeldRows<input_t, output_t, kForward ? 1 : 2, 1, kVectors, Group, true> rows(group);
   rows.begin_loads(group, kernel_problem, 0, next, absent_value<kForward, input_t>(kernel_problem));
   find_next();
   rows.finish_loads();
-  compute_rows<kForward, false>(group, kernel_problem, rows,
-                                [&](int /*row*/) MASKED_SOFTMAX_DEVICE_LAMBDA { return number; });
+  compute_rows<kForward, false>(group, kernel_problem, rows);
   group.sync();
 }
 
@@ -570,7 +533,7 @@ plain_block(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   PlainRow next(kernel_problem, block_index());
   for (unsigned row = block_index(); row < kernel_problem.plain_rows.rows; row += grid_blocks()) {
     compute_plain_row<kForward, input_t, output_t, kVectors>(
-        group, kernel_problem, row, next,
+        group, kernel_problem, next,
         [&]() MASKED_SOFTMAX_DEVICE_LAMBDA { next = PlainRow(kernel_problem, row + grid_blocks()); });
   }
 }
@@ -583,9 +546,8 @@ plain_cluster(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   using Types = RowTypes<input_t, output_t>;
   constexpr int kVectors = cluster_vectors(Types::kElems, kForward ? 1 : 2);
   const ClusterGroup<typename Types::acc_t> group;
-  const unsigned number = block_index() >> kernel_problem.cluster_shift;
-  PlainRow row(kernel_problem, number);
-  compute_plain_row<kForward, input_t, output_t, kVectors>(group, kernel_problem, number, row,
+  PlainRow row(kernel_problem, block_index() >> kernel_problem.cluster_shift);
+  compute_plain_row<kForward, input_t, output_t, kVectors>(group, kernel_problem, row,
                                                            []() MASKED_SOFTMAX_DEVICE_LAMBDA {});
 #endif
 }
@@ -613,8 +575,7 @@ any_held_rows(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
     HeldRows<input_t, output_t, kInputs, 1, held_vectors(kElems, kInputs), AnyGroup<acc_t>, false> rows(group);
     rows.begin_loads(group, kernel_problem, row, absent);
     rows.finish_loads();
-    compute_rows<kForward, true>(group, kernel_problem, rows,
-                                 [&](int /*row*/) MASKED_SOFTMAX_DEVICE_LAMBDA { return group.row(); });
+    compute_rows<kForward, true>(group, kernel_problem, rows);
     const bool stores = kernel_problem.pass == Pass::kAll || kernel_problem.pass == Pass::kResults;
     if (stores && row.exists && !problem.packing.is_packed) {
       output_t* const output = in_device_memory(static_cast<output_t*>(problem.output.data)) + row.output_offset;

@@ -1,7 +1,5 @@
 #include "cuda/kernel_problem.h"
 
-#include "common/row_dimensions.h"
-
 namespace masked_softmax::cuda {
 namespace {
 
@@ -38,48 +36,6 @@ PlainRows::Strides strides_of(const Problem& problem, const Operand& operand) {
   return strides;
 }
 
-// The same rows, in the dimensions that are left if row_input does not keep them from being merged.
-Problem without_row_input(const Problem& problem) {
-  Problem result = problem;
-  result.row_input = {};
-  result.row_ndim = 0;
-  result.rows = 1;
-  for (int dim = 0; dim < problem.row_ndim; ++dim) {
-    RowStrides strides;
-    strides.output = problem.output.row_strides[dim];
-    for (int k = 0; k < problem.input_count; ++k) {
-      strides.inputs[k] = problem.inputs[k].row_strides[dim];
-    }
-    strides.lengths = problem.lengths.row_strides[dim];
-    strides.starts = problem.starts.row_strides[dim];
-    add_row_dimension(result, problem.row_sizes[dim], strides);
-  }
-  return result;
-}
-
-// The dimensions that row_input needs.
-Problem row_input_alone(const Problem& problem) {
-  Problem result;
-  result.input_count = 0;
-  result.rows = 1;
-  for (int dim = 0; dim < problem.row_ndim; ++dim) {
-    RowStrides strides;
-    strides.row_input = problem.row_input.row_strides[dim];
-    add_row_dimension(result, problem.row_sizes[dim], strides);
-  }
-  return result;
-}
-
-// Whether plain rows find their row_input: PlainRowInput.
-bool has_plain_row_input(const Problem& problem) {
-  const Problem numbers = row_input_alone(problem);
-  bool result = numbers.row_ndim <= PlainRowInput::kDims;
-  for (int dim = 0; dim < numbers.row_ndim; ++dim) {
-    result = result && fits_in_32_bits(numbers.row_input.row_strides[dim]);
-  }
-  return result;
-}
-
 // Whether rows are found in 32-bit numbers, and begin at column 0.
 bool has_plain_bounds(const Problem& problem) {
   const RowIndex& lengths = problem.lengths;
@@ -103,8 +59,6 @@ bool holds_for_operands(const Problem& problem, const Predicate& is_operand_plai
   return result;
 }
 
-bool has_sinks(const Problem& problem) { return is_forward(problem.operation) && problem.row_input.data != nullptr; }
-
 template <class acc_t>
 RowConstants<acc_t> constants_in(const Problem& problem) {
   const double factor = input_factor(problem);
@@ -115,16 +69,12 @@ RowConstants<acc_t> constants_in(const Problem& problem) {
           static_cast<acc_t>(halving),
           static_cast<acc_t>(scale / halving),
           ScaledLog2e<acc_t>(is_forward(problem.operation) ? scale : 1.0),
-          static_cast<acc_t>(problem.padding_value()),
-          has_sinks(problem) ? std::numeric_limits<acc_t>::lowest() : -std::numeric_limits<acc_t>::infinity()};
+          static_cast<acc_t>(problem.padding_value())};
 }
 
 }  // namespace
 
 bool are_plain(const Problem& problem, int elems_per_vector) {
-  if (problem.row_input.data != nullptr) {
-    return has_plain_row_input(problem) && are_plain(without_row_input(problem), elems_per_vector);
-  }
   return has_plain_bounds(problem) && problem.cols % elems_per_vector == 0 && has_contiguous_columns(problem) &&
          holds_for_operands(problem, [&](const Operand& operand) {
            const int64_t bytes = size_bytes(operand.type);
@@ -133,9 +83,6 @@ bool are_plain(const Problem& problem, int elems_per_vector) {
 }
 
 bool are_plain_columns(const Problem& problem) {
-  if (problem.row_input.data != nullptr) {
-    return has_plain_row_input(problem) && are_plain_columns(without_row_input(problem));
-  }
   return has_plain_bounds(problem) && holds_for_operands(problem, [&](const Operand& operand) {
            const int64_t bytes = size_bytes(operand.type);
            return is_plain(problem, operand.data, bytes, operand.row_strides, bytes) &&
@@ -173,44 +120,6 @@ Divisor<U> make_divisor(U divisor) {
 template Divisor<uint32_t> make_divisor(uint32_t);
 template Divisor<uint64_t> make_divisor(uint64_t);
 
-namespace {
-
-PlainRowInput plain_row_input_of(const Problem& problem) {
-  const Problem numbers = row_input_alone(problem);
-  PlainRowInput result;
-  for (int place = 0; place < numbers.row_ndim; ++place) {
-    const int dim = numbers.row_ndim - 1 - place;
-    result.strides[place] = static_cast<int>(numbers.row_input.row_strides[dim]);
-    if (place < PlainRowInput::kDims - 1) {
-      result.sizes[place] = make_divisor(static_cast<uint32_t>(numbers.row_sizes[dim]));
-    }
-  }
-  return result;
-}
-
-PlainRows plain_rows_of(const Problem& problem) {
-  if (problem.row_input.data != nullptr) {
-    PlainRows plain = plain_rows_of(without_row_input(problem));
-    plain.row_input = plain_row_input_of(problem);
-    return plain;
-  }
-  PlainRows plain;
-  plain.rows = static_cast<uint32_t>(problem.rows);
-  plain.inner_rows =
-      make_divisor(static_cast<uint32_t>(problem.row_ndim > 0 ? problem.row_sizes[problem.row_ndim - 1] : 1));
-  plain.output = strides_of(problem, problem.output);
-  for (int k = 0; k < problem.input_count; ++k) {
-    plain.inputs[k] = strides_of(problem, problem.inputs[k]);
-  }
-  if (problem.lengths.data != nullptr) {
-    plain.length_bytes = static_cast<int>(size_bytes(problem.lengths.type));
-    plain.lengths = strides_of(problem, problem.lengths.row_strides, plain.length_bytes);
-  }
-  return plain;
-}
-
-}  // namespace
-
 KernelProblem make_kernel_problem(const Problem& problem, const LaunchPlan& plan, void* workspace) {
   KernelProblem result;
   result.problem = problem;
@@ -236,9 +145,19 @@ KernelProblem make_kernel_problem(const Problem& problem, const LaunchPlan& plan
     result.row_sizes[dim] = make_divisor(static_cast<uint64_t>(problem.row_sizes[dim]));
   }
   if (plan.is_plain) {
-    result.plain_rows = plain_rows_of(problem);
+    PlainRows& plain = result.plain_rows;
+    plain.rows = static_cast<uint32_t>(problem.rows);
+    plain.inner_rows =
+        make_divisor(static_cast<uint32_t>(problem.row_ndim > 0 ? problem.row_sizes[problem.row_ndim - 1] : 1));
+    plain.output = strides_of(problem, problem.output);
+    for (int k = 0; k < problem.input_count; ++k) {
+      plain.inputs[k] = strides_of(problem, problem.inputs[k]);
+    }
+    if (problem.lengths.data != nullptr) {
+      plain.length_bytes = static_cast<int>(size_bytes(problem.lengths.type));
+      plain.lengths = strides_of(problem, problem.lengths.row_strides, plain.length_bytes);
+    }
   }
-  result.has_sinks = has_sinks(problem) ? 1 : 0;
   result.output_is_16_bit = size_bytes(problem.output.type) == 2;
   result.constants_float = constants_in<float>(problem);
   result.constants_double = constants_in<double>(problem);

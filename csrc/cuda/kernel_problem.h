@@ -44,21 +44,11 @@ struct RowConstants {
   acc_t halved_scale = 1;         // scale / halving
   ScaledLog2e<acc_t> log2e{1.0};  // times `scale` in a forward pass
   acc_t padding = 0;
-  // A lower bound of a forward pass's maximum: -inf, or the smallest finite number if rows have sinks (sink.cuh).
-  acc_t least_max = -std::numeric_limits<acc_t>::infinity();
 };
 
 // kAll: one launch does all of a row's reductions. The others: a launch for each reduction of a split row, and one for
 // the results: launch_held_rows() in held_rows.cuh.
 enum class Pass : uint8_t { kAll, kMaxima, kSums, kResults };
-
-// Where plain rows find Problem::row_input: in dimensions of its own, so that a sink for each head of (batch, head,
-// query) does not take a dimension from the rows. The innermost comes first; those that are not needed have stride 0.
-struct PlainRowInput {
-  static constexpr int kDims = 3;
-  Divisor<uint32_t> sizes[kDims - 1];  // but for the last
-  int strides[kDims] = {};             // in elements
-};
 
 // Plain rows, the common case, in 32-bit numbers: rows are found in two dimensions, each begins at a multiple of a
 // vector's size, and no `starts` are given. See are_plain() for all conditions. Plain columns are the same for rows
@@ -75,13 +65,13 @@ struct PlainRows {
   Strides inputs[2];
   Strides lengths;
   int length_bytes = 0;  // of an integer; 0 if all rows have one length
-  PlainRowInput row_input;
 };
 
 struct KernelProblem {
   Problem problem;
   Divisor<uint64_t> row_sizes[kMaxRowDims];
   PlainRows plain_rows;  // if the plan's rows or columns are plain
+  bool output_is_16_bit = false;
 
   RowConstants<float> constants_float;
   RowConstants<double> constants_double;
@@ -90,11 +80,9 @@ struct KernelProblem {
   unsigned cluster_shift = 0;  // a cluster has 2^cluster_shift blocks
   unsigned column_shift = 0;   // plain columns: 2^column_shift warps share 32 rows
   unsigned stages = 0;         // the plan's
-  uint32_t has_sinks = 0;      // a word of constant memory: a byte would take one more instruction
-  bool output_is_16_bit = false;
-  Pass pass = Pass::kAll;     // of a split row
-  int64_t split_chunks = 1;   // the plan's
-  void* workspace = nullptr;  // see groups.cuh
+  Pass pass = Pass::kAll;      // of a split row
+  int64_t split_chunks = 1;    // the plan's
+  void* workspace = nullptr;   // see groups.cuh
 };
 
 static_assert(sizeof(KernelProblem) <= 4096 - 64, "kernels take at most 4 KiB of arguments; 64 bytes to spare");

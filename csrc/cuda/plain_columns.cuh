@@ -33,7 +33,6 @@ class ColumnSlots {
 
  public:
   static constexpr unsigned kBlockThreads = kMaxWarps * kWarpThreads;
-  static constexpr bool kHasChunks = false;
 
   MASKED_SOFTMAX_DEVICE explicit ColumnSlots(const KernelProblem& kernel_problem)
       : has_one_thread_(kernel_problem.order.threads == 1),
@@ -48,7 +47,6 @@ class ColumnSlots {
   MASKED_SOFTMAX_DEVICE unsigned warp() const { return block_warp_ & (warps() - 1); }
   MASKED_SOFTMAX_DEVICE unsigned warps() const { return 1u << shift_; }
 
-  MASKED_SOFTMAX_DEVICE unsigned thread() const { return warp(); }
   MASKED_SOFTMAX_DEVICE void release() const {}
 
   // Sets all slots' partials to the row's total.
@@ -113,7 +111,6 @@ class ColumnRow {
   using acc_t = typename Types::acc_t;
   static constexpr int kElems = Types::kElems;
   static constexpr int kRowCount = kSlots;
-  static constexpr int kDistinctRows = 1;
   static constexpr int kVectors = kColumnThreadElems / kElems;
   using Values = acc_t[kVectors][kElems];
 
@@ -151,8 +148,6 @@ class ColumnRow {
     return unpack<T>(words_[input][slot][k][i], 0);
   }
   MASKED_SOFTMAX_DEVICE bool is_single(int /*slot*/) const { return length_ == 1; }
-  MASKED_SOFTMAX_DEVICE bool exists(int /*slot*/) const { return length_ != kNoRow; }
-  MASKED_SOFTMAX_DEVICE bool is_valid(int /*slot*/) const { return length_ != kInvalidLength; }
 
   template <class Visitor>
   MASKED_SOFTMAX_DEVICE void for_each_vector(int slot, const Visitor& visit) const {
@@ -235,11 +230,9 @@ plain_columns(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   const T absent_elem = absent_value<kForward, T>(kernel_problem);
   uint32_t absent = 0;
   memcpy(&absent, &absent_elem, sizeof(T));
-  const auto row_number = [&](int /*slot*/)
-                              MASKED_SOFTMAX_DEVICE_LAMBDA { return block_index() * slots.rows() + slots.row(); };
-  const PlainRow row(kernel_problem, row_number(0));
+  const PlainRow row(kernel_problem, block_index() * slots.rows() + slots.row());
   const ColumnRow<T, kInputs, kSlots> rows(kernel_problem, slots, row, absent);
-  compute_rows<kForward, false>(slots, kernel_problem, rows, row_number);
+  compute_rows<kForward, false>(slots, kernel_problem, rows);
 }
 
 template <bool kForward, class input_t, class output_t>

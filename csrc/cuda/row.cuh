@@ -73,16 +73,7 @@ MASKED_SOFTMAX_DEVICE Row find_row(const KernelProblem& kernel_problem, int64_t 
   return row;
 }
 
-// In double, which holds the numbers of every type.
-MASKED_SOFTMAX_DEVICE double load_number(const RowInput& input, int64_t offset) {
-  double value = 0;
-  visit_element_type_of<ElementKind::kFloating>(input.type, [&](auto element) MASKED_SOFTMAX_DEVICE_LAMBDA {
-    value = static_cast<double>(widen(in_device_memory(static_cast<const decltype(element)*>(input.data))[offset]));
-  });
-  return value;
-}
-
-// The number that the problem has for a row (Problem::row_input).
+// The number that the problem has for a row (Problem::row_input), in double, which holds those of every type.
 MASKED_SOFTMAX_DEVICE double load_row_input(const KernelProblem& kernel_problem, int64_t row_number) {
   const RowInput& input = kernel_problem.problem.row_input;
   int64_t offset = 0;
@@ -93,22 +84,11 @@ MASKED_SOFTMAX_DEVICE double load_row_input(const KernelProblem& kernel_problem,
     offset += static_cast<int64_t>(rest - outer * kernel_problem.row_sizes[dim].divisor) * input.row_strides[dim];
     rest = outer;
   }
-  return load_number(input, offset);
-}
-
-// The same for a plain row.
-MASKED_SOFTMAX_DEVICE double load_plain_row_input(const KernelProblem& kernel_problem, uint32_t row_number) {
-  const PlainRowInput& plain = kernel_problem.plain_rows.row_input;
-  int64_t offset = 0;
-  uint32_t rest = row_number;
-  MASKED_SOFTMAX_UNROLL
-  for (int dim = 0; dim < PlainRowInput::kDims - 1; ++dim) {
-    const uint32_t outer = divide(rest, plain.sizes[dim]);
-    offset += int64_t{plain.strides[dim]} * static_cast<int>(rest - outer * plain.sizes[dim].divisor);
-    rest = outer;
-  }
-  offset += int64_t{plain.strides[PlainRowInput::kDims - 1]} * static_cast<int>(rest);
-  return load_number(kernel_problem.problem.row_input, offset);
+  double value = 0;
+  visit_element_type_of<ElementKind::kFloating>(input.type, [&](auto element) MASKED_SOFTMAX_DEVICE_LAMBDA {
+    value = static_cast<double>(widen(in_device_memory(static_cast<const decltype(element)*>(input.data))[offset]));
+  });
+  return value;
 }
 
 // Sets a row's Problem::row_result: to NaN if its bounds are not valid.

@@ -5,9 +5,6 @@
 // row's elements are, and a row with a sink has the same bits with all of them. A sink of -inf adds nothing: the row
 // has the bits that it has without one.
 //
-// If no element is above -inf, the exponentials relative to the maximum would be NaN. Beside a sink they must be 0, so
-// the maximum is at least the smallest finite number there: RowConstants::least_max.
-//
 // All rows of a call have a sink or none has, so the branch on it is uniform.
 #pragma once
 
@@ -15,6 +12,13 @@
 #include "cuda/row.cuh"
 
 namespace masked_softmax::cuda {
+
+// What forward passes take as the row's maximum. Where it is -inf (an empty row, or one of -inf alone), the
+// exponentials relative to it would be NaN. Beside a sink they must be 0.
+template <class acc_t>
+MASKED_SOFTMAX_DEVICE acc_t max_beside_sink(const Problem& problem, acc_t max) {
+  return problem.row_input.data != nullptr && max == -std::numeric_limits<acc_t>::infinity() ? acc_t{0} : max;
+}
 
 // A row's sum, or its logarithm; and the sink's share of it, Problem::row_result.
 template <class acc_t>
@@ -26,7 +30,7 @@ struct SumWithSink {
 template <class acc_t>
 class Sink {
  public:
-  // row_max: that of the elements, at least RowConstants::least_max.
+  // row_max: that of the elements, as max_beside_sink() returns it.
   MASKED_SOFTMAX_DEVICE Sink(const RowConstants<acc_t>& constants, double sink, acc_t row_max)
       : exists_(sink != -std::numeric_limits<double>::infinity()) {
     // In torch.softmax, a row with +inf is NaN.

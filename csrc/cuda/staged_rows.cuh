@@ -214,14 +214,12 @@ staged_block(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
     rows.take_staged(kernel_problem, row, elems, absent);
     sync_block();
     staged.release();
-    const unsigned computed = number;
     number = next_number;
     row = next;
     load_tails(row);
     next_number = row_after(kernel_problem, number, grid_blocks());
     next = PlainRow(kernel_problem, next_number);
-    compute_rows<kForward, false>(group, kernel_problem, rows,
-                                  [&](int /*row*/) MASKED_SOFTMAX_DEVICE_LAMBDA { return computed; });
+    compute_rows<kForward, false>(group, kernel_problem, rows);
   }
 #endif
 }

@@ -216,7 +216,7 @@ class StridedRow {
         max.add(x[i] * constants_.factor);
       }
     });
-    const acc_t row_max = larger(reduced(max).value(), constants_.least_max);
+    const acc_t row_max = max_beside_sink(problem_, reduced(max).value());
     visit_own_operation<true>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA { finish(operation, row_max); });
   }
 

@@ -131,7 +131,7 @@ struct VectorShare {
 
   template <int kElems>
   MASKED_SOFTMAX_DEVICE static VectorShare of(int thread, int threads) {
-    return {computed_once(thread * kElems), threads * kElems};
+    return {thread * kElems, threads * kElems};
   }
 };
 

@@ -1,12 +1,10 @@
 // Which rows are plain, so that the kernels may find them with 32-bit numbers and access them in whole vectors.
-#include <algorithm>
 #include <functional>
 #include <limits>
 #include <vector>
 
 #include "check.h"
 #include "cuda/kernel_problem.h"
-#include "cuda/row.cuh"
 
 namespace {
 
@@ -59,31 +57,6 @@ void check(bool expected, const std::vector<Case>& cases) {
   }
 }
 
-// Scores (batch, head, query) with a length for each batch, and a number for each head: the rows are plain without it.
-constexpr int64_t kBatches = 3;
-constexpr int64_t kHeads = 5;
-constexpr int64_t kQueries = 7;
-
-Problem rows_of_heads() {
-  Problem problem = plain_problem();
-  problem.operation = Operation::kSoftmax;
-  problem.input_count = 1;
-  problem.rows = kBatches * kHeads * kQueries;
-  problem.row_ndim = 3;
-  const int64_t sizes[] = {kBatches, kHeads, kQueries};
-  int64_t stride = problem.rows;
-  for (int dim = 0; dim < 3; ++dim) {
-    stride /= sizes[dim];
-    problem.row_sizes[dim] = sizes[dim];
-    problem.output.row_strides[dim] = problem.inputs[0].row_strides[dim] = stride * kCols;
-    problem.lengths.row_strides[dim] = dim == 0 ? 1 : 0;
-    problem.starts.row_strides[dim] = 0;
-  }
-  problem.row_input.data = memory;
-  problem.row_input.row_strides[1] = 1;
-  return problem;
-}
-
 }  // namespace
 
 TEST("plan: rows are plain in two dimensions or fewer, with lengths of either type, one for all, or shared") {
@@ -133,52 +106,6 @@ TEST("plan: rows are plain in two dimensions or fewer, with lengths of either ty
                   p.output.type = ElementType::kBFloat16;
                   p.output.data = memory + 8;
                 }}});
-}
-
-TEST("plan: rows are as plain with a number for each head as without, and they find it") {
-  constexpr int64_t kRows = kBatches * kHeads * kQueries;
-  float numbers[kRows];
-  for (int64_t i = 0; i < kRows; ++i) {
-    numbers[i] = static_cast<float>(i);
-  }
-  constexpr int64_t kStrides[][3] = {{0, 1, 0}, {kHeads, 1, 0},   {kHeads * kQueries, kQueries, 1},
-                                     {0, 0, 0}, {1, 0, kBatches}, {0, 0, 1},
-                                     {1, 0, 0}, {21, 3, 0},       {0, kQueries, 1}};
-  for (const auto& strides : kStrides) {
-    Problem problem = rows_of_heads();
-    problem.row_input.data = numbers;
-    std::copy_n(strides, 3, problem.row_input.row_strides);
-    CHECK(are_plain(problem, kElems) && are_plain_columns(problem), "not plain");
-    LaunchPlan plan;
-    plan.is_plain = true;
-    const KernelProblem kernel_problem = make_kernel_problem(problem, plan, nullptr);
-    CHECK(kernel_problem.plain_rows.inner_rows.divisor == kHeads * kQueries, "rows in two dimensions");
-    for (int64_t row = 0; row < kRows; ++row) {
-      const int64_t expected =
-          row / (kHeads * kQueries) * strides[0] + row / kQueries % kHeads * strides[1] + row % kQueries * strides[2];
-      const double found = load_plain_row_input(kernel_problem, static_cast<uint32_t>(row));
-      CHECK(found == static_cast<double>(expected) && found == load_row_input(kernel_problem, row),
-            "row " << row << ": " << found << ", not " << expected);
-    }
-  }
-  Problem far = rows_of_heads();
-  far.row_input.row_strides[1] = kTooFar;
-  CHECK(!are_plain(far, kElems), "a stride of numbers beyond 32 bits: plain");
-  Problem many = rows_of_heads();
-  many.row_ndim = 4;
-  many.row_sizes[3] = 2;
-  many.rows *= 2;
-  for (int64_t* strides : {many.output.row_strides, many.inputs[0].row_strides}) {
-    for (int dim = 0; dim < 3; ++dim) {
-      strides[dim] *= 2;
-    }
-    strides[3] = kCols;
-  }
-  many.lengths.row_strides[3] = many.starts.row_strides[3] = 0;
-  CHECK(are_plain(many, kElems), "four dimensions, of which the numbers need three: not plain");
-  constexpr int64_t kScattered[] = {3, 0, 1, 7};
-  std::copy_n(kScattered, 4, many.row_input.row_strides);
-  CHECK(!are_plain(many, kElems), "four dimensions of numbers: plain");
 }
 
 TEST("plan: columns are plain at any address and of any number, but for the conditions of plain rows' bounds") {

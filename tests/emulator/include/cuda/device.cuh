@@ -73,7 +73,6 @@ template <class T>
 T* computed_once(T* p) {
   return p;
 }
-inline int computed_once(int value) { return value; }
 
 inline int optimization_barrier(int value) { return value; }
 
