@@ -49,7 +49,7 @@ class Sink {
   MASKED_SOFTMAX_DEVICE SumWithSink<acc_t> added_to(acc_t row_sum, acc_t factor) const {
     constexpr acc_t kMax = std::numeric_limits<acc_t>::max();
     if (!exists_) {
-      return {row_sum == 0 ? std::numeric_limits<acc_t>::quiet_NaN() : row_sum, acc_t{0}};
+      return {row_sum == 0 ? std::numeric_limits<acc_t>::quiet_NaN() : row_sum, row_sum - row_sum};
     }
     const acc_t term = distance_.exponential() * factor;
     // The sum of the elements is their number at most. Beside such a term, their results are below the smallest normal
@@ -66,7 +66,7 @@ class Sink {
   // log_sum: log of the sum of exp(scale * (x - row_max)).
   MASKED_SOFTMAX_DEVICE SumWithSink<acc_t> added_to_log(acc_t log_sum) const {
     if (!exists_) {
-      return {log_sum, acc_t{0}};
+      return {log_sum, log_sum == log_sum ? acc_t{0} : log_sum};
     }
     constexpr acc_t kMax = std::numeric_limits<acc_t>::max();
     if (log_sum < -kMax) {  // no element is above -inf; a finite value keeps -inf - value from being NaN
