@@ -212,7 +212,7 @@ def make_sinks(case: Case, score: float, generator: torch.Generator, seed: int) 
     sinks = score + 4 * torch.randn(rows, generator=generator, dtype=torch.float64)
     flat = sinks.view(-1)
     flat[1:2] = -math.inf
-    flat[3:5] = score + torch.tensor([90.0, -90.0])[: len(flat[3:5])]
+    flat[:1] += (95.0, -60.0, 0.0)[seed % 3]  # the first row is full
     dtype = (torch.float32, torch.float64, torch.bfloat16)[seed % 3]
     sinks = sinks.to(dtype)
     return sinks if seed % 2 else sinks.view(-1, *[1] * (len(case.rows) - 1)).expand(case.rows)
