@@ -95,8 +95,9 @@ struct RowBlock {
 };
 
 // While a block is computed, prefetches the next block's inputs: hardware prefetchers stop at the end of a page and
-// know nothing of lengths. Also prefetches output lines that would stall the stores behind them: the padding, where
-// stores are cached, and otherwise the line that a row shares with the next one.
+// know nothing of lengths. Also prefetches output lines that would stall the stores behind them. Where stores are
+// cached, these are the padding's lines. Otherwise they are the line that a row shares with the next one, which gets
+// cached stores, and in the next block the first line of each page, so that its address is in the TLB.
 //
 // The next block is walked in its own order, whatever the lengths of the rows computed meanwhile, and prefetched into
 // L1. (Zen 5, November 2026, 32768 x 512 floats, uniform lengths, ns a row: 85; into L2: 150; each row with the row of
@@ -113,16 +114,18 @@ class Prefetcher {
       return;
     }
     const auto* const padding = block_.outputs[row] + block_.lengths[row];
-    const int64_t bytes = block_.after[row] * int64_t{sizeof(typename Block::output_t)};
+    const int64_t bytes = block_.after[row] * int64_t{sizeof(output_t)};
     if (hints_.store == StoreHint::kCached) {
       constexpr int64_t kMaxBytes = 4096;  // beyond, hardware prefetchers recognize the stores as a stream
       prefetch(padding, bytes < kMaxBytes ? bytes : kMaxBytes);
-    } else {
-      // The line that this row shares with the next one gets cached stores.
-      const char* const end = reinterpret_cast<const char*>(padding) + bytes;
-      if (reinterpret_cast<uintptr_t>(end) % kLineBytes != 0) {
-        __builtin_prefetch(end, 1, kIntoL1);
-      }
+      return;
+    }
+    const char* const end = reinterpret_cast<const char*>(padding) + bytes;
+    if (reinterpret_cast<uintptr_t>(end) % kLineBytes != 0) {
+      __builtin_prefetch(end, 1, kIntoL1);
+    }
+    if (row < next_rows_) {
+      prefetch_output_pages(row);
     }
   }
 
@@ -141,6 +144,7 @@ class Prefetcher {
   }
 
  private:
+  using output_t = typename Block::output_t;
   static constexpr int kElems = kTileElems<typename Block::Vector>;
   static constexpr int kIntoL1 = 3;
   static constexpr int64_t kLineBytes = 64;
@@ -159,6 +163,18 @@ class Prefetcher {
   static MASKED_SOFTMAX_INLINE void prefetch(const void* first, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += kLineBytes) {
       __builtin_prefetch(static_cast<const char*>(first) + i, 0, kIntoL1);
+    }
+  }
+
+  // Prefetches the first line of every page that begins within a row of the next block. (Zen 5, November 2026, pages of
+  // 4 KiB, uniform lengths, 16384 x 512 floats: 0.58 of the time.)
+  MASKED_SOFTMAX_INLINE void prefetch_output_pages(int row) const {
+    constexpr uintptr_t kPageBytes = 4096;
+    const output_t* const output = next_.outputs[row];
+    const auto first = reinterpret_cast<uintptr_t>(output - next_.before[row]);
+    const auto end = reinterpret_cast<uintptr_t>(output + next_.lengths[row] + next_.after[row]);
+    for (uintptr_t page = (first + kPageBytes - 1) / kPageBytes * kPageBytes; page < end; page += kPageBytes) {
+      __builtin_prefetch(reinterpret_cast<const void*>(page), 0, kIntoL1);
     }
   }
 
