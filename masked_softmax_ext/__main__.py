@@ -77,8 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
     if sentence is not None:
         weights = attend(sentence, numbers, embeddings)
         print(
-            "\nWho attends to whom in one sentence: a row for each word, columns in the same order;\n"
-            "mean of the heads, darkest = most. The embeddings are random.\n"
+            "\nWho attends to whom in one sentence: a row for each word, columns in the same\n"
+            "order; mean of the heads, darkest = most. The embeddings are random.\n"
         )
         print(terminal.heat_map(weights.mean(0), sentence))
         if options.plot is not None:
