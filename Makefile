@@ -26,6 +26,8 @@ endef
 .PHONY: demo test bench bench-quick bench-mxnet docs dist lint clang-tidy coverage kernel-test sanitizer-test fuzz \
 	build-test mutation-test emulator-test cuda-test gpu-kernels gate-rehearsal build clean
 
+# Of torch, in an environment without numpy, which the demo does not need.
+demo: export PYTHONWARNINGS := ignore:Failed to initialize NumPy
 demo: $(VENV)/build.stamp
 	$(BIN)/python -m masked_softmax_ext
 
