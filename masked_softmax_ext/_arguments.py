@@ -166,9 +166,14 @@ def check_dense(name: str, argument: str, tensor: Tensor) -> None:
     )
 
 
+_TO_JAGGED = "torch.nested.as_nested_tensor(input.unbind(), layout=torch.jagged) is jagged"
+
+
 def _nested_remedy(argument: str, tensor: Tensor) -> str:
     if argument == "input":
-        return "masked_softmax_ext.masked_softmax() takes a jagged input"
+        if tensor.layout == torch.jagged:
+            return "masked_softmax_ext.masked_softmax() takes a jagged input"
+        return f"{_TO_JAGGED}, which masked_softmax() takes"
     if argument == "values":  # of packed rows
         if tensor.layout == torch.jagged:
             return "values.values() and values.offsets() are its packed rows"
@@ -181,8 +186,7 @@ def check_jagged(name: str, input: Tensor) -> None:
     if input.layout != torch.jagged:
         raise NotImplementedError(
             f"{name}(): expected input to be a dense or a jagged tensor, but got a nested tensor "
-            f"of layout {input.layout}; torch.nested.as_nested_tensor(input.unbind(), "
-            "layout=torch.jagged) is jagged"
+            f"of layout {input.layout}; {_TO_JAGGED}"
         )
 
 

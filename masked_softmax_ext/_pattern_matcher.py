@@ -56,7 +56,8 @@ _TRIANGLES = ("tril", "triu")
 _SOFTMAXES = ("softmax", "log_softmax")
 # These write to their first argument. They are never erased.
 _IN_PLACE = ("masked_fill_", "setitem")
-# A finite fill value up to this one is probably meant as -inf: its exponential is no normal float32.
+# A finite fill value up to this one is probably meant as -inf: its exponential is no normal
+# float32.
 _LARGEST_SENTINEL = -100.0
 _NAMES = {
     *(*_COPIES, *_VIEWS, *_EXPANSIONS, *_ELEMENTWISE, *_ZEROS_AND_ONES, "new_ones", *_FILLED),

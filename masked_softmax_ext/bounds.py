@@ -494,8 +494,8 @@ def _is_pair(bounds: object) -> TypeGuard[tuple[Tensor, Tensor | None]]:
 def _checked(name: str, argument: str, index: object) -> Tensor:
     if not isinstance(index, Tensor):
         raise TypeError(
-            f"{name}(): expected each argument to be a tensor of lengths, or a pair of tensors "
-            f"(lengths, starts), but got {describe(index)}" + to_tensor_remedy("lengths", index)
+            f"{name}(): expected lengths to be a tensor, or a pair (lengths, starts) of tensors, "
+            f"but got {describe(index)}" + to_tensor_remedy("lengths", index)
         )
     check_dense(name, argument, index)
     if not is_integer_dtype(index.dtype):
@@ -518,8 +518,8 @@ def _raise_for_several_runs(is_run: Tensor, rows: Tensor) -> None:
     more = f" and {len(begins) - 3} more" if len(begins) > 3 else ""
     raise ValueError(
         "lengths_from_mask(): expected the True columns of each row to be one contiguous run, but "
-        f"{reference.row_name(row)} has {len(begins)}: {', '.join(shown)}{more}; such a mask needs "
-        "masked_fill() and torch.softmax()"
+        f"{reference.row_name(row)} has {len(begins)}: {', '.join(shown)}{more}; a mask with "
+        "gaps needs masked_fill() and torch.softmax()"
     )
 
 

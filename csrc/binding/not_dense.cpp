@@ -17,15 +17,18 @@ bool is_dense(const at::Tensor& tensor) {
 // As check_dense() in _arguments.py.
 std::string describe(const at::Tensor& tensor, const std::string& argument) {
   std::string kind = tensor.layout() == at::kMkldnn ? "a oneDNN tensor" : "a sparse tensor";
-  std::string dense = argument + ".to_dense()";
+  std::string remedy = argument + ".to_dense() is dense";
   if (tensor.is_quantized()) {
     kind = "a quantized tensor";
-    dense = argument + ".dequantize()";
+    remedy = argument + ".dequantize() is dense";
   } else if (tensor.is_nested()) {
     kind = "a nested tensor";
-    dense = "torch.nested.to_padded_tensor(" + argument + ", 0)";
+    remedy = argument == "input"
+                 ? "torch.nested.as_nested_tensor(input.unbind(), layout=torch.jagged) is jagged, which "
+                   "masked_softmax() takes"
+                 : "torch.nested.to_padded_tensor(" + argument + ", 0) is dense";
   }
-  return kind + (argument == "out" ? "; without out= the result is a new dense tensor" : "; " + dense + " is dense");
+  return kind + "; " + (argument == "out" ? "without out= the result is a new dense tensor" : remedy);
 }
 
 void refuse(const c10::OperatorHandle& op, c10::DispatchKeySet /*keys*/, torch::jit::Stack* stack) {

@@ -551,6 +551,27 @@ def test_products_that_float32_cannot_hold(trace: Callable[[Program, Tensor], Pr
 
 
 @every_trace
+@pytest.mark.parametrize(
+    ("scores", "scale"),
+    [
+        (torch.tensor([1e-300, 2e-300, 3e-300, 3e-300], dtype=torch.float64), 1e300),
+        (torch.tensor([1e300, 2e300, 3e300, 3e300], dtype=torch.float64), -1e-300),
+        (torch.tensor([1e-38, 2e-38, 3e-38, 3e-38]), 1e38),
+        (torch.tensor([1e38, 2e38, 3e38, 3e38]), 1.7e308),
+    ],
+    ids=["tiny scores", "tiny scale", "tiny float32 scores", "huge float32 scores"],
+)
+def test_products_of_tiny_and_huge_numbers(
+    trace: Callable[[Program, Tensor], Program], scores: Tensor, scale: float, log: bool
+) -> None:
+    """One of the factors is divided before they are multiplied: it must not lose its bits."""
+    program: Program = lambda x, s: forward(x, 4, log=log, scale=s)  # noqa: E731
+    expected = program(scores[None], scale)
+    got = trace(program, scores[None])(scores[None], scale)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0.0)
+
+
+@every_trace
 @pytest.mark.parametrize("sink", [None, 0.5])
 def test_padding_has_a_gradient_of_plus_zero(
     trace: Callable[[Program, Tensor], Program], sink: float | None, log: bool
