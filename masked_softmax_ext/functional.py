@@ -399,6 +399,12 @@ def _call(
         if not isinstance(out, Tensor):
             raise TypeError(f"{name}(): expected out to be a Tensor, but got {type(out).__name__}")
         check_dense(name, "out", out)
+        if is_dtensor(out) != is_dtensor(input):
+            kinds = {True: "a DTensor", False: "a plain tensor"}
+            raise TypeError(
+                f"{name}(): expected out to be {kinds[is_dtensor(input)]}, because input is one, "
+                f"but got {kinds[is_dtensor(out)]}; without out= the result is of input's kind"
+            )
     # Under a compiler and for a DTensor, copy_ writes the result to out: neither of them handles
     # operators that return nothing.
     copies_to_out = torch.compiler.is_compiling() or is_dtensor(input)
