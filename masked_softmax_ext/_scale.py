@@ -24,9 +24,8 @@ def fold_scale(
     """input, scale and dtype as the kernels take them, which is without symbols.
 
     A scale that only the traced program knows is multiplied into the input, in float64 and with
-    headroom: the product is divided by a number that the kernel multiplies by. So it does not
-    overflow for input of up to 32 bits. That of float64 input is rounded, and overflows beyond
-    ``2**1024`` times the headroom; a row with such a product is NaN.
+    headroom: the product is divided by a number that the kernel multiplies by. Only that of float64
+    input is rounded, and can overflow: beyond ``2**1024`` times the headroom, where the row is NaN.
     """
     if scale is None or is_constant(scale):
         return input, scale, dtype
@@ -39,7 +38,7 @@ def fold_scale(
     inverse = float64_tensor(1 / headroom, input.device)
     factor = float64_tensor(scale, input.device)
     magnitude = factor.abs()
-    # The larger factor is divided, which is exact; a tiny one would lose bits.
+    # The scale is divided, which is exact, unless it is so small that it would lose bits.
     is_small = magnitude < 1
     of_scores = torch.where(is_small, inverse, torch.ones_like(inverse))
     magnitude = torch.where(is_small, magnitude, magnitude * inverse)
