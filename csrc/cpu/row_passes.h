@@ -8,6 +8,7 @@
 // terms are.
 #pragma once
 
+#include "cpu/prefetch.h"
 #include "cpu/vector_defaults.h"
 
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
@@ -184,7 +185,6 @@ MASKED_SOFTMAX_INLINE int64_t write_values(U* y, int64_t count, int64_t room, ty
   constexpr int64_t kLanes = V::kLanes;
   int64_t i = 0;
   if constexpr (V::kHasNonTemporalStores) {
-    constexpr int64_t kLineBytes = 64;
     constexpr int64_t kLineElems = kLineBytes / int64_t{sizeof(U)};
     const auto bytes_to_line = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(y) % kLineBytes);
     if (hint == StoreHint::kNonTemporal && bytes_to_line % int64_t{sizeof(U)} == 0) {
@@ -261,8 +261,7 @@ MASKED_SOFTMAX_INLINE void write_narrow_row(U* y, int64_t length, int64_t cols, 
     return value(k * kLanes, mask).masked(mask, padding);
   };
   if constexpr (V::kHasNonTemporalStores) {
-    constexpr uint64_t kLineBytes = 64;
-    const uint64_t row_bytes = static_cast<uint64_t>(cols) * sizeof(U);
+    const auto row_bytes = static_cast<uintptr_t>(cols) * sizeof(U);
     if (hint == StoreHint::kNonTemporal && (reinterpret_cast<uintptr_t>(y) | row_bytes) % kLineBytes == 0) {
       MASKED_SOFTMAX_UNROLL
       for (int k = 0; k < V::kTileVectors; ++k) {
