@@ -156,6 +156,16 @@ def test_contributing_names_every_file() -> None:
     assert sources - named == set()
 
 
+def test_the_page_of_the_tests_names_every_test() -> None:
+    """And no file that does not exist."""
+    text = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\b\w+\.(?:py|cpp)\b", text))
+    existing = {path.name for folder in ("bench", "tests") for path in (ROOT / folder).rglob("*.*")}
+    assert named - existing == set()
+    tests = {name for name in existing if re.fullmatch(r"test_\w+\.(py|cpp)", name)}
+    assert tests - named == set()
+
+
 def test_commands_of_contributing_exist() -> None:
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
