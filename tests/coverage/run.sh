@@ -2,7 +2,7 @@
 # Measures which lines the tests run: of Python with coverage, of C++ with gcov. The extension is built in a copy of the
 # tree, where the Python tests run. The kernels of csrc/cpu are measured in their own tests (tests/kernel), because
 # their code without optimization would make the Python tests ten times as slow.
-# Fails only if the build does.
+# Fails only if the build does, or if pytest does not run the tests.
 # Usage: run.sh [PYTEST ARGUMENT]...   PYTHON names the interpreter, which has torch, pytest, coverage and gcovr.
 #
 # Not seen: the CUDA kernels, lines of Python that torch.compile traces without running them, and what a process did that
@@ -44,7 +44,13 @@ unset CXX MASKED_SOFTMAX_EXT_CUDA
 
 echo "== the Python tests"
 export COVERAGE_FILE=$FOLDER/python/data
-"$PYTHON" -m coverage run -m pytest -q "$@" || echo "Some tests fail here: make test says whether they should."
+status=0
+"$PYTHON" -m coverage run -m pytest -q "$@" || status=$?
+case $status in
+  0) ;;
+  1) echo "Some tests fail here: make test says whether they should." ;;
+  *) exit "$status" ;; # pytest did not run the tests: wrong arguments, or an error of its own
+esac
 
 echo "== Python"
 "$PYTHON" -m coverage combine --quiet
