@@ -270,10 +270,10 @@ MUTATIONS = (
         "block_.row_input.row_strides[0] = 1;",
     ),
     Mutation(
-        "a number as the length of every row: the first column left out",
+        "a number as the length of every row, halved",
         "common/row_walker.h",
         "static_cast<int32_t>(clamp(0, lengths_index_->value).end)",
-        "static_cast<int32_t>(clamp(1, lengths_index_->value).length())",
+        "static_cast<int32_t>(lengths_index_->value / 2)",
     ),
     # Ends of rows
     Mutation(
