@@ -4,6 +4,8 @@
 # their code without optimization would make the Python tests ten times as slow.
 # Fails only if the build does, or if pytest does not run the tests.
 # Usage: run.sh [PYTEST ARGUMENT]...   PYTHON names the interpreter, which has torch, pytest, coverage and gcovr.
+# Without arguments: all tests but those that repeat others for a vector instruction set, whose kernels are not measured
+# there, and those that need much memory.
 #
 # Not seen: the CUDA kernels, lines of Python that torch.compile traces without running them, and what a process did that
 # a signal ended.
@@ -13,6 +15,8 @@ ROOT=$PWD
 PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
 FOLDER=$ROOT/build/coverage
 TREE=$FOLDER/tree
+
+(($#)) || set -- -m "not large" -k "not avx2 and not avx512 and not neon"
 
 # The compiler that setup.py is given. Several threads count, so the counters must be atomic.
 mkdir -p "$TREE"
@@ -25,6 +29,7 @@ esac
 WRAPPER
 chmod +x "$FOLDER/g++"
 
+rm -rf "$TREE/csrc" "$TREE/tests" "$TREE/masked_softmax_ext" # files that are gone
 git ls-files -z | xargs -0 cp --parents --preserve=timestamps -t "$TREE"
 find "$FOLDER" -name '*.gcda' -delete
 rm -rf "$FOLDER/python" "$FOLDER/html"
