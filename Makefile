@@ -35,7 +35,7 @@ demo: $(VENV)/build.stamp
 
 # Prints the targets, each with the first sentence of its comment here.
 help:
-	@awk '/^# /{text = text substr($$0, 2)} /^[a-z-]+:/{sub(/:.*/, ""); sub(/\. .*/, ".", text); \
+	@awk '/^# /{text = text substr($$0, 2)} /^[a-z-]+:/ && !/: export/{sub(/:.*/, ""); sub(/\. .*/, ".", text); \
 		printf "%-16s%s\n", $$0, text} /^$$/{text = ""}' Makefile
 
 # The Python tests.

@@ -7,6 +7,8 @@ every public name, and CONTRIBUTING.md every source file and every check of a pu
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -173,6 +175,16 @@ def test_commands_of_contributing_exist() -> None:
         assert target in targets
     for path in re.findall(r"\btests/[\w/]+(?:\.\w+)?", text):
         assert (ROOT / path).exists(), path
+
+
+def test_make_help_explains_every_target() -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (phony,) = re.findall(r"^\.PHONY: (demo .*?[^\\\\])$", makefile, re.MULTILINE | re.DOTALL)
+    ran = subprocess.run(["make", "help"], cwd=ROOT, text=True, capture_output=True, check=True)
+    explained = re.findall(r"^(\S+) +\w.*[.:\w]$", ran.stdout, re.MULTILINE)
+    assert sorted(explained) == sorted(set(phony.split()) - {"\\"})
 
 
 def test_contributing_lists_the_checks_of_a_pull_request() -> None:
