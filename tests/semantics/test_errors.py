@@ -549,6 +549,8 @@ def test_out_that_overlaps_itself(call: Call) -> None:
         ((4, 5), (1, 3)),
         ((5, 4), (3, 4)),
         ((2, 3, 4), (6, 3, 1)),
+        ((1, 3, 4), (40, 2, 1)),
+        ((1, 3, 4), (40, 0, 1)),
     ],
 )
 def test_out_of_overlapping_windows(
@@ -591,6 +593,8 @@ def test_overlapping_windows_of_a_negated_view(log: bool) -> None:
         ((2, 3), (3, 2)),  # interleaved: 0, 2, 4 and 3, 5, 7
         ((2, 1, 3), (3, 0, 1)),
         ((2, 2, 3), (1, 20, 5)),
+        ((0, 3), (0, 0)),  # no elements to share
+        ((3, 0, 2), (1, 1, 1)),
     ],
 )
 def test_out_of_any_strides_without_overlap(
@@ -640,6 +644,20 @@ def test_out_that_overlaps_the_lengths(call: Call) -> None:
         call(scores(), buffer[:4], out=out)
     with pytest.raises(ValueError, match=r"expected out .*overlaps.* starts\.clone\(\)"):
         call(scores(), torch.tensor([1]), starts=buffer[16:20], out=out)
+
+
+@every(OUT_OF_PLACE)
+def test_strides_too_intricate_to_decide_count_as_overlapping(call: Call) -> None:
+    """The two interleave: the search for a shared element gives up, and nothing is written."""
+    buffer = torch.full((2 * 300 * 700,), 5.0)
+    shape, strides = (300, 300), (2 * 301, 2 * 299)
+    with pytest.raises(ValueError, match="overlap"):
+        call(
+            buffer.as_strided(shape, strides),
+            torch.tensor(3),
+            out=buffer.as_strided(shape, strides, 1),
+        )
+    assert bool((buffer == 5.0).all())
 
 
 def test_out_next_to_the_input_is_allowed(log: bool) -> None:

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from masked_softmax_ext import (
     masked_log_softmax,
+    masked_logsumexp,
     masked_softmax,
     packed_log_softmax,
     packed_softmax,
@@ -413,6 +414,8 @@ def test_jagged_errors(log: bool) -> None:
         NotImplementedError, match=r"input to be .*dense.*, but got a nested tensor"
     ):
         function(strided, None, 1)
+    with pytest.raises(NotImplementedError, match="a dense or a jagged input, but got a nested"):
+        masked_logsumexp(strided, None, 1)
 
 
 def test_offsets_of() -> None:
