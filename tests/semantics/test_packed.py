@@ -414,7 +414,7 @@ def test_jagged_errors(log: bool) -> None:
         NotImplementedError, match=r"input to be .*dense.*, but got a nested tensor"
     ):
         function(strided, None, 1)
-    with pytest.raises(NotImplementedError, match="a dense or a jagged input, but got a nested"):
+    with pytest.raises(NotImplementedError, match="a dense or a jagged tensor, but got a nested"):
         masked_logsumexp(strided, None, 1)
 
 
