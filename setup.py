@@ -368,8 +368,9 @@ def build_command(torch, toolkit: Path | None, remark: str):
             self.include_dirs = [path for path in self.include_dirs if path != own_headers]
 
         def run(self) -> None:
-            # torch looks for ninja on the PATH, which misses an environment that is not activated.
-            os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
+            # torch looks for ninja on the PATH. The environment's own comes first, as if it were
+            # activated: another version of ninja would build everything again.
+            os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
             if remark:
                 print(f"{PACKAGE}: {remark}", file=sys.stderr)
             write_units(binding_units(toolkit is not None))
