@@ -1,4 +1,4 @@
-# make demo, make test and make bench need no other step: each creates .venv, installs its requirements and builds.
+# No target needs another one first: each creates .venv, installs its requirements and builds. make help lists them.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CUDA_TORCH ?= torch==2.14.1
@@ -23,12 +23,22 @@ define if-available
 @if $(BIN)/$(1) --version >/dev/null 2>&1; then $(BIN)/$(1) $(2); else echo "SKIPPED: $(1) cannot be had here"; fi
 endef
 
-.PHONY: demo test bench bench-quick bench-mxnet docs dist lint clang-tidy coverage kernel-test sanitizer-test fuzz \
+.PHONY: demo help test bench bench-quick bench-mxnet docs dist lint clang-tidy coverage kernel-test sanitizer-test fuzz \
 	build-test mutation-test emulator-test cuda-test gpu-kernels gate-rehearsal build clean
 
+# Of torch, in an environment without numpy, which the demo does not need.
+demo: export PYTHONWARNINGS := ignore:Failed to initialize NumPy
+
+# Shows what the package does, and how fast: the default target.
 demo: $(VENV)/build.stamp
 	$(BIN)/python -m masked_softmax_ext
 
+# Prints the targets, each with the first sentence of its comment here.
+help:
+	@awk '/^# /{text = text substr($$0, 2)} /^[a-z-]+:/ && !/: export/{sub(/:.*/, ""); sub(/\. .*/, ".", text); \
+		printf "%-16s%s\n", $$0, text} /^$$/{text = ""}' Makefile
+
+# The Python tests.
 test: build
 	$(BIN)/python -m pytest
 
@@ -36,6 +46,7 @@ test: build
 bench: build $(VENV)/bench.stamp
 	$(BIN)/python bench/run.py $(BENCH)
 
+# The same with fewer cases, to try it out.
 bench-quick: build $(VENV)/bench.stamp
 	$(BIN)/python bench/run.py --quick $(BENCH)
 
@@ -107,7 +118,7 @@ cuda-test:
 dist: $(VENV)/dist.stamp $(VENV)/test.stamp
 	tests/builds/dist.sh $(BIN)/python
 
-# Types are checked against the packages that the tests need.
+# Style and types. Types are checked against the packages that the tests need.
 lint: $(VENV)/lint.stamp $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -117,7 +128,7 @@ lint: $(VENV)/lint.stamp $(VENV)/test.stamp
 	$(BIN)/actionlint -shellcheck=$(BIN)/shellcheck
 	git ls-files '*.h' '*.cpp' '*.inc' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
-# Apart from lint, which needs no build.
+# Static analysis of the C++. Apart from lint, which needs no build.
 clang-tidy: build $(VENV)/lint.stamp
 	$(BIN)/python tools/clang_tidy.py
 
@@ -125,7 +136,7 @@ clang-tidy: build $(VENV)/lint.stamp
 coverage: build $(VENV)/coverage.stamp
 	tests/coverage/run.sh $(COVERAGE)
 
-# With what the tests need; make demo goes without.
+# The extension in .venv, with what the tests need. make demo goes without the latter.
 build: $(VENV)/build.stamp $(VENV)/test.stamp
 
 # __init__.py has the version.
@@ -161,5 +172,6 @@ $(VENV)/fuzz.stamp: $(VENV)/tools.stamp
 	$(BIN)/python -m pip install --quiet "atheris>=3,<4"
 	touch $@
 
+# Deletes the environments and everything that was built.
 clean:
 	rm -rf $(VENV) $(CUDA_VENV) build dist *.egg-info masked_softmax_ext/*.so masked_softmax_ext/_built_for.py

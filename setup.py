@@ -52,11 +52,11 @@ DEFAULT_GENCODE = [
 OLDER_ARCHITECTURES = "8.0;9.0+PTX"
 
 # The files of csrc/binding are included in these, and compiled so: each alone would parse torch's
-# headers, which takes 2 to 5 seconds. A unit's files need the same headers; a file is in the first
+# headers, which takes 3 to 7 seconds. A unit's files need the same headers; a file is in the first
 # unit that has it.
 BINDING_UNITS = {
-    "python": ["module.cpp", "python_calls.cpp"],  # Python's headers
-    "autograd": ["*autograd*.cpp", "in_place.cpp"],  # autograd's
+    # Autograd's headers and Python's: most of each are the other's.
+    "autograd": ["*autograd*.cpp", "in_place.cpp", "module.cpp", "python_calls.cpp"],
     "operators": ["*.cpp"],  # those of tensors and the dispatcher
 }
 UNITS = "build/units"
@@ -368,8 +368,9 @@ def build_command(torch, toolkit: Path | None, remark: str):
             self.include_dirs = [path for path in self.include_dirs if path != own_headers]
 
         def run(self) -> None:
-            # torch looks for ninja on the PATH, which misses an environment that is not activated.
-            os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
+            # torch looks for ninja on the PATH. The environment's own comes first, as if it were
+            # activated: another version of ninja would build everything again.
+            os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
             if remark:
                 print(f"{PACKAGE}: {remark}", file=sys.stderr)
             write_units(binding_units(toolkit is not None))

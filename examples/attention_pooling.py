@@ -162,6 +162,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer paragraphs")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a paragraph's weights")
     options = parser.parse_args(arguments)
+    if options.plot is not None and find_spec("matplotlib") is None:
+        parser.error("--plot draws with matplotlib; type: pip install matplotlib")
 
     train_examples, held_out = read_examples(*((100, 600) if options.quick else (300, 2000)))
     numbers = number_words(train_examples)

@@ -76,7 +76,10 @@ def main(arguments: list[str] | None = None) -> int:
     sentence = sentence_to_draw(sentences)
     if sentence is not None:
         weights = attend(sentence, numbers, embeddings)
-        print("\nWho attends to whom in one sentence (mean of the heads, darkest = most):\n")
+        print(
+            "\nWho attends to whom in one sentence: a row for each word, columns in the same\n"
+            "order; mean of the heads, darkest = most. The embeddings are random.\n"
+        )
         print(terminal.heat_map(weights.mean(0), sentence))
         if options.plot is not None:
             plot.write_plot(options.plot, weights, sentence)
@@ -105,7 +108,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--sentences", type=positive, default=4096, help="how many (default: 4096)")
     parser.add_argument(
-        "--batch-size", type=positive, default=64, help="sentences a batch (default: 64)"
+        "--batch-size", type=positive, default=64, help="sentences per batch (default: 64)"
     )
     parser.add_argument("--rounds", type=positive, default=5, help="timed rounds (default: 5)")
     parser.add_argument("--seed", type=int, default=0, help="of order and embeddings (default: 0)")

@@ -87,7 +87,7 @@ def _split_pair(
     if len(lengths) != 2 or all(index is None or is_int(index) for index in lengths):
         raise TypeError(
             f"{name}(): expected lengths to be an int, a tensor of an integer type, or a pair "
-            f"(lengths, starts) with at least one tensor, but got {_describe(lengths)}"
+            f"(lengths, starts) with at least one tensor, but got {describe(lengths)}"
             + to_tensor_remedy("lengths", lengths, device)
         )
     if starts is not None:
@@ -112,8 +112,7 @@ def convert_options(
             f"{name}(): expected {argument} to be a Tensor, but got {type(input).__name__}"
         )
     check_dense(name, argument, input)
-    dim = _convert_dim(name, dim)
-    check_dim(dim, max(input.dim(), 1))  # here, because an operator's int has 64 bits
+    dim = convert_dim(name, dim, max(input.dim(), 1))
     if not isinstance(validate, bool):
         raise TypeError(
             f"{name}(): expected validate to be a bool, but got {type(validate).__name__}"
@@ -124,83 +123,115 @@ def convert_options(
         raise TypeError(
             f"{name}(): expected dtype to be a torch.dtype, but got {type(dtype).__name__}"
         )
-    return dim, convert_scale(f"{name}(): ", argument, scale), dtype
+    return dim, convert_scale(name, argument, scale), dtype
 
 
-def _convert_dim(name: str, dim: int) -> int:
+def convert_dim(name: str, dim: int, ndim: int) -> int:
+    """An int that is in range, which is checked here because an operator's int has 64 bits."""
     number = convert_int(dim)
     if not is_int(number) and not is_traced_int(number):
         raise TypeError(f"{name}(): expected dim to be an int, but got {type(dim).__name__}")
     if is_traced_numpy_scalar(dim) and not has_static_value(number):
         raise TypeError(
-            f"{name}(): expected dim to be an int in a compiled program, which does not depend on "
-            "the value of a NumPy scalar that it gets, but got such a scalar (int(dim) outside of "
-            "the program makes an int)"
+            f"{name}(): expected dim to be an int, but got a NumPy scalar, whose value a compiled "
+            "program does not know (pass int(dim) to the program)"
         )
-    return int(number)  # of a symbol too: as in torch.softmax, each dim is compiled anew
+    dim = int(number)  # of a symbol too: as in torch.softmax, each dim is compiled anew
+    check_dim(dim, ndim)
+    return dim
 
 
 def check_dense(name: str, argument: str, tensor: Tensor) -> None:
     """The operators' check, for tensors that something else would reject or convert before them."""
     if isinstance(tensor, torch.masked.MaskedTensor):
-        kind = "a MaskedTensor; its get_data() is one (and lengths_from_mask(its get_mask(), "
-        kind += "ndim=its get_data()) makes lengths and starts)"
-    elif tensor.is_nested:
-        kind = "a nested tensor; torch.nested.to_padded_tensor() gives a dense one"
+        kind, remedy = "a MaskedTensor", f"{argument}.get_data() is dense"
         if argument == "input":
-            kind = "a nested tensor (masked_softmax_ext.masked_softmax() takes a jagged input)"
+            remedy += (
+                ", and lengths_from_mask(input.get_mask(), ndim=input.get_data()) makes lengths "
+                "and starts"
+            )
+    elif tensor.is_nested:
+        kind, remedy = "a nested tensor", _nested_remedy(argument, tensor)
     elif tensor.is_quantized:
-        kind = "a quantized tensor; its dequantize() gives a dense one"
+        kind, remedy = "a quantized tensor", f"{argument}.dequantize() is dense"
     elif tensor.layout != torch.strided:
         kind = "a oneDNN tensor" if tensor.is_mkldnn else "a sparse tensor"
-        kind += "; its to_dense() gives a dense one"
+        remedy = f"{argument}.to_dense() is dense"
     else:
         return
-    raise NotImplementedError(f"{name}(): expected {argument} to be a dense tensor, but got {kind}")
+    if argument == "out" and kind != "a MaskedTensor":
+        remedy = "without out= the result is a new dense tensor"
+    raise NotImplementedError(
+        f"{name}(): expected {argument} to be a dense tensor, but got {kind}; {remedy}"
+    )
 
 
-def convert_scale(prefix: str, argument: str, scale: Scale) -> Scale:
+_TO_JAGGED = "torch.nested.as_nested_tensor(input.unbind(), layout=torch.jagged) is jagged"
+
+
+def _nested_remedy(argument: str, tensor: Tensor) -> str:
+    if argument == "input":
+        if tensor.layout == torch.jagged:
+            return "masked_softmax_ext.masked_softmax() takes a jagged input"
+        return f"{_TO_JAGGED}, which masked_softmax() takes"
+    if argument == "values":  # of packed rows
+        if tensor.layout == torch.jagged:
+            return "values.values() and values.offsets() are its packed rows"
+        return "torch.cat(values.unbind()) has its rows end to end"
+    return f"torch.nested.to_padded_tensor({argument}, 0) is dense"
+
+
+def check_jagged(name: str, input: Tensor) -> None:
+    """Of the nested tensors, the functions take the jagged ones."""
+    if input.layout != torch.jagged:
+        raise NotImplementedError(
+            f"{name}(): expected input to be a dense or a jagged tensor, but got a nested tensor "
+            f"of layout {input.layout}; {_TO_JAGGED}"
+        )
+
+
+def convert_scale(name: str, argument: str, scale: Scale) -> Scale:
     """A float, or what stands for a number that only the traced program knows."""
     if scale is None:
         return None
-    return _convert_number(prefix, "scale", scale, f"multiply {argument} by it instead")
+    return _convert_number(name, "scale", scale, f"multiply {argument} by it instead")
 
 
 def convert_padding_value(name: str, padding_value: Number) -> Number | None:
     """As convert_scale(); None for a constant of -inf, what padding holds anyway."""
     remedy = "torch.where(mask, result, padding_value) with mask_from_lengths() takes any tensor"
-    number = _convert_number(f"{name}(): ", "padding_value", padding_value, remedy)
+    number = _convert_number(name, "padding_value", padding_value, remedy)
     return None if is_constant(number) and number == -math.inf else number
 
 
-def _convert_number(prefix: str, argument: str, number: Any, tensor_remedy: str) -> Number:
+def _convert_number(name: str, argument: str, number: Any, tensor_remedy: str) -> Number:
     """``tensor_remedy`` is what to do with a tensor that is no number."""
     if type(number) is float or isinstance(number, torch.SymFloat | torch.SymInt):
         return number
     number = numpy_scalar_to_tensor(number)
     if isinstance(number, Tensor):
-        return _convert_tensor(prefix, argument, number, tensor_remedy)
+        return _convert_tensor(name, argument, number, tensor_remedy)
     if isinstance(number, bool) or not isinstance(number, numbers.Real):
-        is_number = isinstance(number, str) or _is_0_dim_array(number)
-        remedy = " (float() makes a number of it)" if is_number else ""
+        is_number = _is_numeral(number) or _is_0_dim_array(number)
+        remedy = f" (float({argument}) makes a number)" if is_number else ""
         raise TypeError(
-            f"{prefix}expected {argument} to be a number, but got {type(number).__name__}{remedy}"
+            f"{name}(): expected {argument} to be a number, but got {type(number).__name__}{remedy}"
         )
-    return _to_float(prefix, argument, number)
+    return _to_float(name, argument, number)
 
 
-def _to_float(prefix: str, argument: str, number: Any) -> float:
+def _to_float(name: str, argument: str, number: Any) -> float:
     try:
         return float(number)
     except OverflowError:
         raise ValueError(
-            f"{prefix}expected {argument} to be a number that a float can hold, but got a larger "
+            f"{name}(): expected {argument} to be a number that a float can hold, but got a larger "
             f"{type(number).__name__}"
         ) from None
 
 
-def convert_sink(name: str, sink: Sink, input: Tensor) -> Tensor | None:
-    """The sink as the operators take it: a tensor of a floating point type."""
+def convert_sink(name: str, sink: Sink, input: Tensor, argument: str = "input") -> Tensor | None:
+    """The sink as the operators take it; ``argument`` is the name of ``input``."""
     if sink is None:
         return None
     if isinstance(sink, Tensor) and not is_traced_int(sink):
@@ -209,12 +240,12 @@ def convert_sink(name: str, sink: Sink, input: Tensor) -> Tensor | None:
             raise TypeError(
                 f"{name}(): expected sink to be a number or a tensor of a floating point type "
                 f"({names_of(FLOATING_DTYPES)}), but got a tensor of {sink.dtype}"
-                + ("" if sink.dtype.is_complex else " (its float() has one)")
+                + ("" if sink.dtype.is_complex else "; sink.float() converts it")
             )
         if sink.device != input.device:
             raise ValueError(
-                f"{name}(): expected sink on the device of input, {input.device}, but got sink on "
-                f"{sink.device}"
+                f"{name}(): expected sink on the device of {argument}, {input.device}, but got "
+                f"sink on {sink.device}"
             )
         return sink
     stands_for_number = isinstance(sink, torch.SymFloat | torch.SymInt | Tensor)
@@ -225,10 +256,20 @@ def convert_sink(name: str, sink: Sink, input: Tensor) -> Tensor | None:
         has_remedy = tensor is not None and tensor.is_floating_point()
         raise TypeError(
             f"{name}(): expected sink to be a number or a tensor of a floating point type, but got "
-            + type(sink).__name__
-            + (" (torch.tensor(sink, device=input.device) makes a tensor)" if has_remedy else "")
+            f"{type(sink).__name__}"
+            + (f" (torch.tensor(sink, device={argument}.device) makes one)" if has_remedy else "")
         )
-    return float64_tensor(_to_float(f"{name}(): ", "sink", sink), input.device)
+    return float64_tensor(_to_float(name, "sink", sink), input.device)
+
+
+def _is_numeral(text: object) -> bool:
+    if not isinstance(text, str):
+        return False
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_0_dim_array(data: object) -> bool:
@@ -236,19 +277,19 @@ def _is_0_dim_array(data: object) -> bool:
     return tensor is not None and tensor.dim() == 0 and not tensor.is_complex()
 
 
-def _convert_tensor(prefix: str, argument: str, number: Tensor, remedy: str) -> Number:
+def _convert_tensor(name: str, argument: str, number: Tensor, remedy: str) -> Number:
     reason = None
     if number.dim() != 0:
         reason = f"of shape {tuple(number.shape)}"
     elif number.dtype == torch.bool or number.dtype.is_complex:
         reason = f"of {number.dtype}"
     elif number.device.type not in ("cpu", "meta"):
-        reason = f"on {number.device}, whose number takes a synchronisation to read"
+        reason = f"on {number.device}, which takes a synchronisation to read"
     elif number.requires_grad or has_tangent(number):
-        reason = f"with a gradient, for which {argument} is a constant"
+        reason = f"with a gradient, which {argument} does not get"
     if reason is not None:
         raise TypeError(
-            f"{prefix}expected {argument} to be a number, or a 0-dim tensor on the CPU without "
+            f"{name}(): expected {argument} to be a number, or a 0-dim tensor on the CPU without "
             f"gradient, but got a tensor {reason} ({remedy})"
         )
     if torch.compiler.is_compiling():
@@ -259,7 +300,7 @@ def _convert_tensor(prefix: str, argument: str, number: Tensor, remedy: str) -> 
         except RuntimeError:  # under vmap, for fake and meta tensors, and without memory
             pass
     if not _has_memory(number):
-        raise ValueError(f"{prefix}expected {argument} to have memory, but its storage was freed")
+        raise ValueError(f"{name}(): expected {argument} to have memory, but its storage was freed")
     return number
 
 
@@ -325,7 +366,7 @@ def overridable(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def _describe(index: object) -> str:
+def describe(index: object) -> str:
     kind = type(index).__name__
     if not isinstance(index, tuple):
         return kind
@@ -379,11 +420,15 @@ def _is_list_of_bounds(index: object) -> bool:
     )
 
 
-def to_integer_remedy(dtype: torch.dtype) -> str:
+def to_integer_remedy(argument: str, dtype: torch.dtype) -> str:
     """How lengths, starts or offsets of an integer type are made from a tensor of this one."""
     if dtype == torch.bool:
-        return " (lengths_from_mask() makes lengths and starts from a mask)"
-    return "" if dtype.is_complex else " (its long() has one)"
+        return (
+            ""
+            if argument == "offsets"
+            else "; masked_softmax_ext.lengths_from_mask() makes lengths and starts from a mask"
+        )
+    return "" if dtype.is_complex else f"; {argument}.long() converts it"
 
 
 def _to_tensor(
@@ -401,8 +446,8 @@ def _to_tensor(
     if not fits_int64(index):
         cols = input.size(dim) if input.dim() > 0 else 1
         raise ValueError(
-            f"{name}(): expected {argument} from 0 to {cols} (input's size in dimension {dim}), "
-            f"but got {index}"
+            f"{name}(): expected {argument} from 0 to {cols} (input's size in dimension "
+            f"{dim % max(input.dim(), 1)}), but got {index}"
         )
     return torch.full((), index, dtype=torch.int64, device=input.device)
 
@@ -410,7 +455,11 @@ def _to_tensor(
 def check_out(name: str, input: Tensor, result: Tensor, out: Tensor) -> None:
     """The operator's checks of ``out``, for calls where ``copy_`` writes to it instead."""
     if out.dtype != result.dtype:
-        raise TypeError(f"{name}(): expected out of {result.dtype}, but got {out.dtype}")
+        remedy = "; dtype=out.dtype makes that the result's type"
+        raise TypeError(
+            f"{name}(): expected out of {result.dtype}, but got {out.dtype}"
+            + (remedy if out.dtype in FLOATING_DTYPES else "")
+        )
     if out.device != result.device:
         raise ValueError(
             f"{name}(): expected out on the device of input, {result.device}, but got out on "
@@ -426,8 +475,9 @@ def check_out(name: str, input: Tensor, result: Tensor, out: Tensor) -> None:
         for size, step in zip(out.shape, out.stride(), strict=True)
     ):
         raise ValueError(
-            f"{name}(): expected an output whose elements each have memory of their own, but got "
-            f"out of shape {list(out.shape)} with strides {out.stride()}"
+            f"{name}(): expected out, which is overwritten, to have memory of its own for each "
+            f"element, but got out of shape {list(out.shape)} with strides {list(out.stride())}; "
+            "out.contiguous() has it"
         )
     if torch.is_grad_enabled() and (input.requires_grad or out.requires_grad):
         raise RuntimeError(

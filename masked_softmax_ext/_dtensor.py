@@ -258,7 +258,7 @@ def _local_sinks(sink: DTensor | None, x: Tensor, dim: int, placements: list[Any
         for mesh_dim, (own, p) in enumerate(zip(sink.placements, placements, strict=True))
         if own.is_replicate() and p.is_shard() and not p.is_shard(dim)
     ]
-    local = _for_each_process(_apply(_ToLocal, sink), groups)
+    local = _sum_gradients(_apply(_ToLocal, sink), groups)
     return align_to_rows(local, len(rows)).expand(rows)
 
 
@@ -315,7 +315,7 @@ class _Softmax(torch.autograd.Function):
         row_scale = find_operator("masked_row_scale")
         grad_x = backward(grad, y, *rows, call.scale, acc_dtype) + row_scale(
             probabilities,
-            own_sum + _for_each_process(grad_logsumexp, call.groups),
+            own_sum + _sum_gradients(grad_logsumexp, call.groups),
             *rows,
             call.scale,
         )
@@ -344,7 +344,7 @@ class _LogSumExp(torch.autograd.Function):
         softmax = replace(call, name="masked_softmax", dtype=acc_dtype)
         y, weight = _apply(_Softmax, x, sink, lengths, starts, softmax)
         grad = grad.to(acc_dtype)
-        grads = _for_each_process(grad, call.groups)
+        grads = _sum_gradients(grad, call.groups)
         grad_x = find_operator("masked_row_scale")(y, grads, lengths, call.dim, starts, call.scale)
         return grad_x.to(x.dtype), (grad * weight).to(sink.dtype), None, None, None
 
@@ -409,12 +409,17 @@ def _all_reduce(tensor: Tensor, groups: list[dist.ProcessGroup]) -> Tensor:
 
 
 def _sum_of_processes(tensor: Tensor, groups: list[dist.ProcessGroup]) -> Any:
-    """The same sum in every process, whose gradient is the same too."""
+    """The sum over the processes, for results that are the same in each: so are its gradients."""
     return _apply(_SumOfProcesses, tensor, groups, False)
 
 
-def _for_each_process(tensor: Tensor, groups: list[dist.ProcessGroup]) -> Any:
-    """What is the same in every process, for results that are not: its gradient is their sum."""
+def _sum_gradients(tensor: Tensor, groups: list[dist.ProcessGroup]) -> Any:
+    """The tensor itself, whose gradient is summed over the processes.
+
+    For a tensor that is the same in all processes but is used in another way by each, such as a
+    row's logsumexp beside the process's own columns: each process then computes only its own part
+    of the gradient.
+    """
     return _apply(_SumOfProcesses, tensor, groups, True)
 
 
@@ -423,7 +428,7 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 class _SumOfProcesses(torch.autograd.Function):
-    """The sum of what each process has; with ``is_transposed`` its derivative."""
+    """The sum over the processes, whose derivative is the identity; transposed, the reverse."""
 
     @staticmethod
     def forward(

@@ -56,6 +56,9 @@ _TRIANGLES = ("tril", "triu")
 _SOFTMAXES = ("softmax", "log_softmax")
 # These write to their first argument. They are never erased.
 _IN_PLACE = ("masked_fill_", "setitem")
+# A finite fill value up to this one is probably meant as -inf: its exponential is no normal
+# float32.
+_LARGEST_SENTINEL = -100.0
 _NAMES = {
     *(*_COPIES, *_VIEWS, *_EXPANSIONS, *_ELEMENTWISE, *_ZEROS_AND_ONES, "new_ones", *_FILLED),
     *("arange", *_TRIANGLES, *_SOFTMAXES, *_IN_PLACE),
@@ -329,10 +332,11 @@ def _cast(values: Any, tensor: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """``softmax(masked_scores, dim)``: -inf in the padding, ``scores`` in the first columns."""
+    """``softmax(masked_scores, dim)``: ``fill`` in the padding, ``scores`` in the first columns."""
 
     scores: Node
     masking: Node  # the operation that makes the masked scores, or writes them to scores
+    fill: float  # what the padding holds
     regions: tuple[FirstColumns, ...]  # their dims are those of scores
     dim: int
     views: tuple[Node, ...]  # between the masking and the softmax
@@ -468,6 +472,12 @@ def is_softmax(node: Node) -> bool:
 
 def why_unmatched(softmax: Node, known: Masks) -> str:
     """Why match_masked_softmax() found nothing: the most likely reason, in words."""
+    match = match_masked_softmax(softmax, known, _LARGEST_SENTINEL)
+    if match is not None:
+        return (
+            f"its fill value is {match.fill}, not -inf; with max_fill={match.fill}, make_backend() "
+            "makes a backend that fuses it"
+        )
     scores = _arguments(softmax, input=0)[0]
     while isinstance(scores, Node) and op_name(scores) in _VIEWS:
         scores = _source(scores)
@@ -523,8 +533,8 @@ def _match_masking(node: Any, reader: Node, known: Masks, max_fill: float) -> Ma
     )
     if filled is None:
         return None
-    scores, regions = filled
-    return Match(scores, masking, _broadcast_regions(regions, tensor), -1, ())
+    scores, regions, fill = filled
+    return Match(scores, masking, fill, _broadcast_regions(regions, tensor), -1, ())
 
 
 def _in_place_fill(node: Node, reader: Node) -> tuple[Node | None, Node | None]:
@@ -537,11 +547,11 @@ def _in_place_fill(node: Node, reader: Node) -> tuple[Node | None, Node | None]:
     return None, None
 
 
-Filled: TypeAlias = tuple[Any, tuple[FirstColumns, ...]]
+Filled: TypeAlias = tuple[Any, tuple[FirstColumns, ...], float]
 
 
 def _match_fill(node: Any, result: Tensor, known: Masks, max_fill: float) -> Filled | None:
-    """What a fill keeps, and in which columns."""
+    """What a fill keeps, in which columns, and what it writes to the others."""
     name = op_name(node)
     if name in ("masked_fill", "masked_fill_"):
         condition, if_true, if_false = _arguments(node, mask=1, value=2, input=0)
@@ -562,12 +572,13 @@ def _match_fill(node: Any, result: Tensor, known: Masks, max_fill: float) -> Fil
     inside, outside = mask.pair()
     if inside == outside:
         return None
-    kept, fill = (if_true, if_false) if inside else (if_false, if_true)
-    return (kept, mask.regions) if _constant(fill, known) <= max_fill else None
+    kept, filled = (if_true, if_false) if inside else (if_false, if_true)
+    fill = _constant(filled, known)
+    return (kept, mask.regions, fill) if fill <= max_fill else None
 
 
 def _match_bias(node: Any, known: Masks, max_fill: float) -> Filled | None:
-    """The scores to which a bias is added, and the columns where it is 0."""
+    """The scores to which a bias is added, the columns where it is 0, and what it is elsewhere."""
     if op_name(node) != "add" or "alpha" in node.kwargs:
         return None
     terms = _arguments(node, input=0, other=1)
@@ -576,7 +587,7 @@ def _match_bias(node: Any, known: Masks, max_fill: float) -> Filled | None:
         if isinstance(mask, TwoValued) and mask.regions:
             inside, outside = mask.pair()
             if inside == 0 and outside <= max_fill:
-                return scores, mask.regions
+                return scores, mask.regions, float(outside)
     return None
 
 

@@ -24,22 +24,28 @@ def fold_scale(
     """input, scale and dtype as the kernels take them, which is without symbols.
 
     A scale that only the traced program knows is multiplied into the input, in float64 and with
-    headroom: the input is divided by a number that the kernel multiplies by. So the product does
-    not overflow where the differences of a row do not. That of float64 input is rounded.
+    headroom: the product is divided by a number that the kernel multiplies by. Only that of float64
+    input is rounded, and can overflow: beyond ``2**1024`` times the headroom, where the row is NaN.
     """
     if scale is None or is_constant(scale):
         return input, scale, dtype
     if input.is_complex() or (dtype is None and not input.is_floating_point()):
         return input, None, dtype  # which the softmax refuses
     dtype = result_dtype(input, dtype)
-    # Large enough for the product of a float32 and a float64; not beyond float32, in which the ONNX
-    # exporter stores it. A local variable: torch.compile makes a symbol of a global one.
-    headroom = 2.0**120
-    scores = input.to(torch.float64) / headroom
+    # A product of a float32 and a float64 is below 2**1152. A local variable: torch.compile makes a
+    # symbol of a global one.
+    headroom = 2.0**160
+    inverse = float64_tensor(1 / headroom, input.device)
     factor = float64_tensor(scale, input.device)
+    magnitude = factor.abs()
+    # The scale is divided, which is exact, unless it is so small that it would lose bits.
+    is_small = magnitude < 1
+    of_scores = torch.where(is_small, inverse, torch.ones_like(inverse))
+    magnitude = torch.where(is_small, magnitude, magnitude * inverse)
     # Negated apart from the product: the gradient of padding is then a sum of +0 and -0, which is
     # +0, where a product of 0 and a negative scale would be -0.
-    return torch.where(factor < 0, -scores, scores) * factor.abs(), headroom, dtype
+    scores = input.to(torch.float64) * of_scores
+    return torch.where(factor < 0, -scores, scores) * magnitude, headroom, dtype
 
 
 def accumulation_dtype(input: torch.dtype, result: torch.dtype, scale: float | None) -> torch.dtype:

@@ -11,45 +11,39 @@ from typing import Any, NoReturn
 
 import torch
 
-# The function that calls each operator.
-_OPERATORS = {
-    "masked_softmax": "masked_softmax",
-    "masked_log_softmax": "masked_log_softmax",
-    "masked_softmax_with_sink": "masked_softmax",
-    "masked_log_softmax_with_sink": "masked_log_softmax",
-    "masked_logsumexp": "masked_logsumexp",
-    "masked_logsumexp_with_sink": "masked_logsumexp",
-}
-# The operator that does what a function or a module does.
-_SCRIPTABLE = {
-    "masked_softmax": "masked_softmax",
-    "masked_log_softmax": "masked_log_softmax",
-    "masked_logsumexp": "masked_logsumexp",
-    "MaskedSoftmax": "masked_softmax",
-    "MaskedLogSoftmax": "masked_log_softmax",
-}
+from masked_softmax_ext._operators import OPERATORS
+
+# The operators that compute what these modules do. Those of the functions have the same names.
+_MODULES = {"MaskedSoftmax": "masked_softmax", "MaskedLogSoftmax": "masked_log_softmax"}
 
 
 def register(public: Iterable[Callable[..., Any]]) -> None:
     """Makes TorchScript's tools raise an error that says what to use instead."""
+    names = set()
     for function in public:
+        names.add(function.__name__)
         function.__prepare_scriptable__ = _script_error(function.__name__)  # type: ignore[attr-defined]
-    for operator, name in _OPERATORS.items():
-        torch.onnx.register_custom_op_symbolic(  # type: ignore[attr-defined]
-            f"masked_softmax_ext::{operator}", _onnx_error(name), opset_version=9
-        )
+    for operator in OPERATORS:
+        name = operator.removesuffix("_with_sink")
+        if name in names:  # others are called in the backward pass only
+            torch.onnx.register_custom_op_symbolic(  # type: ignore[attr-defined]
+                f"masked_softmax_ext::{operator}", _onnx_error(name), opset_version=9
+            )
 
 
 def _script_error(name: str) -> Callable[..., NoReturn]:
     remedy = ""
-    if name in _SCRIPTABLE:
-        operator = f"torch.ops.masked_softmax_ext.{_SCRIPTABLE[name]}"
-        remedy = f"It compiles the operator {operator}(input, lengths, dim); "
+    operator = _MODULES.get(name, name)
+    if operator in OPERATORS:
+        remedy = (
+            f"torch.jit.script compiles torch.ops.masked_softmax_ext.{operator}(input, lengths, "
+            "dim), and "
+        )
 
     def raise_error(*_: object) -> NoReturn:
         raise NotImplementedError(
-            f"{name}: torch.jit.script cannot compile it. {remedy}torch.jit.trace and torch.export "
-            "take any of the functions and modules"
+            f"torch.jit.script cannot compile {name}; {remedy}torch.jit.trace and torch.export "
+            "take every function and module of masked_softmax_ext"
         )
 
     return raise_error

@@ -110,8 +110,8 @@ def _in_place_with_sink_batching_rule(
 def _overwritten(info: Any, in_dims: tuple[int | None, ...], input: Tensor) -> Tensor:
     if in_dims[0] is None:
         raise ValueError(
-            "masked_softmax_(): expected input, which is overwritten, to be batched like lengths "
-            "or starts, but got an input without a batch dimension"
+            "masked_softmax_(): expected input, which is overwritten, to be batched like the other "
+            "arguments, but got an input without a batch dimension; masked_softmax() takes it"
         )
     scores = _batch_first(input, in_dims[0], info.batch_size)
     return scores.unsqueeze(1) if scores.dim() == 1 else scores

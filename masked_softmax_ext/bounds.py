@@ -17,7 +17,8 @@ from masked_softmax_ext._arguments import (
     Index,
     Lengths,
     check_dense,
-    check_dim,
+    convert_dim,
+    describe,
     overridable,
     split_pair,
     to_integer_remedy,
@@ -25,6 +26,7 @@ from masked_softmax_ext._arguments import (
     try_tensor,
 )
 from masked_softmax_ext._numbers import (
+    INTEGER_DTYPES,
     broadcasts_to,
     check_not_negative,
     convert_int,
@@ -32,6 +34,7 @@ from masked_softmax_ext._numbers import (
     is_int,
     is_integer_dtype,
     is_traced_int,
+    names_of,
     numpy_scalar_to_tensor,
     read_bool,
 )
@@ -114,7 +117,7 @@ def lengths_from_mask(
             "lengths_from_mask(): expected mask of torch.bool, True where a column is valid, but "
             f"got {mask.dtype} ({_to_bool_remedy(mask)})"
         )
-    check_dim(dim, max(mask.dim(), 1))
+    dim = convert_dim("lengths_from_mask", dim, max(mask.dim(), 1))
     mask, dim = _aligned_mask(mask, dim, ndim)
     rows = mask.unsqueeze(0) if mask.dim() == 0 else mask.movedim(dim, -1)
     cols = rows.size(-1)
@@ -169,9 +172,11 @@ def mask_from_lengths(
     pair = split_pair("mask_from_lengths", lengths, starts, device=None)
     length, start = map(numpy_scalar_to_tensor, pair)
     (cols,) = _convert_sizes("mask_from_lengths", cols=cols)
-    given = [index for index in (length, start) if isinstance(index, Tensor)]
-    for index in given:
-        check_dense("mask_from_lengths", "lengths and starts", index)
+    given = [
+        _checked("mask_from_lengths", argument, index)
+        for argument, index in (("lengths", length), ("starts", start))
+        if isinstance(index, Tensor)
+    ]
     rows = [*_broadcast("mask_from_lengths", given)[0].shape] if given else []
     if ndim is not None:
         ndim = _convert_ndim("mask_from_lengths", ndim)
@@ -322,9 +327,9 @@ def intersect_bounds(*bounds: Bounds) -> tuple[Tensor, Tensor]:
     if not bounds:
         raise ValueError(f"{name}(): expected at least one of bounds, but got none")
     pairs = [pair if _is_pair(pair) else (pair, None) for pair in bounds]
-    lengths = [_checked(name, length) for length, _ in pairs]
+    lengths = [_checked(name, "lengths", length).long() for length, _ in pairs]
     starts = [
-        torch.zeros_like(length) if start is None else _checked(name, start)
+        torch.zeros_like(length) if start is None else _checked(name, "starts", start).long()
         for length, (_, start) in zip(lengths, pairs, strict=True)
     ]
     common = _broadcast(name, lengths + starts)
@@ -355,8 +360,8 @@ def _aligned_mask(mask: Tensor, dim: int, ndim: int | Tensor | None) -> tuple[Te
     ndim = _convert_ndim(name, ndim)
     if ndim < mask.dim():
         raise ValueError(
-            f"{name}(): expected scores of at least as many dimensions as mask, {mask.dim()}, but "
-            f"got {ndim}"
+            f"{name}(): expected ndim of at least {mask.dim()}, the number of mask's dimensions, "
+            f"but got {ndim}"
         )
     if scores is None and mask.dim() > 1 and guard_or_false(mask.size(dim) == 1):
         raise TypeError(
@@ -364,11 +369,11 @@ def _aligned_mask(mask: Tensor, dim: int, ndim: int | Tensor | None) -> tuple[Te
             f"column is broadcast to theirs, but got only their number of dimensions, {ndim} (pass "
             "ndim=scores)"
         )
-    mask = mask[(None,) * (ndim - mask.dim())]
+    aligned = mask[(None,) * (ndim - mask.dim())]
     if scores is None or ndim == 0:
-        return mask, dim
+        return aligned, dim
     if not all(
-        broadcasts_to(given, size) for given, size in zip(mask.shape, scores.shape, strict=True)
+        broadcasts_to(given, size) for given, size in zip(aligned.shape, scores.shape, strict=True)
     ):
         raise ValueError(
             f"{name}(): expected a mask that broadcasts, from its last dimension on, to scores of "
@@ -376,9 +381,9 @@ def _aligned_mask(mask: Tensor, dim: int, ndim: int | Tensor | None) -> tuple[Te
             "(mask[:, None, None, :] is a mask of batches and keys for scores of batches, heads, "
             "queries and keys)"
         )
-    shape = list(mask.shape)
+    shape = list(aligned.shape)
     shape[dim] = scores.size(dim)
-    return mask.expand(shape), dim
+    return aligned.expand(shape), dim
 
 
 def _to_mask_remedy(mask: object) -> str:
@@ -486,19 +491,19 @@ def _is_pair(bounds: object) -> TypeGuard[tuple[Tensor, Tensor | None]]:
     return isinstance(bounds, tuple) and len(bounds) == 2
 
 
-def _checked(name: str, index: object) -> Tensor:
+def _checked(name: str, argument: str, index: object) -> Tensor:
     if not isinstance(index, Tensor):
         raise TypeError(
-            f"{name}(): expected lengths, or a pair of lengths and starts, of Tensors, but got "
-            f"{type(index).__name__}" + to_tensor_remedy("lengths", index)
+            f"{name}(): expected lengths to be a tensor, or a pair (lengths, starts) of tensors, "
+            f"but got {describe(index)}" + to_tensor_remedy("lengths", index)
         )
-    check_dense(name, "lengths and starts", index)
+    check_dense(name, argument, index)
     if not is_integer_dtype(index.dtype):
         raise TypeError(
-            f"{name}(): expected lengths and starts of an integer type, but got {index.dtype}"
-            + to_integer_remedy(index.dtype)
+            f"{name}(): expected {argument} of an integer type ({names_of(INTEGER_DTYPES)}), but "
+            f"got {index.dtype}" + to_integer_remedy(argument, index.dtype)
         )
-    return index.long()
+    return index
 
 
 def _raise_for_several_runs(is_run: Tensor, rows: Tensor) -> None:
@@ -513,7 +518,8 @@ def _raise_for_several_runs(is_run: Tensor, rows: Tensor) -> None:
     more = f" and {len(begins) - 3} more" if len(begins) > 3 else ""
     raise ValueError(
         "lengths_from_mask(): expected the True columns of each row to be one contiguous run, but "
-        f"{reference.row_name(row)} has {len(begins)}: {', '.join(shown)}{more}"
+        f"{reference.row_name(row)} has {len(begins)}: {', '.join(shown)}{more}; a mask with "
+        "gaps needs masked_fill() and torch.softmax()"
     )
 
 
@@ -524,7 +530,8 @@ def _broadcast(name: str, indices: list[Tensor]) -> list[Tensor]:
     try:
         return list(torch.broadcast_tensors(*aligned))  # type: ignore[no-untyped-call]
     except RuntimeError:
+        shapes = dict.fromkeys(str(list(index.shape)) for index in indices)
         raise ValueError(
             f"{name}(): expected lengths and starts that broadcast from their first dimension on, "
-            f"but got shapes {', '.join(str(list(index.shape)) for index in indices)}"
+            f"but got shapes {', '.join(shapes)}"
         ) from None

@@ -34,7 +34,8 @@ from masked_softmax_ext.decompositions import call_forward
 from masked_softmax_ext.packed import jagged_logsumexp, jagged_softmax
 from masked_softmax_ext.reference import fill_padding, unchecked_mask
 
-_NO_VALUE = -math.inf  # the default padding_value, compared by identity
+# The default padding_value, compared by identity: another -inf was passed by the caller.
+_DEFAULT_PADDING = -math.inf
 
 
 def masked_softmax(
@@ -129,7 +130,7 @@ def masked_log_softmax(
     starts: Index | None = None,
     scale: Scale = None,
     sink: Sink = None,
-    padding_value: Number = _NO_VALUE,
+    padding_value: Number = _DEFAULT_PADDING,
     dtype: torch.dtype | None = None,
     validate: bool = False,
     out: Tensor | None = None,
@@ -170,7 +171,7 @@ def masked_log_softmax(
                 [-0.6931, -0.6931,    -inf]])
     """
     if padding_value is not None and not is_dynamo_compiling():  # None is an error
-        padding = None if padding_value is _NO_VALUE else padding_value
+        padding = None if padding_value is _DEFAULT_PADDING else padding_value
         result: Tensor = _C.masked_log_softmax(
             input, lengths, dim, starts, scale, sink, padding, dtype, validate, out
         )
@@ -358,7 +359,7 @@ def _call(
     dtype: torch.dtype | None,
     validate: bool,
     out: Tensor | None,
-    padding_value: Number = _NO_VALUE,
+    padding_value: Number = _DEFAULT_PADDING,
 ) -> Tensor:
     """The general path: converts the arguments and calls the operator of the function's name."""
     name = function.__name__
@@ -368,7 +369,7 @@ def _call(
         options = {"starts": starts, "scale": scale, "dtype": dtype, "validate": validate}
         if sink is not None:
             options["sink"] = sink
-        if padding_value is not _NO_VALUE:
+        if padding_value is not _DEFAULT_PADDING:
             options["padding_value"] = padding_value
         if out is not None:
             options["out"] = out
@@ -378,7 +379,7 @@ def _call(
         )
         return overridden
     if isinstance(input, Tensor) and input.is_nested:
-        if padding_value is not _NO_VALUE:
+        if padding_value is not _DEFAULT_PADDING:
             convert_padding_value(name, padding_value)  # checked; a jagged input has no padding
         return jagged_softmax(name, input, lengths, dim, starts, scale, sink, dtype, validate, out)
     lengths, dim, starts, scale, dtype = convert(
@@ -387,7 +388,7 @@ def _call(
     sink = convert_sink(name, sink, input)
     padding: dict[str, float] = {}
     varying_padding: Scale = None  # a number that only the traced program knows
-    if padding_value is not _NO_VALUE:
+    if padding_value is not _DEFAULT_PADDING:
         value = convert_padding_value(name, padding_value)
         if is_constant(value):
             padding = {"padding_value": value}
@@ -398,6 +399,12 @@ def _call(
         if not isinstance(out, Tensor):
             raise TypeError(f"{name}(): expected out to be a Tensor, but got {type(out).__name__}")
         check_dense(name, "out", out)
+        if is_dtensor(out) != is_dtensor(input):
+            kinds = {True: "a DTensor", False: "a plain tensor"}
+            raise TypeError(
+                f"{name}(): expected out to be {kinds[is_dtensor(input)]}, because input is one, "
+                f"but got {kinds[is_dtensor(out)]}; without out= the result is of input's kind"
+            )
     # Under a compiler and for a DTensor, copy_ writes the result to out: neither of them handles
     # operators that return nothing.
     copies_to_out = torch.compiler.is_compiling() or is_dtensor(input)

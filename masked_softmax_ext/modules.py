@@ -15,6 +15,7 @@ from masked_softmax_ext._arguments import (
     Scale,
     Sink,
     check_dense,
+    check_jagged,
     convert_padding_value,
     convert_scale,
 )
@@ -45,7 +46,7 @@ class MaskedSoftmax(nn.Module):
     def __init__(self, dim: int = -1, *, scale: Scale = None) -> None:
         super().__init__()
         self.dim = convert_int(dim)
-        self.scale = convert_scale(f"{type(self).__name__}: ", "input", scale)
+        self.scale = convert_scale(type(self).__name__, "input", scale)
 
     def forward(
         self,
@@ -87,7 +88,7 @@ class MaskedLogSoftmax(nn.Module):
     ) -> None:
         super().__init__()
         self.dim = convert_int(dim)
-        self.scale = convert_scale(f"{type(self).__name__}: ", "input", scale)
+        self.scale = convert_scale(type(self).__name__, "input", scale)
         converted = convert_padding_value(type(self).__name__, padding_value)
         self.padding_value = -math.inf if converted is None else converted
 
@@ -216,7 +217,7 @@ class AttentionPooling(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         if not isinstance(return_weights, bool):
             raise TypeError(
-                "AttentionPooling: expected return_weights to be a bool, but got "
+                "AttentionPooling(): expected return_weights to be a bool, but got "
                 f"{type(return_weights).__name__} (torch.fx traces the module as part of another, "
                 'or alone with concrete_args={"return_weights": False})'
             )
@@ -234,17 +235,18 @@ class AttentionPooling(nn.Module):
         __call__ = forward  # nn.Module's returns Any
 
     def _check(self, input: Tensor) -> None:
-        is_jagged = input.is_nested and input.layout == torch.jagged
-        if not is_jagged:
+        if input.is_nested:
+            check_jagged("AttentionPooling", input)
+        else:
             check_dense("AttentionPooling", "input", input)
         if input.dim() < 2 or not is_same_size(input.size(-1), self.features):
             raise ValueError(
-                f"AttentionPooling: expected input of shape (..., steps, {self.features}), but got "
-                f"{tuple(input.shape)}"
+                f"AttentionPooling(): expected input of shape (..., steps, {self.features}), but "
+                f"got {tuple(input.shape)}"
             )
-        if is_jagged and (input.dim() != 3 or ragged_dim(input) != 1):
+        if input.is_nested and (input.dim() != 3 or ragged_dim(input) != 1):
             raise ValueError(
-                "AttentionPooling: expected a jagged input of shape (batch, steps, "
+                "AttentionPooling(): expected a jagged input of shape (batch, steps, "
                 f"{self.features}), with ragged steps, but got one of {input.dim()} dimensions, of "
                 f"which dimension {ragged_dim(input)} is ragged"
             )

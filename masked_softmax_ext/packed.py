@@ -13,7 +13,8 @@ from masked_softmax_ext._arguments import (
     Scale,
     Sink,
     check_dense,
-    check_dim,
+    check_jagged,
+    convert_dim,
     convert_options,
     convert_sink,
     overridable,
@@ -27,6 +28,7 @@ from masked_softmax_ext._numbers import (
     is_int,
     is_integer_dtype,
     is_traced_int,
+    names_of,
 )
 from masked_softmax_ext._scale import (
     accumulation_dtype,
@@ -189,22 +191,25 @@ def _check_jagged(
     out: Tensor | None,
 ) -> int:
     """Returns the ragged dimension."""
-    if input.layout != torch.jagged:
-        raise NotImplementedError(
-            f"{name}(): expected a dense or a jagged input, but got a nested tensor of layout "
-            f"{input.layout}"
-        )
+    check_jagged(name, input)
     if torch.compiler.is_exporting():
         raise NotImplementedError(
             f"{name}(): torch.export cannot export programs with jagged tensors, but input is one; "
             "packed_softmax(values, offsets) and packed_log_softmax() can be exported"
         )
-    for argument, given in (("lengths", lengths), ("starts", starts), ("out", out)):
+    for argument, given in (("lengths", lengths), ("starts", starts)):
         if given is not None:
-            raise ValueError(f"{name}(): expected no {argument} with a jagged input, but got some")
+            raise ValueError(
+                f"{name}(): expected no {argument} with a jagged input, which has lengths of its "
+                f"own, but got {type(given).__name__}"
+            )
+    if out is not None:
+        raise ValueError(
+            f"{name}(): expected no out with a jagged input, whose result is a new tensor, but got "
+            f"{type(out).__name__}"
+        )
     row_dim = ragged_dim(input)
-    if isinstance(dim, int):
-        check_dim(dim, input.dim())
+    dim = convert_dim(name, dim, input.dim())
     if dim not in (row_dim, row_dim - input.dim()):
         raise ValueError(
             f"{name}(): expected dim to be the ragged dimension of the jagged input, {row_dim}, "
@@ -252,12 +257,12 @@ def _packed_rows_of(
     rows = [offsets.size(0) - 1, *values.shape[:dim], *values.shape[dim + 1 :]]
     if sink is not None and not broadcasts_to_rows(sink.shape, rows):
         raise ValueError(
-            f"{name}(): expected sink to broadcast, from its first dimension on, to the shape of "
+            f"{name}(): expected sink to broadcast, from the first dimension on, to the shape of "
             f"the rows, {rows}, but got sink of shape {list(sink.shape)} for a jagged input of "
             f"shape {list(input.shape)}"
         )
     max_length = cached_max_length(input)
-    return _packed(name, values, offsets, dim, scale, sink, dtype, max_length, validate)
+    return _call(name, values, offsets, dim, scale, sink, dtype, max_length, validate)
 
 
 def _packed(
@@ -279,11 +284,9 @@ def _packed(
         )
     check_dense(name, "offsets", offsets)
     if not is_integer_dtype(offsets.dtype):
-        remedy = "" if offsets.dtype == torch.bool else to_integer_remedy(offsets.dtype)
-        names = ", ".join(str(allowed).removeprefix("torch.") for allowed in INTEGER_DTYPES)
         raise TypeError(
-            f"{name}(): expected offsets of an integer type ({names}), but got {offsets.dtype}"
-            + remedy
+            f"{name}(): expected offsets of an integer type ({names_of(INTEGER_DTYPES)}), but got "
+            f"{offsets.dtype}" + to_integer_remedy("offsets", offsets.dtype)
         )
     if offsets.dim() != 1 or guard_or_false(offsets.size(0) == 0):
         raise ValueError(
@@ -301,10 +304,23 @@ def _packed(
     if max_length is not None and not (
         check_not_negative(max_length) and guard_or_true(max_length < 2**63)
     ):
-        raise ValueError(
-            f"{name}(): expected max_length to be an int of at least 0, but got {max_length!r}"
-        )
-    sink = convert_sink(name, sink, values)
+        raise ValueError(f"{name}(): expected max_length from 0 to 2**63 - 1, but got {max_length}")
+    sink = convert_sink(name, sink, values, "values")
+    return _call(name, values, offsets, dim, scale, sink, dtype, max_length, validate)
+
+
+def _call(
+    name: str,
+    values: Tensor,
+    offsets: Tensor,
+    dim: int,
+    scale: Scale,
+    sink: Tensor | None,
+    dtype: torch.dtype | None,
+    max_length: int | None,
+    validate: bool,
+) -> Tensor:
+    """Calls the operator; the arguments are converted."""
     values, scale, dtype = fold_scale(values, scale, dtype)
     offsets = offsets.to(torch.int64)
     return call_forward(

@@ -28,12 +28,14 @@ from masked_softmax_ext._arguments import (
     to_integer_remedy,
 )
 from masked_softmax_ext._numbers import (
+    INTEGER_DTYPES,
     broadcasts_to,
     fits_int64,
     float64_tensor,
     is_integer_dtype,
     is_traced_int,
     is_traced_numpy_scalar,
+    names_of,
     read_bool,
 )
 from masked_softmax_ext._scale import (
@@ -305,8 +307,9 @@ def per_row(name: str, index: Index, input: Tensor, dim: int) -> Tensor:
         index = torch.full((), index, device=input.device)
     if not is_integer_dtype(index.dtype):
         raise TypeError(
-            f"expected {name} of an integer type, but got {index.dtype}"
-            + to_integer_remedy(index.dtype)
+            f"expected {name} to be an int or a tensor of an integer type "
+            f"({names_of(INTEGER_DTYPES)}), but got a tensor of {index.dtype}"
+            + to_integer_remedy(name, index.dtype)
         )
     return aligned(name, index, input, dim).long()
 
@@ -328,7 +331,7 @@ def row_numbers(name: str, index: Tensor, input: Tensor, dim: int) -> Tensor:
         )
     if not broadcasts_to_rows(index.shape, rows):
         raise ValueError(
-            f"expected {name} to broadcast, from its first dimension on, to the shape of input "
+            f"expected {name} to broadcast, from the first dimension on, to the shape of input "
             f"without dimension {dim}, {rows}, but got {name} of shape {list(index.shape)} for "
             f"input of shape {list(input.shape)}" + _to_aligned_remedy(name, index.shape, rows)
         )
@@ -371,9 +374,9 @@ def check_bounds(
         raise ValueError(f"expected 0 <= length <= {size}, but {where} has length {count}")
     if not has_lengths:
         raise ValueError(
-            "expected start 0 beside lengths of None, which is every column of every row, but "
-            f"{where} has start {first}; lengths of input.size({dim}) - starts reach to the last "
-            "column"
+            "expected starts of 0 without lengths, where every column is valid, but "
+            f"{where} has start {first}; with lengths=input.size({dim}) - starts, rows end at the "
+            "last column"
         )
     raise ValueError(
         f"expected 0 <= start, 0 <= length and start + length <= {size}, but {where} has start "

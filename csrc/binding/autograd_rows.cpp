@@ -13,6 +13,8 @@
 //   softmax      dy = scale * y * (dx - <y, dx>) - y * w * ds
 //   log_softmax  dy = scale * (dx - <p, dx>) - w * ds
 //   logsumexp    dy = scale * <p, dx> + w * ds
+#include "binding/autograd_rows.h"
+
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/exp.h>
 #include <ATen/ops/new_empty.h>
@@ -25,8 +27,6 @@
 #include <limits>
 #include <tuple>
 #include <vector>
-
-#include "binding/autograd_rows.h"
 
 #include "binding/autograd_node.h"
 #include "binding/checks.h"

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "binding/overlap.h"
@@ -44,6 +45,14 @@ std::string names_of(ElementKind kind) {
     text += names[i];
   }
   return text;
+}
+
+// As Python prints it: "torch.float32".
+std::string dtype_name(at::ScalarType type) { return "torch." + std::string(c10::getDtypeNames(type).first); }
+
+// The argument that a function writes to. PyTorch's names of in-place functions end in an underscore.
+const char* written_argument(const char* function) {
+  return std::string_view(function).back() == '_' ? "input" : "out";
 }
 
 std::vector<c10::SymInt> row_shape(const at::Tensor& input, int64_t dim) {
@@ -120,12 +129,12 @@ std::string to_aligned_remedy(const char* what, c10::SymIntArrayRef index, c10::
                   " would, which causal_lengths(), window() and lengths_from_mask() return with ndim=", ndim);
 }
 
-// What makes a tensor of this type one of lengths or starts.
-std::string to_integer_remedy(at::ScalarType type) {
+// How lengths or starts are made from a tensor of this type.
+std::string to_integer_remedy(const char* what, at::ScalarType type) {
   if (type == at::kBool) {
     return "; masked_softmax_ext.lengths_from_mask() makes lengths and starts from a mask";
   }
-  return at::isComplexType(type) ? "" : "; its long() has one";
+  return at::isComplexType(type) ? "" : c10::str("; ", what, ".long() converts it");
 }
 
 void check_row_index(const char* what, const OptionalTensor& optional_index, const at::Tensor& input, int64_t dim,
@@ -136,7 +145,8 @@ void check_row_index(const char* what, const OptionalTensor& optional_index, con
   const at::Tensor& index = *optional_index;
   TORCH_CHECK_TYPE(is_integer(index.scalar_type()), name, "(): expected ", what,
                    " to be an int or a tensor of an integer type (", names_of(ElementKind::kInteger),
-                   "), but got a tensor of ", index.scalar_type(), to_integer_remedy(index.scalar_type()));
+                   "), but got a tensor of ", dtype_name(index.scalar_type()),
+                   to_integer_remedy(what, index.scalar_type()));
   TORCH_CHECK_VALUE(index.device() == input.device(), name, "(): expected ", what, " on the device of input, ",
                     input.device(), ", but got ", what, " on ", index.device());
   const bool symbolic = input.unsafeGetTensorImpl()->has_symbolic_sizes_strides() ||
@@ -145,7 +155,7 @@ void check_row_index(const char* what, const OptionalTensor& optional_index, con
                : broadcasts(index.sizes(), input.sizes(), dim)) {
     return;
   }
-  TORCH_CHECK_VALUE(false, name, "(): expected ", what, " to broadcast, from its first dimension on, to the shape of ",
+  TORCH_CHECK_VALUE(false, name, "(): expected ", what, " to broadcast, from the first dimension on, to the shape of ",
                     "input without dimension ", dim, ", ", c10::SymIntArrayRef(row_shape(input, dim)), ", but got ",
                     what, " of shape ", index.sym_sizes(), " for input of shape ", input.sym_sizes(),
                     to_aligned_remedy(what, index.sym_sizes(), input.sym_sizes(), dim));
@@ -159,12 +169,13 @@ void check_packed_arguments(const at::Tensor& values, const CallArguments& argum
                     "(): expected lengths and starts for packed rows, but got None");
   for (const at::Tensor* index : {&*arguments.lengths, &*arguments.starts}) {
     TORCH_CHECK_TYPE(is_integer(index->scalar_type()), arguments.name, "(): expected offsets of an integer type (",
-                     names_of(ElementKind::kInteger), "), but got ", index->scalar_type());
+                     names_of(ElementKind::kInteger), "), but got ", dtype_name(index->scalar_type()));
     TORCH_CHECK_VALUE(index->device() == values.device(), arguments.name,
                       "(): expected offsets on the device of values, ", values.device(), ", but got offsets on ",
                       index->device());
-    TORCH_CHECK_VALUE(index->dim() == 1, arguments.name, "(): expected offsets of one dimension, but got one row's ",
-                      "bounds in a tensor of shape ", index->sym_sizes());
+    TORCH_CHECK_VALUE(index->dim() == 1, arguments.name,
+                      "(): expected lengths and starts of one dimension for packed rows, but got one of shape ",
+                      index->sym_sizes());
   }
   TORCH_CHECK_VALUE(is_same_size(arguments.lengths->sym_size(0), arguments.starts->sym_size(0)), arguments.name,
                     "(): expected as many starts as lengths, ", arguments.lengths->sym_size(0), ", but got ",
@@ -227,23 +238,28 @@ void check_packing(Problem& problem, const at::Tensor& values, const CallArgumen
 
 }  // namespace
 
-at::ScalarType result_dtype(const char* name, at::ScalarType input, OptionalType dtype) {
-  TORCH_CHECK_TYPE(is_floating(input) || is_integer(input) || input == at::kBool, name, "(): expected input of ",
-                   names_of(ElementKind::kFloating), ", or of an integer type (", names_of(ElementKind::kInteger),
-                   "), but got ", input);
-  TORCH_CHECK_TYPE(
-      is_floating(input) || dtype.has_value(), name,
-      "(): expected input of a floating point type, or dtype= to name the type of the result, but got input of ",
-      input);
-  TORCH_CHECK_TYPE(!dtype.has_value() || is_floating(*dtype), name, "(): expected dtype to be ",
-                   names_of(ElementKind::kFloating), ", but got ", *dtype);
+at::ScalarType result_dtype(at::ScalarType input, OptionalType dtype, const CallArguments& arguments) {
+  const char* const what = arguments.input_name();
+  TORCH_CHECK_TYPE(is_floating(input) || is_integer(input) || input == at::kBool, arguments.name, "(): expected ", what,
+                   " of ", names_of(ElementKind::kFloating), ", or of an integer type (",
+                   names_of(ElementKind::kInteger), "), but got ", dtype_name(input));
+  TORCH_CHECK_TYPE(is_floating(input) || dtype.has_value(), arguments.name, "(): expected ", what,
+                   " of a floating point type, or dtype= to name the type of the result, but got ", what, " of ",
+                   dtype_name(input));
+  TORCH_CHECK_TYPE(!dtype.has_value() || is_floating(*dtype), arguments.name, "(): expected dtype to be ",
+                   names_of(ElementKind::kFloating), ", but got ", dtype_name(*dtype));
   return dtype.value_or(input);
+}
+
+void check_floating(const char* what, at::ScalarType type, const CallArguments& arguments) {
+  TORCH_CHECK_TYPE(is_floating(type), arguments.name, "(): expected ", what, " of a floating point type (",
+                   names_of(ElementKind::kFloating), "), but got ", dtype_name(type));
 }
 
 void check_row_arguments(const at::Tensor& input, const CallArguments& arguments) {
   const int64_t dim = at::maybe_wrap_dim(arguments.dim, input.dim());
-  TORCH_CHECK_VALUE(input.layout() == at::kStrided, arguments.name,
-                    "(): expected a dense (strided) input, but got layout ", input.layout());
+  TORCH_CHECK_VALUE(input.layout() == at::kStrided, arguments.name, "(): expected ", arguments.input_name(),
+                    " to be a dense tensor, but got layout ", input.layout());
   if (arguments.packed.has_value()) {
     return check_packed_arguments(input, arguments);
   }
@@ -266,27 +282,30 @@ void check_row_input(const char* what, const at::Tensor& input, const CallArgume
   const at::Tensor& given = *arguments.row_input;
   TORCH_CHECK_TYPE(is_floating(given.scalar_type()), arguments.name, "(): expected ", what,
                    " to be a number or a tensor of a floating point type (", names_of(ElementKind::kFloating),
-                   "), but got a tensor of ", given.scalar_type());
-  TORCH_CHECK_VALUE(given.device() == input.device(), arguments.name, "(): expected ", what,
-                    " on the device of input, ", input.device(), ", but got ", what, " on ", given.device());
+                   "), but got a tensor of ", dtype_name(given.scalar_type()));
+  TORCH_CHECK_VALUE(given.device() == input.device(), arguments.name, "(): expected ", what, " on the device of ",
+                    arguments.input_name(), ", ", input.device(), ", but got ", what, " on ", given.device());
   const std::vector<c10::SymInt> rows = row_shape(input, arguments);
   const c10::SymIntArrayRef sizes = given.sym_sizes();
   const bool fits = broadcasts_to_rows(sizes, rows.size(), [&](size_t k) -> const c10::SymInt& { return rows[k]; });
-  TORCH_CHECK_VALUE(fits, arguments.name, "(): expected ", what, " to broadcast, from its first dimension on, to the ",
-                    "shape of the rows, ", c10::SymIntArrayRef(rows), ", but got ", what, " of shape ", sizes,
-                    " for input of shape ", input.sym_sizes());
+  TORCH_CHECK_VALUE(fits, arguments.name, "(): expected ", what, " to broadcast, from the first dimension on, to the ",
+                    "shape of the rows, ", c10::SymIntArrayRef(rows), ", but got ", what, " of shape ", sizes, " for ",
+                    arguments.input_name(), " of shape ", input.sym_sizes());
 }
 
 void check_no_internal_overlap(const at::Tensor& output, const char* name) {
+  const char* const what = written_argument(name);
   TORCH_CHECK_VALUE(at::has_internal_overlap(output) == at::MemOverlap::No || !shares_own_elements(output), name,
-                    "(): expected an output whose elements each have memory of their own, but got one of shape ",
-                    output.sizes(), " with strides ", output.strides());
+                    "(): expected ", what, ", which is overwritten, to have memory of its own for each element, but ",
+                    "got ", what, " of shape ", output.sizes(), " with strides ", output.strides(), "; ", what,
+                    ".contiguous() has it");
 }
 
 void check_output(const at::Tensor& output, const at::Tensor& input, at::ScalarType dtype,
                   const CallArguments& arguments) {
-  TORCH_CHECK_TYPE(output.scalar_type() == dtype, arguments.name, "(): expected out of ", dtype, ", but got ",
-                   output.scalar_type());
+  TORCH_CHECK_TYPE(output.scalar_type() == dtype, arguments.name, "(): expected out of ", dtype_name(dtype),
+                   ", but got ", dtype_name(output.scalar_type()),
+                   is_floating(output.scalar_type()) ? "; dtype=out.dtype makes that the result's type" : "");
   TORCH_CHECK_VALUE(output.device() == input.device(), arguments.name, "(): expected out on the device of input, ",
                     input.device(), ", but got out on ", output.device());
   TORCH_CHECK_VALUE(is_same_shape(output, input), arguments.name, "(): expected out of input's shape, ",
@@ -299,8 +318,8 @@ void check_output(const at::Tensor& output, const at::Tensor& input, at::ScalarT
   const auto check_apart = [&](const char* what, const OptionalTensor& other, bool may_be_same) {
     TORCH_CHECK_VALUE(
         !other.has_value() || (may_be_same && same_layout(output, *other)) || !shares_elements(output, *other),
-        arguments.name, "(): expected the output's memory apart from that of ", what,
-        may_be_same ? ", or exactly the same" : "", ", but got memory that overlaps it");
+        arguments.name, "(): expected ", written_argument(arguments.name), " to share no memory with ", what,
+        may_be_same ? ", or all of it" : "", ", but got memory that overlaps it; ", what, ".clone() shares none");
   };
   check_apart("input", input, true);
   check_apart("lengths", arguments.lengths, false);
@@ -312,12 +331,11 @@ void check_output(const at::Tensor& output, const at::Tensor& input, at::ScalarT
 
 void check_like_output(const char* what, const at::Tensor& tensor, const at::Tensor& output,
                        const CallArguments& arguments) {
-  TORCH_CHECK_TYPE(is_floating(tensor.scalar_type()), arguments.name, "(): expected ", what,
-                   " of a floating point type, but got ", tensor.scalar_type());
+  check_floating(what, tensor.scalar_type(), arguments);
   TORCH_CHECK_VALUE(tensor.device() == output.device(), arguments.name, "(): expected ", what, " on ", output.device(),
-                    ", but got it on ", tensor.device());
+                    ", but got ", what, " on ", tensor.device());
   TORCH_CHECK_VALUE(is_same_shape(tensor, output), arguments.name, "(): expected ", what, " of shape ",
-                    output.sym_sizes(), ", but got ", tensor.sym_sizes());
+                    output.sym_sizes(), ", but got ", what, " of shape ", tensor.sym_sizes());
 }
 
 void check_bounds(Problem& problem, const at::Tensor& scores, const CallArguments& arguments) {
@@ -339,9 +357,9 @@ void check_bounds(Problem& problem, const at::Tensor& scores, const CallArgument
                       length);
   }
   TORCH_CHECK_VALUE(arguments.lengths.has_value(), arguments.name,
-                    "(): expected start 0 beside lengths of None, which ", "is every column of every row, but ",
-                    row_name(scores, dim, row), " has start ", start, "; lengths of input.size(", dim,
-                    ") - starts reach to the last column");
+                    "(): expected starts of 0 without lengths, where every column is valid, but ",
+                    row_name(scores, dim, row), " has start ", start, "; with lengths=input.size(", dim,
+                    ") - starts, rows end at the last column");
   TORCH_CHECK_VALUE(false, arguments.name, "(): expected 0 <= start, 0 <= length and start + length <= ", problem.cols,
                     " (input's size in dimension ", dim, "), but ", row_name(scores, dim, row), " has start ", start,
                     " and length ", length);

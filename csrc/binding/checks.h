@@ -19,12 +19,18 @@ struct CallArguments : RowArguments {
   const at::Tensor* row_input = nullptr;   // the sink, or row_scale's factor
   const at::Tensor* row_result = nullptr;  // for the sink's weight
 
+  // As the caller knows the scores.
+  const char* input_name() const { return packed.has_value() ? "values" : "input"; }
+
   // Of a call with data, where sizes are not symbols.
   int64_t packed_bound() const { return packed->guard_int(__FILE__, __LINE__); }
 };
 
 // Returns the result's type, for an input of type `input` and the caller's dtype=.
-at::ScalarType result_dtype(const char* name, at::ScalarType input, OptionalType dtype);
+at::ScalarType result_dtype(at::ScalarType input, OptionalType dtype, const CallArguments& arguments);
+
+// Checks an argument that no dtype= converts.
+void check_floating(const char* what, at::ScalarType type, const CallArguments& arguments);
 
 // Checks dim, and the device, type and shape of lengths and starts, for scores like `input`. Sizes may be symbolic.
 void check_row_arguments(const at::Tensor& input, const CallArguments& arguments);

@@ -47,7 +47,7 @@ void check_alignment(const void* data, ElementType type, const char* what, const
   const int64_t bytes = size_bytes(type);
   TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(bytes) == 0, name, "(): expected ", what,
                     " at an address that is a multiple of its elements' size, ", bytes, " bytes, but got ", data,
-                    "; its clone() has one");
+                    "; clone() makes a tensor at such an address");
 }
 
 void check_alignment(const Problem& problem, const char* name) {

@@ -25,7 +25,7 @@ struct DeviceOps {
   static at::Tensor forward(const at::Tensor& input, const RowArguments& rows, OptionalDouble padding_value,
                             OptionalType dtype, bool validate, OptionalSymInt packed) {
     const CallArguments arguments{rows, name_of(kOperation, packed), packed, validate, padding_value};
-    const at::ScalarType type = result_dtype(arguments.name, input.scalar_type(), dtype);
+    const at::ScalarType type = result_dtype(input.scalar_type(), dtype, arguments);
     check_row_arguments(input, arguments);
     at::Tensor output = Device::empty(input, type, arguments);
     Device::compute(kOperation, output, {&input}, arguments);
@@ -38,7 +38,7 @@ struct DeviceOps {
                                                               OptionalType dtype, bool validate,
                                                               OptionalSymInt packed) {
     CallArguments arguments{rows, name_of(kOperation, packed), packed, validate, padding_value, &sink};
-    const at::ScalarType type = result_dtype(arguments.name, input.scalar_type(), dtype);
+    const at::ScalarType type = result_dtype(input.scalar_type(), dtype, arguments);
     check_row_arguments(input, arguments);
     check_row_input("sink", input, arguments);
     at::Tensor output = Device::empty(input, type, arguments);
@@ -56,8 +56,7 @@ struct DeviceOps {
   }
 
   static void softmax_in_place(at::Tensor& input, const RowArguments& rows, bool validate) {
-    compute_into(Operation::kSoftmax, input, input, std::nullopt,
-                 {rows, SoftmaxInPlaceOperator::kName, std::nullopt, validate});
+    compute_in_place(input, {rows, SoftmaxInPlaceOperator::kName, std::nullopt, validate});
   }
 
   static void softmax_with_sink_in_place(at::Tensor& input, const at::Tensor& sink, const OptionalTensor& sink_weight,
@@ -69,7 +68,7 @@ struct DeviceOps {
       check_like_output("sink_weight", *sink_weight, weight, arguments);
       arguments.row_result = &weight;
     }
-    compute_into(Operation::kSoftmax, input, input, std::nullopt, arguments);
+    compute_in_place(input, arguments);
     if (sink_weight.has_value()) {
       sink_weight->copy_(weight);
     }
@@ -79,7 +78,7 @@ struct DeviceOps {
   static at::Tensor reduction(const at::Tensor& input, const RowArguments& rows, OptionalType dtype, bool validate,
                               OptionalSymInt packed) {
     const CallArguments arguments{rows, info_of(kOperation).name, packed, validate};
-    const at::ScalarType type = result_dtype(arguments.name, input.scalar_type(), dtype);
+    const at::ScalarType type = result_dtype(input.scalar_type(), dtype, arguments);
     check_row_arguments(input, arguments);
     at::Tensor result = empty_rows(input, type, arguments);
     Device::compute(kOperation, result, {&input}, arguments);
@@ -90,7 +89,7 @@ struct DeviceOps {
   static at::Tensor logsumexp_with_sink(const at::Tensor& input, const at::Tensor& sink, const RowArguments& rows,
                                         OptionalType dtype, bool validate, OptionalSymInt packed) {
     CallArguments arguments{rows, info_of(Operation::kLogSumExp).name, packed, validate, std::nullopt, &sink};
-    const at::ScalarType type = result_dtype(arguments.name, input.scalar_type(), dtype);
+    const at::ScalarType type = result_dtype(input.scalar_type(), dtype, arguments);
     check_row_arguments(input, arguments);
     check_row_input("sink", input, arguments);
     arguments.row_input = nullptr;  // not the kernel's
@@ -102,10 +101,10 @@ struct DeviceOps {
 
   static at::Tensor row_dot(const at::Tensor& a, const at::Tensor& b, const RowArguments& rows, OptionalSymInt packed) {
     const CallArguments arguments{rows, info_of(Operation::kRowDot).name, packed, /*validate=*/false};
-    const at::ScalarType type = result_dtype(arguments.name, b.scalar_type(), std::nullopt);
+    check_floating("b", b.scalar_type(), arguments);
     check_row_arguments(b, arguments);
     check_like_output("a", a, b, arguments);
-    at::Tensor result = empty_rows(b, c10::promoteTypes(type, at::kFloat), arguments);
+    at::Tensor result = empty_rows(b, c10::promoteTypes(b.scalar_type(), at::kFloat), arguments);
     Device::compute(Operation::kRowDot, result, {&a, &b}, arguments);
     return result;
   }
@@ -114,10 +113,10 @@ struct DeviceOps {
                               OptionalSymInt packed) {
     const CallArguments arguments{rows,   info_of(Operation::kRowScale).name, packed, /*validate=*/false, std::nullopt,
                                   &factor};
-    const at::ScalarType type = result_dtype(arguments.name, a.scalar_type(), std::nullopt);
+    check_floating("a", a.scalar_type(), arguments);
     check_row_arguments(a, arguments);
     check_row_input("factor", a, arguments);
-    at::Tensor result = Device::empty(a, type, arguments);
+    at::Tensor result = Device::empty(a, a.scalar_type(), arguments);
     Device::compute(Operation::kRowScale, result, {&a}, arguments);
     return result;
   }
@@ -187,7 +186,7 @@ struct DeviceOps {
 
   static void compute_into(Operation operation, at::Tensor& output, const at::Tensor& input, OptionalType dtype,
                            const CallArguments& arguments) {
-    const at::ScalarType type = result_dtype(arguments.name, input.scalar_type(), dtype);
+    const at::ScalarType type = result_dtype(input.scalar_type(), dtype, arguments);
     check_row_arguments(input, arguments);
     if (arguments.row_input != nullptr) {
       check_row_input("sink", input, arguments);
@@ -196,11 +195,17 @@ struct DeviceOps {
     Device::compute(operation, output, {&input}, arguments);
   }
 
+  static void compute_in_place(at::Tensor& input, const CallArguments& arguments) {
+    check_floating("input", input.scalar_type(), arguments);
+    compute_into(Operation::kSoftmax, input, input, std::nullopt, arguments);
+  }
+
   template <Operation kOperation>
   static at::Tensor derivative(std::initializer_list<NamedTensor> gradients, const at::Tensor& output,
                                const RowArguments& rows, at::ScalarType dtype, OptionalSymInt packed) {
     const CallArguments arguments{rows, info_of(kOperation).name, packed, /*validate=*/false};
-    const at::ScalarType type = result_dtype(arguments.name, output.scalar_type(), dtype);
+    check_floating("output", output.scalar_type(), arguments);
+    const at::ScalarType type = result_dtype(output.scalar_type(), dtype, arguments);
     check_row_arguments(output, arguments);
     for (const NamedTensor& gradient : gradients) {
       check_like_output(gradient.name, *gradient.tensor, output, arguments);

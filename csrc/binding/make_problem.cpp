@@ -36,7 +36,7 @@ void check_memory(const at::Tensor& tensor, const char* name) {
                                                          tensor.storage_offset());
   const size_t held = tensor.storage().nbytes();
   TORCH_CHECK(needed <= held || tensor.numel() == 0, name, "(): expected tensors whose storage holds their elements, ",
-              "but got one of shape ", tensor.sizes(), " that needs ", needed, " bytes, in a storage of ", held);
+              "but got one of shape ", tensor.sizes(), ", which needs ", needed, " bytes, in a storage of ", held);
 }
 
 // The caller passes an input's const data pointer: a mutable one would materialize a lazy clone (torch._lazy_clone).

@@ -14,15 +14,21 @@ bool is_dense(const at::Tensor& tensor) {
   return tensor.layout() == at::kStrided && !tensor.is_quantized() && !tensor.is_nested();
 }
 
-std::string describe(const at::Tensor& tensor) {
+// As check_dense() in _arguments.py.
+std::string describe(const at::Tensor& tensor, const std::string& argument) {
+  std::string kind = tensor.layout() == at::kMkldnn ? "a oneDNN tensor" : "a sparse tensor";
+  std::string remedy = argument + ".to_dense() is dense";
   if (tensor.is_quantized()) {
-    return "a quantized tensor; its dequantize() gives a dense one";
+    kind = "a quantized tensor";
+    remedy = argument + ".dequantize() is dense";
+  } else if (tensor.is_nested()) {
+    kind = "a nested tensor";
+    remedy = argument == "input"
+                 ? "torch.nested.as_nested_tensor(input.unbind(), layout=torch.jagged) is jagged, which "
+                   "masked_softmax() takes"
+                 : "torch.nested.to_padded_tensor(" + argument + ", 0) is dense";
   }
-  if (tensor.is_nested()) {
-    return "a nested tensor; torch.nested.to_padded_tensor() gives a dense one";
-  }
-  const char* const kind = tensor.layout() == at::kMkldnn ? "a oneDNN tensor" : "a sparse tensor";
-  return std::string(kind) + "; its to_dense() gives a dense one";
+  return kind + "; " + (argument == "out" ? "without out= the result is a new dense tensor" : remedy);
 }
 
 void refuse(const c10::OperatorHandle& op, c10::DispatchKeySet /*keys*/, torch::jit::Stack* stack) {
@@ -32,7 +38,7 @@ void refuse(const c10::OperatorHandle& op, c10::DispatchKeySet /*keys*/, torch::
     const c10::IValue& value = torch::jit::peek(*stack, i, parameters.size());
     TORCH_CHECK_NOT_IMPLEMENTED(!value.isTensor() || is_dense(value.toTensor()), name.substr(name.rfind(':') + 1),
                                 "(): expected ", parameters[i].name(), " to be a dense tensor, but got ",
-                                describe(value.toTensor()));
+                                describe(value.toTensor(), parameters[i].name()));
   }
   TORCH_INTERNAL_ASSERT(false, name, " of dense tensors came here");
 }

@@ -17,8 +17,8 @@
 // Every operator takes its score-shaped tensors first, then the row arguments, then its options. `output` is the saved
 // result of the forward pass. `packed` is None for padded rows. For packed rows, which lie end to end in dimension
 // `dim`, it is an upper bound of their lengths, or negative if the bound is unknown; lengths and starts are then
-// one-dimensional, one element a row. Operators that write to an argument return nothing, because torch functionalizes
-// no others.
+// one-dimensional, one element a row. Operators that write to an argument return nothing: torch cannot functionalize a
+// custom operator that returns the argument it writes to.
 #pragma once
 
 #include <ATen/core/Tensor.h>

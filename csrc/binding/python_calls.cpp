@@ -92,12 +92,12 @@ bool parse_arguments(PyObject* const* objects, Py_ssize_t count, Call& call, Opt
                     options...);
 }
 
-class WithoutGil {
+class ReleaseGil {
  public:
-  WithoutGil() : state_(PyEval_SaveThread()) {}
-  ~WithoutGil() { PyEval_RestoreThread(state_); }
-  WithoutGil(const WithoutGil&) = delete;
-  WithoutGil& operator=(const WithoutGil&) = delete;
+  ReleaseGil() : state_(PyEval_SaveThread()) {}
+  ~ReleaseGil() { PyEval_RestoreThread(state_); }
+  ReleaseGil(const ReleaseGil&) = delete;
+  ReleaseGil& operator=(const ReleaseGil&) = delete;
 
  private:
   PyThreadState* const state_;
@@ -131,7 +131,7 @@ PyObject* forward(PyObject* /*module*/, PyObject* const* arguments, Py_ssize_t c
     }
     at::Tensor result;
     {
-      const WithoutGil without_gil;
+      const ReleaseGil release_gil;
       if (out.has_value()) {
         result = *out;
         call_operator<OutOperator<kOperation>>(given.input, given.rows(), std::nullopt, padding_value, dtype, validate,
@@ -152,7 +152,7 @@ PyObject* softmax_in_place(PyObject* /*module*/, PyObject* const* arguments, Py_
       Py_RETURN_NOTIMPLEMENTED;
     }
     {
-      const WithoutGil without_gil;
+      const ReleaseGil release_gil;
       call_operator<SoftmaxInPlaceOperator>(given.input, given.rows(), validate);
     }
     return THPVariable_Wrap(std::move(given.input));

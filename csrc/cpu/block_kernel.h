@@ -288,7 +288,7 @@ class BlockKernel {
     const int64_t length = block.lengths[row];
     if constexpr (kIsNarrow) {
       if (__builtin_expect(block.before[row] == 0, 1)) {
-        return write_narrow_row<V>(output, length, length + block.after[row], padding_, value);
+        return write_narrow_row<V>(output, length, length + block.after[row], padding_, hints_.store, value);
       }
     }
     write_row<V>(output, block.before[row], length, block.after[row], padding_, hints_.store, value);

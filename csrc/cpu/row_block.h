@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/derivative_kernel.h"
+#include "cpu/prefetch.h"
 #include "cpu/row_kernel.h"
 #include "cpu/store_hint.h"
 
@@ -95,8 +96,9 @@ struct RowBlock {
 };
 
 // While a block is computed, prefetches the next block's inputs: hardware prefetchers stop at the end of a page and
-// know nothing of lengths. Also prefetches output lines that would stall the stores behind them: the padding, where
-// stores are cached, and otherwise the line that a row shares with the next one.
+// know nothing of lengths. Also prefetches output lines that would stall the stores behind them. Where stores are
+// cached, these are the padding's lines. Otherwise they are the line that a row shares with the next one, which gets
+// cached stores, and in the next block the first line of each page, so that its address is in the TLB.
 //
 // The next block is walked in its own order, whatever the lengths of the rows computed meanwhile, and prefetched into
 // L1. (Zen 5, November 2026, 32768 x 512 floats, uniform lengths, ns a row: 85; into L2: 150; each row with the row of
@@ -113,16 +115,18 @@ class Prefetcher {
       return;
     }
     const auto* const padding = block_.outputs[row] + block_.lengths[row];
-    const int64_t bytes = block_.after[row] * int64_t{sizeof(typename Block::output_t)};
+    const int64_t bytes = block_.after[row] * int64_t{sizeof(output_t)};
     if (hints_.store == StoreHint::kCached) {
       constexpr int64_t kMaxBytes = 4096;  // beyond, hardware prefetchers recognize the stores as a stream
-      prefetch(padding, bytes < kMaxBytes ? bytes : kMaxBytes);
-    } else {
-      // The line that this row shares with the next one gets cached stores.
-      const char* const end = reinterpret_cast<const char*>(padding) + bytes;
-      if (reinterpret_cast<uintptr_t>(end) % kLineBytes != 0) {
-        __builtin_prefetch(end, 1, kIntoL1);
-      }
+      prefetch_lines(padding, bytes < kMaxBytes ? bytes : kMaxBytes);
+      return;
+    }
+    const char* const end = reinterpret_cast<const char*>(padding) + bytes;
+    if (reinterpret_cast<uintptr_t>(end) % kLineBytes != 0) {
+      __builtin_prefetch(end, 1, kIntoL1);
+    }
+    if (row < next_rows_) {
+      prefetch_output_pages(row);
     }
   }
 
@@ -141,13 +145,12 @@ class Prefetcher {
   }
 
  private:
+  using output_t = typename Block::output_t;
   static constexpr int kElems = kTileElems<typename Block::Vector>;
-  static constexpr int kIntoL1 = 3;
-  static constexpr int64_t kLineBytes = 64;
 
   MASKED_SOFTMAX_INLINE void prefetch_next_tile() {
     for (int k = 0; k < Block::kInputs; ++k) {
-      prefetch(next_.inputs[k][next_row_] + next_col_, kElems * int64_t{sizeof(typename Block::input_t)});
+      prefetch_lines(next_.inputs[k][next_row_] + next_col_, kElems * int64_t{sizeof(typename Block::input_t)});
     }
     // Without branches, which would be mispredicted.
     next_col_ += kElems;
@@ -156,10 +159,10 @@ class Prefetcher {
     next_row_ += is_row_done ? 1 : 0;
   }
 
-  static MASKED_SOFTMAX_INLINE void prefetch(const void* first, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += kLineBytes) {
-      __builtin_prefetch(static_cast<const char*>(first) + i, 0, kIntoL1);
-    }
+  // (Zen 5, November 2026, pages of 4 KiB, uniform lengths, 16384 x 512 floats: 0.55 of the time.)
+  MASKED_SOFTMAX_INLINE void prefetch_output_pages(int row) const {
+    const int64_t elems = int64_t{next_.before[row]} + next_.lengths[row] + next_.after[row];
+    prefetch_page_starts(next_.outputs[row] - next_.before[row], elems * int64_t{sizeof(output_t)}, 1);
   }
 
   const Block& block_;

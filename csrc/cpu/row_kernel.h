@@ -197,7 +197,9 @@ double add_sink_to_log_sum(double sink, const ForwardScale<acc_t>& scale, acc_t&
   }
   const SumWithSink total = masked_softmax::add_sink_to_log_sum(static_cast<double>(log_sum),
                                                                 static_cast<double>(row_max), sink, scale.exact);
-  log_sum = static_cast<acc_t>(total.sum);
+  // -inf only without a sink: a lone one below every float32 would make -inf - log_sum NaN.
+  constexpr double kLowest = std::numeric_limits<acc_t>::lowest();
+  log_sum = static_cast<acc_t>(std::isfinite(total.sum) && total.sum < kLowest ? kLowest : total.sum);
   return total.weight;
 }
 

@@ -8,6 +8,7 @@
 // terms are.
 #pragma once
 
+#include "cpu/prefetch.h"
 #include "cpu/vector_defaults.h"
 
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
@@ -184,7 +185,6 @@ MASKED_SOFTMAX_INLINE int64_t write_values(U* y, int64_t count, int64_t room, ty
   constexpr int64_t kLanes = V::kLanes;
   int64_t i = 0;
   if constexpr (V::kHasNonTemporalStores) {
-    constexpr int64_t kLineBytes = 64;
     constexpr int64_t kLineElems = kLineBytes / int64_t{sizeof(U)};
     const auto bytes_to_line = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(y) % kLineBytes);
     if (hint == StoreHint::kNonTemporal && bytes_to_line % int64_t{sizeof(U)} == 0) {
@@ -251,22 +251,37 @@ MASKED_SOFTMAX_INLINE void write_row(U* valid, int64_t before, int64_t length, i
 }
 
 // The same for a row of at most one tile, `cols` elements, that begins with its valid columns. No branch depends on the
-// length.
+// length. Stores are non-temporal only where the row is whole cache lines.
 template <class V, class U, class Value>
 MASKED_SOFTMAX_INLINE void write_narrow_row(U* y, int64_t length, int64_t cols, typename V::acc_t padding,
-                                            const Value& value) {
+                                            StoreHint hint, const Value& value) {
   constexpr int64_t kLanes = V::kLanes;
+  const auto result = [&](int k) MASKED_SOFTMAX_LAMBDA_INLINE {
+    const auto mask = V::first_n(length, k);
+    return value(k * kLanes, mask).masked(mask, padding);
+  };
+  if constexpr (V::kHasNonTemporalStores) {
+    const auto row_bytes = static_cast<uintptr_t>(cols) * sizeof(U);
+    if (hint == StoreHint::kNonTemporal && (reinterpret_cast<uintptr_t>(y) | row_bytes) % kLineBytes == 0) {
+      MASKED_SOFTMAX_UNROLL
+      for (int k = 0; k < V::kTileVectors; ++k) {
+        if (k * kLanes >= cols) {
+          return;
+        }
+        result(k).store_non_temporal(y + k * kLanes);
+      }
+      return;
+    }
+  }
   MASKED_SOFTMAX_UNROLL
   for (int k = 0; k < V::kTileVectors; ++k) {
     if (k * kLanes >= cols) {
       return;
     }
-    const auto mask = V::first_n(length, k);
-    const V result = value(k * kLanes, mask).masked(mask, padding);
     if ((k + 1) * kLanes <= cols) {
-      result.store(y + k * kLanes);
+      result(k).store(y + k * kLanes);
     } else {
-      result.store(y + k * kLanes, V::first_n(cols, k));
+      result(k).store(y + k * kLanes, V::first_n(cols, k));
     }
   }
 }

@@ -12,6 +12,7 @@
 //   row_passes.h, exp2.h                 loops over a row, sums, the exponential
 //   vector_defaults.h, vec_*.h           vectors
 //   partition, store_hint, huge_pages    rows to threads; how results are written
+//   prefetch.h                           prefetches of lines and pages
 #pragma once
 
 #include "cpu/staged_rows.h"

@@ -5,7 +5,7 @@
 //   launch_plan.h               strategy, grid and block from a row's size, and the order of its sums
 //   device_properties.h         what the plan must know of the device
 //   kernel_problem.h            a kernel's argument
-//   held_*.cu                   the kernels of held rows for one type pair
+//   held_*.cu                   the kernels of held rows, by type pair
 //   held_rows.cuh               held rows, which threads hold in registers: lanes, block, cluster, split; their launch
 //   staged_rows.cuh             held rows that come through shared memory: staged
 //   plain_columns.cuh           rows with unit row stride, which lanes hold in registers: column

@@ -653,6 +653,10 @@ def bad_arguments(world: int) -> None:
             masked_softmax(x.long(), LENGTHS)
         with pytest.raises(TypeError, match=r"masked_softmax.*dtype to be float32"):
             masked_softmax(x, LENGTHS, dtype=torch.int64)
+        with pytest.raises(TypeError, match="expected out to be a DTensor, because input is one"):
+            masked_softmax(x, LENGTHS, out=X.clone())
+        with pytest.raises(TypeError, match="expected out to be a plain tensor, because input is"):
+            masked_softmax(X, LENGTHS, out=x)
 
 
 @check

@@ -256,6 +256,25 @@ MUTATIONS = (
         "MASKED_SOFTMAX_ISA(neon, AARCH64, true)\n",
         "",
     ),
+    # Numbers of rows
+    Mutation(
+        "a NaN beside infinities overlooked",
+        "cpu/row_kernel.h",
+        "    if (element != element) {\n      return true;",
+        "    if (element != element) {\n      return false;",
+    ),
+    Mutation(
+        "sinks of a column tile read without their stride",
+        "cpu/staged_rows.h",
+        "block_.row_input.row_strides[0] = run.row_input_step();",
+        "block_.row_input.row_strides[0] = 1;",
+    ),
+    Mutation(
+        "a number as the length of every row, halved",
+        "common/row_walker.h",
+        "static_cast<int32_t>(clamp(0, lengths_index_->value).end)",
+        "static_cast<int32_t>(lengths_index_->value / 2)",
+    ),
     # Ends of rows
     Mutation(
         "a last tile one element short",

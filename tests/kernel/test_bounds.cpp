@@ -195,6 +195,42 @@ TEST("lengths: the kernels read them in every integer type and stride") {
   }
 }
 
+TEST("lengths: a number for every row gives the bits of a tensor that repeats it") {
+  constexpr int64_t kRows = 6;
+  for (Operation operation : kOperations) {
+    for (ElementType type : kFloatingTypes) {
+      for (int64_t length : {0, 1, 40, 72}) {
+        for (int64_t start : {0, 3}) {
+          const Bounds bounds{std::vector<int64_t>(kRows, start), std::vector<int64_t>(kRows, length)};
+          std::vector<Matrix> inputs;
+          for (int k = 0; k < input_count(operation); ++k) {
+            inputs.emplace_back(type, kRows, 75);
+          }
+          fill_inputs(operation, inputs, bounds, 17);
+          for_each_capability([&](const CpuCapability& capability) {
+            Matrix expected(type, kRows, 75);
+            Matrix output(type, kRows, 75);
+            Problem problem = make_problem(operation, expected, inputs, bounds);
+            capability.run_rows(problem, 0, kRows);
+            problem.output = output.operand();
+            problem.lengths.data = problem.starts.data = nullptr;
+            problem.lengths.value = length;
+            problem.starts.value = start;
+            capability.run_rows(problem, 0, kRows);
+            for (int64_t row = 0; row < kRows; ++row) {
+              for (int64_t col = 0; col < 75; ++col) {
+                CHECK(output.bits(row, col) == expected.bits(row, col),
+                      capability.name << ' ' << name_of(operation) << ' ' << name_of(type) << ", length " << length
+                                      << ", start " << start << ", row " << row << ", column " << col);
+              }
+            }
+          });
+        }
+      }
+    }
+  }
+}
+
 TEST("lengths: out of range they are clamped to the row, and nothing beside it is read") {
   constexpr int64_t kFew = 37;
   const int64_t some[] = {0, 1, 5, kFew, kFew + 1, -1, 1 << 20, -(1 << 20), kSmallest, kLargest};

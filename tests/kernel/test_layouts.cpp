@@ -172,6 +172,76 @@ TEST("bits: the same in any layout for rows that are read tile by tile, and for 
   check_all_layouts({Operation::kLogSoftmaxBackward, ElementType::kFloat64, ElementType::kFloat64, 8400, 1.0});
 }
 
+TEST("bits: numbers of rows, beside inputs and outputs in any layout") {
+  struct Case {
+    Operation operation;
+    bool has_row_input;
+    bool has_row_result;
+  };
+  constexpr Case kCases[] = {{Operation::kSoftmax, true, true},
+                             {Operation::kLogSoftmax, true, true},
+                             {Operation::kLogSumExp, false, true},
+                             {Operation::kRowDot, false, true},
+                             {Operation::kRowScale, true, false}};
+  for (const Case& c : kCases) {
+    for (int64_t cols : {75, 300}) {
+      Sample sample(c.operation, ElementType::kFloat32, ElementType::kFloat32, cols, 0.8);
+      const int64_t rows = sample.rows();
+      for_each_capability([&](const CpuCapability& capability) {
+        // Runs the sample in that layout; returns the bits of its elements, then those of its rows' numbers.
+        const auto result = [&](Layout layout) {
+          Matrix unused(ElementType::kFloat32, rows, cols);
+          Problem problem = make_problem(c.operation, unused, sample.inputs, sample.bounds, sample.scale);
+          std::vector<LaidOut> inputs;
+          inputs.reserve(sample.inputs.size());
+          for (size_t k = 0; k < sample.inputs.size(); ++k) {
+            inputs.emplace_back(ElementType::kFloat32, rows, cols, layout);
+            for (int64_t row = 0; row < rows; ++row) {
+              for (int64_t col = 0; col < cols; ++col) {
+                inputs[k].set(row, col, sample.inputs[k].bits(row, col));
+              }
+            }
+            problem.inputs[k] = inputs[k].operand();
+          }
+          const LaidOut output(ElementType::kFloat32, rows, cols, layout);
+          problem.output = output.operand();
+          std::vector<double> row_input(static_cast<size_t>(rows) * 2);  // every other one is a row's
+          for (size_t i = 0; i < row_input.size(); ++i) {
+            row_input[i] = 0.25 * static_cast<double>(i) - 1;
+          }
+          std::vector<float> row_results(static_cast<size_t>(rows), -7.0F);
+          if (c.has_row_input) {
+            problem.row_input.data = row_input.data();
+            problem.row_input.type = ElementType::kFloat64;
+            problem.row_input.row_strides[0] = 2;
+          }
+          if (c.has_row_result) {
+            problem.row_result = {row_results.data(), ElementType::kFloat32};
+          }
+          if (is_reduction(c.operation)) {  // it has no elements to write
+            problem.output.data = row_results.data();
+            problem.output.col_stride = problem.output.row_strides[0] = 1;
+          }
+          capability.run_rows(problem, 0, rows);
+          std::string bits;
+          for (int64_t row = 0; row < rows; ++row) {
+            for (int64_t col = 0; col < cols; ++col) {
+              bits += output.bits(row, col);
+            }
+          }
+          const char* numbers = reinterpret_cast<const char*>(row_results.data());
+          return bits.append(numbers, sizeof(float) * row_results.size());
+        };
+        const std::string expected = result(Layout::kContiguous);
+        for (Layout layout : kLayouts) {
+          CHECK(result(layout) == expected,
+                capability.name << ' ' << name_of(c.operation) << ", " << cols << " columns, " << layout_name(layout));
+        }
+      });
+    }
+  }
+}
+
 TEST("bits: the same at every alignment within 64 bytes and beyond") {
   for (Operation operation : kOperations) {
     for (ElementType type : kFloatingTypes) {

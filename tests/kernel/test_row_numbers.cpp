@@ -120,6 +120,19 @@ void check_sinks(const SinkCase& c, int64_t cols) {
   });
 }
 
+bool is_same(double got, double expected) { return got == expected || (std::isnan(got) && std::isnan(expected)); }
+
+// One row; others: 0 for random numbers.
+Matrix row_of(ElementType type, int64_t cols, double first, double others) {
+  std::vector<Matrix> rows{Matrix(type, 1, cols)};
+  fill_inputs(Operation::kSoftmax, rows, {{0}, {cols}}, 3);
+  for (int64_t col = 1; others != 0 && col < cols; ++col) {
+    rows[0].set(0, col, others);
+  }
+  rows[0].set(0, 0, first);
+  return rows[0];
+}
+
 // The results of a reduction, or of row_scale: check(row, got, where).
 void check_values(const Problem& problem, const Matrix& results,
                   const std::function<Expected(int64_t row, int64_t col)>& expected, bool in_double,
@@ -198,43 +211,81 @@ TEST("row numbers: a sink of -inf is none, bit for bit") {
 
 TEST("row numbers: infinities and NaN, in the row and as its sink") {
   struct Edge {
-    double element;  // all of the row's, or the first of it
-    bool is_all;
+    double first;
+    double others;  // 0: random numbers
     double sink;
-    double y;  // NaN: the row is
+    double y;  // of softmax; NaN: that of log_softmax is NaN too, otherwise it is -inf
     double weight;
   };
   constexpr Edge kEdges[] = {
-      {-kInfinity, true, 0.5, 0, 1},           {-kInfinity, true, 1e300, 0, 1},   {-kInfinity, true, -1e300, 0, 1},
-      {-kInfinity, true, -kInfinity, kNan, 0}, {kNan, false, 0.5, kNan, kNan},    {kNan, false, -1e300, kNan, kNan},
-      {kInfinity, false, 0.5, kNan, kNan},     {0, false, kInfinity, kNan, kNan}, {0, false, kNan, kNan, kNan},
-      {-kInfinity, true, kNan, kNan, kNan},
+      {-kInfinity, -kInfinity, 0.5, 0, 1},
+      {-kInfinity, -kInfinity, 1e305, 0, 1},
+      {-kInfinity, -kInfinity, -1e305, 0, 1},
+      {-kInfinity, -kInfinity, -kInfinity, kNan, 0},
+      {kNan, 0, 0.5, kNan, kNan},
+      {kNan, 0, -1e305, kNan, kNan},
+      {kNan, -kInfinity, 0.5, kNan, kNan},
+      {kInfinity, 0, 0.5, kNan, kNan},
+      {0, 0, kInfinity, kNan, kNan},
+      {0, 0, kNan, kNan, kNan},
+      {-kInfinity, -kInfinity, kNan, kNan, kNan},
+  };
+  for (ElementType type : kFloatingTypes) {
+    for (int64_t cols : {1, 20, 9000}) {
+      for (const Edge& edge : kEdges) {
+        for (Operation operation : {Operation::kSoftmax, Operation::kLogSoftmax}) {
+          const Bounds bounds{{0}, {cols}};
+          std::vector<Matrix> inputs{row_of(type, cols, edge.first, edge.others)};
+          Matrix sinks(ElementType::kFloat64, 1, 1);
+          sinks.set(0, 0, edge.sink);
+          const double y = operation == Operation::kLogSoftmax && edge.y == 0 ? -kInfinity : edge.y;
+          for_each_capability([&](const CpuCapability& capability) {
+            Matrix output(type, 1, cols);
+            Matrix weights(ElementType::kFloat64, 1, 1);
+            Problem problem = make_problem(operation, output, inputs, bounds);
+            problem.row_input = row_input_of(sinks);
+            problem.row_result = {weights.operand().data, ElementType::kFloat64};
+            capability.run_rows(problem, 0, 1);
+            CHECK(is_same(output.get(0, cols - 1), y) && is_same(weights.get(0, 0), edge.weight),
+                  capability.name << ' ' << name_of(operation) << ' ' << name_of(type) << ", " << cols
+                                  << " columns, first " << edge.first << ", others " << edge.others << ", sink "
+                                  << edge.sink << ": " << output.get(0, cols - 1) << ", weight " << weights.get(0, 0));
+          });
+        }
+      }
+    }
+  }
+}
+
+TEST("row numbers: the logsumexp of infinities and NaN is torch's") {
+  struct Edge {
+    double first;
+    double others;  // 0: random numbers
+    double logsumexp;
+  };
+  constexpr Edge kEdges[] = {
+      {-kInfinity, -kInfinity, -kInfinity},
+      {kNan, 0, kNan},
+      {kNan, -kInfinity, kNan},
+      {kInfinity, 0, kInfinity},
+      {kNan, kInfinity, kNan},
+      {kInfinity, kInfinity, kInfinity},
   };
   for (ElementType type : kFloatingTypes) {
     for (int64_t cols : {1, 20, 9000}) {
       for (const Edge& edge : kEdges) {
         const Bounds bounds{{0}, {cols}};
-        std::vector<Matrix> inputs{Matrix(type, 1, cols)};
-        fill_inputs(Operation::kSoftmax, inputs, bounds, 3);
-        for (int64_t col = 0; col < (edge.is_all ? cols : 1); ++col) {
-          inputs[0].set(0, col, edge.element);
-        }
-        Matrix sinks(ElementType::kFloat64, 1, 1);
-        sinks.set(0, 0, edge.sink);
+        std::vector<Matrix> inputs{row_of(type, cols, edge.first, edge.others)};
         for_each_capability([&](const CpuCapability& capability) {
-          Matrix output(type, 1, cols);
-          Matrix weights(ElementType::kFloat64, 1, 1);
-          Problem problem = make_problem(Operation::kSoftmax, output, inputs, bounds);
-          problem.row_input = row_input_of(sinks);
-          problem.row_result = {weights.operand().data, ElementType::kFloat64};
+          Matrix shape(type, 1, cols);
+          Matrix results(type, 1, 1);
+          Problem problem = make_problem(Operation::kLogSumExp, shape, inputs, bounds);
+          problem.output = results.operand();
+          problem.row_result = {results.operand().data, type};
           capability.run_rows(problem, 0, 1);
-          const auto is = [](double got, double expected) {
-            return got == expected || (std::isnan(got) && std::isnan(expected));
-          };
-          CHECK(is(output.get(0, cols - 1), edge.y) && is(weights.get(0, 0), edge.weight),
-                capability.name << ' ' << name_of(type) << ", " << cols << " columns, element " << edge.element
-                                << ", sink " << edge.sink << ": " << output.get(0, cols - 1) << ", weight "
-                                << weights.get(0, 0));
+          CHECK(is_same(results.get(0, 0), edge.logsumexp),
+                capability.name << ' ' << name_of(type) << ", " << cols << " columns, first " << edge.first
+                                << ", others " << edge.others << ": " << results.get(0, 0));
         });
       }
     }

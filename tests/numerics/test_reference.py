@@ -20,7 +20,12 @@ from numpy_reference import HAS_LONG_DOUBLE
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from masked_softmax_ext.reference import masked_log_softmax, masked_softmax, valid_mask
+from masked_softmax_ext.reference import (
+    masked_log_softmax,
+    masked_logsumexp,
+    masked_softmax,
+    valid_mask,
+)
 
 NAN, INF = math.nan, math.inf
 
@@ -44,6 +49,16 @@ def assert_same(got: Tensor, expected: Any) -> None:
 
 
 # Numbers computed by hand
+
+
+@pytest.mark.parametrize(
+    "sink", [ONE, torch.tensor(ONE, dtype=torch.float64)], ids=["number", "tensor"]
+)
+def test_a_sink_beside_a_single_number(sink: float | Tensor) -> None:
+    x = torch.tensor(TWO)
+    assert_close(masked_softmax(x, dim=0, sink=sink), 2 / 3)
+    assert_close(masked_log_softmax(x, dim=0, sink=sink), math.log(2 / 3))
+    assert_close(masked_logsumexp(x, dim=0, sink=sink), THREE)
 
 
 def test_softmax_by_hand() -> None:

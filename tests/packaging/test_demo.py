@@ -6,6 +6,7 @@ sentence and writes a plot; if it cannot run, it says why in one sentence.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import re
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from pydoc_data import topics
+from types import SimpleNamespace
 from typing import Any
 
 import child
@@ -254,6 +256,42 @@ def test_interrupt_ends_cleanly() -> None:
     assert "Traceback" not in rest
     assert rest.endswith("Stopped.\n")
     assert running.returncode == 130
+
+
+def test_threads_and_sentences_too_long_to_draw(
+    set_threads: Callable[[int], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is missing")
+    path = tmp_path / "weights.png"
+    shown = 2 if torch.get_num_threads() != 2 else 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "MAX_DRAWN_WORDS", 1)
+        assert demo.main([*SMALL, "--threads", str(shown), "--plot", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert f", {shown} threads), torch " in printed.splitlines()[0]
+    assert torch.get_num_threads() == shown
+    assert printed.endswith("No sentence has at most 1 words, so there is no picture.\n")
+    assert not path.exists()
+
+
+def test_progress_is_drawn_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If the work takes more than a second; the bar is gone afterwards."""
+    for is_terminal in (False, True):
+        seconds = itertools.count()
+        clock = SimpleNamespace(monotonic=partial(next, seconds))
+        monkeypatch.setattr(terminal, "time", clock)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        assert list(terminal.progress(range(4), "batches")) == [0, 1, 2, 3]
+        drawn = capsys.readouterr().err
+        if not is_terminal:
+            assert drawn == ""
+    *bars, blank, end = drawn.split("\r")[1:]
+    assert [bar.count("#") for bar in bars] == [15, 22, 30]
+    assert all(bar.startswith("  batches [") and len(bar) <= len(blank) for bar in bars)
+    assert blank.isspace()
+    assert end == ""
 
 
 # The plot

@@ -198,9 +198,9 @@ def test_one_version_of_each_style_tool() -> None:
     hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
     repository = r"repo: .*/(?:mirrors-)?([\w-]+?)(?:-pre-commit)?\n +rev: v([\d.]+)"
     versions = dict(re.findall(repository, hooks))
-    assert set(versions) == {"ruff", "mypy", "clang-format"}
+    assert set(versions) == {"ruff", "clang-format"}  # mypy is that of make lint
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert dict(re.findall(r"\b(ruff|mypy|clang-format)==([\d.]+)", pyproject)) == versions
+    assert dict(re.findall(r"\b(ruff|clang-format)==([\d.]+)", pyproject)) == versions
 
 
 def test_operators_are_registered() -> None:

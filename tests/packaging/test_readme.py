@@ -7,6 +7,8 @@ every public name, and CONTRIBUTING.md every source file and every check of a pu
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -156,6 +158,16 @@ def test_contributing_names_every_file() -> None:
     assert sources - named == set()
 
 
+def test_the_page_of_the_tests_names_every_test() -> None:
+    """And no file that does not exist."""
+    text = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\b\w+\.(?:py|cpp)\b", text))
+    existing = {path.name for folder in ("bench", "tests") for path in (ROOT / folder).rglob("*.*")}
+    assert named - existing == set()
+    tests = {name for name in existing if re.fullmatch(r"test_\w+\.(py|cpp)", name)}
+    assert tests - named == set()
+
+
 def test_commands_of_contributing_exist() -> None:
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -163,6 +175,16 @@ def test_commands_of_contributing_exist() -> None:
         assert target in targets
     for path in re.findall(r"\btests/[\w/]+(?:\.\w+)?", text):
         assert (ROOT / path).exists(), path
+
+
+def test_make_help_explains_every_target() -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (phony,) = re.findall(r"^\.PHONY: (demo .*?[^\\\\])$", makefile, re.MULTILINE | re.DOTALL)
+    ran = subprocess.run(["make", "help"], cwd=ROOT, text=True, capture_output=True, check=True)
+    explained = re.findall(r"^(\S+) +\w.*[.:\w]$", ran.stdout, re.MULTILINE)
+    assert sorted(explained) == sorted(set(phony.split()) - {"\\"})
 
 
 def test_contributing_lists_the_checks_of_a_pull_request() -> None:

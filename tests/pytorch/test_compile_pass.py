@@ -1152,8 +1152,10 @@ REASONS = {
         lambda x, n, mask: torch.where(x > 0, x, -INF).softmax(-1)
     ),
     "its fill value, mask or shape is none that the pass knows; see compile_pass": (
-        lambda x, n, mask: x.masked_fill(~valid(x, n), -1e4).softmax(-1)
+        lambda x, n, mask: x.masked_fill(~valid(x, n), -1.0).softmax(-1)
     ),
+    "its fill value is -10000.0, not -inf; with max_fill=-10000.0, make_backend() makes a backend "
+    "that fuses it": lambda x, n, mask: (x + (1 - valid(x, n).float()) * -1e4).softmax(-1),
     "what is added to its scores is no mask that the graph makes of lengths": (
         lambda x, n, mask: (x + x.tril()).softmax(-1)
     ),

@@ -249,7 +249,7 @@ def test_dims(log: bool) -> None:
 def test_a_dim_of_numpy_as_an_argument(log: bool) -> None:
     """torch.softmax cannot be compiled with one either: the message says what can."""
     function = lambda x, dim: forward(x, 2, dim, log=log)  # noqa: E731
-    with pytest.raises(RuntimeError, match=r"int\(dim\) outside of the program makes an int"):
+    with pytest.raises(RuntimeError, match=r"pass int\(dim\) to the program"):
         compiled(function)[0](scores(), np.int64(0))
     torch._dynamo.reset()
     # Without fullgraph, eager mode takes over.
@@ -408,9 +408,13 @@ def test_vmap_over_padding_values() -> None:
 def test_a_padding_value_that_is_no_number() -> None:
     for value, error, words in (
         (torch.ones(1), TypeError, r"of shape \(1,\).*mask_from_lengths\(\) takes any tensor"),
-        (torch.tensor(1.0, requires_grad=True), TypeError, "padding_value is a constant"),
+        (
+            torch.tensor(1.0, requires_grad=True),
+            TypeError,
+            "with a gradient, which padding_value does not get",
+        ),
         (torch.tensor(True), TypeError, "of torch.bool"),
-        (np.array(1.0), TypeError, r"float\(\) makes a number of it"),
+        (np.array(1.0), TypeError, r"float\(padding_value\) makes a number"),
         (10**400, ValueError, "padding_value to be a number that a float can hold"),
     ):
         with pytest.raises(error, match=words):
@@ -505,7 +509,7 @@ def test_scales_of_scores_that_are_far_apart(
     g = torch.tensor([1.0, -2.0, 4.0], dtype=dtype).repeat(3, 1)
     for name, case in FAR_APART.items():
         if dtype == torch.float64 and name == "product, huge scale":
-            continue  # a product beyond 2**1144
+            continue  # a product beyond 2**1184
         x = torch.full((3, 5), math.nan, dtype=dtype)
         x[:, :3] = case.scores(dtype)
         leaf = x.requires_grad_()
@@ -548,6 +552,27 @@ def test_products_that_float32_cannot_hold(trace: Callable[[Program, Tensor], Pr
             )
             assert float(wanted.abs().max()) > 0.1
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@every_trace
+@pytest.mark.parametrize(
+    ("scores", "scale"),
+    [
+        (torch.tensor([1e-300, 2e-300, 3e-300, 3e-300], dtype=torch.float64), 1e300),
+        (torch.tensor([1e300, 2e300, 3e300, 3e300], dtype=torch.float64), -1e-300),
+        (torch.tensor([1e-38, 2e-38, 3e-38, 3e-38]), 1e38),
+        (torch.tensor([1e38, 2e38, 3e38, 3e38]), 1.7e308),
+    ],
+    ids=["tiny scores", "tiny scale", "tiny float32 scores", "huge float32 scores"],
+)
+def test_products_of_tiny_and_huge_numbers(
+    trace: Callable[[Program, Tensor], Program], scores: Tensor, scale: float, log: bool
+) -> None:
+    """One of the factors is divided before they are multiplied: it must not lose its bits."""
+    program: Program = lambda x, s: forward(x, 4, log=log, scale=s)  # noqa: E731
+    expected = program(scores[None], scale)
+    got = trace(program, scores[None])(scores[None], scale)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0.0)
 
 
 @every_trace

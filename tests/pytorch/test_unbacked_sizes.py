@@ -227,7 +227,7 @@ def test_sizes_known_to_differ_raise_while_tracing() -> None:
         fullgraph=True,
         backend="aot_eager",
     )
-    with pytest.raises(RuntimeError, match="to broadcast, from its first dimension on"):
+    with pytest.raises(RuntimeError, match="to broadcast, from the first dimension on"):
         run(scores(), lengths(), KEPT["some"])
 
 

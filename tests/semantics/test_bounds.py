@@ -85,13 +85,13 @@ def test_lengths_from_a_mask_of_any_shape() -> None:
 
 
 def test_the_first_row_of_several_runs_is_named() -> None:
-    with pytest.raises(ValueError, match=r"contiguous run, but row 1 has 2: 0\.\.0, 2\.\.3$"):
+    with pytest.raises(ValueError, match=r"run, but row 1 has 2: 0\.\.0, 2\.\.3; .*masked_fill"):
         lengths_from_mask(mask_with_gaps(), ndim=2)
-    with pytest.raises(ValueError, match=r"row 1 has 2: 0\.\.0, 2\.\.3$"):
+    with pytest.raises(ValueError, match=r"row 1 has 2: 0\.\.0, 2\.\.3;"):
         lengths_from_mask(mask_with_gaps().t(), 0, ndim=2)
     with pytest.raises(ValueError, match=r"row \(0, 1\) has 2"):
         lengths_from_mask(mask_with_gaps().expand(2, 3, 5), ndim=3)
-    with pytest.raises(ValueError, match=r"row 0 has 5: 0\.\.0, 2\.\.2, 4\.\.4 and 2 more$"):
+    with pytest.raises(ValueError, match=r"row 0 has 5: 0\.\.0, 2\.\.2, 4\.\.4 and 2 more;"):
         lengths_from_mask(torch.arange(9) % 2 == 0)
 
 
@@ -139,7 +139,7 @@ def test_bounds_of_a_mask_mean_what_masked_fill_means(shape: tuple[int, ...], nd
     if shape[-1] == 1:
         mask = (lengths > 2)[..., None]  # one column, which masked_fill expands
     if len(shape) > ndim:
-        with pytest.raises(ValueError, match=f"at least as many dimensions as mask, {len(shape)}"):
+        with pytest.raises(ValueError, match=f"ndim of at least {len(shape)}, the number of mask"):
             lengths_from_mask(mask, ndim=scores)
         return
     expected = masked_fill_softmax(scores, mask)
@@ -208,7 +208,7 @@ def test_scores_stand_for_their_number_of_dimensions(shape: tuple[int, ...]) -> 
 def test_ndim_errors() -> None:
     mask = torch.ones(2, 5, dtype=torch.bool)
     for ndim, error in ((1, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)):
-        with pytest.raises(error, match=r"ndim|as many dimensions"):
+        with pytest.raises(error, match="ndim"):
             lengths_from_mask(mask, ndim=ndim)  # type: ignore[arg-type]
     for shape in ((2, 3, 4, 5), (3, 5), (2, 4)):
         with pytest.raises(ValueError, match=r"broadcasts.* scores of shape .*mask\[:, None, None"):
@@ -324,7 +324,7 @@ def test_mask_from_lengths_clamps_to_the_row() -> None:
 
 
 def test_mask_from_lengths_errors() -> None:
-    with pytest.raises(TypeError, match=r"integer type, but got torch\.float32"):
+    with pytest.raises(TypeError, match=r"integer type .* torch\.float32; lengths\.long"):
         mask_from_lengths(torch.ones(2), 4)
     with pytest.raises(TypeError, match="expected cols to be an int, but got float"):
         mask_from_lengths(2, 4.0)  # type: ignore[arg-type]
@@ -562,11 +562,11 @@ def test_lengths_beyond_the_last_column_are_clamped() -> None:
 def test_intersect_bounds_errors() -> None:
     with pytest.raises(ValueError, match="at least one of bounds, but got none"):
         intersect_bounds()
-    with pytest.raises(TypeError, match=r"integer type, but got torch\.bool"):
+    with pytest.raises(TypeError, match=r"lengths of an integer type .*, but got torch\.bool"):
         intersect_bounds(mask_with_gaps())
-    with pytest.raises(TypeError, match="of Tensors, but got int"):
+    with pytest.raises(TypeError, match=r"lengths to be a tensor, or a pair .* but got int$"):
         intersect_bounds(causal_lengths(2, 2), 3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="of Tensors, but got tuple"):
+    with pytest.raises(TypeError, match=r"lengths to be a tensor, or a pair .* but got tuple of "):
         intersect_bounds((torch.tensor(1),) * 3)  # type: ignore[arg-type]
     with pytest.raises(
         ValueError, match=r"intersect_bounds.*first dimension on.* \[2\], \[3, 1, 4\]"

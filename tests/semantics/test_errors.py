@@ -251,31 +251,23 @@ def test_input_that_is_not_a_tensor(call: Call, wrong: Any) -> None:
 
 @every(CALLS)
 def test_integer_input_without_dtype(call: Call) -> None:
-    for dtype, name in (
-        (torch.int64, "Long"),
-        (torch.int32, "Int"),
-        (torch.uint8, "Byte"),
-        (torch.bool, "Bool"),
-    ):
-        with pytest.raises(TypeError, match=rf"(?i)({name}|{short_name(dtype)})") as caught:
+    for dtype in (torch.int64, torch.int32, torch.uint8, torch.bool):
+        with pytest.raises(TypeError, match=rf"input of .*float.* but got .*{dtype}$") as caught:
             call(torch.ones(4, 5, dtype=dtype), torch.tensor([1]))
-        assert "float" in str(caught.value)
+        has_dtype = call not in (masked_softmax_, OPERATORS.masked_softmax_)
+        assert ("dtype=" in str(caught.value)) == has_dtype
 
 
 @every(CALLS)
 def test_complex_input(call: Call) -> None:
-    with pytest.raises(TypeError, match=r"(?i)complex"):
+    with pytest.raises(TypeError, match=r"input .* but got torch\.complex64$"):
         call(torch.ones(4, 5, dtype=torch.complex64), torch.tensor([1]))
 
 
 @every(OUT_OF_PLACE)
 def test_dtype_that_is_not_a_floating_point_type(call: Call) -> None:
-    for dtype, name in (
-        (torch.int32, "Int"),
-        (torch.bool, "Bool"),
-        (torch.complex64, "ComplexFloat"),
-    ):
-        with pytest.raises(TypeError, match=rf"(?i)({name}|{short_name(dtype)})"):
+    for dtype in (torch.int32, torch.bool, torch.complex64):
+        with pytest.raises(TypeError, match=rf"expected dtype .* but got {dtype}$"):
             call(scores(), torch.tensor([1]), dtype=dtype)
 
 
@@ -403,18 +395,11 @@ def test_every_operator_rejects_tensors_that_are_not_dense() -> None:
 @every(CALLS)
 @pytest.mark.parametrize("argument", ["lengths", "starts"])
 def test_lengths_of_a_wrong_dtype(call: Call, argument: str) -> None:
-    for dtype, name in (
-        (torch.float32, "Float"),
-        (torch.float64, "Double"),
-        (torch.bool, "Bool"),
-        (torch.complex64, "Complex"),
-    ):
+    for dtype in (torch.float32, torch.float64, torch.bool, torch.complex64):
         indices = dict.fromkeys(("lengths", "starts"), torch.ones(4, dtype=torch.int64))
         indices[argument] = indices[argument].to(dtype)
-        with pytest.raises(TypeError, match=rf"(?i)({name}|{short_name(dtype)})") as caught:
+        with pytest.raises(TypeError, match=rf"expected {argument} .*integer.* of {dtype}\b"):
             call(scores(), indices["lengths"], starts=indices["starts"])
-        assert argument in str(caught.value)
-        assert "integer" in str(caught.value)
 
 
 @every({**CALLS, "packed_softmax": masked_softmax_ext.packed_softmax})
@@ -523,8 +508,12 @@ def test_out_of_a_wrong_dtype(call: Call) -> None:
         ({}, torch.int32),
     ):
         out = torch.full((4, 5), 7, dtype=out_dtype)
-        with pytest.raises(TypeError, match="out"):
+        result = options.get("dtype", torch.float32)
+        with pytest.raises(
+            TypeError, match=rf"expected out of {result}, but got {out_dtype}\b"
+        ) as caught:
             call(scores(), torch.tensor([1]), **options, out=out)
+        assert ("dtype=out.dtype" in str(caught.value)) == out.is_floating_point()
         assert bool((out == 7).all())
 
 
@@ -560,6 +549,8 @@ def test_out_that_overlaps_itself(call: Call) -> None:
         ((4, 5), (1, 3)),
         ((5, 4), (3, 4)),
         ((2, 3, 4), (6, 3, 1)),
+        ((1, 3, 4), (40, 2, 1)),
+        ((1, 3, 4), (40, 0, 1)),
     ],
 )
 def test_out_of_overlapping_windows(
@@ -576,7 +567,8 @@ def test_out_of_overlapping_windows(
         torch.tensor(1),
         out=buffer.as_strided(shape, strides),
     )
-    assert "memory of their own" in message
+    assert "memory of its own for each element" in message
+    assert "out.contiguous()" in message
     assert_same_bits(buffer, before)
 
 
@@ -586,9 +578,9 @@ def test_overlapping_windows_of_a_negated_view(log: bool) -> None:
     windows = torch.view_as_complex(buffer).conj().imag.unfold(0, 5, 3)
     assert windows.is_neg()
     before = buffer.clone()
-    with pytest.raises(ValueError, match="memory of their own"):
+    with pytest.raises(ValueError, match=r"expected input, .* memory of its own .*input\.cont"):
         masked_softmax_(windows, 3)
-    with pytest.raises(ValueError, match="memory of their own"):
+    with pytest.raises(ValueError, match=r"expected out, .* memory of its own .*out\.cont"):
         forward(torch.zeros(windows.shape), 3, log=log, out=windows)
     assert_same_bits(buffer, before)
 
@@ -601,6 +593,8 @@ def test_overlapping_windows_of_a_negated_view(log: bool) -> None:
         ((2, 3), (3, 2)),  # interleaved: 0, 2, 4 and 3, 5, 7
         ((2, 1, 3), (3, 0, 1)),
         ((2, 2, 3), (1, 20, 5)),
+        ((0, 3), (0, 0)),  # no elements to share
+        ((3, 0, 2), (1, 1, 1)),
     ],
 )
 def test_out_of_any_strides_without_overlap(
@@ -619,6 +613,7 @@ def test_out_that_overlaps_the_input(call: Call, shift: int) -> None:
     x, out = buffer[20:40].view(4, 5), buffer[20 + shift : 40 + shift].view(4, 5)
     message = assert_raises(ValueError, ("input",), call, x, torch.tensor([1]), out=out)
     assert "overlap" in message
+    assert message.endswith("; input.clone() shares none")
     assert_same_bits(buffer, before)
 
 
@@ -645,10 +640,24 @@ def test_out_that_is_the_input_transposed(call: Call) -> None:
 def test_out_that_overlaps_the_lengths(call: Call) -> None:
     buffer = torch.zeros(64, dtype=torch.int32)
     out = buffer.view(torch.float32)[:20].view(4, 5)
-    with pytest.raises(ValueError, match="overlap"):
+    with pytest.raises(ValueError, match=r"expected out .*overlaps.* lengths\.clone\(\)"):
         call(scores(), buffer[:4], out=out)
-    with pytest.raises(ValueError, match="overlap"):
+    with pytest.raises(ValueError, match=r"expected out .*overlaps.* starts\.clone\(\)"):
         call(scores(), torch.tensor([1]), starts=buffer[16:20], out=out)
+
+
+@every(OUT_OF_PLACE)
+def test_strides_too_intricate_to_decide_count_as_overlapping(call: Call) -> None:
+    """The two interleave: the search for a shared element gives up, and nothing is written."""
+    buffer = torch.full((2 * 300 * 700,), 5.0)
+    shape, strides = (300, 300), (2 * 301, 2 * 299)
+    with pytest.raises(ValueError, match="overlap"):
+        call(
+            buffer.as_strided(shape, strides),
+            torch.tensor(3),
+            out=buffer.as_strided(shape, strides, 1),
+        )
+    assert bool((buffer == 5.0).all())
 
 
 def test_out_next_to_the_input_is_allowed(log: bool) -> None:
@@ -679,7 +688,7 @@ def test_too_many_dimensions(log: bool) -> None:
 @pytest.mark.parametrize("name", ["masked_softmax_", "ops.masked_softmax_"])
 def test_in_place_on_an_expanded_tensor(name: str) -> None:
     x = torch.zeros(1, 5).expand(4, 5)
-    with pytest.raises(ValueError, match=r"(?i)memory"):
+    with pytest.raises(ValueError, match=r"expected input, .* memory of its own"):
         CALLS[name](x, torch.tensor([1, 2, 3, 4]))
     assert torch.equal(x, torch.zeros(4, 5))
 

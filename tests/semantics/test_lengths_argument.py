@@ -98,7 +98,7 @@ def test_none_writes_to_out_and_in_place(log: bool) -> None:
     assert_same_bits(x, masked_softmax(scores(), K))
     with pytest.raises(ValueError, match="out of input's shape"):
         forward(x, None, log=log, out=torch.empty(2, 3))
-    with pytest.raises(ValueError, match="memory apart"):
+    with pytest.raises(ValueError, match="share no memory"):
         forward(x[..., :-1], None, log=log, out=x[..., 1:])
 
 
@@ -425,7 +425,7 @@ def test_scores_of_unsigned_types(capability: str, log: bool) -> None:
     for dtype in (torch.uint16, torch.uint32):
         got = forward(x.to(dtype), lengths, log=log, dtype=torch.float32)
         assert_same_bits(got, expected)
-    with pytest.raises(TypeError, match=r"integer type \(.*uint16 or uint32\), but got UInt64"):
+    with pytest.raises(TypeError, match=r"integer type \(.*uint16 or uint32\), but got .*uint64"):
         forward(x.to(torch.uint64), lengths, log=log, dtype=torch.float32)
 
 

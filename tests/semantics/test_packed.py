@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from masked_softmax_ext import (
     masked_log_softmax,
+    masked_logsumexp,
     masked_softmax,
     packed_log_softmax,
     packed_softmax,
@@ -234,10 +235,10 @@ def test_other_errors(log: bool) -> None:
         (ValueError, "no row longer than max_length, 2, but one has length 3",
          lambda: packed(values, offsets, max_length=2, log=log)),
         (ValueError, "max_length, 0, but", lambda: packed(values, offsets, max_length=0, log=log)),
-        (ValueError, "max_length to be", lambda: packed(values, offsets, max_length=-1, log=log)),
-        (ValueError, "max_length to", lambda: packed(values, offsets, max_length=2**64, log=log)),
+        (ValueError, "max_length from 0", lambda: packed(values, offsets, max_length=-1, log=log)),
+        (ValueError, "max_length from", lambda: packed(values, offsets, max_length=2**64, log=log)),
         (TypeError, "max_length to be", lambda: packed(values, offsets, max_length=3.0, log=log)),
-        (TypeError, "UInt64|uint64", lambda: packed(values, offsets.to(torch.uint64), log=log)),
+        (TypeError, "torch.uint64", lambda: packed(values, offsets.to(torch.uint64), log=log)),
         (NotImplementedError, "dense tensor", lambda: packed(jagged([5]), offsets, log=log)),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
@@ -413,6 +414,8 @@ def test_jagged_errors(log: bool) -> None:
         NotImplementedError, match=r"input to be .*dense.*, but got a nested tensor"
     ):
         function(strided, None, 1)
+    with pytest.raises(NotImplementedError, match="a dense or a jagged tensor, but got a nested"):
+        masked_logsumexp(strided, None, 1)
 
 
 def test_offsets_of() -> None:

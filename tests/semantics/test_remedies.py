@@ -71,7 +71,9 @@ def test_a_bool_mask_as_lengths(
 ) -> None:
     """Refused before its shape is looked at; an int mask counts as lengths of 0 and 1."""
     indices = {"lengths": torch.tensor(1), argument: torch.ones(shape, dtype=torch.bool)}
-    with pytest.raises(TypeError, match=rf"expected {argument} .* Bool; .*lengths_from_mask\(\)"):
+    with pytest.raises(
+        TypeError, match=rf"expected {argument} .* torch\.bool; .*lengths_from_mask"
+    ):
         function(scores(), **indices)
     mask = mask_from_lengths(LENGTHS, 4)
     assert function(scores(), lengths_from_mask(mask, ndim=2)).shape == (3, 4)
@@ -86,7 +88,7 @@ def test_lengths_that_long_converts(
     function: Callable[..., Tensor], dtype: torch.dtype, argument: str
 ) -> None:
     indices = {"lengths": torch.tensor(1), argument: LENGTHS.to(dtype)}
-    with pytest.raises(TypeError, match=rf"expected {argument} .*; its long\(\) has one$"):
+    with pytest.raises(TypeError, match=rf"expected {argument} .* {dtype}; {argument}\.long\(\)"):
         function(scores(), **indices)
     indices[argument] = indices[argument].long()
     function(scores(), **indices)
@@ -153,12 +155,64 @@ HELPERS: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.mark.parametrize("helper", HELPERS.values(), ids=list(HELPERS))
 def test_helpers_name_the_same_remedies(helper: Callable[[Tensor], Any]) -> None:
-    with pytest.raises(TypeError, match=r"got torch\.bool \(lengths_from_mask\(\) makes"):
+    with pytest.raises(TypeError, match=r"torch\.bool; .*lengths_from_mask\(\) makes"):
         helper(LENGTHS > 0)
     for dtype in (torch.float64, torch.uint64):  # uint64: as the softmax itself
-        with pytest.raises(TypeError, match=rf"got {dtype} \(its long\(\) has one\)"):
+        with pytest.raises(TypeError, match=rf"{dtype}; (lengths|starts)\.long\(\) converts it$"):
             helper(LENGTHS.to(dtype))
     helper(LENGTHS.double().long())
+
+
+def test_messages_about_packed_rows_name_their_arguments() -> None:
+    values, offsets = torch.zeros(5), torch.tensor([0, 2, 5])
+    calls: dict[str, Callable[[], Any]] = {
+        "expected values of .* dtype= .* got values of torch.int64": (
+            lambda: packed_softmax(values.long(), offsets)
+        ),
+        r"expected values of .* got torch\.complex64": (
+            lambda: packed_softmax(values.to(torch.complex64), offsets)
+        ),
+        "expected sink on the device of values, cpu": (
+            lambda: packed_softmax(values, offsets, sink=torch.zeros(2, device="meta"))
+        ),
+        r"got sink of shape \[3\] for values of shape \[5\]": (
+            lambda: packed_softmax(values, offsets, sink=torch.zeros(3))
+        ),
+        r"torch\.tensor\(sink, device=values\.device\)": (
+            lambda: packed_softmax(values, offsets, sink=[0.0, 1.0])  # type: ignore[arg-type]
+        ),
+    }
+    for message, call in calls.items():
+        with pytest.raises((TypeError, ValueError), match=message) as caught:
+            call()
+        assert "input" not in str(caught.value)
+
+
+def test_a_sink_of_an_integer_type() -> None:
+    sink = LENGTHS
+    with pytest.raises(TypeError, match=r"got a tensor of torch\.int64; sink\.float\(\) converts"):
+        masked_softmax(scores(), LENGTHS, sink=sink)
+    masked_softmax(scores(), LENGTHS, sink=sink.float())
+
+
+def test_an_out_of_another_type() -> None:
+    out = torch.empty(3, 4, dtype=torch.float64)
+    with pytest.raises(
+        TypeError, match=r"out of torch\.float32, but got torch\.float64; dtype=out"
+    ):
+        masked_softmax(scores(), LENGTHS, out=out)
+    masked_softmax(scores(), LENGTHS, dtype=out.dtype, out=out)
+
+
+def test_starts_without_lengths() -> None:
+    input, starts = scores(), torch.tensor([0, 2, 3])
+    with pytest.raises(ValueError, match="expected starts of 0 without lengths") as caught:
+        masked_softmax(input, starts=starts)
+    remedy = re.search(r"with lengths=(.*), rows end", str(caught.value))
+    assert remedy is not None
+    lengths = eval(remedy[1], {"input": input, "starts": starts})
+    got = masked_softmax(input, lengths, starts=starts)
+    torch.testing.assert_close(got.sum(-1), torch.ones(3))
 
 
 def test_offsets_of_a_wrong_type() -> None:
@@ -166,7 +220,7 @@ def test_offsets_of_a_wrong_type() -> None:
     values, offsets = torch.zeros(2), torch.tensor([0, 2])
     with pytest.raises(TypeError, match=r"expected offsets .* got torch\.bool$"):
         packed_softmax(values, offsets > 0)
-    with pytest.raises(TypeError, match=r"got torch\.float64 \(its long\(\) has one\)"):
+    with pytest.raises(TypeError, match=r"got torch\.float64; offsets\.long\(\) converts it$"):
         packed_softmax(values, offsets.double())
     packed_softmax(values, offsets.double().long())
 
@@ -328,7 +382,7 @@ def test_lengths_as_offsets(function: Callable[..., Tensor], lengths: list[int])
 def test_a_masked_tensor(function: Callable[..., Tensor]) -> None:
     mask = mask_from_lengths(LENGTHS, 4)
     masked = masked_tensor(scores(), mask)
-    with pytest.raises(NotImplementedError, match=r"a MaskedTensor; its get_data\(\) .*get_mask"):
+    with pytest.raises(NotImplementedError, match=r"a MaskedTensor; input\.get_data.*get_mask"):
         function(masked, LENGTHS)
     with pytest.raises(NotImplementedError, match=r"input .* a MaskedTensor"):
         function(masked)
@@ -337,29 +391,108 @@ def test_a_masked_tensor(function: Callable[..., Tensor]) -> None:
     assert not isinstance(got, MaskedTensor)
     assert torch.equal(got, function(scores(), LENGTHS))
     lengths = masked_tensor(LENGTHS, torch.ones(3, dtype=torch.bool))
-    with pytest.raises(NotImplementedError, match=r"expected lengths .* a MaskedTensor"):
+    words = r"expected lengths .* a MaskedTensor; lengths\.get_data\(\) is dense$"
+    with pytest.raises(NotImplementedError, match=words):
         function(scores(), lengths)
+    function(scores(), lengths.get_data())
 
 
 def test_other_functions_of_masked_tensors() -> None:
     masked = masked_tensor(torch.ones(3), torch.ones(3, dtype=torch.bool))
     integers = masked_tensor(LENGTHS, torch.ones(3, dtype=torch.bool))
-    for call in (
-        lambda: packed_softmax(masked, torch.tensor([0, 3])),
-        lambda: packed_softmax(torch.ones(3), integers),
-        lambda: mask_from_lengths(integers, 4),
-        lambda: lengths_from_mask(integers),
-    ):
-        with pytest.raises(NotImplementedError, match="MaskedTensor"):
+    calls: dict[str, Callable[[], Any]] = {
+        "values": lambda: packed_softmax(masked, torch.tensor([0, 3])),
+        "offsets": lambda: packed_softmax(torch.ones(3), integers),
+        "sink": lambda: masked_softmax(scores(), LENGTHS, sink=masked),
+        "out": lambda: masked_softmax(scores()[0], 1, out=masked),
+        "lengths": lambda: mask_from_lengths(integers, 4),
+        "starts": lambda: intersect_bounds((LENGTHS, integers)),
+        "mask": lambda: lengths_from_mask(integers),
+    }
+    for argument, call in calls.items():
+        words = rf"expected {argument} .* a MaskedTensor; {argument}\.get_data\(\) is dense$"
+        with pytest.raises(NotImplementedError, match=words):
             call()
 
 
+# Nested tensors
+
+
+def nested(layout: torch.layout, dtype: torch.dtype = torch.float32) -> Tensor:
+    rows = [torch.tensor([1, 2], dtype=dtype), torch.tensor([3, 1, 2], dtype=dtype)]
+    return torch.nested.nested_tensor(rows, layout=layout)
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@pytest.mark.parametrize("function", [packed_softmax, packed_log_softmax])
+def test_a_nested_tensor_as_packed_values(
+    function: Callable[..., Tensor], layout: torch.layout
+) -> None:
+    values, offsets = nested(layout), torch.tensor([0, 2, 5])
+    with pytest.raises(NotImplementedError, match=r"expected values .* a nested tensor") as caught:
+        function(values, offsets)
+    if layout == torch.jagged:
+        assert "values.values() and values.offsets()" in str(caught.value)
+        got = function(values.values(), values.offsets())
+    else:
+        assert "torch.cat(values.unbind())" in str(caught.value)
+        got = function(torch.cat(values.unbind()), offsets)
+    assert torch.equal(got, function(torch.tensor([1.0, 2.0, 3.0, 1.0, 2.0]), offsets))
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@pytest.mark.parametrize("argument", ["lengths", "starts"])
+def test_a_nested_tensor_as_bounds(layout: torch.layout, argument: str) -> None:
+    bounds = {"lengths": torch.tensor(1), argument: nested(layout, torch.int64)}
+    with pytest.raises(NotImplementedError, match=rf"expected {argument} ") as caught:
+        masked_softmax(torch.zeros(2, 3, 4), **bounds)
+    assert str(caught.value).endswith(f"; torch.nested.to_padded_tensor({argument}, 0) is dense")
+    bounds[argument] = torch.nested.to_padded_tensor(bounds[argument], 0)
+    masked_softmax(torch.zeros(2, 3, 4), **bounds)
+
+
+def test_a_nested_tensor_as_out() -> None:
+    with pytest.raises(NotImplementedError, match=r"nested tensor; without out= .* dense tensor$"):
+        masked_softmax(torch.zeros(2, 3), out=nested(torch.jagged))
+
+
+def test_a_nested_tensor_that_is_not_jagged() -> None:
+    """The conversion keeps the gradient."""
+    rows = [torch.rand(2, 4), torch.rand(3, 4)]
+    strided = torch.nested.nested_tensor(rows, requires_grad=True)
+    calls: tuple[tuple[Callable[[Any], Any], Callable[[Any], Any]], ...] = (
+        (lambda x: masked_softmax(x, dim=1),) * 2,
+        (AttentionPooling(4),) * 2,
+        (lambda x: masked_softmax_(x.detach()), lambda x: masked_softmax(x, dim=1)),
+        (lambda x: reference.masked_softmax(x, 1), lambda x: masked_softmax(x, dim=1)),
+    )
+    for call, call_that_takes_it in calls:
+        with pytest.raises(NotImplementedError, match="got a nested tensor") as caught:
+            call(strided)
+        remedy = re.search(r"torch\.nested\.as_nested_tensor\(.*jagged\)", str(caught.value))
+        assert remedy is not None
+        result = call_that_takes_it(eval(remedy[0], {"torch": torch, "input": strided}))
+        assert result.requires_grad
+
+
+def test_bounds_and_out_with_a_jagged_input() -> None:
+    jagged = nested(torch.jagged)
+    for arguments in ({"lengths": LENGTHS}, {"starts": LENGTHS}):
+        with pytest.raises(ValueError, match="jagged input, which has lengths of its own, but"):
+            masked_softmax(jagged, **arguments)
+    with pytest.raises(ValueError, match="jagged input, whose result is a new tensor, but"):
+        masked_softmax(jagged, out=torch.zeros(5))
+    with pytest.raises(TypeError, match="expected dim to be an int, but got str"):
+        masked_softmax(jagged, dim="1")  # type: ignore[arg-type]
+
+
 def test_a_scale_of_another_type() -> None:
-    """Only a tensor can be multiplied into the scores; a str is a number spelled out."""
+    """Only a tensor can be multiplied into the scores; a str may be a number spelled out."""
     wrong: Any
     for wrong, remedy in (
-        ("0.5", r"\(float\(\) makes a number of it\)"),
-        (np.array(0.5), r"got ndarray \(float\(\) makes a number of it\)"),
+        ("0.5", r"got str \(float\(scale\) makes a number\)$"),
+        (np.array(0.5), r"got ndarray \(float\(scale\) makes a number\)$"),
+        ("half", "got str$"),
         ([0.5], "got list$"),
     ):
         with pytest.raises(TypeError, match=remedy):

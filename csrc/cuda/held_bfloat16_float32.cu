@@ -1,8 +1,0 @@
-#include "cuda/plain_columns.cuh"
-#include "cuda/staged_rows.cuh"
-
-namespace masked_softmax::cuda {
-
-template Status launch_held_rows<true, bfloat16_t, float>(const KernelProblem&, const LaunchPlan&, Stream);
-
-}  // namespace masked_softmax::cuda
