@@ -104,8 +104,10 @@ class HeldRows {
     const Problem& problem = kernel_problem.problem;
     const int chunk_elems = kernel_problem.order.vectors * share_.stride;
     const int64_t begin = group.chunk() * chunk_elems;
-    lengths_[0] = !row.exists ? kNoRow : !row.is_valid ? kInvalidLength : clamp(row.length - begin, chunk_elems);
+    lengths_[0] = clamp(row.length - begin, chunk_elems);
     is_single_ = row.length == 1;
+    exists_ = row.exists;
+    is_valid_ = row.is_valid;
     outputs_[0] = static_cast<output_t*>(problem.output.data) + row.output_offset + row.start + begin;
     MASKED_SOFTMAX_UNROLL
     for (int k = 0; k < kInputs; ++k) {
@@ -131,8 +133,9 @@ class HeldRows {
   // Whether the row has one valid column.
   MASKED_SOFTMAX_DEVICE bool is_single(int row) const { return Group::kHasChunks ? is_single_ : lengths_[row] == 1; }
 
-  MASKED_SOFTMAX_DEVICE bool exists(int row) const { return lengths_[row] != kNoRow; }
-  MASKED_SOFTMAX_DEVICE bool is_valid(int row) const { return lengths_[row] != kInvalidLength; }
+  // Of rows in any place.
+  MASKED_SOFTMAX_DEVICE bool exists() const { return exists_; }
+  MASKED_SOFTMAX_DEVICE bool is_valid() const { return is_valid_; }
 
   // Calls visit(k) for the vectors of which a lane of this thread's warp holds an element.
   template <class Visitor>
@@ -210,8 +213,10 @@ class HeldRows {
   const int thread_;
   const int threads_;
   const VectorShare share_;
-  int lengths_[kRows];  // of the rows, or of the chunk; or kInvalidLength or kNoRow
+  int lengths_[kRows];  // of the rows, or of the chunk
   bool is_single_;
+  bool exists_;
+  bool is_valid_;
   int cols_;
   output_t* outputs_[kRows];  // of the first valid column
   VectorLoads<input_t, kElems, kVectors, kIsPlain> loads_[kRows][kInputs];
@@ -303,11 +308,11 @@ class Forward {
   MASKED_SOFTMAX_DEVICE acc_t with_sink(acc_t row_max, acc_t sum, const Add& add) const {
     if constexpr (kHasPasses) {
       const Problem& problem = kernel_problem_.problem;
-      if (problem.row_input.data != nullptr && rows_.exists(0)) {
+      if (problem.row_input.data != nullptr && rows_.exists()) {
         const double number = load_row_input(kernel_problem_, group_.row());
         const SumWithSink<acc_t> result = add(Sink<acc_t>(constants_, number, row_max));
         if (problem.row_result.data != nullptr && group_.thread() == 0 && group_.chunk() == 0) {
-          store_row_result(problem.row_result, group_.row(), rows_.is_valid(0), result.weight);
+          store_row_result(problem.row_result, group_.row(), rows_.is_valid(), result.weight);
         }
         return result.value;
       }
