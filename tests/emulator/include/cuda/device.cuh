@@ -137,12 +137,13 @@ inline float exp2_approximate(float a) {
   const float power = std::exp2(a);
   return power < std::numeric_limits<float>::min() ? 0.0f : power;
 }
-// What it gives for 0 and infinity is not specified: NaN, as on the GPU. Results below the smallest normal number are 0.
+// What it gives for 0 and infinity is not specified: NaN, as on the GPU. Results below the smallest normal number are
+// 0.
 inline float reciprocal(float a) {
   const float result = 1 / a;
   return !(std::fabs(result) > 0 && std::isfinite(result)) ? std::numeric_limits<float>::quiet_NaN()
-         : std::isnormal(result)                            ? result
-                                                            : 0.0f;
+         : std::isnormal(result)                           ? result
+                                                           : 0.0f;
 }
 inline double reciprocal(double a) { return 1 / a; }
 inline uint32_t float_bits(float a) { return bit_cast<uint32_t>(a); }
