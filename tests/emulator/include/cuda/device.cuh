@@ -137,8 +137,7 @@ inline float exp2_approximate(float a) {
   const float power = std::exp2(a);
   return power < std::numeric_limits<float>::min() ? 0.0f : power;
 }
-// What it gives for 0 and infinity is not specified: NaN, as on the GPU. Results below the smallest normal number are
-// 0.
+// 0 and infinity, for which no result is specified, give NaN, as on the GPU. Results that are not normal are 0.
 inline float reciprocal(float a) {
   const float result = 1 / a;
   return !(std::fabs(result) > 0 && std::isfinite(result)) ? std::numeric_limits<float>::quiet_NaN()
