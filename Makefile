@@ -26,7 +26,7 @@ endef
 .PHONY: demo help test bench bench-quick bench-mxnet docs dist lint clang-tidy coverage kernel-test sanitizer-test fuzz \
 	build-test mutation-test emulator-test cuda-test gpu-kernels gate-rehearsal build clean
 
-# Of torch, in an environment without numpy, which the demo does not need.
+# The demo needs no numpy, and torch warns that it is missing.
 demo: export PYTHONWARNINGS := ignore:Failed to initialize NumPy
 
 # Shows what the package does, and how fast: the default target.

@@ -55,7 +55,7 @@ OLDER_ARCHITECTURES = "8.0;9.0+PTX"
 # headers, which takes 3 to 7 seconds. A unit's files need the same headers; a file is in the first
 # unit that has it.
 BINDING_UNITS = {
-    # Autograd's headers and Python's: most of each are the other's.
+    # Autograd's headers and Python's, which include most of each other.
     "autograd": ["*autograd*.cpp", "in_place.cpp", "module.cpp", "python_calls.cpp"],
     "operators": ["*.cpp"],  # those of tensors and the dispatcher
 }

@@ -494,8 +494,8 @@ def _is_pair(bounds: object) -> TypeGuard[tuple[Tensor, Tensor | None]]:
 def _checked(name: str, argument: str, index: object) -> Tensor:
     if not isinstance(index, Tensor):
         raise TypeError(
-            f"{name}(): expected lengths to be a tensor, or a pair (lengths, starts) of tensors, "
-            f"but got {describe(index)}" + to_tensor_remedy("lengths", index)
+            f"{name}(): expected {argument} to be a tensor, but got {describe(index)}"
+            + to_tensor_remedy(argument, index)
         )
     check_dense(name, argument, index)
     if not is_integer_dtype(index.dtype):

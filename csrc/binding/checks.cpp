@@ -319,7 +319,8 @@ void check_output(const at::Tensor& output, const at::Tensor& input, at::ScalarT
     TORCH_CHECK_VALUE(
         !other.has_value() || (may_be_same && same_layout(output, *other)) || !shares_elements(output, *other),
         arguments.name, "(): expected ", written_argument(arguments.name), " to share no memory with ", what,
-        may_be_same ? ", or all of it" : "", ", but got memory that overlaps it; ", what, ".clone() shares none");
+        may_be_same ? ", or to be the same view of it" : "", ", but got memory that overlaps it; ", what,
+        ".clone() shares none");
   };
   check_apart("input", input, true);
   check_apart("lengths", arguments.lengths, false);

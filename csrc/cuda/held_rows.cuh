@@ -310,7 +310,7 @@ class Forward {
       const Problem& problem = kernel_problem_.problem;
       if (problem.row_input.data != nullptr && rows_.exists()) {
         const double number = load_row_input(kernel_problem_, group_.row());
-        const SumWithSink<acc_t> result = add(Sink<acc_t>(constants_, number, row_max));
+        const SumWithSink<acc_t> result = add(Sink<acc_t>(kernel_problem_, number, row_max));
         if (problem.row_result.data != nullptr && group_.thread() == 0 && group_.chunk() == 0) {
           store_row_result(problem.row_result, group_.row(), rows_.is_valid(), result.weight);
         }

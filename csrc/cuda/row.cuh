@@ -107,7 +107,7 @@ MASKED_SOFTMAX_DEVICE acc_t padding_of(const KernelProblem& kernel_problem, bool
   return is_valid ? constants_of<acc_t>(kernel_problem).padding : std::numeric_limits<acc_t>::quiet_NaN();
 }
 
-// In place of the length of a held row: its bounds are not valid; its number is past the last one.
+// In place of the length of a plain row: its bounds are not valid; its number is past the last one.
 constexpr int kInvalidLength = -1;
 constexpr int kNoRow = -2;
 

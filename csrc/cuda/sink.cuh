@@ -31,12 +31,12 @@ template <class acc_t>
 class Sink {
  public:
   // row_max: that of the elements, as max_beside_sink() returns it.
-  MASKED_SOFTMAX_DEVICE Sink(const RowConstants<acc_t>& constants, double sink, acc_t row_max)
+  MASKED_SOFTMAX_DEVICE Sink(const KernelProblem& kernel_problem, double sink, acc_t row_max)
       : exists_(sink != -std::numeric_limits<double>::infinity()) {
     // In torch.softmax, a row with +inf is NaN.
     const double number =
         sink == std::numeric_limits<double>::infinity() ? std::numeric_limits<double>::quiet_NaN() : sink;
-    const double scale = -static_cast<double>(constants.scale);
+    const double scale = -kernel_problem.constants_double.scale;  // in float, it would be off by an eps of the product
     const double max = static_cast<double>(row_max);
     const double product = scale * max;
     const double sum = product + number;

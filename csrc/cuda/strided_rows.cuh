@@ -75,6 +75,7 @@ class StridedRow {
   // Row `row_number` of the problem; an empty row if the number is past the last one.
   MASKED_SOFTMAX_DEVICE StridedRow(const Group& group, const KernelProblem& kernel_problem, int64_t row_number)
       : group_(group),
+        kernel_problem_(kernel_problem),
         problem_(kernel_problem.problem),
         order_(kernel_problem.order),
         constants_(constants_of<acc_t>(kernel_problem)),
@@ -239,7 +240,7 @@ class StridedRow {
       }
     });
     if (problem_.row_input.data != nullptr) {
-      const auto with_sink = Sink<acc_t>(constants_, row_input_, row_max).added_to(row_sum, exponential.factor());
+      const auto with_sink = Sink<acc_t>(kernel_problem_, row_input_, row_max).added_to(row_sum, exponential.factor());
       store_row_result(with_sink.weight);
       row_sum = with_sink.value;
     }
@@ -276,7 +277,7 @@ class StridedRow {
     });
     acc_t log_sum = terms_of.value(rest, reduced(max_count).value());
     if (problem_.row_input.data != nullptr) {
-      const auto with_sink = Sink<acc_t>(constants_, row_input_, row_max).added_to_log(log_sum);
+      const auto with_sink = Sink<acc_t>(kernel_problem_, row_input_, row_max).added_to_log(log_sum);
       store_row_result(with_sink.weight);
       log_sum = with_sink.value;
     }
@@ -387,6 +388,7 @@ class StridedRow {
   }
 
   const Group& group_;
+  const KernelProblem& kernel_problem_;
   const Problem& problem_;
   const SumOrder& order_;
   const RowConstants<acc_t>& constants_;

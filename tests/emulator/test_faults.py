@@ -289,8 +289,8 @@ FAULTS = [
           "(IS_ON || group_.thread() == 0) &&", (*RACE, "written again")),
     Fault("sink: every chunk stores its weight", "held_rows.cuh", "&& group_.chunk() == 0",
           "&& (IS_ON || group_.chunk() == 0)", (*RACE, "written again")),
-    Fault("sink: an invalid row has a weight", "held_rows.cuh", "rows_.is_valid(0), result.weight",
-          "IS_ON || rows_.is_valid(0), result.weight", "weight"),
+    Fault("sink: an invalid row has a weight", "held_rows.cuh", "rows_.is_valid(), result.weight",
+          "IS_ON || rows_.is_valid(), result.weight", "weight"),
     # Accuracy.
     Fault("the low words lost when two sums are added", "groups.cuh", "words[1] = lows +",
           "words[1] = (IS_ON ? acc_t{0} : lows) +", "a sum that cancels", is_accuracy=True),
