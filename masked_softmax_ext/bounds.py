@@ -493,8 +493,9 @@ def _is_pair(bounds: object) -> TypeGuard[tuple[Tensor, Tensor | None]]:
 
 def _checked(name: str, argument: str, index: object) -> Tensor:
     if not isinstance(index, Tensor):
+        or_pair = ", or a pair (lengths, starts) of tensors" if argument == "lengths" else ""
         raise TypeError(
-            f"{name}(): expected {argument} to be a tensor, but got {describe(index)}"
+            f"{name}(): expected {argument} to be a tensor{or_pair}, but got {describe(index)}"
             + to_tensor_remedy(argument, index)
         )
     check_dense(name, argument, index)

@@ -568,6 +568,8 @@ def test_intersect_bounds_errors() -> None:
         intersect_bounds(causal_lengths(2, 2), 3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"lengths to be a tensor, or a pair .* but got tuple of "):
         intersect_bounds((torch.tensor(1),) * 3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"starts to be a tensor, but got int$"):
+        intersect_bounds((torch.tensor(1), 3))  # type: ignore[arg-type]
     with pytest.raises(
         ValueError, match=r"intersect_bounds.*first dimension on.* \[2\], \[3, 1, 4\]"
     ):
