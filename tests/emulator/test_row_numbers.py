@@ -110,6 +110,28 @@ def test_softmax_with_sink(plain_library: Path, cols: int, dtype: torch.dtype, l
         assert_near(weights, share, bound)
 
 
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("cols", [5, 64, 300, 2100])
+def test_a_sink_beside_large_scores(plain_library: Path, cols: int, layout: str) -> None:
+    """The sink's distance from scale * max is as exact as the scores': scale is not rounded."""
+    scale = 80**-0.5
+    x, lengths, _ = operands(cols, torch.float32, layout)
+    lengths.clamp_(min=1)
+    x.nan_to_num_().add_(torch.where(torch.arange(ROWS) % 2 == 0, 900.0, -900.0)[:, None])
+    logits = logits_of(x, lengths, scale)
+    sinks = (logits.amax(1) + torch.linspace(-3, 3, ROWS)).float()
+    with_sink = torch.cat([logits, sinks.double()[:, None]], 1)
+    expected = torch.softmax(with_sink, 1)
+    y, weights = torch.empty_like(x), torch.full((ROWS,), math.nan)
+    Emulator(plain_library)(
+        "softmax", [x], y, lengths, scale=scale, row_input=sinks, row_result=weights
+    )
+    eps = EPS[torch.float32]
+    d = (with_sink.amax(1, keepdim=True) - logits).clamp(max=200)
+    assert_near(y, expected[:, :-1], (4 + d) * eps * expected[:, :-1] + 1.2e-38)
+    assert_near(weights, expected[:, -1], 8 * eps * expected[:, -1])
+
+
 @pytest.mark.parametrize("strategy", [None, *STRATEGIES])
 def test_padding_value(plain_library: Path, strategy: str | None) -> None:
     emulate = Emulator(plain_library)
