@@ -44,6 +44,14 @@ def assert_near(got: Tensor, expected: Tensor, tolerance: Tensor | float) -> Non
     assert near.all(), (got[~near], expected[~near])
 
 
+def tolerance_of(operation: str, dtype: torch.dtype, with_sink: Tensor, expected: Tensor) -> Tensor:
+    """Of results for logits whose last column is the sink; smaller normal numbers may become 0."""
+    eps = EPS[torch.promote_types(dtype, torch.float32)]
+    d = (with_sink.amax(1, keepdim=True) - with_sink)[:, :-1]
+    of_result = expected.abs() if operation == "softmax" else 1 + d
+    return (4 + d) * eps * of_result + EPS[dtype] * expected.abs() + 1.2e-38
+
+
 @pytest.mark.parametrize("cols", [64, 300, 2100, 20000])
 @pytest.mark.parametrize("operation", ["softmax", "log_softmax"])
 def test_sinks_of_heads(plain_library: Path, operation: str, cols: int) -> None:
@@ -62,12 +70,13 @@ def test_sinks_of_heads(plain_library: Path, operation: str, cols: int) -> None:
     logits = logits_of(x.flatten(0, 2), lengths.flatten(), 1.0)
     with_sink = torch.cat([logits, sinks.reshape(-1, 1).double()], 1)
     expected = torch.softmax(with_sink, 1)
-    assert_near(weights.flatten(), expected[:, -1], 30 * EPS[torch.float32] * expected[:, -1])
+    assert_near(weights.flatten(), expected[:, -1], 8 * EPS[torch.float32] * expected[:, -1])
     if operation == "log_softmax":
         expected = torch.log_softmax(with_sink, 1)
         expected[expected == -math.inf] = 0.0  # padding
-    allowed = 40 * EPS[torch.float32] * expected[:, :-1].abs() + 1e-38
-    assert_near(y.flatten(0, 2), expected[:, :-1], allowed)
+    expected = expected[:, :-1]
+    tolerance = tolerance_of(operation, torch.float32, with_sink, expected)
+    assert_near(y.flatten(0, 2), expected, tolerance.where(logits > -math.inf, 0.0))
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
@@ -97,17 +106,12 @@ def test_softmax_with_sink(plain_library: Path, cols: int, dtype: torch.dtype, l
         )
         valid = torch.arange(cols) < lengths[:, None]
         assert (y[~valid] == 7.0).all()
-        d = (with_sink - with_sink.amax(1, keepdim=True)).abs()[:, :-1]
-        rounding = EPS[dtype] * expected[:, :-1].abs()
-        of_result = expected[:, :-1].abs() if operation == "softmax" else 1 + d
-        tolerance = (4 + d) * EPS[acc_dtype] * of_result + rounding + 1.2e-38
-        assert_near(y[valid], expected[:, :-1][valid], tolerance[valid])
+        expected = expected[:, :-1]
+        tolerance = tolerance_of(operation, dtype, with_sink, expected)
+        assert_near(y[valid], expected[valid], tolerance[valid])
         share = torch.softmax(with_sink, 1)[:, -1]
         share[is_empty] = 0.0
-        of_logarithm = 0.0 if operation == "softmax" else math.log(cols)
-        bound = (8 + of_logarithm) * EPS[acc_dtype] * share
-        bound = bound + 1.2e-38
-        assert_near(weights, share, bound)
+        assert_near(weights, share, 8 * EPS[acc_dtype] * share + 1.2e-38)
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])

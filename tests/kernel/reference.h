@@ -106,8 +106,7 @@ inline ExpectedForward expected_forward_and_row_numbers(const std::vector<real>&
     row.y.push_back({y, y == 0 || !has_scores ? 0 : (4 + std::fabs(d)) * eps * std::fabs(y)});
   }
   const real weight = (is_sink_largest ? 1 : std::exp(sink_distance)) / (1 + rest);
-  const real of_logarithm = is_log ? std::log(static_cast<real>(x.size())) : 0;
-  row.sink_weight = {weight, (8 + of_logarithm) * eps * weight};
+  row.sink_weight = {weight, 8 * eps * weight};
   const real scaled_max = has_scores ? scale * row_max : 0;
   const real logsumexp = (is_sink_largest ? sink : scaled_max) + std::log1p(rest);
   row.logsumexp = {logsumexp, 4 * eps * (std::fabs(logsumexp) + std::fabs(scaled_max))};
