@@ -54,7 +54,7 @@ status=0
 case $status in
   0) ;;
   1) echo "Some tests fail here: make test says whether they should." ;;
-  *) exit "$status" ;; # pytest did not run the tests: wrong arguments, or an error of its own
+  *) exit "$status" ;; # pytest did not run the tests: wrong arguments, or an error inside pytest
 esac
 
 echo "== Python"
