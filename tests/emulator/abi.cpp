@@ -18,15 +18,6 @@ kernel_tests::real value_at(const Operand& operand, int64_t offset) {
   });
 }
 
-int64_t row_offset(const Problem& problem, const RowInput& input, int64_t row) {
-  int64_t offset = 0;
-  for (int dim = problem.row_ndim - 1; dim >= 0; --dim) {
-    offset += row % problem.row_sizes[dim] * input.row_strides[dim];
-    row /= problem.row_sizes[dim];
-  }
-  return offset;
-}
-
 }  // namespace
 
 extern "C" {
@@ -67,7 +58,7 @@ void masked_softmax_expected(const Call* call, kernel_tests::real* values, kerne
         }
       }
       const bool has_sink = problem.row_input.data != nullptr;
-      const double sink = has_sink ? load_row_input(problem.row_input, row_offset(problem, problem.row_input, row))
+      const double sink = has_sink ? load_row_input(problem.row_input, run.row_input_offset(i))
                                    : -std::numeric_limits<double>::infinity();
       if (bounds.length() == 0 || !bounds_are_valid(run.raw_start(i), run.raw_length(i), problem.cols)) {
         weights[row] = std::isinf(sink) ? 0 : 1;
