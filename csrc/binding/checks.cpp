@@ -1,5 +1,6 @@
 #include "binding/checks.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/WrapDimUtils.h>
 #include <c10/core/SymInt.h>
@@ -47,8 +48,14 @@ std::string names_of(ElementKind kind) {
   return text;
 }
 
-// As Python prints it: "torch.float32".
-std::string dtype_name(at::ScalarType type) { return "torch." + std::string(c10::getDtypeNames(type).first); }
+// As Python prints it: "torch.float32". The dispatcher passes None as an undefined tensor, which has no type.
+std::string dtype_name(at::ScalarType type) {
+  return type == at::ScalarType::Undefined ? "None" : "torch." + std::string(c10::getDtypeNames(type).first);
+}
+
+std::string tensor_of(at::ScalarType type) {
+  return type == at::ScalarType::Undefined ? "None" : "a tensor of " + dtype_name(type);
+}
 
 // The argument that a function writes to. PyTorch's names of in-place functions end in an underscore.
 const char* written_argument(const char* function) {
@@ -282,7 +289,7 @@ void check_row_input(const char* what, const at::Tensor& input, const CallArgume
   const at::Tensor& given = *arguments.row_input;
   TORCH_CHECK_TYPE(is_floating(given.scalar_type()), arguments.name, "(): expected ", what,
                    " to be a number or a tensor of a floating point type (", names_of(ElementKind::kFloating),
-                   "), but got a tensor of ", dtype_name(given.scalar_type()));
+                   "), but got ", tensor_of(given.scalar_type()));
   TORCH_CHECK_VALUE(given.device() == input.device(), arguments.name, "(): expected ", what, " on the device of ",
                     arguments.input_name(), ", ", input.device(), ", but got ", what, " on ", given.device());
   const std::vector<c10::SymInt> rows = row_shape(input, arguments);
@@ -291,6 +298,18 @@ void check_row_input(const char* what, const at::Tensor& input, const CallArgume
   TORCH_CHECK_VALUE(fits, arguments.name, "(): expected ", what, " to broadcast, from the first dimension on, to the ",
                     "shape of the rows, ", c10::SymIntArrayRef(rows), ", but got ", what, " of shape ", sizes, " for ",
                     arguments.input_name(), " of shape ", input.sym_sizes());
+  check_storage(given, arguments.name);
+}
+
+void check_storage(const at::Tensor& tensor, const char* name) {
+  if (tensor.is_meta() || tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
+    return;  // no memory to access
+  }
+  const size_t needed = at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.element_size(),
+                                                         tensor.storage_offset());
+  const size_t held = tensor.storage().nbytes();
+  TORCH_CHECK(needed <= held || tensor.numel() == 0, name, "(): expected tensors whose storage holds their elements, ",
+              "but got one of shape ", tensor.sizes(), ", which needs ", needed, " bytes, in a storage of ", held);
 }
 
 void check_no_internal_overlap(const at::Tensor& output, const char* name) {

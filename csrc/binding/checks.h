@@ -46,8 +46,11 @@ std::vector<c10::SymInt> row_shape(const at::Tensor& input, const CallArguments&
 // `numbers` broadcast to rows of `row_ndim` dimensions from their first dimension on; torch broadcasts from the last.
 at::Tensor align_to_rows(const at::Tensor& numbers, int64_t row_ndim);
 
-// Checks the type, device and shape of arguments.row_input, for scores like `input`.
+// Checks the type, device, shape and storage of arguments.row_input, for scores like `input`.
 void check_row_input(const char* what, const at::Tensor& input, const CallArguments& arguments);
+
+// Checks that the tensor's elements lie in its storage, which may be smaller: FSDP frees storages by resize_().
+void check_storage(const at::Tensor& tensor, const char* name);
 
 void check_no_internal_overlap(const at::Tensor& output, const char* name);
 

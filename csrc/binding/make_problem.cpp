@@ -1,6 +1,5 @@
 #include "binding/make_problem.h"
 
-#include <ATen/EmptyTensor.h>
 #include <ATen/WrapDimUtils.h>
 
 #include <cmath>
@@ -28,15 +27,6 @@ struct ColsAndStride {
 
 ColsAndStride columns(const at::Tensor& tensor, int64_t dim) {
   return tensor.dim() == 0 ? ColsAndStride{1, 1} : ColsAndStride{tensor.size(dim), tensor.stride(dim)};
-}
-
-// A storage may be smaller than its tensors need: FSDP frees storages by resize_().
-void check_memory(const at::Tensor& tensor, const char* name) {
-  const size_t needed = at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.element_size(),
-                                                         tensor.storage_offset());
-  const size_t held = tensor.storage().nbytes();
-  TORCH_CHECK(needed <= held || tensor.numel() == 0, name, "(): expected tensors whose storage holds their elements, ",
-              "but got one of shape ", tensor.sizes(), ", which needs ", needed, " bytes, in a storage of ", held);
 }
 
 // The caller passes an input's const data pointer: a mutable one would materialize a lazy clone (torch._lazy_clone).
@@ -85,18 +75,14 @@ const at::Tensor& scores_of(Operation operation, const at::Tensor& output,
 Problem make_problem(Operation operation, const at::Tensor& output, std::initializer_list<const at::Tensor*> inputs,
                      const CallArguments& arguments) {
   const bool reduces_rows = is_reduction(operation);  // looked up once: a call of few elements takes a microsecond
-  check_memory(output, arguments.name);
+  check_storage(output, arguments.name);
   for (const at::Tensor* input : inputs) {
-    check_memory(*input, arguments.name);
+    check_storage(*input, arguments.name);
   }
   for (const OptionalTensor* index : {&arguments.lengths, &arguments.starts}) {
     if (index->has_value()) {
-      check_memory(**index, arguments.name);
+      check_storage(**index, arguments.name);
     }
-  }
-
-  if (arguments.row_input != nullptr) {
-    check_memory(*arguments.row_input, arguments.name);
   }
 
   const at::Tensor& scores = reduces_rows ? **inputs.begin() : output;

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import pytest
@@ -715,6 +716,24 @@ def test_a_storage_smaller_than_its_tensor(argument: str, held: int, log: bool) 
         forward(input, log=log, **tensors)
 
 
+@pytest.mark.parametrize("name", ["masked_softmax", "masked_log_softmax", "masked_logsumexp"])
+def test_a_storage_smaller_than_the_sink(name: str) -> None:
+    sink = torch.zeros(4)
+    sink.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"storage holds .* needs 16 bytes, in a storage of 0"):
+        getattr(masked_softmax_ext, name)(scores(), 3, sink=sink)
+
+
+def test_a_storage_smaller_than_the_weight_of_a_sink() -> None:
+    weight = torch.zeros(4)
+    weight.untyped_storage().resize_(0)
+    input, lengths = scores(), torch.ones(4, dtype=torch.int64)
+    before = input.clone()
+    with pytest.raises(RuntimeError, match=r"storage holds .* needs 16 bytes, in a storage of 0"):
+        OPERATORS.masked_softmax_with_sink_(input, torch.zeros(4), weight, lengths)
+    assert torch.equal(input, before)
+
+
 def test_a_storage_smaller_than_its_tensor_in_the_backward_pass() -> None:
     for freed in range(2):
         inputs = [torch.rand(4, 5), torch.rand(4, 5)]
@@ -758,6 +777,27 @@ def test_backward_operators_check_their_arguments(name: str) -> None:
         call(lengths=torch.ones(4))
     with pytest.raises(TypeError):
         call(g=torch.ones(4, 5, dtype=torch.int64))
+
+
+def test_none_in_place_of_a_tensor_is_named() -> None:
+    """The dispatcher takes None for a tensor, and passes one without a type."""
+    x, lengths = scores(), torch.ones(4, dtype=torch.int64)
+    rows = (lengths, -1, None, None)  # lengths, dim, starts, scale
+    calls: list[tuple[str, Any]] = [
+        ("input", lambda: OPERATORS.masked_softmax(None, lengths)),
+        ("sink", lambda: OPERATORS.masked_softmax_with_sink(x, None, lengths)),
+        ("factor", lambda: OPERATORS.masked_row_scale(x, None, *rows)),
+        ("a", lambda: OPERATORS.masked_row_dot(None, x, *rows)),
+        ("b", lambda: OPERATORS.masked_row_dot(x, None, *rows)),
+    ]
+    for name in BACKWARD_OPERATORS:
+        backward = getattr(OPERATORS, name)
+        rest = (*rows, torch.float32)
+        calls.append(("grad_output", partial(backward, None, x, *rest)))
+        calls.append(("output", partial(backward, x, None, *rest)))
+    for argument, call in calls:
+        with pytest.raises(TypeError, match=rf"\(\): expected {argument} .*, but got None"):
+            call()
 
 
 def test_gradient_of_a_wrong_shape_raises_the_error_of_torch() -> None:
