@@ -351,6 +351,12 @@ def torch_extension(torch, toolkit: Path | None) -> Extension:
     )
 
 
+def core_count() -> int:
+    """Of the cores that this process may use, where the system tells."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+
+
 def build_command(torch, toolkit: Path | None, remark: str):
     from torch.utils.cpp_extension import BuildExtension
 
@@ -371,6 +377,9 @@ def build_command(torch, toolkit: Path | None, remark: str):
             # torch looks for ninja on the PATH. The environment's own comes first, as if it were
             # activated: another version of ninja would build everything again.
             os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
+            # ninja's default is more compilers than cores, which then share the caches: on two
+            # cores, the build with CUDA takes 140 s in place of 120.
+            os.environ.setdefault("MAX_JOBS", str(core_count()))
             if remark:
                 print(f"{PACKAGE}: {remark}", file=sys.stderr)
             write_units(binding_units(toolkit is not None))
