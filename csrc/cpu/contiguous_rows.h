@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/block_kernel.h"
+#include "cpu/derivative_rows.h"
 #include "cpu/long_row.h"
 
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
@@ -14,6 +15,13 @@ void run_contiguous_rows(const Problem& problem, int64_t begin, int64_t end) {
     return run_long_rows<V, kOperation>(problem, begin, end);
   }
   if constexpr (is_tuned(kOperation)) {
+    if constexpr (!is_forward(kOperation) && std::is_same_v<T, float> && std::is_same_v<U, float>) {
+      if (hints.store == StoreHint::kCached) {
+        return longest <= kTileElems<V>
+                   ? DerivativeRows<V, kOperation, T, true>(problem, hints.prefetch).run(begin, end)
+                   : DerivativeRows<V, kOperation, T, false>(problem, hints.prefetch).run(begin, end);
+      }
+    }
     if (longest <= kTileElems<V>) {
       return BlockKernel<V, kOperation, T, U, true>(problem, hints).run(begin, end);
     }

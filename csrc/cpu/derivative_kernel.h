@@ -1,5 +1,6 @@
 // The derivatives of one row, over its valid columns: up to two sums over the row, then one expression for each
-// element. The formulas are those of common/formulas.h; block_kernel.h and long_row.h run them over rows.
+// element. The formulas are those of common/formulas.h; derivative_rows.h, block_kernel.h and long_row.h run them
+// over rows.
 //
 // Types: inputs are converted to the accumulation type as they are loaded; sums and results are of that type, and
 // results are rounded once as they are stored. Memory: each valid element of each input is read once, the second pass

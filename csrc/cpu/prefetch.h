@@ -14,6 +14,12 @@ MASKED_SOFTMAX_INLINE void prefetch_lines(const void* first, int64_t bytes) {
   }
 }
 
+// For cached stores: lines of padding that miss the cache would stall the stores behind them.
+MASKED_SOFTMAX_INLINE void prefetch_padding(const void* first, int64_t bytes) {
+  constexpr int64_t kMaxBytes = 4096;  // beyond, hardware prefetchers recognize the stores as a stream
+  prefetch_lines(first, bytes < kMaxBytes ? bytes : kMaxBytes);
+}
+
 // Prefetches the first lines of every page that begins in [first, first + bytes). The page's address is then in the
 // TLB, and its stream of lines has begun: hardware prefetchers stop at the end of a page. Pages have 4 KiB unless the
 // operating system was asked for huge ones. Nothing is read, so the range may be outside of the tensor.

@@ -10,6 +10,22 @@ namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
 constexpr int kBlockRows = 32;
 
+// Of at most kBlockRows rows of the run, from row `first` on. Starts of packed rows may be beyond 32 bits.
+MASKED_SOFTMAX_INLINE void read_starts_and_lengths(const Problem& problem, const RowRun& run, int64_t first, int count,
+                                                   int64_t* starts, int32_t* lengths) {
+  if (problem.starts.data == nullptr && problem.starts.value == 0) {
+    std::fill(starts, starts + count, int64_t{0});
+    run.read_lengths(first, count, lengths);
+    return;
+  }
+  RowBounds bounds[kBlockRows];
+  run.read_bounds(first, count, bounds);
+  for (int i = 0; i < count; ++i) {
+    starts[i] = bounds[i].start;
+    lengths[i] = static_cast<int32_t>(bounds[i].length());
+  }
+}
+
 template <class V, class T, class U, int kInputCount>
 struct RowBlock {
   using Vector = V;
@@ -44,17 +60,8 @@ struct RowBlock {
     const int64_t likely_rows = 4 + 2 * max_elems / longest;
     const int64_t room = kBlockRows - rows < likely_rows ? kBlockRows - rows : likely_rows;
     const int64_t count = run.rows - first < room ? run.rows - first : room;
-    int64_t starts[kBlockRows] = {};
-    if (problem.starts.data == nullptr && problem.starts.value == 0) {
-      run.read_lengths(first, count, lengths + rows);
-    } else {
-      RowBounds bounds[kBlockRows];
-      run.read_bounds(first, count, bounds);
-      for (int64_t i = 0; i < count; ++i) {
-        starts[i] = bounds[i].start;
-        lengths[rows + i] = static_cast<int32_t>(bounds[i].length());
-      }
-    }
+    int64_t starts[kBlockRows];
+    read_starts_and_lengths(problem, run, first, static_cast<int>(count), starts, lengths + rows);
     int64_t appended = 0;
     int64_t elems = scratch_elems;
     for (int64_t row = rows; row < rows + count; ++row) {  // without branches
@@ -117,9 +124,7 @@ class Prefetcher {
     const auto* const padding = block_.outputs[row] + block_.lengths[row];
     const int64_t bytes = block_.after[row] * int64_t{sizeof(output_t)};
     if (hints_.store == StoreHint::kCached) {
-      constexpr int64_t kMaxBytes = 4096;  // beyond, hardware prefetchers recognize the stores as a stream
-      prefetch_lines(padding, bytes < kMaxBytes ? bytes : kMaxBytes);
-      return;
+      return prefetch_padding(padding, bytes);
     }
     const char* const end = reinterpret_cast<const char*>(padding) + bytes;
     if (reinterpret_cast<uintptr_t>(end) % kLineBytes != 0) {

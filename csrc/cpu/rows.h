@@ -4,8 +4,9 @@
 //
 //   dispatch, isa_table.inc, isa_*.cpp   the instruction set; each compiles all that follows once, in its own namespace
 //   rows.h                               the operation and its types: contiguous or staged rows
-//   contiguous_rows.h                    blocks of rows, or long rows
+//   contiguous_rows.h                    blocks of rows, single rows, or long rows
 //   block_kernel.h, row_block.h          the passes over a block of rows
+//   derivative_rows.h                    derivatives in the caches, a row at a time
 //   long_row.h, staging.h, gather        the passes over one long row, or one of any other type and stride
 //   staged_rows.h, column_tile.h         column tiles (dim != -1), transposed into contiguous rows on the stack
 //   row_kernel.h, derivative_kernel.h    the expressions of the passes; row_kernel.h begins with the algorithm

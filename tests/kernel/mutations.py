@@ -397,6 +397,36 @@ MUTATIONS = (
         "return operation == Operation::kLogSoftmax ? 0.0 : 0.0;",
     ),
     Mutation(
+        "derivative, row by row: padding of packed rows",
+        "cpu/derivative_rows.h",
+        "const int64_t after = problem_.packing.is_packed ? 0 : problem_.cols - start - length;",
+        "const int64_t after = problem_.cols - start - length;",
+    ),
+    Mutation(
+        "derivative, row by row: columns before the start not written",
+        "cpu/derivative_rows.h",
+        "write_row<V>(valid, before, length,",
+        "write_row<V>(valid, 0, length,",
+    ),
+    Mutation(
+        "derivative, row by row: a narrow row's start ignored",
+        "cpu/derivative_rows.h",
+        "if (__builtin_expect(before == 0, 1)) {",
+        "if (true) {",
+    ),
+    Mutation(
+        "derivative, row by row: only the first rows of a run",
+        "cpu/derivative_rows.h",
+        "first < run.rows; first += kBlockRows",
+        "first < kBlockRows; first += kBlockRows",
+    ),
+    Mutation(
+        "narrow rows stored non-temporally: one vector for all",
+        "cpu/row_passes.h",
+        "result(k).store_non_temporal(y + k * kLanes);",
+        "result(0).store_non_temporal(y + k * kLanes);",
+    ),
+    Mutation(
         "padding of packed rows written",
         "cpu/row_block.h",
         "after[row] = is_packed ? 0 : static_cast<int32_t>(problem.cols - starts[i]) - lengths[row];",
