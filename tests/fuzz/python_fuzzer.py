@@ -297,6 +297,31 @@ def call_packed(draw: Draw, name: str) -> None:
             differentiate(draw, result, tensor)
 
 
+def fits_schema(operator: Any, arguments: list[Any], options: dict[str, Any]) -> bool:
+    """Whether the types of these arguments are certain to be the schema's.
+
+    For others, the message of torch prints, and so reads, every argument.
+    """
+    overload = "out" if "out" in options else "default"
+    types = {}
+    if overload in operator.overloads():
+        types = {a.name: str(a.type) for a in getattr(operator, overload)._schema.arguments}
+    given = {**dict(zip(types, arguments, strict=False)), **options}
+    return given.keys() <= types.keys() and all(
+        is_of_type(value, types[name]) for name, value in given.items()
+    )
+
+
+def is_of_type(value: Any, schema_type: str) -> bool:
+    if value is None:
+        return schema_type == "Tensor" or schema_type.startswith("Optional")
+    if "Tensor" in schema_type:
+        return isinstance(value, Tensor)
+    if "int" in schema_type:  # a dtype is an int too
+        return type(value) is torch.dtype or (type(value) is int and abs(value) < 2**63)
+    return type(value) is (float if "float" in schema_type else bool)
+
+
 def call_operator(draw: Draw, name: str) -> None:
     shape, dtype = draw.shape(), draw.dtype()
     scores = []
@@ -330,9 +355,10 @@ def call_operator(draw: Draw, name: str) -> None:
         elif draw.one_in(4):
             options["packed"] = draw.one_of((-1, 0, 1, 5, 2**40, None))
     mode = draw.mode()
-    if draw.one_in(24):
+    operator = getattr(OPERATORS, name)
+    if draw.one_in(24) and fits_schema(operator, [*scores, *rows], options):
         draw.shrink_storage([*scores, *rows, *options.values()])
-    call(mode, getattr(OPERATORS, name), *scores, *rows, **options)
+    call(mode, operator, *scores, *rows, **options)
 
 
 def call_transformed(draw: Draw, name: str) -> None:
