@@ -197,6 +197,12 @@ bool same_layout(const at::Tensor& a, const at::Tensor& b) {
   return true;
 }
 
+// Whether its elements are those of another tensor, as in torch.func, so that its address says nothing.
+bool is_wrapper(const at::Tensor& tensor) {
+  constexpr c10::DispatchKeySet kWrappers({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
+  return !tensor.has_storage() || tensor.key_set().has_any(kWrappers);
+}
+
 std::string row_name(const at::Tensor& input, int64_t dim, int64_t row) {
   std::vector<int64_t> position;
   for (int64_t d = input.dim() - 1; d >= 0; --d) {
@@ -367,7 +373,8 @@ void check_sink_weight(const at::Tensor& sink_weight, const at::Tensor& weight, 
     return;  // no memory to overlap
   }
   check_no_internal_overlap(kWhat, sink_weight, arguments.name);
-  TORCH_CHECK_VALUE(!shares_elements(sink_weight, input), arguments.name, "(): expected ", kWhat,
+  TORCH_CHECK_VALUE(is_wrapper(sink_weight) || is_wrapper(input) || !shares_elements(sink_weight, input),
+                    arguments.name, "(): expected ", kWhat,
                     " to share no memory with input, but got memory that overlaps it; ", kWhat, ".clone() shares none");
 }
 
