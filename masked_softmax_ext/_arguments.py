@@ -12,8 +12,10 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function
 
+from masked_softmax_ext import _C
 from masked_softmax_ext._numbers import (
     FLOATING_DTYPES,
     convert_int,
@@ -141,8 +143,17 @@ def convert_dim(name: str, dim: int, ndim: int) -> int:
     return dim
 
 
+def check_storage(name: str, tensor: Tensor) -> None:
+    """The operators' check, for tensors that torch's own operators read: those would crash."""
+    if not is_dynamo_compiling():
+        _C.check_storage(tensor, name)
+
+
 def check_dense(name: str, argument: str, tensor: Tensor) -> None:
-    """The operators' check, for tensors that something else would reject or convert before them."""
+    """The operators' checks, for tensors that something else would reject or convert before them.
+
+    The tensor's elements then lie in its storage, too.
+    """
     if isinstance(tensor, torch.masked.MaskedTensor):
         kind, remedy = "a MaskedTensor", f"{argument}.get_data() is dense"
         if argument == "input":
@@ -158,6 +169,7 @@ def check_dense(name: str, argument: str, tensor: Tensor) -> None:
         kind = "a oneDNN tensor" if tensor.is_mkldnn else "a sparse tensor"
         remedy = f"{argument}.to_dense() is dense"
     else:
+        check_storage(name, tensor)
         return
     if argument == "out" and kind != "a MaskedTensor":
         remedy = "without out= the result is a new dense tensor"

@@ -155,6 +155,11 @@ def positional_index(operator: Any, argument: str) -> int | None:
     return None if arguments[index].kwarg_only else index
 
 
+def argument_name(operator: Any, position: int) -> str:
+    name: str = operator._schema.arguments[position].name
+    return name
+
+
 # Jagged nested tensors
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from masked_softmax_ext._arguments import check_dim
 from masked_softmax_ext._operators import OPERATORS, Tensors, find_operator, packed_argument
+from masked_softmax_ext._torch_internals import argument_name
 
 
 def register() -> None:
@@ -35,6 +36,7 @@ def _batching_rule(operator: Any, tensors: Tensors) -> Callable[..., tuple[Any, 
     def rule(
         info: Any, in_dims: tuple[int | None, ...], *args: Any, **options: Any
     ) -> tuple[Any, Any]:
+        _check_tensors(operator, *args[:first_row_argument])
         scores = [
             _batch_first(tensor, batch_dim, info.batch_size)
             for tensor, batch_dim in zip(args[:count], in_dims[:count], strict=True)
@@ -69,6 +71,16 @@ def _batching_rule(operator: Any, tensors: Tensors) -> Callable[..., tuple[Any, 
     return rule
 
 
+def _check_tensors(operator: Any, *tensors: Tensor | None) -> None:
+    """The operators' check: torch passes None for a tensor too."""
+    for position, tensor in enumerate(tensors):
+        if tensor is None:
+            raise TypeError(
+                f"{operator.name().partition('::')[2]}(): expected "
+                f"{argument_name(operator, position)} to be a tensor, but got None"
+            )
+
+
 def _batch_at(row_batch_dim: int, number: Tensor, batch_dim: int | None) -> Tensor:
     """One number a row, which aligns with the rows from its first dimension on."""
     if batch_dim is not None:
@@ -98,12 +110,14 @@ def _in_place_with_sink_batching_rule(
     *args: Any,
     **options: Any,
 ) -> tuple[None, None]:
+    operator = find_operator("masked_softmax_with_sink_")
+    _check_tensors(operator, input, sink)
     scores = _overwritten(info, in_dims, input)
     sink = _batch_at(0, sink, in_dims[1])
     if sink_weight is not None:
         sink_weight = _batch_at(0, sink_weight, in_dims[2])
     rows = _batched_rows(scores, in_dims[3:], False, *args)
-    find_operator("masked_softmax_with_sink_")(scores, sink, sink_weight, *rows, **options)
+    operator(scores, sink, sink_weight, *rows, **options)
     return None, None
 
 

@@ -171,7 +171,7 @@ def mask_from_lengths(
     """
     pair = split_pair("mask_from_lengths", lengths, starts, device=None)
     length, start = map(numpy_scalar_to_tensor, pair)
-    (cols,) = _convert_sizes("mask_from_lengths", cols=cols)
+    (cols,) = _convert_int64_sizes("mask_from_lengths", cols=cols)
     given = [
         _checked("mask_from_lengths", argument, index)
         for argument, index in (("lengths", length), ("starts", start))
@@ -422,7 +422,7 @@ def _positions(
     device: torch.device | str | None,
 ) -> tuple[Tensor, int]:
     """The column of each query's own key, which may lie outside of the columns; keys as a size."""
-    queries, keys = _convert_sizes(name, queries=queries, keys=keys)
+    queries, keys = _convert_int64_sizes(name, queries=queries, keys=keys)
     ndim = _convert_ndim(name, ndim)
     if ndim < 2:
         raise ValueError(f"{name}(): expected ndim of at least 2 (queries, keys), but got {ndim}")
@@ -468,7 +468,7 @@ def _limit(count: Any) -> Any:
 def _convert_ndim(name: str, ndim: int | Tensor) -> int:
     """A number of dimensions, that of a tensor of scores included."""
     number: int
-    (number,) = _convert_sizes(name, ndim=ndim.dim() if isinstance(ndim, Tensor) else ndim)
+    (number,) = _convert_int64_sizes(name, ndim=ndim.dim() if isinstance(ndim, Tensor) else ndim)
     return number
 
 
@@ -484,6 +484,15 @@ def _convert_sizes(name: str, remedy: str = "", /, **sizes: int) -> list[Any]:
             )
         if not check_not_negative(size):
             raise ValueError(f"{name}(): expected {argument} of at least 0, but got {size}{remedy}")
+    return converted
+
+
+def _convert_int64_sizes(name: str, **sizes: int) -> list[Any]:
+    """Checked sizes that torch can hold."""
+    converted = _convert_sizes(name, **sizes)
+    for argument, size in zip(sizes, converted, strict=True):
+        if not isinstance(size, Tensor) and not fits_int64(size):
+            raise ValueError(f"{name}(): expected {argument} of at most 2**63 - 1, but got {size}")
     return converted
 
 

@@ -19,7 +19,7 @@ from masked_softmax_ext._arguments import (
     convert_padding_value,
     convert_scale,
 )
-from masked_softmax_ext._numbers import convert_int, is_same_size
+from masked_softmax_ext._numbers import convert_int, is_constant, is_same_size
 from masked_softmax_ext._torch_internals import ragged_dim
 from masked_softmax_ext.functional import masked_log_softmax, masked_softmax
 from masked_softmax_ext.packed import weighted_sum_of_rows
@@ -61,7 +61,7 @@ class MaskedSoftmax(nn.Module):
         __call__ = forward  # nn.Module's returns Any
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}" + ("" if self.scale is None else f", scale={self.scale}")
+        return f"dim={self.dim}" + ("" if self.scale is None else f", scale={self.scale!r}")
 
 
 class MaskedLogSoftmax(nn.Module):
@@ -113,9 +113,10 @@ class MaskedLogSoftmax(nn.Module):
         __call__ = forward  # nn.Module's returns Any
 
     def extra_repr(self) -> str:
-        scale = "" if self.scale is None else f", scale={self.scale}"
-        is_default = self.padding_value == -math.inf
-        padding = "" if is_default else f", padding_value={self.padding_value}"
+        scale = "" if self.scale is None else f", scale={self.scale!r}"
+        # A tensor without values, of the meta device, is neither equal nor different.
+        is_default = is_constant(self.padding_value) and self.padding_value == -math.inf
+        padding = "" if is_default else f", padding_value={self.padding_value!r}"
         return f"dim={self.dim}{scale}{padding}"
 
 

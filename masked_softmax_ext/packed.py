@@ -14,6 +14,7 @@ from masked_softmax_ext._arguments import (
     Sink,
     check_dense,
     check_jagged,
+    check_storage,
     convert_dim,
     convert_options,
     convert_sink,
@@ -253,6 +254,7 @@ def _packed_rows_of(
         result_dtype(values, dtype)
     except TypeError as error:
         raise TypeError(f"{name}(): {error}") from None
+    check_storage(name, offsets)
     sink = convert_sink(name, sink, values)
     rows = [offsets.size(0) - 1, *values.shape[:dim], *values.shape[dim + 1 :]]
     if sink is not None and not broadcasts_to_rows(sink.shape, rows):

@@ -13,6 +13,7 @@
 
 #include "binding/autograd_node.h"
 #include "binding/autograd_rows.h"
+#include "binding/checks.h"
 
 namespace masked_softmax {
 namespace {
@@ -344,6 +345,7 @@ void forward_out(const at::Tensor& input, const RowArguments& rows, const Option
 void compute_in_place(at::Tensor& input, const RowArguments& rows, const at::Tensor* sink,
                       const OptionalTensor& sink_weight, bool validate) {
   torch::autograd::check_inplace(input, torch::autograd::compute_requires_grad(input));
+  constexpr const char* kName = SoftmaxInPlaceOperator::kName;
   const CallView view = view_of(rows, std::nullopt, input.scalar_type());
   OperatorNode::Pointer owner;
   // Whatever can fail comes before the write: saving lengths, and allocating memory for the tangent.
@@ -351,10 +353,11 @@ void compute_in_place(at::Tensor& input, const RowArguments& rows, const at::Ten
   at::Tensor tangent;
   if (has_tangent(input)) {
     // Of copies: an outer level of differentiation may save them or their tangents, which are overwritten below.
-    const at::Tensor primal = primal_of(input).clone();
+    const at::Tensor primal = checked(primal_of(input), kName).clone();
     const at::Tensor y =
         call<Operation::kSoftmax>(primal, rows, std::nullopt, primal.scalar_type(), validate, std::nullopt);
-    tangent = call<Operation::kSoftmaxBackward>(tangent_of(input).clone(), y, rows, y.scalar_type(), std::nullopt);
+    tangent = call<Operation::kSoftmaxBackward>(checked(tangent_of(input), kName).clone(), y, rows, y.scalar_type(),
+                                                std::nullopt);
   }
   {
     const at::AutoDispatchBelowAutograd below_autograd;  // in_place.cpp is next
@@ -382,6 +385,9 @@ void softmax_in_place(at::Tensor& input, const RowArguments& rows, bool validate
 
 void softmax_with_sink_in_place(at::Tensor& input, const at::Tensor& sink, const OptionalTensor& sink_weight,
                                 const RowArguments& rows, bool validate) {
+  if (sink_weight.has_value()) {
+    torch::autograd::check_inplace(*sink_weight, /*requires_grad=*/true);
+  }
   const bool is_weight_differentiated = sink_weight.has_value() && torch::autograd::compute_requires_grad(input);
   if (!torch::autograd::compute_requires_grad(sink) && !is_weight_differentiated && !has_tangent(sink) &&
       !has_tangent(input)) {

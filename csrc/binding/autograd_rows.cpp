@@ -59,8 +59,9 @@ at::Tensor sum_to_given(const at::Tensor& grad, const at::Tensor& given) {
 }
 
 // The gradient of the sink. That of -inf, which is no sink, is 0 where a row is NaN too.
-at::Tensor sum_to_sink(const at::Tensor& grad, const at::Tensor& sink) {
-  return sum_to_given(grad, sink).masked_fill(sink.eq(-std::numeric_limits<double>::infinity()), 0);
+at::Tensor sum_to_sink(const at::Tensor& grad, const at::Tensor& sink, const char* name) {
+  const at::Tensor is_none = checked(sink, name).eq(-std::numeric_limits<double>::infinity());
+  return sum_to_given(grad, sink).masked_fill(is_none, 0);
 }
 
 at::Tensor expanded_ones(const at::Tensor& y) {
@@ -112,15 +113,16 @@ constexpr GradientFormula kSinkFormula = {
       using D = SinkDerivatives<kForward>;
       const RowArguments rows = c.rows();
       const at::Tensor& y = saved[1];
-      const at::Tensor& weight = saved[2];
-      const at::Tensor grad_times_weight = grads[1].defined() ? grads[1].mul(weight) : at::Tensor();
+      const at::Tensor weight = checked(saved[2], D::kNodeName);
+      const at::Tensor grad_times_weight =
+          grads[1].defined() ? checked(grads[1], D::kNodeName).mul(weight) : at::Tensor();
       variable_list result(2);
       if (is_needed[0]) {
         if (grads[0].defined()) {
           result[0] = D::backward(grads[0], y, rows, c.input_dtype, c.packed);
         }
         if (grad_times_weight.defined()) {
-          const at::Tensor p = D::probabilities(y);
+          const at::Tensor p = D::probabilities(checked(y, D::kNodeName));
           result[0] = plus(result[0], row_scale(p, grad_times_weight.neg(), rows, c.packed).to(c.input_dtype));
         }
       }
@@ -132,7 +134,7 @@ constexpr GradientFormula kSinkFormula = {
         if (grad_times_weight.defined()) {
           by_rows = plus(by_rows, grad_times_weight.sub(grad_times_weight.mul(weight)));
         }
-        result[1] = sum_to_sink(by_rows, saved[0]);
+        result[1] = sum_to_sink(by_rows, saved[0], D::kNodeName);
       }
       return result;
     }};
@@ -163,7 +165,8 @@ std::tuple<at::Tensor, at::Tensor> forward_with_sink(const at::Tensor& input, co
     weight_tangent = row_dot(tangent, D::probabilities(y), rows, packed).neg();
   }
   if (has_tangent(sink)) {
-    const at::Tensor tangent = align_to_rows(tangent_of(sink), weight.dim()).to(weight.scalar_type());
+    const at::Tensor given = checked(tangent_of(sink), info_of(kForward).name);
+    const at::Tensor tangent = align_to_rows(given, weight.dim()).to(weight.scalar_type());
     const at::Tensor times_weight = tangent.mul(weight);
     y_tangent = plus(y_tangent, row_scale(D::minus_dy_dsink(y), times_weight.neg(), unscaled(rows), packed));
     weight_tangent = plus(weight_tangent, tangent.sub(times_weight));
@@ -206,8 +209,10 @@ constexpr GradientFormula kLogSumExpFormula = {
       return variable_list{row_scale(p, grads[0], c.rows(), c.packed).to(c.input_dtype)};
     }};
 
+constexpr const char* kLogSumExpWithSinkNode = "MaskedLogSumExpExtWithSinkBackward";
+
 constexpr GradientFormula kLogSumExpWithSinkFormula = {
-    "MaskedLogSumExpExtWithSinkBackward", 2,
+    kLogSumExpWithSinkNode, 2,
     // saved: input, sink
     [](const CallView& c, const variable_list& grads, const variable_list& saved, const std::vector<bool>& is_needed) {
       const at::ScalarType acc_type = accumulation_type(saved[0], grads[0]);
@@ -217,7 +222,8 @@ constexpr GradientFormula kLogSumExpWithSinkFormula = {
         result[0] = row_scale(p, grads[0], c.rows(), c.packed).to(c.input_dtype);
       }
       if (is_needed[1]) {
-        result[1] = sum_to_sink(grads[0].mul(weight), saved[1]);
+        const at::Tensor grad = checked(grads[0], kLogSumExpWithSinkNode);
+        result[1] = sum_to_sink(grad.mul(weight), saved[1], kLogSumExpWithSinkNode);
       }
       return result;
     }};
@@ -264,7 +270,8 @@ at::Tensor logsumexp_with_sink(const at::Tensor& input, const at::Tensor& sink, 
       tangent = row_dot(tangent_of(input), p, rows, packed);
     }
     if (has_tangent(sink)) {
-      tangent = plus(tangent, align_to_rows(tangent_of(sink), weight.dim()).to(acc_type).mul(weight));
+      const at::Tensor given = checked(tangent_of(sink), info_of(Operation::kLogSumExp).name);
+      tangent = plus(tangent, align_to_rows(given, weight.dim()).to(acc_type).mul(weight));
     }
     set_tangent(result, tangent.to(result.scalar_type()), /*is_in_place=*/false);
   }
@@ -334,11 +341,16 @@ at::Tensor new_sink_weight(const at::Tensor& input, const RowArguments& rows) {
 
 void differentiate_sink_in_place(at::Tensor& input, const at::Tensor& sink, const OptionalTensor& sink_weight,
                                  const RowArguments& rows, bool validate) {
+  const CallArguments arguments{rows, SoftmaxInPlaceOperator::kName, std::nullopt, validate};
+  check_floating("input", input.scalar_type(), arguments);  // None has no autograd metadata
   torch::autograd::check_inplace(input, /*requires_grad=*/true);
   // A node that changes a view has one result, and tangents are those of a new tensor.
   if (input.is_view() || has_tangent(input) || has_tangent(sink)) {
     const auto [y, weight] = call_with_sink<Operation::kSoftmax>(input, sink, rows, std::nullopt, input.scalar_type(),
                                                                  validate, std::nullopt);
+    if (sink_weight.has_value()) {
+      check_sink_weight(*sink_weight, weight, input, arguments);
+    }
     input.copy_(y);
     if (sink_weight.has_value()) {
       sink_weight->copy_(weight);

@@ -57,11 +57,6 @@ std::string tensor_of(at::ScalarType type) {
   return type == at::ScalarType::Undefined ? "None" : "a tensor of " + dtype_name(type);
 }
 
-// The argument that a function writes to. PyTorch's names of in-place functions end in an underscore.
-const char* written_argument(const char* function) {
-  return std::string_view(function).back() == '_' ? "input" : "out";
-}
-
 std::vector<c10::SymInt> row_shape(const at::Tensor& input, int64_t dim) {
   std::vector<c10::SymInt> shape = input.sym_sizes().vec();
   if (!shape.empty()) {
@@ -202,6 +197,12 @@ bool same_layout(const at::Tensor& a, const at::Tensor& b) {
   return true;
 }
 
+// Whether its elements are those of another tensor, as in torch.func, so that its address says nothing.
+bool is_wrapper(const at::Tensor& tensor) {
+  constexpr c10::DispatchKeySet kWrappers({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
+  return !tensor.has_storage() || tensor.key_set().has_any(kWrappers);
+}
+
 std::string row_name(const at::Tensor& input, int64_t dim, int64_t row) {
   std::vector<int64_t> position;
   for (int64_t d = input.dim() - 1; d >= 0; --d) {
@@ -244,6 +245,10 @@ void check_packing(Problem& problem, const at::Tensor& values, const CallArgumen
 }
 
 }  // namespace
+
+const char* written_argument(const char* function) {
+  return std::string_view(function).back() == '_' ? "input" : "out";
+}
 
 at::ScalarType result_dtype(at::ScalarType input, OptionalType dtype, const CallArguments& arguments) {
   const char* const what = arguments.input_name();
@@ -302,18 +307,19 @@ void check_row_input(const char* what, const at::Tensor& input, const CallArgume
 }
 
 void check_storage(const at::Tensor& tensor, const char* name) {
-  if (tensor.is_meta() || tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
-    return;  // no memory to access
+  if (!tensor.has_storage() || tensor.is_nested() || tensor.is_meta() ||
+      tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
+    return;  // no memory to access, or a wrapper's, which is another tensor's
   }
+  const std::optional<int64_t> held = tensor.storage().sym_nbytes().maybe_as_int();
   const size_t needed = at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.element_size(),
                                                          tensor.storage_offset());
-  const size_t held = tensor.storage().nbytes();
-  TORCH_CHECK(needed <= held || tensor.numel() == 0, name, "(): expected tensors whose storage holds their elements, ",
-              "but got one of shape ", tensor.sizes(), ", which needs ", needed, " bytes, in a storage of ", held);
+  TORCH_CHECK(!held.has_value() || needed <= static_cast<size_t>(*held) || tensor.numel() == 0, name,
+              "(): expected tensors whose storage holds their elements, but got one of shape ", tensor.sizes(),
+              ", which needs ", needed, " bytes, in a storage of ", *held);
 }
 
-void check_no_internal_overlap(const at::Tensor& output, const char* name) {
-  const char* const what = written_argument(name);
+void check_no_internal_overlap(const char* what, const at::Tensor& output, const char* name) {
   TORCH_CHECK_VALUE(at::has_internal_overlap(output) == at::MemOverlap::No || !shares_own_elements(output), name,
                     "(): expected ", what, ", which is overwritten, to have memory of its own for each element, but ",
                     "got ", what, " of shape ", output.sizes(), " with strides ", output.strides(), "; ", what,
@@ -333,7 +339,7 @@ void check_output(const at::Tensor& output, const at::Tensor& input, at::ScalarT
     return;  // no memory to overlap
   }
   output.mutable_data_ptr();  // a lazy clone is materialized now, before its memory is compared
-  check_no_internal_overlap(output, arguments.name);
+  check_no_internal_overlap(written_argument(arguments.name), output, arguments.name);
   const auto check_apart = [&](const char* what, const OptionalTensor& other, bool may_be_same) {
     TORCH_CHECK_VALUE(
         !other.has_value() || (may_be_same && same_layout(output, *other)) || !shares_elements(output, *other),
@@ -356,6 +362,20 @@ void check_like_output(const char* what, const at::Tensor& tensor, const at::Ten
                     ", but got ", what, " on ", tensor.device());
   TORCH_CHECK_VALUE(is_same_shape(tensor, output), arguments.name, "(): expected ", what, " of shape ",
                     output.sym_sizes(), ", but got ", what, " of shape ", tensor.sym_sizes());
+}
+
+void check_sink_weight(const at::Tensor& sink_weight, const at::Tensor& weight, const at::Tensor& input,
+                       const CallArguments& arguments) {
+  constexpr const char* kWhat = "sink_weight";
+  check_like_output(kWhat, sink_weight, weight, arguments);
+  check_storage(sink_weight, arguments.name);
+  if (sink_weight.is_meta() || sink_weight.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
+    return;  // no memory to overlap
+  }
+  check_no_internal_overlap(kWhat, sink_weight, arguments.name);
+  TORCH_CHECK_VALUE(is_wrapper(sink_weight) || is_wrapper(input) || !shares_elements(sink_weight, input),
+                    arguments.name, "(): expected ", kWhat,
+                    " to share no memory with input, but got memory that overlaps it; ", kWhat, ".clone() shares none");
 }
 
 void check_bounds(Problem& problem, const at::Tensor& scores, const CallArguments& arguments) {

@@ -49,10 +49,24 @@ at::Tensor align_to_rows(const at::Tensor& numbers, int64_t row_ndim);
 // Checks the type, device, shape and storage of arguments.row_input, for scores like `input`.
 void check_row_input(const char* what, const at::Tensor& input, const CallArguments& arguments);
 
-// Checks that the tensor's elements lie in its storage, which may be smaller: FSDP frees storages by resize_().
+// Checks that the tensor's elements lie in its storage, which may be smaller: FSDP frees storages by resize_(). torch's
+// own operators do not check it: one that reads such a tensor crashes. `name`: of the function that messages name.
 void check_storage(const at::Tensor& tensor, const char* name);
 
-void check_no_internal_overlap(const at::Tensor& output, const char* name);
+// The tensor, checked, for torch's own operators.
+inline at::Tensor checked(const at::Tensor& tensor, const char* name) {
+  check_storage(tensor, name);
+  return tensor;
+}
+
+// The argument that a function writes to. PyTorch's names of in-place functions end in an underscore.
+const char* written_argument(const char* function);
+
+void check_no_internal_overlap(const char* what, const at::Tensor& output, const char* name);
+
+// Checks the tensor into which the weights of the sinks are copied: `weight`, of a call that writes to `input`.
+void check_sink_weight(const at::Tensor& sink_weight, const at::Tensor& weight, const at::Tensor& input,
+                       const CallArguments& arguments);
 
 // Checks a tensor that a derivative takes beside the saved output: same shape, same device, floating point.
 void check_like_output(const char* what, const at::Tensor& tensor, const at::Tensor& output,

@@ -28,8 +28,12 @@ std::atomic<cuda::Strategy> last_strategy{cuda::Strategy::kAutomatic};    // kAu
 // On copies in host memory.
 void check_bounds_on_host(Operation operation, const at::Tensor& output,
                           std::initializer_list<const at::Tensor*> inputs, const CallArguments& arguments) {
-  const auto copy_to_host = [](const OptionalTensor& index) {
-    return index.has_value() ? OptionalTensor(index->cpu()) : std::nullopt;
+  const auto copy_to_host = [&](const OptionalTensor& index) -> OptionalTensor {
+    if (!index.has_value()) {
+      return std::nullopt;
+    }
+    check_storage(*index, arguments.name);
+    return index->cpu();
   };
   const OptionalTensor lengths = copy_to_host(arguments.lengths);
   const OptionalTensor starts = copy_to_host(arguments.starts);

@@ -65,8 +65,7 @@ struct DeviceOps {
     at::Tensor weight;
     if (sink_weight.has_value()) {
       weight = empty_rows(input, sink_weight->scalar_type(), arguments);
-      check_like_output("sink_weight", *sink_weight, weight, arguments);
-      check_storage(*sink_weight, arguments.name);
+      check_sink_weight(*sink_weight, weight, input, arguments);
       arguments.row_result = &weight;
     }
     compute_in_place(input, arguments);

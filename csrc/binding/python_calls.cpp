@@ -13,6 +13,7 @@
 
 #include <new>
 
+#include "binding/checks.h"
 #include "binding/operators.h"
 
 namespace masked_softmax {
@@ -159,6 +160,20 @@ PyObject* softmax_in_place(PyObject* /*module*/, PyObject* const* arguments, Py_
   });
 }
 
+// check_storage(tensor, name), for functions in Python that call torch's own operators.
+PyObject* check_storage_of(PyObject* /*module*/, PyObject* const* arguments, Py_ssize_t count) {
+  return with_python_errors([&]() -> PyObject* {
+    TORCH_CHECK_TYPE(count == 2 && THPVariable_Check(arguments[0]) && PyUnicode_Check(arguments[1]),
+                     "expected a tensor and a name");
+    const char* const name = PyUnicode_AsUTF8(arguments[1]);
+    if (name == nullptr) {
+      return nullptr;
+    }
+    check_storage(THPVariable_Unpack(arguments[0]), name);
+    Py_RETURN_NONE;
+  });
+}
+
 template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
 constexpr PyMethodDef method(const char* name) {
   // Through void (*)(), for which compilers do not warn.
@@ -172,6 +187,7 @@ int add_python_calls(PyObject* module) {
       method<forward<Operation::kSoftmax>>("masked_softmax"),
       method<forward<Operation::kLogSoftmax>>("masked_log_softmax"),
       method<softmax_in_place>("masked_softmax_"),
+      method<check_storage_of>("check_storage"),
       {nullptr, nullptr, 0, nullptr},
   };
   return PyModule_AddFunctions(module, methods);

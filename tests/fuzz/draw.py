@@ -176,10 +176,8 @@ class Draw:
         return x
 
     def shrink_storage(self, tensors: list[Any]) -> None:
-        """Makes one storage too small, as resize_() can. Only tensors that torch will not read."""
-        shrinkable = [
-            x for x in tensors if is_plain(x) and not x.is_neg() and not torch._C._is_cow_tensor(x)
-        ]
+        """Makes one storage too small, as resize_() can. torch itself reads a lazy clone's."""
+        shrinkable = [x for x in tensors if is_plain(x) and not torch._C._is_cow_tensor(x)]
         if shrinkable:
             storage = self.one_of(shrinkable).untyped_storage()
             storage.resize_(self.one_of((0, 1, storage.nbytes() // 2)))

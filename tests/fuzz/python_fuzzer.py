@@ -192,7 +192,7 @@ def compare(
     torch.testing.assert_close(result.detach(), expected, equal_nan=True, **tolerance)
 
 
-def differentiate(draw: Draw, result: Tensor, input: Tensor) -> None:
+def differentiate(draw: Draw, result: Tensor, input: Tensor, is_in_place: bool = False) -> None:
     """``input`` is the scores or the sink."""
     grad = (
         torch.ones_like(result)
@@ -202,6 +202,10 @@ def differentiate(draw: Draw, result: Tensor, input: Tensor) -> None:
     create_graph = draw.one_in(3)
     if draw.one_in(12):
         grad = draw.anything()
+    # A gradient of another type, or of a view that is written to, is first read by torch itself.
+    is_read_by_torch = is_in_place or not is_plain(grad) or grad.dtype != result.dtype
+    if draw.one_in(12) and not is_read_by_torch:
+        draw.shrink_storage([grad, input])
     gradients = attempt(
         torch.autograd.grad, result, input, grad, create_graph=create_graph, allow_unused=True
     )
@@ -254,7 +258,7 @@ def call_masked(draw: Draw, name: str) -> None:
         return
     before = input.detach().clone() if is_plain(input) else None
     mode = draw.mode()
-    if draw.one_in(24) and function not in REFERENCES:
+    if draw.one_in(24):
         draw.shrink_storage([*arguments, *options.values()])
     result = call(mode, function, *arguments, **options)
     if isinstance(result, Exception) or name == "reference.valid_mask":
@@ -266,7 +270,7 @@ def call_masked(draw: Draw, name: str) -> None:
         compare(name, before, result, arguments, options)
     for tensor in (input, options.get("sink")):
         if isinstance(tensor, Tensor) and result.requires_grad and tensor.requires_grad:
-            differentiate(draw, result, tensor)
+            differentiate(draw, result, tensor, in_place)
 
 
 def call_packed(draw: Draw, name: str) -> None:
@@ -277,9 +281,13 @@ def call_packed(draw: Draw, name: str) -> None:
     if draw.one_in(4):
         options["max_length"] = draw.anything() if draw.one_in(3) else draw.up_to(130)
     if draw.one_in(3):
-        batch = len(arguments[1]) - 1 if is_plain(arguments[1]) and arguments[1].dim() == 1 else 2
+        offsets = arguments[1]
+        is_vector = is_plain(offsets) and offsets.dim() == 1
+        batch = max(len(offsets) - 1, 0) if is_vector else 2  # empty offsets have no rows
         options["sink"] = draw.sink(values, dim, batch)
     mode = draw.mode()
+    if draw.one_in(24):
+        draw.shrink_storage([*arguments, *options.values()])
     result = call(mode, FORWARD[name], *arguments, **options)
     if isinstance(result, Exception):
         return
@@ -287,6 +295,31 @@ def call_packed(draw: Draw, name: str) -> None:
     for tensor in (values, options.get("sink")):
         if isinstance(tensor, Tensor) and result.requires_grad and tensor.requires_grad:
             differentiate(draw, result, tensor)
+
+
+def fits_schema(operator: Any, arguments: list[Any], options: dict[str, Any]) -> bool:
+    """Whether the types of these arguments are certain to be the schema's.
+
+    For others, the message of torch prints, and so reads, every argument.
+    """
+    overload = "out" if "out" in options else "default"
+    types = {}
+    if overload in operator.overloads():
+        types = {a.name: str(a.type) for a in getattr(operator, overload)._schema.arguments}
+    given = {**dict(zip(types, arguments, strict=False)), **options}
+    return given.keys() <= types.keys() and all(
+        is_of_type(value, types[name]) for name, value in given.items()
+    )
+
+
+def is_of_type(value: Any, schema_type: str) -> bool:
+    if value is None:
+        return schema_type == "Tensor" or schema_type.startswith("Optional")
+    if "Tensor" in schema_type:
+        return isinstance(value, Tensor)
+    if "int" in schema_type:  # a dtype is an int too
+        return type(value) is torch.dtype or (type(value) is int and abs(value) < 2**63)
+    return type(value) is (float if "float" in schema_type else bool)
 
 
 def call_operator(draw: Draw, name: str) -> None:
@@ -321,7 +354,11 @@ def call_operator(draw: Draw, name: str) -> None:
             options.pop("dtype", None)
         elif draw.one_in(4):
             options["packed"] = draw.one_of((-1, 0, 1, 5, 2**40, None))
-    call(draw.mode(), getattr(OPERATORS, name), *scores, *rows, **options)
+    mode = draw.mode()
+    operator = getattr(OPERATORS, name)
+    if draw.one_in(24) and fits_schema(operator, [*scores, *rows], options):
+        draw.shrink_storage([*scores, *rows, *options.values()])
+    call(mode, operator, *scores, *rows, **options)
 
 
 def call_transformed(draw: Draw, name: str) -> None:

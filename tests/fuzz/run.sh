@@ -37,7 +37,7 @@ prepare() {
       ;;
     python)
       "$python" -c "import atheris" 2>/dev/null || skip "the Python interface: atheris is not installed for $python"
-      fuzzer=(env PYTHONPATH=tests/helpers "$python" tests/fuzz/python_fuzzer.py -max_len=256 -len_control=0)
+      fuzzer=(env PYTHONPATH="tests/helpers${PYTHONPATH:+:$PYTHONPATH}" "$python" tests/fuzz/python_fuzzer.py -max_len=256 -len_control=0)
       ;;
     *) echo "expected kernel or python, but got '$1'" >&2 && exit 2 ;;
   esac

@@ -20,6 +20,7 @@ import pytest
 import torch
 from cases import assert_same_bits, random_input
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import masked_softmax_ext
 from masked_softmax_ext import (
@@ -279,6 +280,21 @@ def test_module_has_gradients() -> None:
     assert x.grad is not None
     assert_same_bits(x.grad, expected)
     assert float(expected.abs().max()) > 0
+
+
+def test_modules_print_numbers_without_values() -> None:
+    """As those of a model that is built on the meta device."""
+    unknown = torch.tensor(0.5, device="meta")
+    printed = "tensor(..., device='meta', size=())"
+    assert repr(MaskedSoftmax(scale=unknown)) == f"MaskedSoftmax(dim=-1, scale={printed})"
+    module = MaskedLogSoftmax(padding_value=unknown)
+    assert repr(module) == f"MaskedLogSoftmax(dim=-1, padding_value={printed})"
+    with FakeTensorMode():
+        assert "FakeTensor" in repr(MaskedLogSoftmax(padding_value=torch.ones(())))
+    assert repr(MaskedLogSoftmax(padding_value=-math.inf)) == "MaskedLogSoftmax(dim=-1)"
+    assert repr(MaskedLogSoftmax(0, scale=2, padding_value=torch.tensor(0.5))) == (
+        "MaskedLogSoftmax(dim=0, scale=2.0, padding_value=0.5)"
+    )
 
 
 # Attention pooling

@@ -445,6 +445,20 @@ def test_window_sizes_do_not_overflow() -> None:
         assert_bounds(window(3, 5, size, ndim=2), *window(3, 5, (None, 0), ndim=2))
 
 
+@pytest.mark.parametrize("huge", [2**63, 2**70])
+def test_sizes_beyond_an_int64(huge: int) -> None:
+    calls: dict[str, Callable[[], Any]] = {
+        "queries": lambda: causal_lengths(huge, 3),
+        "keys": lambda: window(3, huge, 2),
+        "ndim": lambda: causal_lengths(3, 3, ndim=huge),
+        "cols": lambda: mask_from_lengths(3, huge),
+    }
+    for argument, call in calls.items():
+        message = rf"\(\): expected {argument} of at most 2\*\*63 - 1, but got {huge}$"
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 @pytest.mark.parametrize("align", ["lower_right", "upper_left"])
 def test_two_sided_window_compiles(align: str) -> None:
     def function(x: Tensor) -> Tensor:

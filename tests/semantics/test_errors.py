@@ -17,9 +17,10 @@ from calls import forward
 from cases import FLOATING, INTEGER, assert_same_bits, random_input, short_name
 from operators import BACKWARD_OPERATORS, FORWARD_OPERATORS, ROW_OPERATORS, SCORE_TENSORS
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import masked_softmax_ext
-from masked_softmax_ext import masked_softmax_
+from masked_softmax_ext import masked_softmax_, reference
 
 Call = Callable[..., Tensor]
 
@@ -734,6 +735,132 @@ def test_a_storage_smaller_than_the_weight_of_a_sink() -> None:
     assert torch.equal(input, before)
 
 
+def freed(tensor: Tensor) -> Tensor:
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def negated(*shape: int) -> Tensor:
+    return torch._neg_view(torch.zeros(shape))  # type: ignore[no-untyped-call]
+
+
+def freed_jagged() -> Tensor:
+    offsets = torch.tensor([0, 2, 5], dtype=torch.int32)
+    jagged = torch.nested.nested_tensor_from_jagged(torch.zeros(5), offsets)
+    freed(offsets)
+    return jagged
+
+
+# Calls whose freed tensor one of torch's own operators reads first, or would.
+READ_BY_TORCH: dict[str, Callable[[], Any]] = {
+    "offsets": lambda: masked_softmax_ext.packed_softmax(
+        torch.zeros(5), freed(torch.tensor([0, 5], dtype=torch.int32))
+    ),
+    "jagged": lambda: masked_softmax_ext.masked_softmax(freed_jagged(), dim=1),
+    "jagged logsumexp": lambda: masked_softmax_ext.masked_logsumexp(freed_jagged(), dim=1),
+    "negated input": lambda: forward(freed(negated(4, 5)), 3),
+    "negated input, out": lambda: forward(freed(negated(4, 5)), 3, out=scores()),
+    "negated sink": lambda: masked_softmax_ext.masked_softmax(scores(), 3, sink=freed(negated(4))),
+    "negated out": lambda: forward(scores(), 3, out=freed(negated(4, 5))),
+    "negated in place": lambda: masked_softmax_(freed(negated(4, 5)), 3),
+    "batched scale": lambda: torch.vmap(
+        lambda scale: masked_softmax_ext.masked_softmax(freed(torch.zeros(4)), 3, scale=scale)
+    )(torch.ones(2)),
+    "intersect_bounds": lambda: masked_softmax_ext.intersect_bounds(freed(torch.tensor([3]))),
+    "mask_from_lengths": lambda: masked_softmax_ext.mask_from_lengths(
+        freed(torch.tensor([3], dtype=torch.int32)), 5
+    ),
+    "lengths_from_mask": lambda: masked_softmax_ext.lengths_from_mask(
+        freed(torch.ones(5, dtype=torch.bool))
+    ),
+    "reference": lambda: reference.masked_softmax(freed(scores().bfloat16()), 3),
+    "reference, lengths": lambda: reference.masked_softmax(
+        torch.tensor(0.0), freed(torch.tensor(1, dtype=torch.int32))
+    ),
+    "reference, sink": lambda: reference.masked_softmax(
+        scores(), 3, sink=freed(torch.zeros(4, dtype=torch.float64))
+    ),
+}
+
+
+@pytest.mark.parametrize("call", READ_BY_TORCH.values(), ids=list(READ_BY_TORCH))
+def test_a_freed_storage_that_an_operator_of_torch_would_read(call: Callable[[], Any]) -> None:
+    """Those do not check the storage: the process would crash."""
+    with pytest.raises(RuntimeError, match=r"^\w+\(\): .* storage holds .* in a storage of 0"):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        (name, argument)
+        for name in ("masked_softmax", "masked_log_softmax", "masked_logsumexp")
+        for argument in ("sink", "output", "sink_weight", "grad")
+        if name != "masked_logsumexp" or argument in ("sink", "grad")  # what it saves and takes
+    ],
+)
+def test_a_freed_storage_in_the_backward_pass_of_a_sink(name: str, argument: str) -> None:
+    """As when FSDP frees a parameter before the backward pass reads it."""
+    input, sink = (torch.zeros(size, requires_grad=True) for size in ((4, 5), (4,)))
+    results = getattr(OPERATORS, f"{name}_with_sink")(input, sink, torch.tensor(3))
+    results = results if isinstance(results, tuple) else (results,)
+    grads = [torch.ones_like(result) for result in results]
+    tensors = {"sink": sink, "output": results[0], "sink_weight": results[-1], "grad": grads[-1]}
+    freed(tensors[argument].detach())
+    with pytest.raises(RuntimeError, match=r"\(\): .* storage holds .* in a storage of 0"):
+        torch.autograd.grad(results, (input, sink), grads)
+
+
+def test_a_freed_sink_that_needs_no_gradient() -> None:
+    """The backward pass reads a frozen sink only to differentiate with respect to it."""
+    input, sink = torch.zeros(4, 5, requires_grad=True), torch.zeros(4)
+    result = masked_softmax_ext.masked_softmax(input, 3, sink=sink)
+    (expected,) = torch.autograd.grad(result[:, 0].sum(), input, retain_graph=True)
+    freed(sink)
+    (got,) = torch.autograd.grad(result[:, 0].sum(), input)
+    assert torch.equal(got, expected)
+    assert bool((got[:, :3] != 0).all())
+
+
+@pytest.mark.parametrize("name", ["masked_softmax_", "masked_softmax", "masked_logsumexp"])
+def test_a_freed_tangent(name: str) -> None:
+    function = getattr(masked_softmax_ext, name)
+    with forward_ad.dual_level():
+        tangents = torch.ones(4, 5), torch.ones(4)
+        input, sink = map(forward_ad.make_dual, (scores(), torch.zeros(4)), tangents)
+        before = scores()
+        for freed_one in tangents:
+            freed(freed_one)
+            options = {} if freed_one is tangents[0] else {"sink": sink}
+            primal = input if freed_one is tangents[0] else scores()
+            with pytest.raises(RuntimeError, match=r"\(\): .* storage holds .* storage of 0"):
+                function(primal, 3, **options)
+            assert torch.equal(forward_ad.unpack_dual(primal).primal, before)
+
+
+@pytest.mark.parametrize("is_view", [False, True])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_an_invalid_sink_weight_leaves_the_scores(is_view: bool, requires_grad: bool) -> None:
+    """It is written after them, and so checked before."""
+    memory = torch.ones(4, 6)
+    input = memory[:, :5] if is_view else memory.clone()
+    sink, lengths = torch.zeros(4, requires_grad=requires_grad), torch.tensor(3)
+    leaf = torch.zeros(4, requires_grad=True)
+    wrong: list[tuple[Tensor, type[Exception], str]] = [
+        (freed(torch.zeros(4)), RuntimeError, "storage of 0"),
+        (torch.zeros(1).expand(4), ValueError, r"expected sink_weight.* memory of its own"),
+        (torch.zeros(3), ValueError, r"expected sink_weight of shape \[4\], but got .*\[3\]"),
+        (torch.zeros(4, dtype=torch.int64), TypeError, "expected sink_weight of a floating"),
+        (input[:, 2], ValueError, "expected sink_weight to share no memory with input"),
+        (leaf, RuntimeError, "leaf Variable that requires grad"),
+    ]
+    for weight, error, message in wrong:
+        with pytest.raises(error, match=message):
+            OPERATORS.masked_softmax_with_sink_(input, sink, weight, lengths)
+        assert bool((memory == 1).all())
+        assert bool((input == 1).all())
+
+
 def test_a_storage_smaller_than_its_tensor_in_the_backward_pass() -> None:
     for freed in range(2):
         inputs = [torch.rand(4, 5), torch.rand(4, 5)]
@@ -783,8 +910,10 @@ def test_none_in_place_of_a_tensor_is_named() -> None:
     """The dispatcher takes None for a tensor, and passes one without a type."""
     x, lengths = scores(), torch.ones(4, dtype=torch.int64)
     rows = (lengths, -1, None, None)  # lengths, dim, starts, scale
+    sink = torch.zeros(4, requires_grad=True)
     calls: list[tuple[str, Any]] = [
         ("input", lambda: OPERATORS.masked_softmax(None, lengths)),
+        ("input", lambda: OPERATORS.masked_softmax_with_sink_(None, sink, None, lengths)),
         ("sink", lambda: OPERATORS.masked_softmax_with_sink(x, None, lengths)),
         ("factor", lambda: OPERATORS.masked_row_scale(x, None, *rows)),
         ("a", lambda: OPERATORS.masked_row_dot(None, x, *rows)),
@@ -795,6 +924,15 @@ def test_none_in_place_of_a_tensor_is_named() -> None:
         rest = (*rows, torch.float32)
         calls.append(("grad_output", partial(backward, None, x, *rest)))
         calls.append(("output", partial(backward, x, None, *rest)))
+    in_place = OPERATORS.masked_softmax_with_sink_
+    batched: list[tuple[str, Any]] = [
+        ("sink", lambda x: OPERATORS.masked_softmax_with_sink(x, None, lengths)),
+        ("sink", lambda x: in_place(x, None, None, lengths)),
+        ("input", lambda x: in_place(None, x, None, lengths)),
+        ("factor", lambda x: OPERATORS.masked_row_scale(x, None, *rows)),
+        ("output", lambda x: OPERATORS.masked_softmax_backward(x, None, *rows, torch.float32)),
+    ]
+    calls += [(argument, partial(torch.vmap(call), x[None])) for argument, call in batched]
     for argument, call in calls:
         with pytest.raises(TypeError, match=rf"\(\): expected {argument} .*, but got None"):
             call()
