@@ -151,7 +151,7 @@ def check_dense(name: str, argument: str, tensor: Tensor) -> None:
                 "and starts"
             )
     elif tensor.is_nested:
-        kind, remedy = "a nested tensor", _nested_remedy(argument, tensor)
+        kind, remedy = "a nested tensor", _nested_remedy(name, argument, tensor)
     elif tensor.is_quantized:
         kind, remedy = "a quantized tensor", f"{argument}.dequantize() is dense"
     elif tensor.layout != torch.strided:
@@ -169,11 +169,12 @@ def check_dense(name: str, argument: str, tensor: Tensor) -> None:
 _TO_JAGGED = "torch.nested.as_nested_tensor(input.unbind(), layout=torch.jagged) is jagged"
 
 
-def _nested_remedy(argument: str, tensor: Tensor) -> str:
-    if argument == "input":
+def _nested_remedy(name: str, argument: str, tensor: Tensor) -> str:
+    if argument == "input":  # of the function in place, or of the reference
+        function = f"masked_softmax_ext.{name.removesuffix('_')}()"
         if tensor.layout == torch.jagged:
-            return "masked_softmax_ext.masked_softmax() takes a jagged input"
-        return f"{_TO_JAGGED}, which masked_softmax() takes"
+            return f"{function} takes a jagged input"
+        return f"{_TO_JAGGED}, which {function} takes"
     if argument == "values":  # of packed rows
         if tensor.layout == torch.jagged:
             return "values.values() and values.offsets() are its packed rows"
@@ -477,7 +478,7 @@ def check_out(name: str, input: Tensor, result: Tensor, out: Tensor) -> None:
         raise ValueError(
             f"{name}(): expected out, which is overwritten, to have memory of its own for each "
             f"element, but got out of shape {list(out.shape)} with strides {list(out.stride())}; "
-            "out.contiguous() has it"
+            "without out= the result is a new tensor"
         )
     if torch.is_grad_enabled() and (input.requires_grad or out.requires_grad):
         raise RuntimeError(
