@@ -77,6 +77,17 @@ def test_everything_public_is_documented() -> None:
         assert len((getattr(masked_softmax_ext, name).__doc__ or "").strip()) > 20, name
 
 
+@pytest.mark.parametrize("module", [MaskedSoftmax, MaskedLogSoftmax, AttentionPooling])
+def test_help_of_forward(module: type[torch.nn.Module]) -> None:
+    """It explains every argument, and which errors there are."""
+    text = module.forward.__doc__ or ""
+    arguments, returns, errors = re.split(r"\n *(?:Returns|Raises):\n", text)
+    for name in list(inspect.signature(module.forward).parameters)[1:]:
+        assert re.search(rf"^ *{name}: \w", arguments, re.M), name
+    assert "type" in returns
+    assert "ValueError" in errors
+
+
 def test_functions_are_typed() -> None:
     """py.typed exists, and every argument and result has a type."""
     assert (Path(masked_softmax_ext.__file__).parent / "py.typed").exists()
