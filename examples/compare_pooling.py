@@ -119,13 +119,14 @@ def main(arguments: list[str] | None = None) -> int:
         )
     ]
     steps = (f"loss {step + 1}" for step in shown.tolist())
-    print(terminal.table(("", *steps, "held out", "step", "softmax alone"), rows))
+    print(terminal.table(("", *steps, "held out", "step", "softmax"), rows))
 
     difference = (losses[0] - losses[1]).abs().max().item()
     agree = difference <= MAX_DIFFERENCE  # False for NaN
     learned = min(accuracies) >= MIN_ACCURACY
     print(
-        f"\nThe losses differ by at most {difference:.1e} (allowed: {MAX_DIFFERENCE}): "
+        "\nStep: of training. Softmax: forward and backward alone, of one batch.\n"
+        f"The losses differ by at most {difference:.1e} (allowed: {MAX_DIFFERENCE}): "
         f"{'ok' if agree else 'TOO MUCH'}.\n"
         f"Accuracy of at least {MIN_ACCURACY}: {'ok' if learned else 'TOO LOW'}."
     )
