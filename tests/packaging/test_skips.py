@@ -1,4 +1,4 @@
-"""Promise: a test run tells why tests were skipped: every reason, with the number of tests."""
+"""Promise: a test run leaves no folder out, and gives each reason for skips once, with a number."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 HELPERS = Path(__file__).parents[1] / "helpers"
+
+TESTS = HELPERS.parent
 
 FIRST = """
 import pytest
@@ -78,3 +80,11 @@ def test_this_run_has_the_summary(pytestconfig: pytest.Config) -> None:
     assert conftest in names
     hooks = pytestconfig.pluginmanager.hook.pytest_terminal_summary.get_hookimpls()
     assert any(hook.function.__module__ == "skip_summary" for hook in hooks)
+
+
+def test_every_folder_of_tests_is_run(pytestconfig: pytest.Config) -> None:
+    """Those that pytest is told to leave alone have targets of their own in the Makefile."""
+    folders = {path.relative_to(TESTS).parts[0] for path in TESTS.rglob("*/test_*.py")}
+    run = {Path(path).name for path in pytestconfig.getini("testpaths")}
+    not_run = set(pytestconfig.getini("norecursedirs"))
+    assert folders - not_run == run
