@@ -55,8 +55,7 @@ class MaskedSoftmax(nn.Module):
         starts: Index | None = None,
         sink: Sink = None,
     ) -> Tensor:
-        """:func:`masked_softmax_ext.masked_softmax` of ``input``, with the module's ``dim`` and
-        ``scale``.
+        """Calls :func:`masked_softmax_ext.masked_softmax` with the module's options.
 
         Args:
             input: the scores, any shape; float32, float64, bfloat16 or float16.
@@ -114,8 +113,7 @@ class MaskedLogSoftmax(nn.Module):
         starts: Index | None = None,
         sink: Sink = None,
     ) -> Tensor:
-        """:func:`masked_softmax_ext.masked_log_softmax` of ``input``, with the module's ``dim``,
-        ``scale`` and ``padding_value``.
+        """Calls :func:`masked_softmax_ext.masked_log_softmax` with the module's options.
 
         Args:
             input: the scores, any shape; float32, float64, bfloat16 or float16.

@@ -1,5 +1,7 @@
-"""The summary of skipped tests: a line for each reason, where pytest would print one for each line
-of a test that skips."""
+"""Summary of the skipped tests: a line for each reason.
+
+pytest's own has a line for each place that skips: forty for one file on a machine without a GPU.
+"""
 
 from __future__ import annotations
 
