@@ -55,7 +55,7 @@ def make_batch(size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Heads that learn to attend to nothing.")
+    parser = argparse.ArgumentParser(description="Trains heads that learn to attend to nothing.")
     parser.add_argument("--threads", type=int, default=1, help="for torch (default: 1)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

@@ -86,7 +86,9 @@ def time_softmax_alone(batch: Batch) -> list[float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Attention pooling with lengths and with a mask.")
+    parser = argparse.ArgumentParser(
+        description="Trains a classifier with lengths and with a mask, and compares the two."
+    )
     parser.add_argument("--quick", action="store_true", help="fewer paragraphs")
     parser.add_argument(
         "--accumulate", type=int, default=1, metavar="N", help="batches for each step (default: 1)"

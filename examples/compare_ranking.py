@@ -59,7 +59,9 @@ def compare_loss(scorer: Scorer, lists: Lists) -> tuple[float, list[float]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="The listwise loss, with lengths and with a mask.")
+    parser = argparse.ArgumentParser(
+        description="Compares the listwise loss with lengths and with a mask."
+    )
     parser.add_argument("--threads", type=int, default=1, help="for torch (default: 1)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

@@ -170,7 +170,9 @@ def compare(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="transformers, with lengths instead of masks.")
+    parser = argparse.ArgumentParser(
+        description="Compares a BERT and a Llama with lengths, eager and sdpa attention."
+    )
     parser.add_argument("--quick", action="store_true", help="a smaller batch, fewer rounds")
     parser.add_argument(
         "--accumulate",

@@ -60,7 +60,9 @@ def free_port() -> int:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Scores that are sharded over two processes.")
+    parser = argparse.ArgumentParser(
+        description="Computes attention weights of scores that two processes share."
+    )
     parser.parse_args(arguments)
     multiprocessing.spawn(attend, (free_port(),), nprocs=PROCESSES)
 

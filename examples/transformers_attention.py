@@ -48,7 +48,9 @@ def generate(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="A BERT and a Llama, with lengths for masks.")
+    parser = argparse.ArgumentParser(
+        description="Runs a BERT and a Llama with lengths in place of masks."
+    )
     parser.add_argument("--threads", type=int, default=1, help="for torch (default: 1)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
