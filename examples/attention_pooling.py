@@ -158,7 +158,7 @@ def read_examples(max_files: int, max_paragraphs: int) -> tuple[list[Example], l
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="A text classifier with attention pooling.")
+    parser = argparse.ArgumentParser(description="Trains a text classifier with attention pooling.")
     parser.add_argument("--quick", action="store_true", help="fewer paragraphs")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a paragraph's weights")
     options = parser.parse_args(arguments)

@@ -11,6 +11,7 @@ Exits with 1 if it does not learn that. gpt-oss has such sinks; compare_sinks.py
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import torch
@@ -53,7 +54,11 @@ def make_batch(size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return keys, values, lengths, values[rows, marked] * has_mark
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Trains heads that learn to attend to nothing.")
+    parser.add_argument("--threads", type=int, default=1, help="for torch (default: 1)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     model = SinkAttention()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)

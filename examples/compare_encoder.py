@@ -81,7 +81,9 @@ def compare(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="torch.nn's encoder, with lengths.")
+    parser = argparse.ArgumentParser(
+        description="Compares torch.nn's attention and encoder with those that take lengths."
+    )
     parser.add_argument("--quick", action="store_true", help="fewer sentences, fewer rounds")
     parser.add_argument("--threads", type=int, default=1, help="for torch (default: 1)")
     options = parser.parse_args(arguments)

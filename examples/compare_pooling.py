@@ -4,6 +4,7 @@ Two models with equal initial parameters are trained on the same batches. One po
 package; the other with a mask, masked_fill(-inf) and softmax.
 
     python examples/compare_pooling.py                # half a minute; --quick: a few seconds
+    python examples/compare_pooling.py --accumulate 4      # gradients of 4 batches for each step
 
 Exits with 1 if the two losses differ at any step or an accuracy is too low.
 """
@@ -45,22 +46,31 @@ class MaskPooling(AttentionPooling):
         return (weights.unsqueeze(1) @ input).squeeze(1), weights
 
 
-def train_interleaved(models: list[Classifier], batches: list[Batch]) -> tuple[Tensor, list[float]]:
-    """Returns losses ``(models, steps)`` and the median seconds per step of each model."""
+def train_interleaved(
+    models: list[Classifier], batches: list[Batch], accumulate: int = 1
+) -> tuple[Tensor, list[float]]:
+    """Returns losses ``(models, steps)`` and the median seconds per step of each model.
+
+    A step adds up the gradients of ``accumulate`` batches before the parameters change.
+    """
     optimizers = [torch.optim.Adagrad(model.parameters(), lr=0.05) for model in models]
     losses: list[list[float]] = [[] for _ in models]
     seconds: list[list[float]] = [[] for _ in models]
-    for number in terminal.progress(range(example.EPOCHS * len(batches)), "training"):
-        batch = batches[number % len(batches)]
+    micro_batches = batches * example.EPOCHS
+    for number in terminal.progress(range(len(micro_batches) // accumulate), "training"):
+        first = number * accumulate
         for which in (0, 1) if number % 2 else (1, 0):
             began = time.perf_counter()
-            logits, _ = models[which](batch.tokens, batch.lengths)
-            loss = nn.functional.cross_entropy(logits, batch.labels)
             optimizers[which].zero_grad()
-            loss.backward()
+            total = 0.0
+            for batch in micro_batches[first : first + accumulate]:
+                logits, _ = models[which](batch.tokens, batch.lengths)
+                loss = nn.functional.cross_entropy(logits, batch.labels) / accumulate
+                loss.backward()  # adds to the gradients
+                total += loss.item()
             optimizers[which].step()
             seconds[which].append(time.perf_counter() - began)
-            losses[which].append(loss.item())
+            losses[which].append(total)
     return torch.tensor(losses), [statistics.median(times) for times in seconds]
 
 
@@ -76,10 +86,17 @@ def time_softmax_alone(batch: Batch) -> list[float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Attention pooling with lengths and with a mask.")
+    parser = argparse.ArgumentParser(
+        description="Trains a classifier with lengths and with a mask, and compares the two."
+    )
     parser.add_argument("--quick", action="store_true", help="fewer paragraphs")
+    parser.add_argument(
+        "--accumulate", type=int, default=1, metavar="N", help="batches for each step (default: 1)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="for torch (default: 1)")
     options = parser.parse_args(arguments)
+    if options.accumulate < 1:
+        parser.error(f"expected --accumulate of at least 1, but got {options.accumulate}")
     torch.set_num_threads(options.threads)
 
     train, held_out = example.read_examples(*((100, 600) if options.quick else (300, 2000)))
@@ -89,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     for pooling in (MaskPooling, AttentionPooling):
         torch.manual_seed(0)
         models.append(Classifier(len(numbers) + 2, pooling(FEATURES)))
-    losses, step_seconds = train_interleaved(models, batches)
+    losses, step_seconds = train_interleaved(models, batches, options.accumulate)
     accuracies = [example.accuracy(model, held_out_batches) for model in models]
     shown = torch.linspace(0, losses.size(1) - 1, 5).long()
     rows = [
@@ -104,13 +121,14 @@ def main(arguments: list[str] | None = None) -> int:
         )
     ]
     steps = (f"loss {step + 1}" for step in shown.tolist())
-    print(terminal.table(("", *steps, "held out", "step", "softmax alone"), rows))
+    print(terminal.table(("", *steps, "held out", "step", "softmax"), rows))
 
     difference = (losses[0] - losses[1]).abs().max().item()
     agree = difference <= MAX_DIFFERENCE  # False for NaN
     learned = min(accuracies) >= MIN_ACCURACY
     print(
-        f"\nThe losses differ by at most {difference:.1e} (allowed: {MAX_DIFFERENCE}): "
+        "\nStep: of training. Softmax: forward and backward alone, of one batch.\n"
+        f"The losses differ by at most {difference:.1e} (allowed: {MAX_DIFFERENCE}): "
         f"{'ok' if agree else 'TOO MUCH'}.\n"
         f"Accuracy of at least {MIN_ACCURACY}: {'ok' if learned else 'TOO LOW'}."
     )

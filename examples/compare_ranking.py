@@ -7,6 +7,7 @@ Exits with 1 if loss or gradients differ.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -57,8 +58,13 @@ def compare_loss(scorer: Scorer, lists: Lists) -> tuple[float, list[float]]:
     return torch.stack(shares).max().item(), measure.interleaved_medians(works, 21, scores.device)
 
 
-def main() -> int:
-    torch.set_num_threads(1)
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Compares the listwise loss with lengths and with a mask."
+    )
+    parser.add_argument("--threads", type=int, default=1, help="for torch (default: 1)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     batches, _ = read_batches()
     difference, seconds = compare_loss(Scorer().eval(), batches["training"][0])

@@ -87,7 +87,9 @@ def largest_difference(expected: dict[str, Tensor], got: dict[str, Tensor], part
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="gpt-oss with sinks in the kernel.")
+    parser = argparse.ArgumentParser(
+        description="Compares gpt-oss with sinks in the kernel and with eager attention."
+    )
     parser.add_argument("--quick", action="store_true", help="a smaller batch, fewer rounds")
     parser.add_argument("--threads", type=int, default=1, help="for torch (default: 1)")
     options = parser.parse_args(arguments)

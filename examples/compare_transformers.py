@@ -5,6 +5,7 @@ paragraphs from Python's language reference.
 
     pip install "transformers>=5.10,<6"
     python examples/compare_transformers.py              # --quick: a smaller batch, fewer rounds
+    python examples/compare_transformers.py --accumulate 4    # a training step in 4 micro-batches
 
 Exits with 1 if logits, attention weights or generated text differ from the library's eager
 attention, or if a mask is built.
@@ -43,6 +44,10 @@ class Batch(NamedTuple):
 
     tokens: Tensor
     mask: Tensor
+
+    def micro_batches(self, count: int) -> list[Batch]:
+        """At most ``count`` parts, each as wide as the whole."""
+        return [Batch(*part) for part in zip(*(x.chunk(count) for x in self), strict=True)]
 
     def padded_left(self) -> Batch:
         padding_first = self.mask.int().argsort(dim=1, stable=True)
@@ -111,14 +116,20 @@ def generate(model: PreTrainedModel, batch: Batch) -> Tensor:
     return model.generate(batch.tokens, attention_mask=batch.mask.long(), **options)
 
 
-def figures(model: PreTrainedModel, batch: Batch, rounds: int) -> list[list[str]]:
-    """Time and peak memory of a training step and of inference, for each implementation."""
+def figures(model: PreTrainedModel, batch: Batch, rounds: int, accumulate: int) -> list[list[str]]:
+    """Time and peak memory of a training step and of inference, for each implementation.
+
+    The training step is forward and backward of ``accumulate`` micro-batches, whose gradients add
+    up.
+    """
     works: list[measure.Work] = []
+    micro_batches = batch.micro_batches(accumulate)
     for name in IMPLEMENTATIONS:
 
         def train(name: str = name) -> None:
             model.set_attn_implementation(name)
-            run(model, batch).loss.backward()
+            for part in micro_batches:
+                (run(model, part).loss / len(micro_batches)).backward()
             model.zero_grad()
 
         @torch.no_grad()
@@ -134,7 +145,9 @@ def figures(model: PreTrainedModel, batch: Batch, rounds: int) -> list[list[str]
     return [cells[i : i + 4] for i in range(0, len(cells), 4)]
 
 
-def compare(title: str, model: PreTrainedModel, batch: Batch, rounds: int) -> bool:
+def compare(
+    title: str, model: PreTrainedModel, batch: Batch, rounds: int, accumulate: int = 1
+) -> bool:
     """Prints a table. Returns whether this package agrees with eager attention and uses no mask."""
     found, masks, texts = {}, {}, {}
     for name in IMPLEMENTATIONS:
@@ -144,9 +157,10 @@ def compare(title: str, model: PreTrainedModel, batch: Batch, rounds: int) -> bo
         masks[name] = counter.count
         texts[name] = generate(model, batch) if model.can_generate() else batch.tokens
     differences = {name: largest_difference(found["eager"], found[name]) for name in found}
+    measured = figures(model, batch, rounds, accumulate)
     rows = [
         (name, *cells, f"{masks[name]}", f"{differences[name]:.1e}")
-        for name, cells in zip(IMPLEMENTATIONS, figures(model, batch, rounds), strict=True)
+        for name, cells in zip(IMPLEMENTATIONS, measured, strict=True)
     ]
     header = (title, "training", "peak", "inference", "peak", "masks", "difference")
     print(terminal.table(header, rows) + "\n")
@@ -156,10 +170,21 @@ def compare(title: str, model: PreTrainedModel, batch: Batch, rounds: int) -> bo
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="transformers, with lengths instead of masks.")
+    parser = argparse.ArgumentParser(
+        description="Compares a BERT and a Llama with lengths, eager and sdpa attention."
+    )
     parser.add_argument("--quick", action="store_true", help="a smaller batch, fewer rounds")
+    parser.add_argument(
+        "--accumulate",
+        type=int,
+        default=1,
+        metavar="N",
+        help="micro-batches in a training step, whose gradients add up (default: 1)",
+    )
     parser.add_argument("--threads", type=int, default=1, help="for torch (default: 1)")
     options = parser.parse_args(arguments)
+    if options.accumulate < 1:
+        parser.error(f"expected --accumulate of at least 1, but got {options.accumulate}")
     torch.set_num_threads(options.threads)
 
     batch = read_batch(*((6, 64) if options.quick else (16, 384)))
@@ -167,8 +192,9 @@ def main(arguments: list[str] | None = None) -> int:
     padding = 1 - batch.mask.double().mean().item()
     print(f"{len(batch.tokens)} texts of up to {batch.mask.size(1)} bytes, {padding:.0%} padding\n")
     bert, llama = make_models()
-    agree = compare("BERT, padded right", bert, batch, rounds)
-    agree &= compare("Llama, padded left", llama, batch.padded_left(), rounds)
+    agree = compare("BERT, padded right", bert, batch, rounds, options.accumulate)
+    left = batch.padded_left()
+    agree &= compare("Llama, padded left", llama, left, rounds, options.accumulate)
     print(
         "Masks: tensors of shape (texts, 1, bytes, bytes). Difference from eager: the largest in\n"
         "logits and weights (sdpa returns none), relative to the tensor's largest value; allowed:\n"

@@ -90,7 +90,9 @@ def embed(sentences: tuple[str, ...]) -> tuple[Tensor, Tensor]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="An encoder that takes lengths.")
+    parser = argparse.ArgumentParser(
+        description="Runs an encoder that takes lengths, with the parameters of torch.nn's."
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a sentence's weights")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)

@@ -172,7 +172,9 @@ def evaluate(score: Callable[[Lists], Tensor], batches: list[Lists]) -> tuple[fl
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Learning to rank with masked_log_softmax.")
+    parser = argparse.ArgumentParser(
+        description="Learns to rank lists of different lengths with masked_log_softmax."
+    )
     parser.add_argument("--threads", type=int, default=1, help="for torch (default: 1)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

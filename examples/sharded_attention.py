@@ -1,12 +1,17 @@
-"""Attention weights of scores sharded over processes: python examples/sharded_attention.py
+"""Attention weights of scores that are sharded over processes, as a DTensor.
 
 Sharding over batches needs no communication. Sharding over keys gives each process a part of every
 row; of each part two numbers are exchanged, its maximum and its logsumexp, and the scores stay
 where they are. Runs on the CPU in two processes.
+
+    python examples/sharded_attention.py
+
+Exits with 1 if the weights differ from those of one process.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import socket
 import sys
@@ -54,5 +59,13 @@ def free_port() -> int:
         return port
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Computes attention weights of scores that two processes share."
+    )
+    parser.parse_args(arguments)
     multiprocessing.spawn(attend, (free_port(),), nprocs=PROCESSES)
+
+
+if __name__ == "__main__":
+    main()

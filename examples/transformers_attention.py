@@ -16,6 +16,7 @@ Exits with 1 if weights or generated tokens differ from those of the library's e
 
 from __future__ import annotations
 
+import argparse
 import sys
 from typing import Any
 
@@ -46,7 +47,13 @@ def generate(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Any:
     return model.generate(tokens, attention_mask=mask, max_new_tokens=8, do_sample=False)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Runs a BERT and a Llama with lengths in place of masks."
+    )
+    parser.add_argument("--threads", type=int, default=1, help="for torch (default: 1)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
     implementation = register()
     torch.manual_seed(0)
     tokens = torch.randint(1, 256, (2, 6))

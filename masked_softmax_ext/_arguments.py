@@ -33,7 +33,7 @@ from masked_softmax_ext._numbers import (
 from masked_softmax_ext._torch_internals import guard_or_false, has_static_value, is_jit_tracing
 
 Index: TypeAlias = int | Tensor  # lengths or starts
-# What is no float stands for a number in a program that is being traced.
+# In a program that is being traced, a number may be a symbol or a 0-dim tensor.
 Number: TypeAlias = float | torch.SymFloat | torch.SymInt | Tensor
 Scale: TypeAlias = Number | None  # the argument scale
 Sink: TypeAlias = Number | None  # the argument sink: one more logit of each row
@@ -45,7 +45,7 @@ R = TypeVar("R")
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    # Importing torch.distributed.tensor is slow; where nothing has imported it, no DTensor exists.
+    # Importing torch.distributed.tensor is slow. If nothing has imported it, no DTensor exists.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -70,9 +70,9 @@ def convert(
 def split_pair(
     name: str, lengths: Lengths, starts: Index | None, device: str | None = "input.device"
 ) -> tuple[Index | None, Index | None]:
-    """Lengths and starts of checked types, where lengths may be the pair of both.
+    """Splits a pair that is given as lengths, and checks the types of lengths and starts.
 
-    ``device`` is that of the tensors which the error messages suggest.
+    ``device`` is the one that error messages suggest for a new tensor.
     """
     lengths, starts = _split_pair(name, lengths, starts, device)
     check_index_type(name, "lengths", lengths, device)
@@ -85,7 +85,7 @@ def _split_pair(
 ) -> tuple[Index | None, Index | None]:
     if not isinstance(lengths, tuple):
         return lengths, starts
-    # Two ints may be meant as the lengths of two rows.
+    # A pair of two ints is refused: it may be meant as the lengths of two rows.
     if len(lengths) != 2 or all(index is None or is_int(index) for index in lengths):
         raise TypeError(
             f"{name}(): expected lengths to be an int, a tensor of an integer type, or a pair "
@@ -129,7 +129,7 @@ def convert_options(
 
 
 def convert_dim(name: str, dim: int, ndim: int) -> int:
-    """An int that is in range, which is checked here because an operator's int has 64 bits."""
+    """dim as an int in range. Checked before the operators, whose ints have only 64 bits."""
     number = convert_int(dim)
     if not is_int(number) and not is_traced_int(number):
         raise TypeError(f"{name}(): expected dim to be an int, but got {type(dim).__name__}")
@@ -138,7 +138,7 @@ def convert_dim(name: str, dim: int, ndim: int) -> int:
             f"{name}(): expected dim to be an int, but got a NumPy scalar, whose value a compiled "
             "program does not know (pass int(dim) to the program)"
         )
-    dim = int(number)  # of a symbol too: as in torch.softmax, each dim is compiled anew
+    dim = int(number)  # a symbol too: as for torch.softmax, each dim is compiled anew
     check_dim(dim, ndim)
     return dim
 
@@ -150,9 +150,9 @@ def check_storage(name: str, tensor: Tensor) -> None:
 
 
 def check_dense(name: str, argument: str, tensor: Tensor) -> None:
-    """The operators' checks, for tensors that something else would reject or convert before them.
+    """Rejects a tensor that is not dense, or whose storage was freed, as the operators do.
 
-    The tensor's elements then lie in its storage, too.
+    Needed where torch would reject, convert or read the tensor before it reaches an operator.
     """
     if isinstance(tensor, torch.masked.MaskedTensor):
         kind, remedy = "a MaskedTensor", f"{argument}.get_data() is dense"
@@ -162,7 +162,7 @@ def check_dense(name: str, argument: str, tensor: Tensor) -> None:
                 "and starts"
             )
     elif tensor.is_nested:
-        kind, remedy = "a nested tensor", _nested_remedy(argument, tensor)
+        kind, remedy = "a nested tensor", _nested_remedy(name, argument, tensor)
     elif tensor.is_quantized:
         kind, remedy = "a quantized tensor", f"{argument}.dequantize() is dense"
     elif tensor.layout != torch.strided:
@@ -181,11 +181,12 @@ def check_dense(name: str, argument: str, tensor: Tensor) -> None:
 _TO_JAGGED = "torch.nested.as_nested_tensor(input.unbind(), layout=torch.jagged) is jagged"
 
 
-def _nested_remedy(argument: str, tensor: Tensor) -> str:
-    if argument == "input":
+def _nested_remedy(name: str, argument: str, tensor: Tensor) -> str:
+    if argument == "input":  # of the function in place, or of the reference
+        function = f"masked_softmax_ext.{name.removesuffix('_')}()"
         if tensor.layout == torch.jagged:
-            return "masked_softmax_ext.masked_softmax() takes a jagged input"
-        return f"{_TO_JAGGED}, which masked_softmax() takes"
+            return f"{function} takes a jagged input"
+        return f"{_TO_JAGGED}, which {function} takes"
     if argument == "values":  # of packed rows
         if tensor.layout == torch.jagged:
             return "values.values() and values.offsets() are its packed rows"
@@ -194,7 +195,7 @@ def _nested_remedy(argument: str, tensor: Tensor) -> str:
 
 
 def check_jagged(name: str, input: Tensor) -> None:
-    """Of the nested tensors, the functions take the jagged ones."""
+    """Rejects a nested tensor that is not jagged."""
     if input.layout != torch.jagged:
         raise NotImplementedError(
             f"{name}(): expected input to be a dense or a jagged tensor, but got a nested tensor "
@@ -203,21 +204,21 @@ def check_jagged(name: str, input: Tensor) -> None:
 
 
 def convert_scale(name: str, argument: str, scale: Scale) -> Scale:
-    """A float, or what stands for a number that only the traced program knows."""
+    """scale as a float; as a symbol or tensor if only the traced program knows its value."""
     if scale is None:
         return None
     return _convert_number(name, "scale", scale, f"multiply {argument} by it instead")
 
 
 def convert_padding_value(name: str, padding_value: Number) -> Number | None:
-    """As convert_scale(); None for a constant of -inf, what padding holds anyway."""
+    """Like convert_scale(). None for the constant -inf, which is the operators' default."""
     remedy = "torch.where(mask, result, padding_value) with mask_from_lengths() takes any tensor"
     number = _convert_number(name, "padding_value", padding_value, remedy)
     return None if is_constant(number) and number == -math.inf else number
 
 
 def _convert_number(name: str, argument: str, number: Any, tensor_remedy: str) -> Number:
-    """``tensor_remedy`` is what to do with a tensor that is no number."""
+    """``tensor_remedy`` is what the error suggests for a tensor that is not a number."""
     if type(number) is float or isinstance(number, torch.SymFloat | torch.SymInt):
         return number
     number = numpy_scalar_to_tensor(number)
@@ -317,7 +318,7 @@ def _convert_tensor(name: str, argument: str, number: Tensor, remedy: str) -> Nu
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    """Whether torch can read it: with a storage that was freed, an operator would crash."""
+    """Whether torch can read it. If its storage was freed, an operator would crash."""
     try:
         return tensor.untyped_storage().nbytes() >= tensor.itemsize
     except NotImplementedError:  # under vmap
@@ -334,10 +335,10 @@ def check_dim(dim: int, ndim: int) -> None:
 
 
 def tensor_likes(*arguments: object) -> list[object]:
-    """The arguments that have a ``__torch_function__`` but are no Tensors, such as fx's proxies.
+    """The arguments that are not tensors but have a ``__torch_function__``, such as fx's proxies.
 
-    The function must call it, as torch's own functions do. That of a subclass of Tensor, or of a
-    mode, sees the operators instead.
+    The caller must hand the call to it, as torch's own functions do. For subclasses of Tensor and
+    for modes, torch itself does so when an operator is called.
     """
     return [
         argument
@@ -349,7 +350,10 @@ def tensor_likes(*arguments: object) -> list[object]:
 
 
 def plain_number(value: Any) -> Any:
-    """Python's number for NumPy's, which torch.fx does not record; any other value as it is."""
+    """Converts a number of NumPy's, which torch.fx cannot record, to Python's.
+
+    Other values are returned unchanged.
+    """
     if type(value).__module__ != "numpy" or not isinstance(value, numbers.Real):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
@@ -361,7 +365,7 @@ def has_tangent(tensor: Tensor) -> bool:
 
 
 def overridable(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, or where an argument is only like a tensor, its ``__torch_function__``."""
+    """Makes the function hand its call to the ``__torch_function__`` of :func:`tensor_likes`."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -402,7 +406,7 @@ def check_index_type(
 
 
 def to_tensor_remedy(argument: str, index: object, device: str | None = None) -> str:
-    """How to make integers of a sequence or an array, if it has them."""
+    """How to make an integer tensor of a sequence or an array of integers."""
     if _is_list_of_bounds(index):
         return " (tuple() makes a pair)" if argument == "lengths" else ""
     tensor = try_tensor(index)
@@ -413,7 +417,7 @@ def to_tensor_remedy(argument: str, index: object, device: str | None = None) ->
 
 
 def try_tensor(data: object) -> Tensor | None:
-    """The tensor of a sequence or an array; None where torch.tensor() makes none."""
+    """The tensor of a sequence or an array; None if torch.tensor() cannot make it."""
     if not isinstance(data, list | tuple) and not hasattr(data, "__array__"):
         return None
     try:
@@ -423,7 +427,7 @@ def try_tensor(data: object) -> Tensor | None:
 
 
 def _is_list_of_bounds(index: object) -> bool:
-    """Whether it is a list of lengths and starts, which are meant as a pair."""
+    """Whether it is a list ``[lengths, starts]``, where a tuple is expected."""
     return (
         isinstance(index, list)
         and len(index) == 2
@@ -433,7 +437,7 @@ def _is_list_of_bounds(index: object) -> bool:
 
 
 def to_integer_remedy(argument: str, dtype: torch.dtype) -> str:
-    """How lengths, starts or offsets of an integer type are made from a tensor of this one."""
+    """How to make lengths, starts or offsets from a tensor of a type that is not an integer."""
     if dtype == torch.bool:
         return (
             ""
@@ -465,7 +469,7 @@ def _to_tensor(
 
 
 def check_out(name: str, input: Tensor, result: Tensor, out: Tensor) -> None:
-    """The operator's checks of ``out``, for calls where ``copy_`` writes to it instead."""
+    """Checks ``out`` as the operators do, for calls in which ``copy_`` writes to it."""
     if out.dtype != result.dtype:
         remedy = "; dtype=out.dtype makes that the result's type"
         raise TypeError(
@@ -489,7 +493,7 @@ def check_out(name: str, input: Tensor, result: Tensor, out: Tensor) -> None:
         raise ValueError(
             f"{name}(): expected out, which is overwritten, to have memory of its own for each "
             f"element, but got out of shape {list(out.shape)} with strides {list(out.stride())}; "
-            "out.contiguous() has it"
+            "without out= the result is a new tensor"
         )
     if torch.is_grad_enabled() and (input.requires_grad or out.requires_grad):
         raise RuntimeError(

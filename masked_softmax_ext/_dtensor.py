@@ -1,10 +1,12 @@
 """``DTensor``: sharding rules of the operators, and softmax over a sharded dimension.
 
-Sharding along other dimensions than the softmax dimension needs no communication; lengths, starts
-and sinks are sharded alike. Where the softmax dimension is sharded, each process sends the maximum
-and the logsumexp of its part of a row, never the row (Milakov and Gimelshein, "Online normalizer
-calculation for softmax", 2018). For its own columns the others are a sink: one more term of the sum
-of exponentials. So the kernels compute its part of the softmax.
+If another dimension than the softmax dimension is sharded, lengths, starts and sinks are sharded
+with it, and no communication is needed.
+
+If the softmax dimension is sharded, each process holds a part of each row. It sends two numbers for
+each part: its maximum and its logsumexp (Milakov and Gimelshein, "Online normalizer calculation for
+softmax", 2018). The parts of all other processes are then one more term in the sum of exponentials.
+A sink is such a term too, so each process calls the kernels with the other parts as the sink.
 
 Imported only when a DTensor arrives, because importing torch.distributed.tensor is slow.
 """
@@ -39,8 +41,8 @@ def call_operator(name: str, input: Any, *args: Any, **options: Any) -> Any:
     ``args`` are the sink, if the operator takes one, and lengths, dim and starts.
     """
     operator = find_operator(name)
-    # A call on meta tensors first: it checks the arguments, and its errors reach the caller as they
-    # are, whereas a DTensor would wrap them.
+    # A call on meta tensors checks the arguments. Its errors reach the caller unchanged; DTensor
+    # would wrap them.
     meta = operator(*map(_to_meta, (input, *args)), **options)
     *sinks, lengths, dim, starts = (on_mesh(argument, input.device_mesh) for argument in args)
     dim %= max(input.dim(), 1)
@@ -65,7 +67,7 @@ def on_mesh(tensor: Any, mesh: DeviceMesh) -> Any:
 
 
 def _row_number_placement(numbers: Any, sharded_dim: int, dim: int) -> Placement:
-    """Placement of lengths, starts or sinks for scores sharded along ``sharded_dim``, not dim."""
+    """Placement of lengths, starts or sinks for scores sharded along another dim than ``dim``."""
     row_dim = _row_dim(sharded_dim, dim)
     is_broadcast = row_dim >= numbers.ndim or numbers.shape[row_dim] == 1
     return Replicate() if is_broadcast else Shard(row_dim)
@@ -112,7 +114,8 @@ def _register(name: str, tensors: Tensors) -> None:
 
         sharded_dims = [d for d in range(input.ndim) if d != dim]
         if is_packed and (tensors.takes_row_number or tensors.returns_row_number):
-            sharded_dims = []  # their numbers of a row have one more dimension: gathered
+            # Of packed rows, a tensor of one number a row has one more dimension than rows have.
+            sharded_dims = []  # values are gathered
         return [sharding(Replicate(), None), *(sharding(Shard(d), d) for d in sharded_dims)]
 
     register_sharding(operator)(shardings)
@@ -135,8 +138,8 @@ class _Call:
     dtype: torch.dtype  # of the result
     padding_value: float | None
     groups: list[dist.ProcessGroup]
-    index: int  # of this process among those that share its rows
-    processes: int  # that share its rows
+    index: int  # this process's, among the processes that share its rows
+    processes: int  # how many share its rows
 
 
 def _call_on_sharded_rows(
@@ -153,7 +156,7 @@ def _call_on_sharded_rows(
     validate: bool,
     padding_value: float | None = None,
 ) -> Any:
-    """``meta``: the results of this call for meta tensors, to which autocast does not apply."""
+    """``meta``: the results of the same call on meta tensors. Autocast does not apply to them."""
     mesh, cols = input.device_mesh, input.size(dim)
     results = (meta,) if isinstance(meta, Tensor) else meta
     if dtype is None:
@@ -203,7 +206,7 @@ def _call_on_sharded_rows(
             placements if result.dim() == input.dim() else of_rows,
             (result.shape, result.stride()),
         )
-        for output, result in zip(outputs, results, strict=False)  # without a sink: no weight
+        for output, result in zip(outputs, results, strict=False)  # without a sink, no weight
     )
     return distributed[0] if isinstance(meta, Tensor) else distributed
 
@@ -241,18 +244,18 @@ def _of_local_rows(numbers: DTensor, dim: int, placements: list[Any]) -> DTensor
 
 
 def _redistribute(tensor: DTensor, placements: list[Any]) -> DTensor:
-    # A call that changes nothing would end the derivatives at the second.
+    # redistribute() can be differentiated only twice, even if it changes nothing.
     unchanged = list(tensor.placements) == placements
     return tensor if unchanged else tensor.redistribute(placements=placements)
 
 
 def _local_sinks(sink: DTensor | None, x: Tensor, dim: int, placements: list[Any]) -> Tensor:
-    """The sink of each of this process's rows; -inf, which is none, without an argument."""
+    """The sink of each of this process's rows; -inf, the same as none, if none was given."""
     rows = [*x.shape[:dim], *x.shape[dim + 1 :]]
     if sink is None:
         return x.new_full((), -math.inf, dtype=torch.float64).expand(rows)
     sink = _of_local_rows(sink, dim, placements)
-    # The gradient of a sink that is replicated beside sharded rows is the sum of theirs.
+    # If rows are sharded and the sink is replicated, its gradient is the sum over all processes.
     groups = [
         sink.device_mesh.get_group(mesh_dim)
         for mesh_dim, (own, p) in enumerate(zip(sink.placements, placements, strict=True))
@@ -280,7 +283,8 @@ class _Softmax(torch.autograd.Function):
         weight = (sink_term - terms.logsumexp(0)).exp().masked_fill(has_no_sink, 0.0)
         terms[call.index] = -math.inf
         others = terms.logsumexp(0)
-        # A sum that overflows leaves this process's columns nothing; with infinity they were NaN.
+        # If the sum overflows, this process's columns have weight 0. An infinite sink would make
+        # them NaN.
         finite_sum = (others + part.shift_from_own).clamp(max=torch.finfo(torch.float64).max)
         y, _ = find_operator(f"{call.name}_with_sink")(
             part.x,
@@ -310,7 +314,8 @@ class _Softmax(torch.autograd.Function):
             dy_dlogsumexp = y.new_ones((), dtype=acc_dtype).expand(y.shape)
         own_sum = find_operator("masked_row_dot")(grad, dy_dlogsumexp, *rows, None)
         grad_logsumexp = -(_sum_of_processes(own_sum, call.groups) + grad_weight * weight)
-        # The kernel subtracts the sum over its own columns only.
+        # The kernel subtracts own_sum, the sum over its own columns. The second term replaces that
+        # by the sum over the whole row.
         backward = find_operator(f"{call.name}_backward")
         row_scale = find_operator("masked_row_scale")
         grad_x = backward(grad, y, *rows, call.scale, acc_dtype) + row_scale(
@@ -324,7 +329,7 @@ class _Softmax(torch.autograd.Function):
 
 
 class _LogSumExp(torch.autograd.Function):
-    """Logsumexp of whole rows: the same in all processes that share them, as is its gradient."""
+    """Logsumexp of whole rows; it and its gradient are the same in all processes of a row."""
 
     @staticmethod
     def forward(
@@ -362,7 +367,8 @@ class _Part(NamedTuple):
 def _exchange(x: Tensor, lengths: Tensor, starts: Tensor, call: _Call) -> _Part:
     """The only communication of the forward pass: two numbers for each row.
 
-    Maxima stay apart from logarithms, which would be lost beside a large maximum.
+    Maxima and logarithms are sent separately. Added to a large maximum, a logarithm would be
+    rounded away.
     """
     dim, scale = call.dim, call.scale
     x = x.to(accumulation_dtype(x.dtype, call.dtype, scale))
@@ -371,7 +377,7 @@ def _exchange(x: Tensor, lengths: Tensor, starts: Tensor, call: _Call) -> _Part:
         softmax = find_operator("masked_softmax")(x, lengths, dim, starts, scale=scale)
         own_max = x.gather(dim, softmax.argmax(dim, keepdim=True))
         own_max = own_max.masked_fill(~own_max.isfinite(), 0.0)
-    # Half the difference where the scale is small, since the whole may overflow.
+    # If the scale is small, half of x - own_max is computed: the whole may overflow.
     factor = 1.0 if abs(scale) >= 1 else 0.5
     x = torch.add(own_max * -factor, x, alpha=factor)
     own_logsumexp = find_operator("masked_logsumexp")(
@@ -380,7 +386,7 @@ def _exchange(x: Tensor, lengths: Tensor, starts: Tensor, call: _Call) -> _Part:
     own_max = own_max.squeeze(dim).double()
     if scale < 0:
         own_max = -own_max
-    # Each process fills its own part, so the sum of all is that of each.
+    # Each process fills its own place and leaves the others 0. The sum has the parts of all.
     parts = own_logsumexp.new_zeros([call.processes, 2, *own_max.shape])
     parts[call.index] = torch.stack([own_max, own_logsumexp])
     maxima, logsumexps = _all_reduce(parts, call.groups).unbind(1)
@@ -405,20 +411,20 @@ def _all_reduce(tensor: Tensor, groups: list[dist.ProcessGroup]) -> Tensor:
     return tensor
 
 
-# Communication, and the way to local tensors and back, with derivatives of every order
+# Communication and conversion to and from local tensors, with derivatives of every order
 
 
 def _sum_of_processes(tensor: Tensor, groups: list[dist.ProcessGroup]) -> Any:
-    """The sum over the processes, for results that are the same in each: so are its gradients."""
+    """The sum over the processes, which all of them use alike: its gradient is theirs, unsummed."""
     return _apply(_SumOfProcesses, tensor, groups, False)
 
 
 def _sum_gradients(tensor: Tensor, groups: list[dist.ProcessGroup]) -> Any:
-    """The tensor itself, whose gradient is summed over the processes.
+    """Returns the tensor, and sums its gradient over the processes.
 
-    For a tensor that is the same in all processes but is used in another way by each, such as a
-    row's logsumexp beside the process's own columns: each process then computes only its own part
-    of the gradient.
+    For a tensor that is the same in all processes but that each uses differently. An example is a
+    row's logsumexp, which each process uses with its own columns. It then computes only its part of
+    the gradient.
     """
     return _apply(_SumOfProcesses, tensor, groups, True)
 
@@ -428,7 +434,7 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 class _SumOfProcesses(torch.autograd.Function):
-    """The sum over the processes, whose derivative is the identity; transposed, the reverse."""
+    """Forward the sum over the processes, backward the identity; transposed, the reverse."""
 
     @staticmethod
     def forward(
@@ -443,7 +449,7 @@ class _SumOfProcesses(torch.autograd.Function):
 
 
 class _ToLocal(torch.autograd.Function):
-    """``to_local``, whose gradient has derivatives (not so in torch 2.11)."""
+    """``to_local`` with a gradient that can be differentiated, unlike torch 2.11's."""
 
     @staticmethod
     def forward(ctx: Any, tensor: DTensor) -> Tensor:
@@ -456,7 +462,7 @@ class _ToLocal(torch.autograd.Function):
 
 
 class _FromLocal(torch.autograd.Function):
-    """``from_local``, whose gradient has derivatives."""
+    """``from_local`` with a gradient that can be differentiated."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""The scale and the types of a softmax that PyTorch's operators compute, or a part of it."""
+"""Scales and types, for code that computes a softmax, or a part of one, with torch's operators."""
 
 from __future__ import annotations
 
@@ -21,35 +21,37 @@ from masked_softmax_ext._numbers import (
 def fold_scale(
     input: Tensor, scale: Scale, dtype: torch.dtype | None
 ) -> tuple[Tensor, float | None, torch.dtype | None]:
-    """input, scale and dtype as the kernels take them, which is without symbols.
+    """Returns input, scale and dtype without symbols, as the kernels take them.
 
-    A scale that only the traced program knows is multiplied into the input, in float64 and with
-    headroom: the product is divided by a number that the kernel multiplies by. Only that of float64
-    input is rounded, and can overflow: beyond ``2**1024`` times the headroom, where the row is NaN.
+    A scale whose value only the traced program knows is multiplied into the input, in float64. So
+    that large products do not overflow, they are divided by a constant, ``headroom``, which becomes
+    the kernel's scale. The products of float64 input are rounded, and overflow beyond ``2**1024 *
+    headroom``, which makes the row NaN.
     """
     if scale is None or is_constant(scale):
         return input, scale, dtype
     if input.is_complex() or (dtype is None and not input.is_floating_point()):
-        return input, None, dtype  # which the softmax refuses
+        return input, None, dtype  # the softmax refuses this input
     dtype = result_dtype(input, dtype)
-    # A product of a float32 and a float64 is below 2**1152. A local variable: torch.compile makes a
-    # symbol of a global one.
+    # Enough for a product of a float32 and a float64, which is below 2**1152. A local variable,
+    # because torch.compile would make a symbol of a global one.
     headroom = 2.0**160
     inverse = float64_tensor(1 / headroom, input.device)
     factor = float64_tensor(scale, input.device)
     magnitude = factor.abs()
-    # The scale is divided, which is exact, unless it is so small that it would lose bits.
+    # The scale is divided by headroom, which is exact. Only if the scale is so small that it would
+    # lose bits, the scores are divided instead.
     is_small = magnitude < 1
     of_scores = torch.where(is_small, inverse, torch.ones_like(inverse))
     magnitude = torch.where(is_small, magnitude, magnitude * inverse)
-    # Negated apart from the product: the gradient of padding is then a sum of +0 and -0, which is
-    # +0, where a product of 0 and a negative scale would be -0.
+    # The sign is applied apart from the product. The gradient of padding is then +0, the sum of +0
+    # and -0. As a product of 0 and a negative scale, it would be -0.
     scores = input.to(torch.float64) * of_scores
     return torch.where(factor < 0, -scores, scores) * magnitude, headroom, dtype
 
 
 def accumulation_dtype(input: torch.dtype, result: torch.dtype, scale: float | None) -> torch.dtype:
-    """At least float32; float64 where float32 cannot hold scale and what it multiplies."""
+    """float32; float64 if a type is, or if ``scale * x`` may leave the range of float32."""
     is_extreme = scale is not None and not 2.0**-100 <= abs(scale) <= 2.0**100
     # torch.export would record a call of torch.promote_types().
     is_double = is_extreme or torch.float64 in (input, result)
@@ -64,14 +66,14 @@ def scaled_difference(x: Tensor, row_max: Tensor, scale: float) -> Tensor:
 
 
 def times(x: Tensor, factor: float) -> Tensor:
-    """The product, exactly that of the float in an exported program too."""
+    """The product with the exact float, in an exported program too."""
     if x.dtype == torch.float64 and torch.compiler.is_exporting():
         return x * float64_tensor(factor, x.device)
     return x * factor
 
 
 def align_to_rows(numbers: Tensor, row_ndim: int) -> Tensor:
-    """Numbers that broadcast to the rows from their first dimension on, with all dimensions."""
+    """Appends dimensions of size 1 to numbers, which then broadcast to the rows as torch does."""
     return numbers[(...,) + (None,) * (row_ndim - numbers.dim())]
 
 
@@ -103,13 +105,13 @@ def relative_sink(sink: Tensor, shift: Tensor) -> Tensor:
 
 
 def log_beside_sink(row_sum: Tensor) -> Tensor:
-    """The logarithm of a row's sum for :func:`add_sink`, whose gradient is 0 where the sum is."""
+    """The logarithm of a row's sum for :func:`add_sink`; its gradient is 0 where the sum is 0."""
     is_zero = row_sum == 0
     return row_sum.masked_fill(is_zero, 1.0).log().masked_fill(is_zero, -math.inf)
 
 
 def result_dtype(input: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """The type of the result of a softmax with this ``dtype=``; the operators' checks of both."""
+    """The result's type for this input and ``dtype=``, with the operators' checks of both."""
     is_floating = input.dtype in FLOATING_DTYPES
     if not is_floating and input.dtype != torch.bool and not is_integer_dtype(input.dtype):
         raise TypeError(
@@ -129,7 +131,7 @@ def result_dtype(input: Tensor, dtype: torch.dtype | None) -> torch.dtype:
 
 
 def autocast_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
-    """The type of the result without ``dtype=``: as torch.softmax, which the CPU leaves alone."""
+    """The result's type without ``dtype=``: torch.softmax's, which autocast on the CPU keeps."""
     is_16bit = dtype in (torch.float16, torch.bfloat16)
     if is_16bit and device_type not in ("cpu", "meta") and torch.is_autocast_enabled(device_type):
         return torch.float32

@@ -253,14 +253,16 @@ _TORCH = str(Path(torch.__file__).parent)
 
 def _location(node: Node) -> str:
     """Where the program calls the operation; inside of torch, where it calls torch."""
+    # The interactive interpreter has no lines of code.
     frames = re.findall(
-        r'File "(.*?)", line (\d+), in (\S+)\n *(.*)', node.meta.get("stack_trace") or ""
+        r'File "(.*?)", line (\d+), in (\S+)(?:\n *(?!File ")(\S.*))?',
+        node.meta.get("stack_trace") or "",
     )
     frames = [frame for frame in frames if not frame[0].startswith(_TORCH)] or frames
     if not frames:
         return node.name
     file, line, function, code = frames[-1]
-    return f"{file}:{line}, in {function}: {code}"
+    return f"{file}:{line}, in {function}" + (f": {code}" if code else "")
 
 
 def _fuse(softmax: Node, match: Match) -> None:

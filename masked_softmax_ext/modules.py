@@ -55,6 +55,20 @@ class MaskedSoftmax(nn.Module):
         starts: Index | None = None,
         sink: Sink = None,
     ) -> Tensor:
+        """Calls :func:`masked_softmax_ext.masked_softmax` with the module's options.
+
+        Args:
+            input: the scores, any shape; float32, float64, bfloat16 or float16.
+            lengths: the number of valid columns in each row, or a pair ``(lengths, starts)``.
+            starts: the first valid column of each row; ``None`` is 0.
+            sink: one more logit of each row; ``None`` is none.
+
+        Returns:
+            A tensor of input's shape and type.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError, IndexError: as for the function.
+        """
         return masked_softmax(input, lengths, self.dim, starts=starts, scale=self.scale, sink=sink)
 
     if TYPE_CHECKING:
@@ -99,6 +113,20 @@ class MaskedLogSoftmax(nn.Module):
         starts: Index | None = None,
         sink: Sink = None,
     ) -> Tensor:
+        """Calls :func:`masked_softmax_ext.masked_log_softmax` with the module's options.
+
+        Args:
+            input: the scores, any shape; float32, float64, bfloat16 or float16.
+            lengths: the number of valid columns in each row, or a pair ``(lengths, starts)``.
+            starts: the first valid column of each row; ``None`` is 0.
+            sink: one more logit of each row; ``None`` is none.
+
+        Returns:
+            A tensor of input's shape and type.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError, IndexError: as for the function.
+        """
         return masked_log_softmax(
             input,
             lengths,
@@ -216,6 +244,41 @@ class AttentionPooling(nn.Module):
         sink: Sink = None,
         return_weights: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        """The weighted mean of each sequence's steps.
+
+        Args:
+            input: the steps, ``(..., steps, features)``, of the parameters' type, or of any that
+                autocast converts; or a jagged nested tensor ``(batch, steps, features)``.
+            lengths: the number of valid steps in each sequence, as for the softmax of scores
+                ``(..., steps)``: an int, an integer tensor such as ``(batch,)``, or a pair
+                ``(lengths, starts)``. ``None`` is every step. A jagged input takes none.
+            starts: the first valid step of each sequence; ``None`` is 0.
+            sink: one more logit of each sequence, with which it may attend to nothing: a number,
+                or a floating point tensor that broadcasts as lengths do.
+            return_weights: return the weights too.
+
+        Returns:
+            A tensor ``(..., features)``, of the type that ``torch.matmul`` of weights and input
+            has. With ``return_weights`` a pair of it and the weights ``(..., steps)``, which are
+            jagged if input is. Differentiable in input, sink and the parameters.
+
+        Raises:
+            ValueError: an input of another shape; lengths or starts outside of the steps, or of a
+                wrong shape or device.
+            TypeError: an argument of the wrong type.
+            NotImplementedError: an input that is neither dense nor jagged.
+            RuntimeError: an input of another type than the parameters, from torch's linear layer.
+
+        Example:
+            >>> import torch
+            >>> pool = AttentionPooling(4)
+            >>> sentences, lengths = torch.randn(2, 5, 4), torch.tensor([3, 0])
+            >>> vectors, weights = pool(sentences, lengths, return_weights=True)
+            >>> vectors[1]  # an empty sequence
+            tensor([0., 0., 0., 0.], grad_fn=<SelectBackward0>)
+            >>> weights[0, 3:]
+            tensor([0., 0.], grad_fn=<SliceBackward0>)
+        """
         if not isinstance(return_weights, bool):
             raise TypeError(
                 "AttentionPooling(): expected return_weights to be a bool, but got "

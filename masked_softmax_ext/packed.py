@@ -44,7 +44,7 @@ from masked_softmax_ext._torch_internals import (
     ragged_dim,
 )
 from masked_softmax_ext.decompositions import call_forward
-from masked_softmax_ext.reference import broadcasts_to_rows
+from masked_softmax_ext.reference import broadcasts_to_rows, to_sink_remedy
 
 _UNKNOWN_LENGTH = -1  # the value of the operators' argument packed without a max_length
 
@@ -261,7 +261,7 @@ def _packed_rows_of(
         raise ValueError(
             f"{name}(): expected sink to broadcast, from the first dimension on, to the shape of "
             f"the rows, {rows}, but got sink of shape {list(sink.shape)} for a jagged input of "
-            f"shape {list(input.shape)}"
+            f"shape {list(input.shape)}" + to_sink_remedy("sink", sink.shape, rows)
         )
     max_length = cached_max_length(input)
     return _call(name, values, offsets, dim, scale, sink, dtype, max_length, validate)

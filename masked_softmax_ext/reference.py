@@ -333,7 +333,8 @@ def row_numbers(name: str, index: Tensor, input: Tensor, dim: int) -> Tensor:
         raise ValueError(
             f"expected {name} to broadcast, from the first dimension on, to the shape of input "
             f"without dimension {dim}, {rows}, but got {name} of shape {list(index.shape)} for "
-            f"input of shape {list(input.shape)}" + _to_aligned_remedy(name, index.shape, rows)
+            f"input of shape {list(input.shape)}"
+            + (to_sink_remedy if name == "sink" else _to_aligned_remedy)(name, index.shape, rows)
         )
     return align_to_rows(index, len(rows))
 
@@ -345,13 +346,25 @@ def broadcasts_to_rows(shape: Sequence[int], rows: Sequence[int]) -> bool:
     )
 
 
+def to_sink_remedy(name: str, shape: Sequence[int], rows: Sequence[int]) -> str:
+    """What to pass instead of a sink with too few leading or too many trailing dimensions."""
+    fitting = list(shape)
+    while fitting and fitting[-1] == 1:
+        fitting.pop()
+    while len(fitting) <= len(rows):
+        if broadcasts_to_rows(fitting, rows):
+            return f"; {name} of shape {fitting} would"
+        fitting.insert(0, 1)
+    return ""
+
+
 def _to_aligned_remedy(name: str, shape: Sequence[int], rows: Sequence[int]) -> str:
     """What to pass instead of bounds for scores of another number of dimensions."""
     aligned_shape = list(shape)
     while len(aligned_shape) > len(rows) and aligned_shape[0] == 1:
         aligned_shape.pop(0)
     aligned_shape = [1] * (len(rows) - len(aligned_shape)) + aligned_shape
-    if name not in ("lengths", "starts") or not rows or not broadcasts_to_rows(aligned_shape, rows):
+    if not rows or not broadcasts_to_rows(aligned_shape, rows):
         return ""
     return (
         f"; {name} of shape {aligned_shape} would, which causal_lengths(), window() and "

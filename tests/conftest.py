@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import ARCHITECTURES, CAPABILITIES, FLOATING, short_name
 from numpy_reference import HAS_LONG_DOUBLE
+from skip_summary import pytest_terminal_summary  # noqa: F401  pytest calls it
 
 import masked_softmax_ext
 from masked_softmax_ext import _C

@@ -57,6 +57,9 @@ std::string tensor_of(at::ScalarType type) {
   return type == at::ScalarType::Undefined ? "None" : "a tensor of " + dtype_name(type);
 }
 
+// PyTorch's names of in-place functions end in an underscore.
+bool is_in_place(const char* function) { return std::string_view(function).back() == '_'; }
+
 std::vector<c10::SymInt> row_shape(const at::Tensor& input, int64_t dim) {
   std::vector<c10::SymInt> shape = input.sym_sizes().vec();
   if (!shape.empty()) {
@@ -129,6 +132,20 @@ std::string to_aligned_remedy(const char* what, c10::SymIntArrayRef index, c10::
   }
   return c10::str("; ", what, " of shape ", c10::SymIntArrayRef(shape),
                   " would, which causal_lengths(), window() and lengths_from_mask() return with ndim=", ndim);
+}
+
+// What to pass instead of a sink that would broadcast with more leading, or fewer trailing dimensions of size 1.
+std::string to_sink_remedy(const char* what, c10::SymIntArrayRef sink, const std::vector<c10::SymInt>& rows) {
+  std::vector<c10::SymInt> shape = sink.vec();
+  while (!shape.empty() && is_one(shape.back())) {
+    shape.pop_back();
+  }
+  for (; shape.size() <= rows.size(); shape.insert(shape.begin(), c10::SymInt(1))) {
+    if (broadcasts_to_rows(c10::SymIntArrayRef(shape), rows.size(), [&](size_t k) { return rows[k]; })) {
+      return c10::str("; ", what, " of shape ", c10::SymIntArrayRef(shape), " would");
+    }
+  }
+  return "";
 }
 
 // How lengths or starts are made from a tensor of this type.
@@ -246,9 +263,7 @@ void check_packing(Problem& problem, const at::Tensor& values, const CallArgumen
 
 }  // namespace
 
-const char* written_argument(const char* function) {
-  return std::string_view(function).back() == '_' ? "input" : "out";
-}
+const char* written_argument(const char* function) { return is_in_place(function) ? "input" : "out"; }
 
 at::ScalarType result_dtype(at::ScalarType input, OptionalType dtype, const CallArguments& arguments) {
   const char* const what = arguments.input_name();
@@ -302,7 +317,7 @@ void check_row_input(const char* what, const at::Tensor& input, const CallArgume
   const bool fits = broadcasts_to_rows(sizes, rows.size(), [&](size_t k) -> const c10::SymInt& { return rows[k]; });
   TORCH_CHECK_VALUE(fits, arguments.name, "(): expected ", what, " to broadcast, from the first dimension on, to the ",
                     "shape of the rows, ", c10::SymIntArrayRef(rows), ", but got ", what, " of shape ", sizes, " for ",
-                    arguments.input_name(), " of shape ", input.sym_sizes());
+                    arguments.input_name(), " of shape ", input.sym_sizes(), to_sink_remedy(what, sizes, rows));
   check_storage(given, arguments.name);
 }
 
@@ -322,8 +337,9 @@ void check_storage(const at::Tensor& tensor, const char* name) {
 void check_no_internal_overlap(const char* what, const at::Tensor& output, const char* name) {
   TORCH_CHECK_VALUE(at::has_internal_overlap(output) == at::MemOverlap::No || !shares_own_elements(output), name,
                     "(): expected ", what, ", which is overwritten, to have memory of its own for each element, but ",
-                    "got ", what, " of shape ", output.sizes(), " with strides ", output.strides(), "; ", what,
-                    ".contiguous() has it");
+                    "got ", what, " of shape ", output.sizes(), " with strides ", output.strides(),
+                    is_in_place(name) ? "; masked_softmax() returns a new tensor instead"
+                                      : "; without out= the result is a new tensor");
 }
 
 void check_output(const at::Tensor& output, const at::Tensor& input, at::ScalarType dtype,

@@ -59,7 +59,7 @@ inline at::Tensor checked(const at::Tensor& tensor, const char* name) {
   return tensor;
 }
 
-// The argument that a function writes to. PyTorch's names of in-place functions end in an underscore.
+// The argument that a function writes to.
 const char* written_argument(const char* function);
 
 void check_no_internal_overlap(const char* what, const at::Tensor& output, const char* name);

@@ -6,6 +6,7 @@ the unfused formulation. The tests also give them wrong results, which their che
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import re
@@ -49,6 +50,24 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
+# --help
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.py")))
+def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It runs nothing: it says in a sentence what the example is, and explains each option."""
+    with pytest.raises(SystemExit) as exited:
+        load(name).main(["--help"])
+    printed = capsys.readouterr().out
+    assert exited.value.code == 0
+    usage, description, options = printed.split("\n\n")
+    assert usage.startswith("usage: ")
+    assert description.endswith(".")
+    assert "\n" not in description
+    for option in re.findall(r"^  (--.*(?:\n {3,}.*)*)", options, re.M):
+        assert re.search(r"\s{2,}\w", option), f"{option} is not explained"
+
+
 # Each runs and exits with 0
 
 
@@ -79,8 +98,55 @@ def test_compare_pooling(capsys: pytest.CaptureFixture[str]) -> None:
     assert first[-1] < first[0] / 2
 
 
+def test_compare_pooling_accumulates_gradients() -> None:
+    """A step over the same batch three times has its loss and its gradients."""
+    comparison = load("compare_pooling")
+    numbers = comparison.example.number_words(FEW)
+    [batch] = comparison.example.pad(FEW, numbers)
+    pooling = masked_softmax_ext.AttentionPooling(comparison.FEATURES)
+    model = comparison.Classifier(len(numbers) + 2, pooling)
+    logits, _ = model(batch.tokens, batch.lengths)
+    loss = torch.nn.functional.cross_entropy(logits, batch.labels)
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(loss, parameters)
+    trained = [copy.deepcopy(model) for _ in range(2)]
+    assert comparison.example.EPOCHS == 3
+    losses, _ = comparison.train_interleaved(trained, [batch], accumulate=3)
+    torch.testing.assert_close(losses, loss.detach().expand(2, 1))
+    for copied in trained:
+        for x, gradient, before in zip(copied.parameters(), expected, parameters, strict=True):
+            torch.testing.assert_close(x.grad, gradient)
+            assert not torch.equal(x, before)
+
+
+def test_compare_transformers_accumulates_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training step runs all micro-batches, and the whole batch in inference."""
+    example = load("compare_transformers")
+    bert, _ = example.make_models()
+    run = example.run
+    sizes: list[int] = []
+
+    def counted(model: Any, batch: Any) -> Any:
+        sizes.append(len(batch.tokens))
+        return run(model, batch)
+
+    monkeypatch.setattr(example, "run", counted)
+    monkeypatch.setattr(example.measure, "peak_memory_bytes", lambda *_: 0)
+    batch = example.read_batch(3, 12)
+    example.figures(bert, batch, rounds=1, accumulate=2)
+    implementations = len(example.IMPLEMENTATIONS)
+    assert sizes == [2, 1, 3] * implementations * 2  # once more before the times
+
+
+@pytest.mark.parametrize("name", ["compare_pooling", "compare_transformers"])
+def test_accumulate_takes_positive_numbers(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load(name).main(["--accumulate", "0"])
+    assert "expected --accumulate of at least 1, but got 0" in capsys.readouterr().err
+
+
 def test_transformers_attention(capsys: pytest.CaptureFixture[str]) -> None:
-    assert load("transformers_attention").main() == 0
+    assert load("transformers_attention").main([]) == 0
     assert "weight of the second text's padding: 0.0\n" in capsys.readouterr().out
 
 
@@ -92,7 +158,7 @@ def test_compare_transformers(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_attention_sinks(capsys: pytest.CaptureFixture[str]) -> None:
-    assert load("attention_sinks").main() == 0
+    assert load("attention_sinks").main([]) == 0
     sums = re.search(r"weights: (\S+) in .*, (\S+) in others", capsys.readouterr().out)
     assert sums is not None
     with_mark, without = map(float, sums.groups())
@@ -124,7 +190,7 @@ def test_listwise_ranking(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_compare_ranking() -> None:
-    assert load("compare_ranking").main() == 0
+    assert load("compare_ranking").main([]) == 0
 
 
 def test_readme_and_page_name_every_example() -> None:
@@ -210,7 +276,7 @@ def test_transformers_attention_rejects_wrong_weights(
 ) -> None:
     example = load("transformers_attention")
     patch_integration(monkeypatch, wrong(masked_softmax_ext.masked_softmax))
-    assert example.main() == 1
+    assert example.main([]) == 1
 
 
 @every_wrong
@@ -219,7 +285,7 @@ def test_attention_sinks_rejects_wrong_weights(
 ) -> None:
     example = load("attention_sinks")
     monkeypatch.setattr(example, "masked_softmax", wrong(masked_softmax_ext.masked_softmax))
-    assert example.main() == 1
+    assert example.main([]) == 1
 
 
 @pytest.fixture

@@ -159,13 +159,20 @@ def test_contributing_names_every_file() -> None:
 
 
 def test_the_page_of_the_tests_names_every_test() -> None:
-    """And no file that does not exist."""
-    text = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"\b\w+\.(?:py|cpp)\b", text))
-    existing = {path.name for folder in ("bench", "tests") for path in (ROOT / folder).rglob("*.*")}
-    assert named - existing == set()
-    tests = {name for name in existing if re.fullmatch(r"test_\w+\.(py|cpp)", name)}
-    assert tests - named == set()
+    """In the section of its folder; and no file that does not exist."""
+    tests = ROOT / "tests"
+    page = (tests / "README.md").read_text(encoding="utf-8")
+    named: set[Path] = set()
+    for section in re.split(r"^## ", page, flags=re.MULTILINE):
+        title = section.partition("\n")[0]
+        folders = [tests / folder for folder in re.findall(r"`(\w+)/`", title)]
+        for name in re.findall(r"[\w/]+\.(?:py|cpp)\b", section):
+            in_section = [folder / name for folder in folders if (folder / name).is_file()]
+            elsewhere = (place / name for place in (ROOT, tests, *tests.iterdir()))
+            assert in_section or any(map(Path.is_file, elsewhere)), name
+            named.update(in_section)
+    every_test = {path for path in tests.rglob("test_*") if path.suffix in (".py", ".cpp")}
+    assert every_test - named == set()
 
 
 def test_commands_of_contributing_exist() -> None:

@@ -1176,6 +1176,16 @@ def two_softmaxes(x: Tensor, lengths: Tensor) -> Tensor:
     return attention(x, lengths) + x.softmax(-1)
 
 
+def test_explain_in_the_interactive_interpreter() -> None:
+    """Which keeps no source lines to show."""
+    code = "def f(x, n):\n    y = x.masked_fill(~valid(x, n), -torch.inf)\n    return y.softmax(-1)"
+    namespace: dict[str, Any] = {"valid": valid, "torch": torch}
+    exec(compile(code, "<stdin>", "exec"), namespace)
+    report = compile_pass.explain(namespace["f"], torch.randn(3, 5), LENGTHS)
+    assert [softmax.location for softmax in report.fused] == ["<stdin>:3, in f"]
+    assert str(report).splitlines()[1] == "  fused: <stdin>:3, in f"
+
+
 def test_explain_says_where_each_softmax_is() -> None:
     """Of functions and modules, in one graph or several."""
     x = random_input((3, 2, 4, 5), torch.float32, seed=12)

@@ -19,6 +19,7 @@ from cases import random_input
 from torch import Tensor, nn
 from torch.masked import MaskedTensor, masked_tensor
 
+import masked_softmax_ext
 from masked_softmax_ext import (
     AttentionPooling,
     MaskedLogSoftmax,
@@ -28,6 +29,7 @@ from masked_softmax_ext import (
     lengths_from_mask,
     mask_from_lengths,
     masked_log_softmax,
+    masked_logsumexp,
     masked_softmax,
     masked_softmax_,
     packed_log_softmax,
@@ -415,6 +417,45 @@ def test_other_functions_of_masked_tensors() -> None:
             call()
 
 
+# Sinks
+
+
+@pytest.mark.parametrize("softmax", [masked_softmax, masked_logsumexp, reference.masked_softmax])
+@pytest.mark.parametrize(
+    ("given", "shape"),
+    [
+        ((3,), [1, 3]),  # one for each head
+        ((5,), [1, 1, 5]),
+        ((3, 5), [1, 3, 5]),
+        ((1, 3, 1, 1), [1, 3]),
+        ((2, 3, 5, 1), [2, 3, 5]),
+        ((3, 1, 1), [1, 3]),
+        ((1, 1, 1, 1), []),
+        ((4,), None),
+        ((2, 3, 5, 2), None),
+    ],
+)
+def test_a_sink_of_another_number_of_dimensions(
+    softmax: Callable[..., Tensor], given: tuple[int, ...], shape: list[int] | None
+) -> None:
+    """The message names the shape that broadcasts, and the call with it succeeds."""
+    x, sink = torch.zeros(2, 3, 5, 4), torch.zeros(given)
+    with pytest.raises(ValueError, match="expected sink to broadcast") as caught:
+        softmax(x, sink=sink)
+    if shape is None:
+        assert str(caught.value).endswith("[2, 3, 5, 4]")
+    else:
+        assert str(caught.value).endswith(f"; sink of shape {shape} would")
+        softmax(x, sink=sink.view(shape))
+
+
+def test_a_sink_of_a_jagged_input() -> None:
+    jagged = torch.nested.nested_tensor_from_jagged(torch.zeros(5, 3), torch.tensor([0, 2, 5]))
+    with pytest.raises(ValueError, match=r"; sink of shape \[1, 3\] would$"):
+        masked_softmax(jagged, dim=1, sink=torch.zeros(3))
+    masked_softmax(jagged, dim=1, sink=torch.zeros(1, 3))
+
+
 # Nested tensors
 
 
@@ -473,6 +514,48 @@ def test_a_nested_tensor_that_is_not_jagged() -> None:
         assert remedy is not None
         result = call_that_takes_it(eval(remedy[0], {"torch": torch, "input": strided}))
         assert result.requires_grad
+
+
+@pytest.mark.parametrize("name", ["masked_softmax", "masked_log_softmax", "masked_logsumexp"])
+def test_a_nested_tensor_has_one_message(name: str) -> None:
+    """The function, its operators and, where they take no jagged tensor, the other functions.
+
+    Each names the function that was called, and one that takes the jagged tensor.
+    """
+    strided = nested(torch.strided)
+    to_jagged = "torch.nested.as_nested_tensor(input.unbind(), layout=torch.jagged) is jagged"
+    function = getattr(masked_softmax_ext, name)
+    operator = getattr(torch.ops.masked_softmax_ext, name)
+    with_sink = getattr(torch.ops.masked_softmax_ext, f"{name}_with_sink")
+    for call in (
+        lambda: function(strided),
+        lambda: function(strided, sink=0.0),
+        lambda: operator(strided),
+        lambda: with_sink(strided, torch.zeros(())),
+    ):
+        with pytest.raises(NotImplementedError) as caught:
+            call()
+        assert str(caught.value) == (
+            f"{name}(): expected input to be a dense or a jagged tensor, but got a nested tensor "
+            f"of layout torch.strided; {to_jagged}"
+        )
+    with pytest.raises(NotImplementedError) as caught:
+        getattr(reference, name)(strided)
+    dense_only = "(): expected input to be a dense tensor, but got a nested tensor; " + to_jagged
+    assert str(caught.value) == f"{name}{dense_only}, which masked_softmax_ext.{name}() takes"
+    if name == "masked_softmax":
+        for call in (
+            lambda: masked_softmax_(strided),
+            lambda: torch.ops.masked_softmax_ext.masked_softmax_(strided),
+            lambda: torch.ops.masked_softmax_ext.masked_softmax_with_sink_(
+                strided, torch.zeros(()), None
+            ),
+        ):
+            with pytest.raises(NotImplementedError) as caught:
+                call()
+            assert str(caught.value) == (
+                f"masked_softmax_{dense_only}, which masked_softmax_ext.masked_softmax() takes"
+            )
 
 
 def test_bounds_and_out_with_a_jagged_input() -> None:
