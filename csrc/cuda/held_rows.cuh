@@ -133,6 +133,9 @@ class HeldRows {
   // Whether the row has one valid column.
   MASKED_SOFTMAX_DEVICE bool is_single(int row) const { return Group::kHasChunks ? is_single_ : lengths_[row] == 1; }
 
+  // Whether the row, of which this is the first chunk, has no valid column.
+  MASKED_SOFTMAX_DEVICE bool is_empty(int row) const { return lengths_[row] <= 0; }
+
   // Of rows in any place.
   MASKED_SOFTMAX_DEVICE bool exists() const { return exists_; }
   MASKED_SOFTMAX_DEVICE bool is_valid() const { return is_valid_; }
@@ -303,21 +306,21 @@ class Forward {
     }
   }
 
-  // If rows have sinks, returns add(sink).value instead of `sum`, and stores the sink's weight.
-  template <class Add>
-  MASKED_SOFTMAX_DEVICE acc_t with_sink(acc_t row_max, acc_t sum, const Add& add) const {
+  // If rows have sinks, returns add(sink).value, and stores the sink's weight; otherwise, without_sink().
+  template <class Add, class WithoutSink>
+  MASKED_SOFTMAX_DEVICE acc_t with_sink(acc_t row_max, const Add& add, const WithoutSink& without_sink) const {
     if constexpr (kHasPasses) {
       const Problem& problem = kernel_problem_.problem;
       if (problem.row_input.data != nullptr && rows_.exists()) {
         const double number = load_row_input(kernel_problem_, group_.row());
-        const SumWithSink<acc_t> result = add(Sink<acc_t>(kernel_problem_, number, row_max));
+        const SumWithSink<acc_t> result = add(Sink<acc_t>(kernel_problem_, number, row_max, rows_.is_empty(0)));
         if (problem.row_result.data != nullptr && group_.thread() == 0 && group_.chunk() == 0) {
           store_row_result(problem.row_result, group_.row(), rows_.is_valid(), result.weight);
         }
         return result.value;
       }
     }
-    return sum;
+    return without_sink();
   }
 
   MASKED_SOFTMAX_DEVICE void finish(OperationConstant<Operation::kSoftmax>, const Max<acc_t> (&max)[kRows]) {
@@ -344,10 +347,12 @@ class Forward {
     for (int row = 0; row < kRows; ++row) {
       const acc_t of_elements = sum[row].value();
       const acc_t row_max = max[row].value();
-      const acc_t inverse =
-          reciprocal(with_sink(row_max, of_elements, [&](const Sink<acc_t>& sink) MASKED_SOFTMAX_DEVICE_LAMBDA {
+      const acc_t inverse = with_sink(
+          row_max,
+          [&](const Sink<acc_t>& sink) MASKED_SOFTMAX_DEVICE_LAMBDA {
             return sink.added_to(of_elements, Exponential(constants_, row_max, rows_.is_single(row)).factor());
-          }));
+          },
+          [&]() MASKED_SOFTMAX_DEVICE_LAMBDA { return reciprocal(of_elements); });
       // An absent element's exponential is 0, and so is its product with a finite number.
       rows_.store(kernel_problem_, row, /*is_absent_padding=*/inverse - inverse == 0,
                   [&](int k, int i) MASKED_SOFTMAX_DEVICE_LAMBDA { return values_[row][k][i] * inverse; });
@@ -384,9 +389,10 @@ class Forward {
           LogSum<acc_t>(constants_, row_max, rows_.is_single(row)).value(rest[row].value(), max_count[row].value());
       const LogResult<acc_t> log_result(
           constants_, row_max,
-          with_sink(row_max, of_elements, [&](const Sink<acc_t>& sink) MASKED_SOFTMAX_DEVICE_LAMBDA {
-            return sink.added_to_log(of_elements);
-          }));
+          with_sink(
+              row_max,
+              [&](const Sink<acc_t>& sink) MASKED_SOFTMAX_DEVICE_LAMBDA { return sink.added_to_log(of_elements); },
+              [&]() MASKED_SOFTMAX_DEVICE_LAMBDA { return of_elements; }));
       rows_.store(kernel_problem_, row, /*is_absent_padding=*/false,
                   [&](int k, int i) MASKED_SOFTMAX_DEVICE_LAMBDA { return log_result(values_[row][k][i]); });
     }

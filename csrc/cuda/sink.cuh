@@ -20,7 +20,7 @@ MASKED_SOFTMAX_DEVICE acc_t max_beside_sink(const Problem& problem, acc_t max) {
   return problem.row_input.data != nullptr && max == -std::numeric_limits<acc_t>::infinity() ? acc_t{0} : max;
 }
 
-// A row's sum, or its logarithm; and the sink's share of it, Problem::row_result.
+// Of a row: the inverse of its sum, or the sum's logarithm; and the sink's share of it, Problem::row_result.
 template <class acc_t>
 struct SumWithSink {
   acc_t value;
@@ -30,9 +30,9 @@ struct SumWithSink {
 template <class acc_t>
 class Sink {
  public:
-  // row_max: that of the elements, as max_beside_sink() returns it.
-  MASKED_SOFTMAX_DEVICE Sink(const KernelProblem& kernel_problem, double sink, acc_t row_max)
-      : exists_(sink != -std::numeric_limits<double>::infinity()) {
+  // row_max: that of the elements, as max_beside_sink() returns it. is_empty: whether the row has no element.
+  MASKED_SOFTMAX_DEVICE Sink(const KernelProblem& kernel_problem, double sink, acc_t row_max, bool is_empty)
+      : exists_(sink != -std::numeric_limits<double>::infinity()), is_empty_(is_empty) {
     // In torch.softmax, a row with +inf is NaN.
     const double number =
         sink == std::numeric_limits<double>::infinity() ? std::numeric_limits<double>::quiet_NaN() : sink;
@@ -45,28 +45,32 @@ class Sink {
     distance_ = {high, static_cast<acc_t>((sum - static_cast<double>(high)) + error)};
   }
 
-  // row_sum: of exp(scale * (x - row_max)) times `factor`.
+  // Returns the inverse of the sum. row_sum: of exp(scale * (x - row_max)) times `factor`.
   MASKED_SOFTMAX_DEVICE SumWithSink<acc_t> added_to(acc_t row_sum, acc_t factor) const {
+    constexpr acc_t kNaN = std::numeric_limits<acc_t>::quiet_NaN();
     constexpr acc_t kMax = std::numeric_limits<acc_t>::max();
     if (!exists_) {
-      return {row_sum == 0 ? std::numeric_limits<acc_t>::quiet_NaN() : row_sum, row_sum - row_sum};
+      const acc_t sum = row_sum == 0 ? kNaN : row_sum;
+      return {reciprocal(sum), weight_of_none(sum)};
     }
     const acc_t term = distance_.exponential() * factor;
     // The sum of the elements is their number at most. Beside such a term, their results are below the smallest normal
     // number. An infinite sum would make them NaN: see reciprocal().
-    const bool is_all = term > kMax / 4 || (row_sum == 0 && term == term);
+    const bool is_all = term > kMax / 2 || (row_sum == 0 && term == term);
     if (is_all) {
       const acc_t zero = row_sum - row_sum;  // NaN if an element is
-      return {kMax + zero, 1 + zero};
+      return {zero, 1 + zero};
     }
-    const acc_t sum = row_sum + term;
-    return {sum, term * reciprocal(sum)};
+    // Divided by 4, the sum has a normal inverse. The product with 1/4 may be subnormal, where the elements' results
+    // are around the smallest normal number.
+    const acc_t inverse = reciprocal((row_sum + term) / 4) / 4;
+    return {inverse, term * inverse};
   }
 
   // log_sum: log of the sum of exp(scale * (x - row_max)).
   MASKED_SOFTMAX_DEVICE SumWithSink<acc_t> added_to_log(acc_t log_sum) const {
     if (!exists_) {
-      return {log_sum, log_sum == log_sum ? acc_t{0} : log_sum};
+      return {log_sum, weight_of_none(log_sum)};
     }
     constexpr acc_t kMax = std::numeric_limits<acc_t>::max();
     if (log_sum < -kMax) {  // no element is above -inf; a finite value keeps -inf - value from being NaN
@@ -103,7 +107,11 @@ class Sink {
     }
   };
 
+  // The weight of a sink of -inf, where the row's sum, or its logarithm, is `sum`: NaN in a row of NaN.
+  MASKED_SOFTMAX_DEVICE acc_t weight_of_none(acc_t sum) const { return is_empty_ ? acc_t{0} : sum - sum; }
+
   const bool exists_;
+  const bool is_empty_;
   Distance distance_;
 };
 

@@ -223,7 +223,7 @@ def wrong_weight(weights: Tensor, want: Expected, is_valid: Wide, nan_row: int) 
     is_right = np.abs(got - want.weights) <= want.weight_tolerances
     is_right = np.where(is_valid, is_right, np.isnan(got))
     if nan_row >= 0:
-        is_right[nan_row] |= np.isnan(got[nan_row])
+        is_right[nan_row] = np.isnan(got[nan_row])
     if is_right.all():
         return ""
     row = np.argwhere(~is_right)[0, 0]
@@ -297,6 +297,7 @@ def check(
     is_right = np.where(is_valid, is_right, bits_of(got) == bits_of(padding.numpy()))
     is_right |= np.isnan(padding.numpy()) & np.isnan(got)
     if nan_row >= 0:
+        is_right[nan_row] &= ~is_valid[nan_row].numpy()
         is_right[nan_row] |= is_valid[nan_row].numpy() & np.isnan(got[nan_row])
     if not is_right.all():
         row, col = np.argwhere(~is_right)[0]
