@@ -217,7 +217,8 @@ class StridedRow {
         max.add(x[i] * constants_.factor);
       }
     });
-    const acc_t row_max = max_beside_sink(problem_, reduced(max).value());
+    const acc_t max_of_elements = reduced(max).value();
+    const acc_t row_max = problem_.row_input.data != nullptr ? max_beside_sink(max_of_elements) : max_of_elements;
     visit_own_operation<true>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA { finish(operation, row_max); });
   }
 
@@ -241,7 +242,7 @@ class StridedRow {
     });
     acc_t inverse = reciprocal(row_sum);
     if (problem_.row_input.data != nullptr) {
-      const auto with_sink = sink(row_max).added_to(row_sum, exponential.factor());
+      const auto with_sink = sink(row_max).added_to(row_sum, exponential);
       store_row_result(with_sink.weight);
       inverse = with_sink.value;
     }
