@@ -11,7 +11,8 @@ to FILE.json; --record, to bench/results/cuda_kernels.
 
 Runs single cases, with the kernels of these files. A case is TYPE:SHAPE:LENGTHS[:OPERATION]. TYPE
 is a dtype, or INPUT-OUTPUT; SHAPE a number of columns, `scores`, `column` or one with sinks, such
-as "sinks 64"; LENGTHS full, half, tenth, uniform or all; OPERATION softmax, log_softmax, softmax_backward or log_softmax_backward.
+as "sinks 64"; LENGTHS full, half, tenth, uniform or all; OPERATION softmax, log_softmax,
+softmax_backward or log_softmax_backward.
 --profile also prints how often each instruction was issued.
 
 The performance model runs the kernels' machine code in an interpreter: see performance_model.py.

@@ -528,7 +528,6 @@ class _InterpretedCall:
                 f"expected {expected[worst]}, got {got[worst]}"
             )
 
-
     def _check_weight(self, row: int, sink: float, x: Array) -> None:
         expected = 1 / (1 + np.exp(x - sink).sum())
         got = float(self._weights.data.view(np.float32)[row])

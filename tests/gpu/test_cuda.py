@@ -123,6 +123,8 @@ def test_a_forced_strategy_that_cannot_compute_the_rows_is_an_error() -> None:
             masked_softmax(x.t(), 5)
         masked_softmax(x, 5, 0)
         assert last_strategy() == "column"
+    with forced("staged"), pytest.raises(ValueError, match="the strategy 'staged' is forced"):
+        masked_softmax(torch.zeros(4, 2048, device=DEVICE), 5, sink=1.0)
     refused = [
         strategy
         for strategy in STRATEGIES
