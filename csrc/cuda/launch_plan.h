@@ -76,16 +76,16 @@ struct DeviceProperties {
 // All that a plan depends on.
 struct RowShape {
   int64_t rows = 0;
-  int64_t cols = 0;          // upper bound of the lengths
-  int elems_per_vector = 4;  // elements of the widest operand in 16 bytes
-  int acc_bytes = 4;         // of the accumulation type
-  int inputs = 1;            // scores, or gradient and saved result, ...
-  bool can_be_held = false;  // contiguous columns, and a pair of type_pairs.inc; whatever the size
-  bool is_plain = false;     // can be held, and are_plain() in kernel_problem.h; has_plain_sinks() if it has any
-  int64_t stage_bytes = 0;   // of a row's inputs in shared memory; 0: rows cannot be staged
+  int64_t cols = 0;                  // upper bound of the lengths
+  int elems_per_vector = 4;          // elements of the widest operand in 16 bytes
+  int acc_bytes = 4;                 // of the accumulation type
+  int inputs = 1;                    // scores, or gradient and saved result, ...
+  bool can_be_held = false;          // contiguous columns, and a pair of type_pairs.inc; whatever the size
+  bool is_plain = false;             // can be held, and are_plain() in kernel_problem.h
+  int64_t stage_bytes = 0;           // of a row's inputs in shared memory; 0: rows cannot be staged
   bool has_unit_row_stride = false;  // the row stride is 1: elements of one column are adjacent in memory
   bool has_plain_columns = false;    // and are_plain_columns() in kernel_problem.h; input and output have one type
-  bool has_sinks = false;            // each row has one
+  bool has_sinks = false;            // each row has one; those of plain rows: has_plain_sinks() in kernel_problem.h
 };
 
 // The order of a row's sums. The valid columns are cut into chunks of threads * vectors * elems. The sums of
@@ -285,8 +285,8 @@ constexpr SumOrder order_of(Strategy strategy, const RowShape& shape, const Devi
   return {};
 }
 
-// Whether the kernels of plain rows have versions for rows with sinks. Where they do not, those of any held rows take
-// them. The threads that share a row each compute the sink's term, so that narrow rows gain most.
+// Whether the kernels of plain rows have versions for rows with sinks. Where they do not, the kernel of any held rows
+// takes them: clusters and rows of one lane are too few calls to be worth the time that more kernels take to compile.
 constexpr bool plain_rows_take_sinks(Strategy strategy, const SumOrder& order) {
   return (strategy == Strategy::kLanes && order.threads > 1) || strategy == Strategy::kBlock;
 }

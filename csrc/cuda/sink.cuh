@@ -66,9 +66,9 @@ class SinkDistance<double> {
 
   MASKED_SOFTMAX_DEVICE SinkDistance operator-(double other) const {
     const double high = high_ - other;
-    return {Sum(), high, error_of_sum(high_, -other, high) + low_};
+    return {high, error_of_sum(high_, -other, high) + low_};
   }
-  MASKED_SOFTMAX_DEVICE SinkDistance operator-() const { return {Sum(), -high_, -low_}; }
+  MASKED_SOFTMAX_DEVICE SinkDistance operator-() const { return {-high_, -low_}; }
   MASKED_SOFTMAX_DEVICE double rounded() const { return high_; }
 
   MASKED_SOFTMAX_DEVICE double exponential() const {
@@ -78,8 +78,7 @@ class SinkDistance<double> {
   }
 
  private:
-  struct Sum {};
-  MASKED_SOFTMAX_DEVICE SinkDistance(Sum /*high + low*/, double high, double low) : high_(high), low_(low) {}
+  MASKED_SOFTMAX_DEVICE SinkDistance(double high, double low) : high_(high), low_(low) {}
 
   // TwoSum (groups.cuh): the rounding error of sum = a + b.
   MASKED_SOFTMAX_DEVICE static double error_of_sum(double a, double b, double sum) {
