@@ -265,8 +265,8 @@ FAULTS = [
           "load<Partial>(warp *", "load<Partial>((IS_ON ? (warp + 1) % kWarps : warp) *",
           "computes other bits"),
     # Sinks.
-    Fault("sink: scaled like the scores", "sink.cuh", "sink_(sink ==",
-          "sink_((IS_ON ? kernel_problem.constants_double.scale : 1.0) * sink ==",
+    Fault("sink: scaled like the scores", "sink.cuh", "quiet_NaN() : sink)",
+          "quiet_NaN() : (IS_ON ? kernel_problem.constants_double.scale : 1.0) * sink)",
           ("column", "weight")),
     Fault("sink: not added to the sum", "sink.cuh", "(row_sum + term)",
           "(row_sum + (IS_ON ? acc_t{0} : term))", ("column", "weight")),
