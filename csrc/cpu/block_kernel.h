@@ -120,13 +120,14 @@ class BlockKernel {
     }
     for (int r = 0; !is_final && r < block.rows; ++r) {
       acc_t* const e = scratch_ + block.scratch_offsets[r];
-      if (has_sinks_ && !is_absent(block, r)) {
+      if (has_sink(block, r)) {
         add_sink_to_sum(block, r, block_params[r]);
       } else if (is_sum_out_of_range(sums[r])) {
         sums[r] = exponentials_from_maximum(block.inputs[0][r], block.lengths[r], e);
       } else if (block.lengths[r] == 1) {
         e[0] = sums[r] = 1;  // e * (1 / e) is not always 1
       }
+      store_weight_of_no_sink(block, r, static_cast<double>(sums[r]));
     }
   }
 
@@ -144,13 +145,16 @@ class BlockKernel {
     return sum.total(0);
   }
 
-  // Whether row r has no sink: one of -inf. Its weight is then 0.
-  bool is_absent(const Block& block, int r) const {
-    if (block.sinks[r] != -std::numeric_limits<double>::infinity()) {
-      return false;
+  // Whether row r has a sink: one above -inf.
+  bool has_sink(const Block& block, int r) const {
+    return has_sinks_ && block.sinks[r] != -std::numeric_limits<double>::infinity();
+  }
+
+  // sum: of row r's elements, or its logarithm.
+  void store_weight_of_no_sink(const Block& block, int r, double sum) const {
+    if (has_sinks_ && !has_sink(block, r)) {
+      store_weight(block, r, block.lengths[r] == 0 ? 0 : weight_of_no_sink(sum));
     }
-    store_weight(block, r, 0);
-    return true;
   }
 
   void store_weight(const Block& block, int r, double weight) const {
@@ -213,9 +217,11 @@ class BlockKernel {
         block.maxima[r] = max_of_elements<V>(block.inputs[0][r], length).reduce_max();
         log_sums[r] = accurate_log_sum<V>(block.inputs[0][r], length, block.maxima[r], scale_.log2e);
       }
-      if (has_sinks_ && !is_absent(block, r)) {
+      if (has_sink(block, r)) {
         add_sink_to_log(block, r);
       }
+      const double row_max = static_cast<double>(block.maxima[r]);
+      store_weight_of_no_sink(block, r, row_max + static_cast<double>(log_sums[r]));
     }
   }
 

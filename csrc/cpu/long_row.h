@@ -118,7 +118,7 @@ struct RowSink {
   double sink;
   double* weight;
 
-  bool is_absent() const { return sink == -std::numeric_limits<double>::infinity(); }
+  bool exists() const { return sink != -std::numeric_limits<double>::infinity(); }
 };
 
 // Not inlined, so that each is compiled once.
@@ -217,9 +217,11 @@ MASKED_SOFTMAX_NOINLINE void log_softmax_of_long_row(SegmentReader<V>& x, Segmen
   acc_t row_max = 0;
   acc_t log_sum = 0;
   find_log_sum<V, acc_t>(x, length, scale, row_max, log_sum);
-  if (!sink.is_absent()) {
+  if (sink.exists()) {
     *sink.weight =
         add_sink_to_log_sum(sink.sink, scale, row_max, log_sum, [&] { return has_nan_in_long_row<V>(x, length); });
+  } else {
+    *sink.weight = weight_of_no_sink(static_cast<double>(row_max) + static_cast<double>(log_sum));
   }
   for_each_segment<V>(length, [&](int64_t first, int64_t count) {
     y.write(first, count, LogProbability<V, acc_t>(x.segment(first, count), row_max, scale.scale, log_sum));
@@ -239,7 +241,7 @@ MASKED_SOFTMAX_NOINLINE void softmax_of_long_row(SegmentReader<V>& x, SegmentWri
   if (length == 1) {  // e * (1 / e) is not always 1
     const acc_t element = read_element(x.segment(0, 1));
     acc_t result = element - element + 1;
-    if (!sink.is_absent()) {
+    if (sink.exists()) {
       const bool is_lone = element == -std::numeric_limits<acc_t>::infinity();
       const double one = is_lone ? 0 : static_cast<double>(result);
       const double term =
@@ -247,6 +249,8 @@ MASKED_SOFTMAX_NOINLINE void softmax_of_long_row(SegmentReader<V>& x, SegmentWri
       const SumWithSink total = add_sink_term(one, term);
       result = static_cast<acc_t>(one) * (1 / static_cast<acc_t>(total.sum));
       *sink.weight = total.weight;
+    } else {
+      *sink.weight = weight_of_no_sink(static_cast<double>(result));
     }
     y.write(0, 1, [&](int64_t, auto) MASKED_SOFTMAX_LAMBDA_INLINE { return V::broadcast(result); });
     return;
@@ -254,11 +258,14 @@ MASKED_SOFTMAX_NOINLINE void softmax_of_long_row(SegmentReader<V>& x, SegmentWri
   auto params = params_of_long_row<V, acc_t>(x, length, scale);
   acc_t row_sum = sum_of_exponentials(params);
   const auto find_max = [&] { return max_of_long_row<V, acc_t>(x, length); };
-  if (!sink.is_absent()) {
+  if (sink.exists()) {
     *sink.weight = add_sink<V>(sink.sink, scale, params, row_sum, find_max, sum_of_exponentials);
-  } else if (is_sum_out_of_range(row_sum)) {
-    params = params_from_maximum<V>(find_max(), scale.log2e);
-    row_sum = sum_of_exponentials(params);
+  } else {
+    if (is_sum_out_of_range(row_sum)) {
+      params = params_from_maximum<V>(find_max(), scale.log2e);
+      row_sum = sum_of_exponentials(params);
+    }
+    *sink.weight = weight_of_no_sink(static_cast<double>(row_sum));
   }
   const acc_t reciprocal = 1 / row_sum;
   for_each_segment<V>(length, [&](int64_t first, int64_t count) {

@@ -23,4 +23,7 @@ SumWithSink add_sink_to_log_sum(double log_sum, double row_max, double sink, dou
 // The weight of a row that has a sink and no exponential above 0: 1, or NaN where the sink is not a number.
 inline double weight_of_lone_sink(double sink) { return 1 + (sink - sink); }
 
+// The weight of a sink of -inf beside elements whose sum, or its logarithm, is `sum`: 0, or NaN in a row of NaN.
+inline double weight_of_no_sink(double sum) { return sum - sum; }
+
 }  // namespace masked_softmax

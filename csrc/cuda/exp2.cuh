@@ -55,6 +55,10 @@ class RowExponential {
     return select(rounded < params_.zero_below, acc_t{0}, exp2_of_encoded(encoded, f));
   }
 
+  // The elements' exponentials are exp(scale * (x - offset)) * 2^-r. One of the two is 0.
+  MASKED_SOFTMAX_DEVICE acc_t offset() const { return params_.offset; }
+  MASKED_SOFTMAX_DEVICE acc_t r() const { return (E::kMagic + kBias) - params_.magic_minus_r; }
+
   // The common factor, and its inverse.
   MASKED_SOFTMAX_DEVICE acc_t factor() const { return exp2_polynomial(max_exponent_); }
   MASKED_SOFTMAX_DEVICE acc_t inverse_factor() const { return exp2_polynomial(-max_exponent_); }
@@ -73,7 +77,8 @@ class ApproximateRowExponential {
 
   MASKED_SOFTMAX_DEVICE float operator()(float x) const { return exp2_approximate((x - row_max_) * c_); }
 
-  MASKED_SOFTMAX_DEVICE float factor() const { return 1; }
+  MASKED_SOFTMAX_DEVICE float offset() const { return row_max_; }
+  MASKED_SOFTMAX_DEVICE float r() const { return 0; }
 
  private:
   float row_max_;

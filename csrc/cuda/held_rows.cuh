@@ -11,8 +11,10 @@
 //   plain_block      a block holds a plain row
 //   plain_cluster    a cluster of blocks holds a plain row, each block a chunk of it
 //   any_held_rows    all of these for contiguous rows in any place; and split rows, plain or not, whose chunks are held
-//                    by the blocks of a launch for each reduction and one for the results. Rows with sinks take this
-//                    one
+//                    by the blocks of a launch for each reduction and one for the results
+//
+// plain_lanes and plain_block have versions for rows with sinks, of which the others know nothing: a branch would take
+// instructions from all calls. any_held_rows takes the sinks of all other rows.
 //
 // plain_lanes and plain_block are launched with as many blocks as run at once. These loop over the rows, and load the
 // lengths of the next ones ahead.
@@ -45,13 +47,19 @@
 namespace masked_softmax::cuda {
 
 // A thread's share of kRows rows, or of a chunk of one row, in memory and in registers.
-template <class input_t, class output_t, int kInputs, int kRows, int kVectors, class Group, bool kIsPlain>
+template <class input_t, class output_t, int kInputs, int kRows, int kVectors, class Group, bool kIsPlain,
+          bool kHasSinks = false>
 class HeldRows {
  public:
   using Types = RowTypes<input_t, output_t>;
   using acc_t = typename Types::acc_t;
   static constexpr int kElems = Types::kElems;
   static constexpr int kRowCount = kRows;
+  static constexpr bool kMayHaveSinks = kInputs == 1 && (kHasSinks || !kIsPlain);
+  // has_plain_sinks() in kernel_problem.h
+  static constexpr bool takes(Operation operation) {
+    return !(kIsPlain && kHasSinks) || operation == Operation::kSoftmax;
+  }
   using Values = acc_t[kVectors][kElems];
 
   MASKED_SOFTMAX_DEVICE explicit HeldRows(const Group& group)
@@ -74,6 +82,10 @@ class HeldRows {
       if (row.length >= 0) {
         lengths_[index] = clamp(row.length - begin, chunk_elems);
       }
+    }
+    if constexpr (kHasSinks) {
+      numbers_[index] = row.number(kernel_problem);
+      sinks_[index] = load_plain_sink<input_t>(kernel_problem, numbers_[index]);
     }
     outputs_[index] =
         computed_once(row.at(static_cast<output_t*>(problem.output.data), kernel_problem.plain_rows.output) + begin);
@@ -106,6 +118,7 @@ class HeldRows {
     const int64_t begin = group.chunk() * chunk_elems;
     lengths_[0] = clamp(row.length - begin, chunk_elems);
     is_single_ = row.length == 1;
+    numbers_[0] = group.row();
     exists_ = row.exists;
     is_valid_ = row.is_valid;
     outputs_[0] = static_cast<output_t*>(problem.output.data) + row.output_offset + row.start + begin;
@@ -133,9 +146,31 @@ class HeldRows {
   // Whether the row has one valid column.
   MASKED_SOFTMAX_DEVICE bool is_single(int row) const { return Group::kHasChunks ? is_single_ : lengths_[row] == 1; }
 
-  // Of rows in any place.
-  MASKED_SOFTMAX_DEVICE bool exists() const { return exists_; }
-  MASKED_SOFTMAX_DEVICE bool is_valid() const { return is_valid_; }
+  // Whether the row, of which this is the first chunk, has no valid column.
+  MASKED_SOFTMAX_DEVICE bool is_empty(int row) const { return lengths_[row] <= 0; }
+
+  MASKED_SOFTMAX_DEVICE bool exists(int row) const { return kIsPlain ? lengths_[row] != kNoRow : exists_; }
+  MASKED_SOFTMAX_DEVICE bool is_valid(int row) const { return kIsPlain ? lengths_[row] != kInvalidLength : is_valid_; }
+
+  // Precondition: kMayHaveSinks.
+  MASKED_SOFTMAX_DEVICE bool have_sinks(const Problem& problem) const {
+    return kIsPlain || problem.row_input.data != nullptr;
+  }
+  // NaN for an invalid plain row: so the row and its weight become NaN.
+  MASKED_SOFTMAX_DEVICE double sink(const KernelProblem& kernel_problem, int row) const {
+    if constexpr (kIsPlain) {
+      return is_valid(row) ? static_cast<double>(sinks_[row]) : std::numeric_limits<double>::quiet_NaN();
+    } else {
+      return exists_ ? load_row_input(kernel_problem, numbers_[0]) : -std::numeric_limits<double>::infinity();
+    }
+  }
+  MASKED_SOFTMAX_DEVICE void store_weight(const RowResult& weights, int row, acc_t weight) const {
+    if constexpr (kIsPlain) {
+      in_device_memory(static_cast<acc_t*>(weights.data))[numbers_[row]] = weight;
+    } else {
+      store_row_result(weights, numbers_[row], is_valid(row), weight);
+    }
+  }
 
   // Calls visit(k) for the vectors of which a lane of this thread's warp holds an element.
   template <class Visitor>
@@ -215,8 +250,12 @@ class HeldRows {
   const VectorShare share_;
   int lengths_[kRows];  // of the rows, or of the chunk
   bool is_single_;
+  // Of rows in any place.
   bool exists_;
   bool is_valid_;
+  // Of rows with sinks.
+  std::conditional_t<kIsPlain, uint32_t, int64_t> numbers_[kRows];
+  float sinks_[kRows];
   int cols_;
   output_t* outputs_[kRows];  // of the first valid column
   VectorLoads<input_t, kElems, kVectors, kIsPlain> loads_[kRows][kInputs];
@@ -245,8 +284,7 @@ MASKED_SOFTMAX_DEVICE void add_to(Sum<acc_t>& sum, int k, const acc_t (&terms)[k
   }
 }
 
-// softmax and log_softmax, step by step: maximum, exponentials, sum, sink, results. Rows have sinks only where
-// kHasPasses: in any_held_rows.
+// softmax and log_softmax, step by step: maximum, exponentials, sum, sink, results.
 template <class Rows, class Group, bool kHasPasses>
 class Forward {
   using acc_t = typename Rows::acc_t;
@@ -282,12 +320,17 @@ class Forward {
       return;
     }
     reduce_or_load<kHasPasses>(group_, kernel_problem_, max);
-    if constexpr (kHasPasses) {
-      max[0] = {{max_beside_sink(kernel_problem_.problem, max[0].value())}};
+    if constexpr (Rows::kMayHaveSinks) {
+      if (rows_.have_sinks(kernel_problem_.problem)) {
+        MASKED_SOFTMAX_UNROLL
+        for (int row = 0; row < kRows; ++row) {
+          max[row] = {{max_beside_sink(max[row].value())}};
+        }
+      }
     }
     visit_operation(kernel_problem_.problem.operation, [&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA {
       constexpr Operation kOperation = decltype(operation)::value;
-      if constexpr (is_tuned(kOperation) && is_forward(kOperation)) {
+      if constexpr (is_tuned(kOperation) && is_forward(kOperation) && Rows::takes(kOperation)) {
         finish(operation, max);
       }
     });
@@ -303,21 +346,28 @@ class Forward {
     }
   }
 
-  // If rows have sinks, returns add(sink).value instead of `sum`, and stores the sink's weight.
-  template <class Add>
-  MASKED_SOFTMAX_DEVICE acc_t with_sink(acc_t row_max, acc_t sum, const Add& add) const {
-    if constexpr (kHasPasses) {
+  // If rows have sinks, returns add(sink).value, and stores the sink's weight; otherwise, without_sink().
+  template <class Add, class WithoutSink>
+  MASKED_SOFTMAX_DEVICE acc_t with_sink(int row, acc_t row_max, const Add& add, const WithoutSink& without_sink) const {
+    if constexpr (Rows::kMayHaveSinks) {
       const Problem& problem = kernel_problem_.problem;
-      if (problem.row_input.data != nullptr && rows_.exists()) {
-        const double number = load_row_input(kernel_problem_, group_.row());
-        const SumWithSink<acc_t> result = add(Sink<acc_t>(kernel_problem_, number, row_max));
-        if (problem.row_result.data != nullptr && group_.thread() == 0 && group_.chunk() == 0) {
-          store_row_result(problem.row_result, group_.row(), rows_.is_valid(), result.weight);
+      if (rows_.have_sinks(problem)) {
+        const double number = rows_.sink(kernel_problem_, row);
+        const SumWithSink<acc_t> result = add(Sink<acc_t>(kernel_problem_, number, row_max, rows_.is_empty(row)));
+        if (problem.row_result.data != nullptr && is_first_thread() && rows_.exists(row)) {
+          rows_.store_weight(problem.row_result, row, result.weight);
         }
         return result.value;
       }
     }
-    return sum;
+    return without_sink();
+  }
+  MASKED_SOFTMAX_DEVICE bool is_first_thread() const {
+    if constexpr (Group::kHasChunks) {
+      return group_.thread() == 0 && group_.chunk() == 0;
+    } else {
+      return group_.thread() == 0;
+    }
   }
 
   MASKED_SOFTMAX_DEVICE void finish(OperationConstant<Operation::kSoftmax>, const Max<acc_t> (&max)[kRows]) {
@@ -344,10 +394,12 @@ class Forward {
     for (int row = 0; row < kRows; ++row) {
       const acc_t of_elements = sum[row].value();
       const acc_t row_max = max[row].value();
-      const acc_t inverse =
-          reciprocal(with_sink(row_max, of_elements, [&](const Sink<acc_t>& sink) MASKED_SOFTMAX_DEVICE_LAMBDA {
-            return sink.added_to(of_elements, Exponential(constants_, row_max, rows_.is_single(row)).factor());
-          }));
+      const acc_t inverse = with_sink(
+          row, row_max,
+          [&](const Sink<acc_t>& sink) MASKED_SOFTMAX_DEVICE_LAMBDA {
+            return sink.added_to(of_elements, Exponential(constants_, row_max, rows_.is_single(row)));
+          },
+          [&]() MASKED_SOFTMAX_DEVICE_LAMBDA { return reciprocal(of_elements); });
       // An absent element's exponential is 0, and so is its product with a finite number.
       rows_.store(kernel_problem_, row, /*is_absent_padding=*/inverse - inverse == 0,
                   [&](int k, int i) MASKED_SOFTMAX_DEVICE_LAMBDA { return values_[row][k][i] * inverse; });
@@ -384,9 +436,10 @@ class Forward {
           LogSum<acc_t>(constants_, row_max, rows_.is_single(row)).value(rest[row].value(), max_count[row].value());
       const LogResult<acc_t> log_result(
           constants_, row_max,
-          with_sink(row_max, of_elements, [&](const Sink<acc_t>& sink) MASKED_SOFTMAX_DEVICE_LAMBDA {
-            return sink.added_to_log(of_elements);
-          }));
+          with_sink(
+              row, row_max,
+              [&](const Sink<acc_t>& sink) MASKED_SOFTMAX_DEVICE_LAMBDA { return sink.added_to_log(of_elements); },
+              [&]() MASKED_SOFTMAX_DEVICE_LAMBDA { return of_elements; }));
       rows_.store(kernel_problem_, row, /*is_absent_padding=*/false,
                   [&](int k, int i) MASKED_SOFTMAX_DEVICE_LAMBDA { return log_result(values_[row][k][i]); });
     }
@@ -479,7 +532,7 @@ MASKED_SOFTMAX_DEVICE input_t absent_value(const KernelProblem& kernel_problem) 
 }
 
 // kStep of kLanesSteps lanes hold a row. The lengths of the next rows are loaded ahead.
-template <bool kForward, class input_t, class output_t, size_t kStep>
+template <bool kForward, class input_t, class output_t, size_t kStep, bool kHasSinks>
 MASKED_SOFTMAX_KERNEL(kLanesThreads,
                       plain_threads_per_sm(kLanesSteps[kStep].threads_per_row, kLanesSteps[kStep].elems_per_thread) /
                           kLanesThreads)
@@ -505,7 +558,7 @@ plain_lanes(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   find_next(warp * kGroups * kRows);
   // All lanes of a warp leave the loop together.
   for (unsigned warp_first = warp * kGroups * kRows; warp_first < kernel_problem.plain_rows.rows; warp_first += step) {
-    HeldRows<input_t, output_t, kInputs, kRows, kVectors, Group, true> rows(group);
+    HeldRows<input_t, output_t, kInputs, kRows, kVectors, Group, true, kHasSinks> rows(group);
     MASKED_SOFTMAX_UNROLL
     for (int row = 0; row < kRows; ++row) {
       rows.begin_loads(group, kernel_problem, row, next[row], absent);
@@ -517,10 +570,10 @@ plain_lanes(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
 }
 
 // A group of threads holds a row. `next` is the row, and finds the following one while the loads are in flight.
-template <bool kForward, class input_t, class output_t, int kVectors, class Group, class FindNext>
+template <bool kForward, class input_t, class output_t, int kVectors, bool kHasSinks, class Group, class FindNext>
 MASKED_SOFTMAX_DEVICE void compute_plain_row(const Group& group, const KernelProblem& kernel_problem, PlainRow& next,
                                              const FindNext& find_next) {
-  HeldRows<input_t, output_t, kForward ? 1 : 2, 1, kVectors, Group, true> rows(group);
+  HeldRows<input_t, output_t, kForward ? 1 : 2, 1, kVectors, Group, true, kHasSinks> rows(group);
   rows.begin_loads(group, kernel_problem, 0, next, absent_value<kForward, input_t>(kernel_problem));
   find_next();
   rows.finish_loads();
@@ -529,7 +582,7 @@ MASKED_SOFTMAX_DEVICE void compute_plain_row(const Group& group, const KernelPro
 }
 
 // A block holds a row. The length of the next row is loaded ahead.
-template <bool kForward, class input_t, class output_t>
+template <bool kForward, class input_t, class output_t, bool kHasSinks>
 MASKED_SOFTMAX_KERNEL(plain_threads_per_sm(kWarpThreads, kMaxThreadElems), 1)
 plain_block(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   using Types = RowTypes<input_t, output_t>;
@@ -537,7 +590,7 @@ plain_block(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   const BlockGroup<typename Types::acc_t> group;
   PlainRow next(kernel_problem, block_index());
   for (unsigned row = block_index(); row < kernel_problem.plain_rows.rows; row += grid_blocks()) {
-    compute_plain_row<kForward, input_t, output_t, kVectors>(
+    compute_plain_row<kForward, input_t, output_t, kVectors, kHasSinks>(
         group, kernel_problem, next,
         [&]() MASKED_SOFTMAX_DEVICE_LAMBDA { next = PlainRow(kernel_problem, row + grid_blocks()); });
   }
@@ -552,8 +605,8 @@ plain_cluster(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   constexpr int kVectors = cluster_vectors(Types::kElems, kForward ? 1 : 2);
   const ClusterGroup<typename Types::acc_t> group;
   PlainRow row(kernel_problem, block_index() >> kernel_problem.cluster_shift);
-  compute_plain_row<kForward, input_t, output_t, kVectors>(group, kernel_problem, row,
-                                                           []() MASKED_SOFTMAX_DEVICE_LAMBDA {});
+  compute_plain_row<kForward, input_t, output_t, kVectors, false>(group, kernel_problem, row,
+                                                                  []() MASKED_SOFTMAX_DEVICE_LAMBDA {});
 #endif
 }
 
@@ -595,18 +648,20 @@ any_held_rows(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
 }
 
 // Launches plain_lanes for the step of kLanesSteps, from kStep on, that the plan has.
-template <bool kForward, class input_t, class output_t, size_t kStep = 0>
+template <bool kForward, class input_t, class output_t, bool kHasSinks, size_t kStep = 0>
 Status launch_plain_lanes(const KernelProblem& kernel_problem, const LaunchPlan& plan, Stream stream) {
   if constexpr (kStep < sizeof(kLanesSteps) / sizeof(kLanesSteps[0])) {
     constexpr LanesStep kLanes = kLanesSteps[kStep];
     constexpr int kElems = RowTypes<input_t, output_t>::kElems;
-    if constexpr (kLanes.elems_per_thread <= held_vectors(kElems, kForward ? 1 : 2) * kElems) {
+    constexpr SumOrder kOrder = {kLanes.threads_per_row, kLanes.elems_per_thread / kElems, kElems};
+    if constexpr (kOrder.vectors <= held_vectors(kElems, kForward ? 1 : 2) &&
+                  (!kHasSinks || plain_rows_take_sinks(Strategy::kLanes, kOrder))) {
       if (plan.order.threads == kLanes.threads_per_row &&
           plan.order.vectors * plan.order.elems == kLanes.elems_per_thread) {
-        return launch(plain_lanes<kForward, input_t, output_t, kStep>, plan, stream, kernel_problem);
+        return launch(plain_lanes<kForward, input_t, output_t, kStep, kHasSinks>, plan, stream, kernel_problem);
       }
     }
-    return launch_plain_lanes<kForward, input_t, output_t, kStep + 1>(kernel_problem, plan, stream);
+    return launch_plain_lanes<kForward, input_t, output_t, kHasSinks, kStep + 1>(kernel_problem, plan, stream);
   }
   return kInvalidLaunch;
 }
@@ -620,10 +675,19 @@ Status launch_plain_columns(const KernelProblem& kernel_problem, const LaunchPla
 // Launches the kernels of one pair of types.
 template <bool kForward, class input_t, class output_t>
 Status launch_held_rows(const KernelProblem& kernel_problem, const LaunchPlan& plan, Stream stream) {
+  if constexpr (kForward && std::is_same_v<input_t, output_t>) {
+    if (plan.is_plain && kernel_problem.problem.row_input.data != nullptr) {
+      return plan.strategy == Strategy::kBlock
+                 ? launch(plain_block<true, input_t, output_t, true>, plan, stream, kernel_problem)
+                 : launch_plain_lanes<true, input_t, output_t, true>(kernel_problem, plan, stream);
+    }
+  }
   if (plan.is_plain) {
     switch (plan.strategy) {
-      case Strategy::kLanes: return launch_plain_lanes<kForward, input_t, output_t>(kernel_problem, plan, stream);
-      case Strategy::kBlock: return launch(plain_block<kForward, input_t, output_t>, plan, stream, kernel_problem);
+      case Strategy::kLanes:
+        return launch_plain_lanes<kForward, input_t, output_t, false>(kernel_problem, plan, stream);
+      case Strategy::kBlock:
+        return launch(plain_block<kForward, input_t, output_t, false>, plan, stream, kernel_problem);
       case Strategy::kStaged: return launch_staged_rows<kForward, input_t, output_t>(kernel_problem, plan, stream);
       case Strategy::kCluster: return launch(plain_cluster<kForward, input_t, output_t>, plan, stream, kernel_problem);
       case Strategy::kColumn: return launch_plain_columns<kForward, input_t, output_t>(kernel_problem, plan, stream);

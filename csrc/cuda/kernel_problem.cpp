@@ -1,5 +1,7 @@
 #include "cuda/kernel_problem.h"
 
+#include "common/row_dimensions.h"
+
 namespace masked_softmax::cuda {
 namespace {
 
@@ -82,6 +84,35 @@ bool are_plain(const Problem& problem, int elems_per_vector) {
          });
 }
 
+bool has_plain_sinks(const Problem& problem) {
+  const RowInput& sinks = problem.row_input;
+  const RowResult& weights = problem.row_result;
+  const int64_t bytes = size_bytes(sinks.type);
+  return problem.operation == Operation::kSoftmax && sinks.data != nullptr && problem.row_ndim <= 3 &&
+         (sinks.type == ElementType::kFloat32 || sinks.type == problem.inputs[0].type) &&
+         is_plain(problem, sinks.data, bytes, sinks.row_strides, bytes) &&
+         (weights.data == nullptr || weights.type == ElementType::kFloat32);
+}
+
+Problem without_sinks(const Problem& problem) {
+  Problem result = problem;
+  result.rows = 1;
+  result.row_ndim = 0;
+  result.row_input = {};
+  result.row_result = {};
+  for (int dim = 0; dim < problem.row_ndim; ++dim) {
+    RowStrides strides;
+    strides.output = problem.output.row_strides[dim];
+    for (int k = 0; k < problem.input_count; ++k) {
+      strides.inputs[k] = problem.inputs[k].row_strides[dim];
+    }
+    strides.lengths = problem.lengths.row_strides[dim];
+    strides.starts = problem.starts.row_strides[dim];
+    add_row_dimension(result, problem.row_sizes[dim], strides);
+  }
+  return result;
+}
+
 bool are_plain_columns(const Problem& problem) {
   return has_plain_bounds(problem) && holds_for_operands(problem, [&](const Operand& operand) {
            const int64_t bytes = size_bytes(operand.type);
@@ -120,6 +151,40 @@ Divisor<U> make_divisor(U divisor) {
 template Divisor<uint32_t> make_divisor(uint32_t);
 template Divisor<uint64_t> make_divisor(uint64_t);
 
+namespace {
+
+// The size of a row dimension, counted from the innermost; 1 beyond the outermost.
+Divisor<uint32_t> size_from_last(const Problem& problem, int dim) {
+  return make_divisor(
+      static_cast<uint32_t>(dim < problem.row_ndim ? problem.row_sizes[problem.row_ndim - 1 - dim] : 1));
+}
+
+PlainRows plain_rows_of(const Problem& problem) {
+  PlainRows plain;
+  plain.rows = static_cast<uint32_t>(problem.rows);
+  plain.inner_rows = size_from_last(problem, 0);
+  plain.output = strides_of(problem, problem.output);
+  for (int k = 0; k < problem.input_count; ++k) {
+    plain.inputs[k] = strides_of(problem, problem.inputs[k]);
+  }
+  if (problem.lengths.data != nullptr) {
+    plain.length_bytes = static_cast<int>(size_bytes(problem.lengths.type));
+    plain.lengths = strides_of(problem, problem.lengths.row_strides, plain.length_bytes);
+  }
+  return plain;
+}
+
+PlainSinks plain_sinks_of(const Problem& problem) {
+  const int64_t bytes = size_bytes(problem.row_input.type);
+  const auto stride = [&](int dim) {
+    return dim < problem.row_ndim ? static_cast<int>(problem.row_input.row_strides[problem.row_ndim - 1 - dim] * bytes)
+                                  : 0;
+  };
+  return {size_from_last(problem, 1), size_from_last(problem, 0), stride(2), stride(1), stride(0)};
+}
+
+}  // namespace
+
 KernelProblem make_kernel_problem(const Problem& problem, const LaunchPlan& plan, void* workspace) {
   KernelProblem result;
   result.problem = problem;
@@ -144,19 +209,11 @@ KernelProblem make_kernel_problem(const Problem& problem, const LaunchPlan& plan
   for (int dim = 0; dim < problem.row_ndim; ++dim) {
     result.row_sizes[dim] = make_divisor(static_cast<uint64_t>(problem.row_sizes[dim]));
   }
-  if (plan.is_plain) {
-    PlainRows& plain = result.plain_rows;
-    plain.rows = static_cast<uint32_t>(problem.rows);
-    plain.inner_rows =
-        make_divisor(static_cast<uint32_t>(problem.row_ndim > 0 ? problem.row_sizes[problem.row_ndim - 1] : 1));
-    plain.output = strides_of(problem, problem.output);
-    for (int k = 0; k < problem.input_count; ++k) {
-      plain.inputs[k] = strides_of(problem, problem.inputs[k]);
-    }
-    if (problem.lengths.data != nullptr) {
-      plain.length_bytes = static_cast<int>(size_bytes(problem.lengths.type));
-      plain.lengths = strides_of(problem, problem.lengths.row_strides, plain.length_bytes);
-    }
+  if (plan.is_plain && problem.row_input.data != nullptr) {
+    result.plain_rows = plain_rows_of(without_sinks(problem));
+    result.plain_sinks = plain_sinks_of(problem);
+  } else if (plan.is_plain) {
+    result.plain_rows = plain_rows_of(problem);
   }
   result.output_is_16_bit = size_bytes(problem.output.type) == 2;
   result.constants_float = constants_in<float>(problem);

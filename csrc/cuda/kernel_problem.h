@@ -67,6 +67,15 @@ struct PlainRows {
   int length_bytes = 0;  // of an integer; 0 if all rows have one length
 };
 
+// The sinks of plain rows: found in three dimensions, which are those of the rows with batch, heads and queries apart.
+struct PlainSinks {
+  Divisor<uint32_t> middle_rows;
+  Divisor<uint32_t> inner_rows;
+  int outer = 0;  // strides, in bytes
+  int middle = 0;
+  int inner = 0;
+};
+
 struct KernelProblem {
   Problem problem;
   Divisor<uint64_t> row_sizes[kMaxRowDims];
@@ -83,6 +92,8 @@ struct KernelProblem {
   Pass pass = Pass::kAll;      // of a split row
   int64_t split_chunks = 1;    // the plan's
   void* workspace = nullptr;   // see groups.cuh
+
+  PlainSinks plain_sinks;  // if plain rows have sinks
 };
 
 static_assert(sizeof(KernelProblem) <= 4096 - 64, "kernels take at most 4 KiB of arguments; 64 bytes to spare");
@@ -98,6 +109,11 @@ MASKED_SOFTMAX_HOST_DEVICE const RowConstants<acc_t>& constants_of(const KernelP
 
 // Whether rows are plain, for vectors of `elems_per_vector` elements.
 bool are_plain(const Problem& problem, int elems_per_vector);
+// Whether the rows have sinks that kernels of plain rows can read: in the scores' type or float32, in at most three
+// dimensions. The rows themselves are plain if those of without_sinks() are.
+bool has_plain_sinks(const Problem& problem);
+// The same rows in as few dimensions as they have without sinks.
+Problem without_sinks(const Problem& problem);
 // Whether rows with unit row stride are found like plain rows, and their columns in 32-bit strides.
 bool are_plain_columns(const Problem& problem);
 // The bytes that a plain row's inputs take in shared memory; 0 if some do not begin at multiples of 16 bytes, as bulk

@@ -93,11 +93,15 @@ LaunchPlan plan_problem(const Problem& problem, const DeviceProperties& device, 
   shape.acc_bytes = types.accumulates_in_double ? 8 : 4;
   shape.inputs = problem.input_count;
   shape.can_be_held = types.pair != nullptr && has_contiguous_columns(problem);
-  // The kernels of plain rows and columns take no sinks: the branch on them would take instructions and registers from
-  // all calls.
+  // Some kernels of plain rows take sinks, those of plain columns do not: plain_rows_take_sinks().
   const bool has_row_numbers = problem.row_input.data != nullptr || problem.row_result.data != nullptr;
-  shape.is_plain = shape.can_be_held && !has_row_numbers && are_plain(problem, shape.elems_per_vector);
-  shape.stage_bytes = shape.is_plain ? stage_bytes(problem) : 0;
+  shape.has_sinks = has_row_numbers;
+  if (shape.can_be_held && !has_row_numbers) {
+    shape.is_plain = are_plain(problem, shape.elems_per_vector);
+  } else if (shape.can_be_held && types.pair->input == types.pair->output && has_plain_sinks(problem)) {
+    shape.is_plain = are_plain(without_sinks(problem), shape.elems_per_vector);
+  }
+  shape.stage_bytes = shape.is_plain && !shape.has_sinks ? stage_bytes(problem) : 0;
   shape.has_unit_row_stride = has_unit_row_stride(problem);
   shape.has_plain_columns = shape.has_unit_row_stride && !has_row_numbers && types.pair != nullptr &&
                             types.pair->input == types.pair->output && are_plain_columns(problem);

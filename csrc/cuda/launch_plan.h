@@ -85,6 +85,7 @@ struct RowShape {
   int64_t stage_bytes = 0;           // of a row's inputs in shared memory; 0: rows cannot be staged
   bool has_unit_row_stride = false;  // the row stride is 1: elements of one column are adjacent in memory
   bool has_plain_columns = false;    // and are_plain_columns() in kernel_problem.h; input and output have one type
+  bool has_sinks = false;            // each row has one; those of plain rows: has_plain_sinks() in kernel_problem.h
 };
 
 // The order of a row's sums. The valid columns are cut into chunks of threads * vectors * elems. The sums of
@@ -284,6 +285,12 @@ constexpr SumOrder order_of(Strategy strategy, const RowShape& shape, const Devi
   return {};
 }
 
+// Whether the kernels of plain rows have versions for rows with sinks. Where they do not, the kernel of any held rows
+// takes them: clusters and rows of one lane are too few calls to be worth the time that more kernels take to compile.
+constexpr bool plain_rows_take_sinks(Strategy strategy, const SumOrder& order) {
+  return (strategy == Strategy::kLanes && order.threads > 1) || strategy == Strategy::kBlock;
+}
+
 // How a strategy carries out an order.
 constexpr LaunchPlan plan_strategy(Strategy strategy, const SumOrder& order, const RowShape& shape,
                                    const DeviceProperties& device) {
@@ -291,7 +298,8 @@ constexpr LaunchPlan plan_strategy(Strategy strategy, const SumOrder& order, con
   plan.strategy = strategy;
   plan.order = order;
   plan.threads_per_block = static_cast<unsigned>(order.threads);
-  plan.is_plain = shape.is_plain && holds_rows(strategy) && strategy != Strategy::kSplit;
+  plan.is_plain = shape.is_plain && holds_rows(strategy) && strategy != Strategy::kSplit &&
+                  (!shape.has_sinks || plain_rows_take_sinks(strategy, order));
   switch (strategy) {
     case Strategy::kAutomatic: break;
     case Strategy::kLanes: {

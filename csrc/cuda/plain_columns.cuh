@@ -111,6 +111,8 @@ class ColumnRow {
   using acc_t = typename Types::acc_t;
   static constexpr int kElems = Types::kElems;
   static constexpr int kRowCount = kSlots;
+  static constexpr bool kMayHaveSinks = false;
+  static constexpr bool takes(Operation /*operation*/) { return true; }
   static constexpr int kVectors = kColumnThreadElems / kElems;
   using Values = acc_t[kVectors][kElems];
 

@@ -135,6 +135,10 @@ struct PlainRow {
     length = !exists ? kNoRow : is_valid ? static_cast<int>(value) : kInvalidLength;
   }
 
+  MASKED_SOFTMAX_DEVICE uint32_t number(const KernelProblem& kernel_problem) const {
+    return outer * kernel_problem.plain_rows.inner_rows.divisor + inner;
+  }
+
   // The row's part of the memory at `data`.
   template <class T>
   MASKED_SOFTMAX_DEVICE T* at(T* data, const PlainRows::Strides& strides) const {
@@ -142,5 +146,23 @@ struct PlainRow {
         data, int64_t{strides.outer} * static_cast<int>(outer) + int64_t{strides.inner} * static_cast<int>(inner));
   }
 };
+
+// The sink of a plain row, by the row's number. Precondition: has_plain_sinks() in kernel_problem.h.
+template <class input_t>
+MASKED_SOFTMAX_DEVICE float load_plain_sink(const KernelProblem& kernel_problem, uint32_t row_number) {
+  const RowInput& input = kernel_problem.problem.row_input;
+  const PlainSinks& sinks = kernel_problem.plain_sinks;
+  const uint32_t rest = divide(row_number, sinks.inner_rows);
+  const uint32_t inner = row_number - rest * sinks.inner_rows.divisor;
+  const uint32_t outer = divide(rest, sinks.middle_rows);
+  const uint32_t middle = rest - outer * sinks.middle_rows.divisor;
+  const int64_t offset = int64_t{sinks.outer} * static_cast<int>(outer) +
+                         int64_t{sinks.middle} * static_cast<int>(middle) +
+                         int64_t{sinks.inner} * static_cast<int>(inner);
+  if (std::is_same_v<input_t, float> || input.type == ElementType::kFloat32) {
+    return *add_bytes(in_device_memory(static_cast<const float*>(input.data)), offset);
+  }
+  return widen(*add_bytes(in_device_memory(static_cast<const input_t*>(input.data)), offset));
+}
 
 }  // namespace masked_softmax::cuda

@@ -217,7 +217,8 @@ class StridedRow {
         max.add(x[i] * constants_.factor);
       }
     });
-    const acc_t row_max = max_beside_sink(problem_, reduced(max).value());
+    const acc_t max_of_elements = reduced(max).value();
+    const acc_t row_max = problem_.row_input.data != nullptr ? max_beside_sink(max_of_elements) : max_of_elements;
     visit_own_operation<true>([&](auto operation) MASKED_SOFTMAX_DEVICE_LAMBDA { finish(operation, row_max); });
   }
 
@@ -231,7 +232,7 @@ class StridedRow {
 
   template <class Exponential>
   MASKED_SOFTMAX_DEVICE void finish_softmax(const Exponential& exponential, acc_t row_max) const {
-    acc_t row_sum = sum([&](int64_t first, int count, Values& terms) MASKED_SOFTMAX_DEVICE_LAMBDA {
+    const acc_t row_sum = sum([&](int64_t first, int count, Values& terms) MASKED_SOFTMAX_DEVICE_LAMBDA {
       Values x;
       load(0, first, count, x);
       MASKED_SOFTMAX_UNROLL
@@ -239,12 +240,12 @@ class StridedRow {
         terms[i] = select(i < count, exponential(x[i] * constants_.factor), acc_t{0});
       }
     });
+    acc_t inverse = reciprocal(row_sum);
     if (problem_.row_input.data != nullptr) {
-      const auto with_sink = Sink<acc_t>(kernel_problem_, row_input_, row_max).added_to(row_sum, exponential.factor());
+      const auto with_sink = sink(row_max).added_to(row_sum, exponential);
       store_row_result(with_sink.weight);
-      row_sum = with_sink.value;
+      inverse = with_sink.value;
     }
-    const acc_t inverse = reciprocal(row_sum);
     for_each_tile([&](int64_t first, int count) MASKED_SOFTMAX_DEVICE_LAMBDA {
       Values x;
       load(0, first, count, x);
@@ -254,6 +255,10 @@ class StridedRow {
       }
       store(first, count, x);
     });
+  }
+
+  MASKED_SOFTMAX_DEVICE Sink<acc_t> sink(acc_t row_max) const {
+    return {kernel_problem_, row_input_, row_max, row_.length == 0};
   }
 
   MASKED_SOFTMAX_DEVICE void store_row_result(acc_t value) const {
@@ -277,7 +282,7 @@ class StridedRow {
     });
     acc_t log_sum = terms_of.value(rest, reduced(max_count).value());
     if (problem_.row_input.data != nullptr) {
-      const auto with_sink = Sink<acc_t>(kernel_problem_, row_input_, row_max).added_to_log(log_sum);
+      const auto with_sink = sink(row_max).added_to_log(log_sum);
       store_row_result(with_sink.weight);
       log_sum = with_sink.value;
     }

@@ -48,6 +48,7 @@ class Case:
     has_clusters: bool = True
     index: torch.dtype | None = None  # of lengths and starts; None: one that holds them
     has_starts: bool = True  # plain rows (kernel_problem.h) have none
+    is_contiguous: bool = False  # the rows' dimensions lie in memory in their order
 
 
 def cases() -> Iterator[Case]:
@@ -97,6 +98,15 @@ def cases() -> Iterator[Case]:
         yield Case(strategy, 20, (3, 2, *inner))
 
 
+# Plain rows with sinks in float32, for which some have kernels of their own. With the seeds, each
+# row has a sink, or each index of the first dimension; the last seed also makes a row NaN.
+SINK_CASES = [
+    Case(strategy, cols, (2, 3, 5), has_starts=False, is_contiguous=True)
+    for strategy, cols in (("lanes", 64), ("lanes", 256), ("lanes", 512), ("block", 1032))
+]
+SINK_SEEDS = (15, 30, 60)
+
+
 @dataclass
 class Packed:
     """Packed rows, `gap` positions apart, for each of `width` columns."""
@@ -128,6 +138,8 @@ def make_rows(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Ten
     aligned = -whole.data_ptr() // whole.element_size() % (16 // whole.element_size())
     first = aligned + case.offset
     contiguous = whole[first : first + count * cols]
+    if case.is_contiguous:
+        return contiguous.view(*rows, cols)
     # The dimensions lie in memory in reverse order.
     return contiguous.view(*reversed(rows), cols).permute(*reversed(range(len(rows))), -1)
 
@@ -223,7 +235,7 @@ def wrong_weight(weights: Tensor, want: Expected, is_valid: Wide, nan_row: int) 
     is_right = np.abs(got - want.weights) <= want.weight_tolerances
     is_right = np.where(is_valid, is_right, np.isnan(got))
     if nan_row >= 0:
-        is_right[nan_row] |= np.isnan(got[nan_row])
+        is_right[nan_row] = np.isnan(got[nan_row])
     if is_right.all():
         return ""
     row = np.argwhere(~is_right)[0, 0]
@@ -297,6 +309,7 @@ def check(
     is_right = np.where(is_valid, is_right, bits_of(got) == bits_of(padding.numpy()))
     is_right |= np.isnan(padding.numpy()) & np.isnan(got)
     if nan_row >= 0:
+        is_right[nan_row] &= ~is_valid[nan_row].numpy()
         is_right[nan_row] |= is_valid[nan_row].numpy() & np.isnan(got[nan_row])
     if not is_right.all():
         row, col = np.argwhere(~is_right)[0]
@@ -566,6 +579,10 @@ def find_mistake(emulate: Emulator, input_dtype: torch.dtype, output_dtype: torc
                 wrong = check(emulate, case, (dtype, output_dtype), operation, scale, seed)
                 if wrong:
                     return f"{case}, {dtype} to {output_dtype}, {operation}: {wrong}"
+    if can_be_held(dtypes, "softmax"):
+        for case, seed in itertools.product(SINK_CASES, SINK_SEEDS):
+            if wrong := check(emulate, case, dtypes, "softmax", 0.75, seed):
+                return f"{case}, {dtypes}, a sink: {wrong}"
     return ""
 
 

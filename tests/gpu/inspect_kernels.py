@@ -10,8 +10,9 @@ to FILE.json; --record, to bench/results/cuda_kernels.
     python tests/gpu/inspect_kernels.py --cubin FILE... --case float32:512:full [--profile]
 
 Runs single cases, with the kernels of these files. A case is TYPE:SHAPE:LENGTHS[:OPERATION]. TYPE
-is a dtype, or INPUT-OUTPUT; SHAPE a number of columns, `scores` or `column`; LENGTHS full, half,
-tenth, uniform or all; OPERATION softmax, log_softmax, softmax_backward or log_softmax_backward.
+is a dtype, or INPUT-OUTPUT; SHAPE a number of columns, `scores`, `column` or one with sinks, such
+as "sinks 64"; LENGTHS full, half, tenth, uniform or all; OPERATION softmax, log_softmax,
+softmax_backward or log_softmax_backward.
 --profile also prints how often each instruction was issued.
 
 The performance model runs the kernels' machine code in an interpreter: see performance_model.py.
@@ -86,12 +87,15 @@ def cases_of(text: str) -> list[Case]:
     parts = text.split(":")
     if len(parts) not in (3, 4):
         raise SystemExit(f"expected TYPE:SHAPE:LENGTHS[:OPERATION], got {text}")
-    types, shape, lengths = parts[:3]
+    both_types, shape, lengths = parts[:3]
     operation = parts[3] if len(parts) == 4 else "softmax"
-    input_type, _, output_type = types.partition("-")
-    of_shape = performance_table.SHAPES.get(shape) or Shape((16384,), int(shape))
+    input_type, _, output_type = both_types.partition("-")
+    has_sinks = shape in performance_table.SINK_SHAPES
+    shapes = performance_table.SHAPES | performance_table.SINK_SHAPES
+    of_shape = shapes.get(shape) or Shape((16384,), int(shape))
+    types = input_type, output_type or input_type
     return [
-        Case(operation, input_type, output_type or input_type, of_shape, kind)
+        Case(operation, *types, of_shape, kind, has_sinks=has_sinks)
         for kind in (LENGTHS if lengths == "all" else (lengths,))
     ]
 

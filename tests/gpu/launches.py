@@ -47,6 +47,8 @@ class Call(ctypes.Structure):
         ("output", CallOperand),
         ("inputs", CallOperand * MAX_INPUTS),
         ("lengths", CallOperand),
+        ("sinks", CallOperand),
+        ("weights", CallOperand),
         ("workspace", ctypes.c_uint64),
     )
 

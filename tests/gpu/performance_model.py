@@ -155,6 +155,7 @@ class Case:
     shape: Shape
     lengths: str
     strategy: str = AUTOMATIC  # the forced one
+    has_sinks: bool = False  # one for each head: the last row dimension but one
 
     @property
     def inputs(self) -> int:
@@ -172,7 +173,10 @@ class Case:
 
     def __str__(self) -> str:
         forced = "" if self.strategy == AUTOMATIC else f", {self.strategy} forced"
-        return f"{self.operation}, {self.types}, {self.shape}, lengths {self.lengths}{forced}"
+        sinks = ", sinks" if self.has_sinks else ""
+        return (
+            f"{self.operation}, {self.types}, {self.shape}{sinks}, lengths {self.lengths}{forced}"
+        )
 
 
 @dataclass
@@ -381,6 +385,11 @@ class _InterpretedCall:
         self._length_region = Region("lengths", self._lengths)
         for region in (*self._inputs, self._output, self._length_region):
             self.memory.add(region)
+        if case.has_sinks:
+            self._sinks = Region("sinks", _sinks_of(case))
+            self._weights = Region("weights", np.zeros(shape.rows, np.float32))
+            self.memory.add(self._sinks)
+            self.memory.add(self._weights)
         self._workspace = 0
 
     def add_workspace(self, size_bytes: int) -> None:
@@ -400,6 +409,13 @@ class _InterpretedCall:
             )
 
         inputs = [operand(region, case.input_type, shape.row_strides) for region in self._inputs]
+        numbers = {}
+        if case.has_sinks:
+            of_heads = [0] * (len(shape.row_sizes) - 2) + [1, 0]
+            numbers = {
+                "sinks": operand(self._sinks, "float32", of_heads),
+                "weights": operand(self._weights, "float32", []),
+            }
         return launches.Call(
             operation=case.operation.encode(),
             strategy=case.strategy.encode(),
@@ -413,6 +429,7 @@ class _InterpretedCall:
             output=operand(self._output, case.output_type, shape.row_strides),
             inputs=(launches.CallOperand * launches.MAX_INPUTS)(*inputs),
             lengths=operand(self._length_region, "int64", shape.length_strides),
+            **numbers,
             workspace=self._workspace,
         )
 
@@ -496,7 +513,13 @@ class _InterpretedCall:
         if length == 0:
             return
         values = [_read(region, elements[:length], case.input_type) for region in self._inputs]
-        expected, scale = _reference(case, values)
+        sink = -math.inf
+        if case.has_sinks:
+            *_, heads, queries = case.shape.row_sizes
+            sink = float(_sinks_of(case)[row // queries % heads])
+        expected, scale = _reference(case, values, sink)
+        if case.has_sinks:
+            self._check_weight(row, sink, values[0])
         error = np.abs(got[:length] - expected) / scale
         if not (error <= _TOLERANCES[case.output_type]).all():
             worst = int(np.argmax(np.nan_to_num(error, nan=np.inf)))
@@ -505,17 +528,25 @@ class _InterpretedCall:
                 f"expected {expected[worst]}, got {got[worst]}"
             )
 
+    def _check_weight(self, row: int, sink: float, x: Array) -> None:
+        expected = 1 / (1 + np.exp(x - sink).sum())
+        got = float(self._weights.data.view(np.float32)[row])
+        if not abs(got - expected) <= _TOLERANCES["float32"] * expected:
+            raise WrongResultError(
+                f"{self._case}: row {row}: expected a sink's weight of {expected}, got {got}"
+            )
+
 
 # Of the sums' accuracy, and of the rounding to 16 bits.
 _TOLERANCES = {"float32": 2e-6, "float64": 1e-13, "bfloat16": 2.0**-8, "float16": 2.0**-11 + 2e-6}
 
 
-def _reference(case: Case, values: list[Array]) -> tuple[Array, Array]:
+def _reference(case: Case, values: list[Array], sink: float) -> tuple[Array, Array]:
     """The expected results in float64, and what the tolerance is relative to."""
     if case.inputs == 1:
         (x,) = values
         distance = x - x.max()
-        total = np.exp(distance).sum()
+        total = np.exp(distance).sum() + math.exp(sink - x.max())
         if case.is_log:
             expected = distance - math.log(total)
             return expected, np.abs(expected) + 1
@@ -524,6 +555,12 @@ def _reference(case: Case, values: list[Array]) -> tuple[Array, Array]:
     if case.is_log:
         return g - np.exp(y) * g.sum(), np.abs(g) + np.exp(y) * np.abs(g).sum()
     return y * (g - (g * y).sum()), y * (np.abs(g) + np.abs(g * y).sum())
+
+
+def _sinks_of(case: Case) -> Array:
+    """Near the scores' logsumexp, so that a sink that is lost shows."""
+    heads = case.shape.row_sizes[-2]
+    return (math.log(case.shape.cols) + _normal_values("float32")[:heads]).astype(np.float32)
 
 
 def _input_values(case: Case) -> Iterator[Array]:

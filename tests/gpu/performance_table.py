@@ -51,6 +51,14 @@ OPERATIONS = {  # and their shapes
     "log_softmax_backward": ("64", "512", "8192"),
 }
 
+# Attention scores with a sink for each head, and a length for each batch.
+SINK_SHAPES = {
+    "sinks 64": Shape((16, 64, 1024), 64, length_dims=1),
+    "sinks 512": Shape((16, 16, 256), 512, length_dims=1),
+    "sinks 1024": Shape((16, 16, 1024), 1024, length_dims=1),
+    "sinks 2048": Shape((16, 16, 64), 2048, length_dims=1),
+}
+
 # A strategy that no plan chooses by itself, and what it is forced for.
 FORCED = "staged"
 FORCED_OPERATIONS = {
@@ -59,6 +67,9 @@ FORCED_OPERATIONS = {
     "log_softmax": ("8192",),
     "log_softmax_backward": ("8192",),
 }
+
+# Each has a table of its own.
+KINDS = ("", " with sinks", f", `{FORCED}` forced")
 
 # What the kernels should reach.
 TARGET_SHARES = {"full": 0.7, "uniform": 1.0}
@@ -91,6 +102,7 @@ class Row:
     instructions: dict[str, float] = field(default_factory=dict)  # of a warp, for a row
     row_bytes: dict[str, float] = field(default_factory=dict)  # that must move
     is_forced: bool = False  # the strategy is
+    has_sinks: bool = False
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -99,7 +111,12 @@ class Row:
     @property
     def case(self) -> str:
         forced = f", {self.strategy} forced" if self.is_forced else ""
-        return f"{self.operation}, {self.types}, {self.shape}{forced}"
+        sinks = ", sinks" if self.has_sinks else ""
+        return f"{self.operation}, {self.types}, {self.shape}{sinks}{forced}"
+
+    @property
+    def kind(self) -> str:
+        return KINDS[1] if self.has_sinks else KINDS[2] if self.is_forced else KINDS[0]
 
     @property
     def where(self) -> str:
@@ -138,6 +155,7 @@ def measure_row(model: Model, architecture: str, case: Case) -> Row:
         instructions={name: round(f.instructions_per_row, 2) for name, f in figures.items()},
         row_bytes={name: round(f.bytes_per_row, 2) for name, f in figures.items()},
         is_forced=case.strategy != AUTOMATIC,
+        has_sinks=case.has_sinks,
     )
 
 
@@ -150,10 +168,18 @@ def cases_of(operations: dict[str, tuple[str, ...]], strategy: str) -> list[Case
     ]
 
 
+def cases_with_sinks() -> list[Case]:
+    return [
+        Case("softmax", element_type, element_type, shape, "full", has_sinks=True)
+        for element_type in TYPES
+        for shape in SINK_SHAPES.values()
+    ]
+
+
 def measure(model: Model) -> list[Row]:
     rows = []
     for architecture in model.architectures:
-        cases = cases_of(OPERATIONS, AUTOMATIC)
+        cases = cases_of(OPERATIONS, AUTOMATIC) + cases_with_sinks()
         cases += [c for c in cases_of(FORCED_OPERATIONS, FORCED) if model.takes(c, architecture)]
         rows += [measure_row(model, architecture, case) for case in cases]
     return rows
@@ -261,11 +287,11 @@ Where the figures differ, they are of {architectures}.
 def report(kernels: list[Kernel], rows: list[Row], nvcc: str) -> str:
     architectures = sorted({k.architecture for k in kernels}, key=lambda a: int(a[3:]))
     sections = []
-    for architecture, operation, is_forced in product(architectures, OPERATIONS, (False, True)):
-        group = architecture, operation, is_forced
-        chosen = [r for r in rows if (r.architecture, r.operation, r.is_forced) == group]
+    for architecture, operation, kind in product(architectures, OPERATIONS, KINDS):
+        group = architecture, operation, kind
+        chosen = [r for r in rows if (r.architecture, r.operation, r.kind) == group]
         if chosen:
-            head = f"{architecture}, {operation}" + (f", `{FORCED}` forced" if is_forced else "")
+            head = f"{architecture}, {operation}{kind}"
             sections.append(f"\n### {head}\n\n{_model_table(chosen)}\n")
     return REPORT.format(
         nvcc=nvcc,

@@ -113,6 +113,44 @@ def test_values_and_gradients(strategy: str, dtype: torch.dtype, log: bool) -> N
     assert taken, f"{strategy} takes none of the sizes and layouts"
 
 
+# Relative and absolute, where the CPU and the GPU are each within half of them.
+SINK_TOLERANCES = {
+    torch.float64: (1e-13, 1e-300),
+    torch.float32: (1e-5, 1e-37),
+    torch.bfloat16: (2.0**-7, 1e-37),
+    torch.float16: (2.0**-10, 2.0**-24),
+}
+
+
+@needs_gpu
+@pytest.mark.parametrize("cols", [8, 64, 256, 512, 1000, 2048, 9000, 40000])
+def test_sinks_of_heads(dtype: torch.dtype, log: bool, cols: int) -> None:
+    """Plain rows have kernels with sinks for some of these; the results are the CPU's."""
+    x, g = (random_input((2, 3, 5, cols), dtype, seed) for seed in (cols, cols + 1))
+    lengths = torch.tensor([cols, cols // 3])
+    sinks = torch.tensor([[0.5, -math.inf, 4.0]])
+
+    def compute(device: str) -> tuple[torch.Tensor, ...]:
+        sink = sinks.to(device).requires_grad_()
+        y = forward(x.to(device), lengths.to(device), log=log, sink=sink)
+        (of_sink,) = torch.autograd.grad(y, sink, g.to(device))
+        return y.detach().cpu(), of_sink.cpu()
+
+    (y, of_sink), (expected, expected_of_sink) = compute(DEVICE), compute("cpu")
+    relative, absolute = SINK_TOLERANCES[dtype]
+    absolute = 1e-6 if log else absolute
+    torch.testing.assert_close(y, expected, rtol=relative, atol=absolute)
+    assert of_sink[0, 1] == 0
+    of_y = 5 * relative * g.double().abs().sum((0, 2, 3)) * (1 if log else float(y.max()))
+    assert ((of_sink - expected_of_sink).abs() <= of_y).all()
+
+
+@needs_gpu
+def test_staged_rows_have_no_sinks() -> None:
+    with forced("staged"), pytest.raises(ValueError, match="the strategy 'staged' is forced"):
+        masked_softmax(torch.zeros(4, 2048, device=DEVICE), 5, sink=1.0)
+
+
 def test_a_forced_strategy_that_cannot_compute_the_rows_is_an_error() -> None:
     """Where only the input has a unit row stride, for example: the output is contiguous."""
     x = torch.zeros(100, 40, device=DEVICE)

@@ -14,7 +14,7 @@ import performance_table
 import pytest
 from launches import Launches
 from performance_model import AUTOMATIC, Case, Shape
-from performance_table import SHAPES, Row
+from performance_table import SHAPES, SINK_SHAPES, Row
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,10 @@ def launches() -> Iterator[Launches]:
     started.close()
 
 
-AUTOMATIC_CASES = performance_table.cases_of(performance_table.OPERATIONS, AUTOMATIC)
+AUTOMATIC_CASES = [
+    *performance_table.cases_of(performance_table.OPERATIONS, AUTOMATIC),
+    *performance_table.cases_with_sinks(),
+]
 FORCED_CASES = performance_table.cases_of(
     performance_table.FORCED_OPERATIONS, performance_table.FORCED
 )
@@ -69,9 +72,9 @@ def test_a_call_that_cannot_be_launched_says_why(launches: Launches) -> None:
         launches.plan(call)
 
 
-@pytest.mark.parametrize("name", list(SHAPES))
+@pytest.mark.parametrize("name", [*SHAPES, *SINK_SHAPES])
 def test_elements_and_rows_are_inverse(name: str) -> None:
-    shape = SHAPES[name]
+    shape = (SHAPES | SINK_SHAPES)[name]
     for row in (0, 1, shape.rows // 2, shape.rows - 1):
         rows, columns = shape.rows_and_columns(shape.elements_of(row))
         assert (rows == row).all()
@@ -106,7 +109,13 @@ def call_with_output(case: Case) -> performance_model._InterpretedCall:
         x = performance_model._read(call._inputs[0], elements, "float32")
         length = int(call._lengths[row])
         result = np.zeros(cols, np.float32)
-        result[:length] = np.exp(x[:length]) / np.exp(x[:length]).sum()
+        total = np.exp(x[:length]).sum()
+        if case.has_sinks:
+            *_, heads, queries = case.shape.row_sizes
+            term = math.exp(performance_model._sinks_of(case)[row // queries % heads])
+            total += term
+            call._weights.data.view(np.float32)[row] = term / total
+        result[:length] = np.exp(x[:length]) / total
         call._output.data.view(np.float32)[elements] = result
         call._output.stores.append((row * row_bytes + np.arange(0, row_bytes, 16), 16))
         call._inputs[0].loads.append((row * row_bytes + np.arange(0, length * 4, 16), 16))
@@ -146,6 +155,20 @@ def test_a_wrong_output_is_an_error() -> None:
     call = call_with_output(SMALL)
     call._inputs[0].loads.append((np.array([2 * 256 + 31 * 4]), 8))
     expect("no load of padding, got one of input 0, row 2, column 32", call)
+
+
+def test_a_sink_that_is_lost_and_a_wrong_weight_are_errors() -> None:
+    case = replace(SMALL, shape=Shape((2, 2, 2), 64), has_sinks=True)
+    assert call_with_output(case).checked_figures(PLAN, []).rows == 8
+    call = call_with_output(case)
+    call._weights.data.view(np.float32)[5] *= 1 + 1e-5
+    with pytest.raises(performance_model.WrongResultError, match="row 5: expected a sink's weight"):
+        call.checked_figures(PLAN, [])
+    call = call_with_output(case)
+    y = call._output.data.view(np.float32).reshape(8, 64)
+    y[3] /= y[3].sum()
+    with pytest.raises(performance_model.WrongResultError, match="row 3 of length 32, column"):
+        call.checked_figures(PLAN, [])
 
 
 # The record

@@ -436,6 +436,38 @@ def test_comparisons_of_floats(name: str, expected: list[int]) -> None:
     assert uint32(machine, 8)[:4] == expected
 
 
+def pair_of_words(register: int, value: float) -> dict[int, int]:
+    bits = int(np.float64(value).view(np.uint64))
+    return {register: bits & 0xFFFFFFFF, register + 1: bits >> 32}
+
+
+def float64(machine: Machine, register: int) -> float:
+    low, high = (int(uint32(machine, r)[0]) for r in (register, register + 1))
+    return float(np.uint64(low | high << 32).view(np.float64))
+
+
+def test_doubles_are_added_multiplied_and_compared() -> None:
+    a, b = 1 / 3, -7.25
+    registers = pair_of_words(0, a) | pair_of_words(2, b)
+    machine = run(
+        "DADD R8, R0, -R2\nDMUL R10, |R2|, R0\nDSETP.GT.AND P1, PT, R0, R2, PT\n"
+        "DADD R12, R0, 2.5\nF2F.F64.F32 R14, R4",
+        registers | {4: np.float32(0.1).view(np.uint32)},
+    )
+    assert [float64(machine, r) for r in (8, 10, 12)] == [a - b, 7.25 * a, a + 2.5]
+    assert machine.predicates[1].all()
+    assert float64(machine, 14) == float(np.float32(0.1))
+
+
+def test_a_fused_multiply_add_of_doubles_is_rounded_once() -> None:
+    """1 + 2^-30 squared has the term 2^-60, which the product alone would lose."""
+    x = 1 + 2.0**-30
+    registers = pair_of_words(0, x) | pair_of_words(2, -(1 + 2.0**-29))
+    assert float64(run("DFMA R8, R0, R0, R2", registers), 8) == 2.0**-60
+    far = pair_of_words(0, 1e200) | pair_of_words(2, -1.0)
+    assert float64(run("DFMA R8, R0, -R0, R2", far), 8) == -math.inf
+
+
 def test_two_floats_are_packed_into_16_bits_each() -> None:
     high = np.array([1.0, 1 + 2.0**-8, 1 + 3 * 2.0**-8, -math.inf] * 8, np.float32)
     machine = run(

@@ -148,6 +148,12 @@ MUTATIONS = (
         "term == 0 ? 0",
     ),
     Mutation(
+        "a sink of -inf with a weight of 0 in a row of NaN",
+        "cpu/sink.h",
+        "{ return sum - sum; }",
+        "{ return sum == sum ? 0 : 0; }",
+    ),
+    Mutation(
         "a sink of +inf taken for a large number",
         "cpu/sink.cpp",
         "if (sink == kInfinity || sink != sink) {\n    return kNaN;",

@@ -179,6 +179,56 @@ TEST("row numbers: sinks beside large scores") {
   }
 }
 
+// Results above 2^-126 or 2^-1022 are as accurate as promised, without the allowance of rounding_of().
+TEST("row numbers: sinks that leave a row results around the smallest normal number, or none") {
+  for (Operation operation : {Operation::kSoftmax, Operation::kLogSoftmax}) {
+    for (ElementType type : {ElementType::kFloat32, ElementType::kFloat64}) {
+      const bool in_double = type == ElementType::kFloat64;
+      const real smallest = in_double ? std::numeric_limits<double>::min() : std::numeric_limits<float>::min();
+      std::vector<double> distances = {200, 1000, 1e30};
+      for (double d = in_double ? 706 : 85; d < (in_double ? 713 : 91); d += 0.25) {
+        distances.push_back(d);
+      }
+      const auto rows = static_cast<int64_t>(distances.size());
+      for (int64_t cols : {1, 20, 9000}) {
+        const Bounds bounds{std::vector<int64_t>(distances.size(), 0), std::vector<int64_t>(distances.size(), cols)};
+        std::vector<Matrix> inputs{Matrix(type, rows, cols)};
+        fill_inputs(operation, inputs, bounds, 11, /*spread=*/1.0);
+        Matrix sinks(ElementType::kFloat64, rows, 1);
+        for (int64_t row = 0; row < rows; ++row) {
+          inputs[0].set(row, cols / 2, 5.25);  // the maximum
+          sinks.set(row, 0, distances[static_cast<size_t>(row)] + 5.25);
+        }
+        for_each_capability([&](const CpuCapability& capability) {
+          Matrix output(type, rows, cols);
+          Matrix weights(type, rows, 1);
+          Problem problem = make_problem(operation, output, inputs, bounds);
+          problem.row_input = row_input_of(sinks);
+          problem.row_result = {weights.operand().data, type};
+          capability.run_rows(problem, 0, rows);
+          for (int64_t row = 0; row < rows; ++row) {
+            const ExpectedForward expected = expected_forward_and_row_numbers(valid_elements(inputs[0], row, bounds),
+                                                                              operation == Operation::kLogSoftmax, 1,
+                                                                              epsilon_of(in_double), sinks.get(row, 0));
+            std::ostringstream where;
+            where << capability.name << ' ' << name_of(operation) << ' ' << name_of(type) << ", " << cols
+                  << " columns, a sink " << distances[static_cast<size_t>(row)] << " above: ";
+            for (int64_t col = 0; col < cols; ++col) {
+              const double got = output.get(row, col);
+              const Expected& want = expected.y[static_cast<size_t>(col)];
+              const bool is_right = std::fabs(want.value) >= smallest ? std::fabs(got - want.value) <= want.tolerance
+                                    : want.value < smallest / 1e6     ? got == 0
+                                                                      : got >= 0 && got <= smallest;
+              CHECK(is_right, where.str() << "got " << got << ", expected " << static_cast<double>(want.value));
+            }
+            check_near(weights.get(row, 0), expected.sink_weight, type, in_double, where.str() + "the weight");
+          }
+        });
+      }
+    }
+  }
+}
+
 TEST("row numbers: a sink of -inf is none, bit for bit") {
   constexpr int64_t kCols = 8200;
   const Bounds bounds = short_and_long_rows(kCols);
@@ -221,7 +271,10 @@ TEST("row numbers: infinities and NaN, in the row and as its sink") {
       {-kInfinity, -kInfinity, 0.5, 0, 1},
       {-kInfinity, -kInfinity, 1e305, 0, 1},
       {-kInfinity, -kInfinity, -1e305, 0, 1},
-      {-kInfinity, -kInfinity, -kInfinity, kNan, 0},
+      {-kInfinity, -kInfinity, -kInfinity, kNan, kNan},
+      {kNan, 0, -kInfinity, kNan, kNan},
+      {kNan, -kInfinity, -kInfinity, kNan, kNan},
+      {kInfinity, 0, -kInfinity, kNan, kNan},
       {kNan, 0, 0.5, kNan, kNan},
       {kNan, 0, -1e305, kNan, kNan},
       {kNan, -kInfinity, 0.5, kNan, kNan},

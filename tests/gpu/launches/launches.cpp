@@ -43,6 +43,8 @@ struct Call {
   CallOperand output;
   CallOperand inputs[kMaxInputs];
   CallOperand lengths;  // col_stride is not used
+  CallOperand sinks;    // nor here; data is null: none
+  CallOperand weights;  // contiguous; only data and type are used
   void* workspace;
 };
 
@@ -114,6 +116,12 @@ Problem problem_of(const Call& call) {
   problem.lengths.data = call.lengths.data;
   problem.lengths.type = type_named(call.lengths.type);
   std::memcpy(problem.lengths.row_strides, call.lengths.row_strides, sizeof(call.lengths.row_strides));
+  if (call.sinks.data != nullptr) {
+    problem.row_input.data = call.sinks.data;
+    problem.row_input.type = type_named(call.sinks.type);
+    std::memcpy(problem.row_input.row_strides, call.sinks.row_strides, sizeof(call.sinks.row_strides));
+    problem.row_result = {call.weights.data, type_named(call.weights.type)};
+  }
   std::memset(problem.starts.row_strides, 0, sizeof(problem.starts.row_strides));
   return problem;
 }

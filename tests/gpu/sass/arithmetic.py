@@ -72,6 +72,22 @@ def fused_multiply_add(a: Array, b: Array, c: Array, mode: str = "") -> Array:
     return to_float32(total, mode)
 
 
+def fused_multiply_add_of_doubles(a: Array, b: Array, c: Array) -> Array:
+    """a * b + c of float64, in twice the precision (Dekker's product, Knuth's sum), then rounded.
+
+    Where a part overflows, in plain float64."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = a * b
+        parts = [(x, (x * 134217729.0) - (x * 134217729.0 - x)) for x in (a, b)]  # 2^27 + 1
+        (a, a_high), (b, b_high) = parts
+        a_low, b_low = a - a_high, b - b_high
+        error = ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
+        total = product + c
+        part = total - product
+        rest = ((product - (total - part)) + (c - part)) + error
+        return np.where(np.isfinite(rest), total + rest, total)
+
+
 def add(a: Array, b: Array, mode: str = "") -> Array:
     if not mode:
         return np.add(a, b, dtype=np.float32)

@@ -17,6 +17,7 @@ from .operands import (
     Read,
     allow,
     destinations_first,
+    double,
     halves,
     has,
     predicate,
@@ -75,6 +76,44 @@ def _float_fused_multiply_add(i: Instruction) -> Computation:
     return [to], lambda machine: [
         finish(arithmetic.fused_multiply_add(*(read(machine) for read in reads), mode))
     ]
+
+
+@computations("DADD")
+def _double_add(i: Instruction) -> Computation:
+    allow(i)
+    to, *sources = i.operands
+    read_a, read_b = (double(o) for o in sources)
+    return [to], lambda machine: [read_a(machine) + read_b(machine)]
+
+
+@computations("DMUL")
+def _double_multiply(i: Instruction) -> Computation:
+    allow(i)
+    to, *sources = i.operands
+    read_a, read_b = (double(o) for o in sources)
+    return [to], lambda machine: [read_a(machine) * read_b(machine)]
+
+
+@computations("DFMA")
+def _double_fused_multiply_add(i: Instruction) -> Computation:
+    allow(i)
+    to, *sources = i.operands
+    reads = [double(o) for o in sources]
+    return [to], lambda machine: [
+        arithmetic.fused_multiply_add_of_doubles(*(read(machine) for read in reads))
+    ]
+
+
+@computations("DSETP")
+def _compare_doubles(i: Instruction) -> Computation:
+    allow(i, *_FLOAT_COMPARISONS, *COMBINATIONS)
+    to, sources = destinations_first(i)
+    a, b, combined = sources
+    compare, combine = _float_comparison(i)
+    read_a, read_b = double(a), double(b)
+    return to, two_predicates(
+        to, lambda machine: compare(read_a(machine), read_b(machine)), combine, predicate(combined)
+    )
 
 
 def _pair_of_floats(operand: Operand) -> tuple[Read, Read]:

@@ -223,6 +223,24 @@ def single(operand: Operand, is_flushed: bool = False) -> Read:
     return lambda machine: raw(machine).view(np.float32)
 
 
+def double(operand: Operand) -> Read:
+    """float64: a pair of registers, or an immediate."""
+    if operand.suffix:
+        raise _unknown_operand(operand)
+    if operand.kind == "float":
+        array = np.array([[operand.value]], np.float64)
+        return lambda machine: array
+    low, high = raw_bits(operand), raw_bits(operand, 1)
+    clear = ~arithmetic.SIGN if operand.is_absolute else np.uint32(0xFFFFFFFF)
+    flip = arithmetic.SIGN if operand.is_negative else np.uint32(0)
+
+    def read(machine: Machine) -> Array:
+        upper = ((high(machine) & clear) ^ flip).astype(np.uint64)
+        return (low(machine).astype(np.uint64) | upper << np.uint64(32)).view(np.float64)
+
+    return read
+
+
 def halves(operand: Operand, is_bfloat16: bool) -> tuple[Read, Read]:
     """The low and the high 16 bits, as float32."""
     raw = raw_bits(operand)
