@@ -346,6 +346,9 @@ void differentiate_sink_in_place(at::Tensor& input, const at::Tensor& sink, cons
   torch::autograd::check_inplace(input, /*requires_grad=*/true);
   // A node that changes a view has one result, and tangents are those of a new tensor.
   if (input.is_view() || has_tangent(input) || has_tangent(sink)) {
+    if (!input.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
+      check_no_internal_overlap("input", input, arguments.name);  // copy_() notices strides of 0 only
+    }
     const auto [y, weight] = call_with_sink<Operation::kSoftmax>(input, sink, rows, std::nullopt, input.scalar_type(),
                                                                  validate, std::nullopt);
     if (sink_weight.has_value()) {

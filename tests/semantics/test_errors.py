@@ -696,6 +696,13 @@ def test_in_place_on_an_expanded_tensor(name: str) -> None:
     assert torch.equal(x, torch.zeros(4, 5))
 
 
+def test_in_place_on_overlapping_rows_with_a_differentiable_sink() -> None:
+    x = torch.zeros(17).as_strided((5, 5), (3, 1))
+    with pytest.raises(ValueError, match=r"expected input, .* memory of its own"):
+        masked_softmax_(x, 2, sink=torch.zeros((), requires_grad=True))
+    assert torch.equal(x, torch.zeros(5, 5))
+
+
 # Storages smaller than their tensors
 
 
