@@ -377,14 +377,14 @@ def build_command(torch, toolkit: Path | None, remark: str):
             # torch looks for ninja on the PATH. The environment's own comes first, as if it were
             # activated: another version of ninja would build everything again.
             os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
-            # ninja's default is more compilers than cores, which then share the caches: on two
-            # cores, the build with CUDA takes 140 s in place of 120.
-            os.environ.setdefault("MAX_JOBS", str(core_count()))
             if remark:
                 print(f"{PACKAGE}: {remark}", file=sys.stderr)
             write_units(binding_units(toolkit is not None))
             if toolkit is not None:
                 link_cudart(toolkit)
+                # ninja's default is more jobs than cores, each of which would be two compilers
+                # (NVCC_ARGS): on two cores, the build takes 140 s in place of 125.
+                os.environ.setdefault("MAX_JOBS", str(core_count()))
             super().run()
             self.record_torch_version()
 
