@@ -14,7 +14,7 @@ void run_contiguous_rows(const Problem& problem, int64_t begin, int64_t end) {
   if (longest > kMaxBlockCols) {
     return run_long_rows<V, kOperation>(problem, begin, end);
   }
-  if constexpr (is_tuned(kOperation)) {
+  if constexpr (is_tuned(kOperation) && V::kHasShortRowKernels) {
     if constexpr (!is_forward(kOperation) && std::is_same_v<T, float> && std::is_same_v<U, float>) {
       if (hints.store == StoreHint::kCached) {
         return longest <= kTileElems<V>

@@ -46,6 +46,9 @@ struct VectorDefaults {
   // Whether 16-bit types get contiguous kernels (rows.h). false: load() goes element by element, and staging is as
   // fast.
   static constexpr bool kLoads16Bit = true;
+  // Whether rows of at most one tile, and float32 derivatives in the caches, have kernels of their own
+  // (contiguous_rows.h).
+  static constexpr bool kHasShortRowKernels = true;
 
   // Orders the non-temporal stores before it with all later stores.
   static void store_fence() {}
