@@ -51,7 +51,8 @@ def train_interleaved(
 ) -> tuple[Tensor, list[float]]:
     """Returns losses ``(models, steps)`` and the median seconds per step of each model.
 
-    A step adds up the gradients of ``accumulate`` batches before the parameters change.
+    A step adds up the gradients of ``accumulate`` batches before the parameters change. Batches
+    that are left over at the end are not used.
     """
     optimizers = [torch.optim.Adagrad(model.parameters(), lr=0.05) for model in models]
     losses: list[list[float]] = [[] for _ in models]
@@ -102,6 +103,12 @@ def main(arguments: list[str] | None = None) -> int:
     train, held_out = example.read_examples(*((100, 600) if options.quick else (300, 2000)))
     numbers = example.number_words(train)
     batches, held_out_batches = example.pad(train, numbers), example.pad(held_out, numbers)
+    most = len(batches) * example.EPOCHS
+    if options.accumulate > most:
+        parser.error(
+            f"expected --accumulate of at most {most}, the number of batches, "
+            f"but got {options.accumulate}"
+        )
     models = []
     for pooling in (MaskPooling, AttentionPooling):
         torch.manual_seed(0)

@@ -75,9 +75,10 @@ def _check_tensors(operator: Any, *tensors: Tensor | None) -> None:
     """The operators' check: torch passes None for a tensor too."""
     for position, tensor in enumerate(tensors):
         if tensor is None:
+            name = operator.name().partition("::")[2].replace("_with_sink", "")
             raise TypeError(
-                f"{operator.name().partition('::')[2]}(): expected "
-                f"{argument_name(operator, position)} to be a tensor, but got None"
+                f"{name}(): expected {argument_name(operator, position)} to be a tensor, "
+                "but got None"
             )
 
 

@@ -363,6 +363,7 @@ void differentiate_sink_in_place(at::Tensor& input, const at::Tensor& sink, cons
   const CallView view = view_of(rows, std::nullopt, input.scalar_type());
   OperatorNode::Pointer owner;
   OperatorNode* const node = OperatorNode::create(kSinkFormula<Operation::kSoftmax>, view, {&input, &sink}, owner);
+  node->save(sink);  // can fail, so before the write
   const at::Tensor weight = sink_weight.has_value() ? *sink_weight : new_sink_weight(input, rows);
   {
     const at::AutoDispatchBelowAutograd below_autograd;  // in_place.cpp is next
@@ -370,7 +371,6 @@ void differentiate_sink_in_place(at::Tensor& input, const at::Tensor& sink, cons
   }
   torch::autograd::rebase_history(input, owner);
   torch::autograd::set_history(weight, owner);
-  node->save(sink);
   node->save_output(input, /*is_in_place=*/true);
   node->save_output(weight, /*is_in_place=*/false);
 }

@@ -3,6 +3,8 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/WrapDimUtils.h>
+#include <ATen/functorch/BatchedTensorImpl.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/SymInt.h>
 #include <c10/util/StringUtil.h>
 
@@ -322,6 +324,9 @@ void check_row_input(const char* what, const at::Tensor& input, const CallArgume
 }
 
 void check_storage(const at::Tensor& tensor, const char* name) {
+  if (const auto* const batched = at::functorch::maybeGetBatchedImpl(tensor)) {
+    return check_storage(batched->value(), name);
+  }
   if (!tensor.has_storage() || tensor.is_nested() || tensor.is_meta() ||
       tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
     return;  // no memory to access, or a wrapper's, which is another tensor's
@@ -334,12 +339,20 @@ void check_storage(const at::Tensor& tensor, const char* name) {
               ", which needs ", needed, " bytes, in a storage of ", *held);
 }
 
+void check_not_inference(const at::Tensor& written, const char* name) {
+  TORCH_CHECK(
+      !written.is_inference() || c10::InferenceMode::is_enabled(), name,
+      "(): Inplace update to inference tensor outside InferenceMode is not allowed. You can make a clone to get "
+      "a normal tensor before doing inplace update.");
+}
+
 void check_no_internal_overlap(const char* what, const at::Tensor& output, const char* name) {
   TORCH_CHECK_VALUE(at::has_internal_overlap(output) == at::MemOverlap::No || !shares_own_elements(output), name,
                     "(): expected ", what, ", which is overwritten, to have memory of its own for each element, but ",
                     "got ", what, " of shape ", output.sizes(), " with strides ", output.strides(),
-                    is_in_place(name) ? "; masked_softmax() returns a new tensor instead"
-                                      : "; without out= the result is a new tensor");
+                    std::string_view(what) != written_argument(name) ? ""
+                    : is_in_place(name)                              ? "; masked_softmax() returns a new tensor instead"
+                                                                     : "; without out= the result is a new tensor");
 }
 
 void check_output(const at::Tensor& output, const at::Tensor& input, at::ScalarType dtype,
@@ -384,6 +397,7 @@ void check_sink_weight(const at::Tensor& sink_weight, const at::Tensor& weight, 
                        const CallArguments& arguments) {
   constexpr const char* kWhat = "sink_weight";
   check_like_output(kWhat, sink_weight, weight, arguments);
+  check_not_inference(sink_weight, arguments.name);
   check_storage(sink_weight, arguments.name);
   if (sink_weight.is_meta() || sink_weight.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
     return;  // no memory to overlap

@@ -62,9 +62,13 @@ inline at::Tensor checked(const at::Tensor& tensor, const char* name) {
 // The argument that a function writes to.
 const char* written_argument(const char* function);
 
+// The check of torch's bump_version(), for before the write.
+void check_not_inference(const at::Tensor& written, const char* name);
+
 void check_no_internal_overlap(const char* what, const at::Tensor& output, const char* name);
 
-// Checks the tensor into which the weights of the sinks are copied: `weight`, of a call that writes to `input`.
+// Checks sink_weight, to which the call will copy `weight`, and that it shares no memory with `input`, which the call
+// overwrites.
 void check_sink_weight(const at::Tensor& sink_weight, const at::Tensor& weight, const at::Tensor& input,
                        const CallArguments& arguments);
 

@@ -71,6 +71,9 @@ struct DeviceOps {
     compute_in_place(input, arguments);
     if (sink_weight.has_value()) {
       sink_weight->copy_(weight);
+      if (!sink_weight->is_inference()) {
+        sink_weight->unsafeGetTensorImpl()->bump_version();  // copy_() below autograd does not
+      }
     }
   }
 

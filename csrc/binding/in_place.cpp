@@ -2,9 +2,9 @@
 // because inference mode skips autograd, and a tensor that it overwrites may have been saved for a backward pass
 // outside.
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include "binding/checks.h"
 #include "binding/writes.h"
 
 namespace masked_softmax {
@@ -13,11 +13,7 @@ namespace {
 struct BumpVersion {
   template <class Call, class... Arguments>
   static void write(const char* name, at::Tensor& written, const Call& call, Arguments&... arguments) {
-    // bump_version() checks this too, but then the values are already overwritten.
-    TORCH_CHECK(
-        !written.is_inference() || c10::InferenceMode::is_enabled(), name,
-        "(): Inplace update to inference tensor outside InferenceMode is not allowed. You can make a clone to get "
-        "a normal tensor before doing inplace update.");
+    check_not_inference(written, name);
     {
       const at::AutoDispatchBelowADInplaceOrView below;
       call(arguments...);

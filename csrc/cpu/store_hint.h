@@ -18,11 +18,11 @@ StoreHint store_hint_of(const Problem& problem);
 
 // How rows are read and written.
 struct MemoryHints {
-  bool prefetch;
+  bool prefetch;   // the operands leave L2
+  bool is_cached;  // they stay in the last-level cache, and hardware prefetchers are enough
   StoreHint store;
 };
 
-// Prefetches where the operands leave L2.
 MemoryHints memory_hints_of(const Problem& problem);
 
 // For tests: the result of store_hint_of() for every problem from now on; with nullopt, its own choice again.

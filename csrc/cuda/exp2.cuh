@@ -55,7 +55,7 @@ class RowExponential {
     return select(rounded < params_.zero_below, acc_t{0}, exp2_of_encoded(encoded, f));
   }
 
-  // The elements' exponentials are exp(scale * (x - offset)) * 2^-r. One of the two is 0.
+  // The elements' exponentials are exp(scale * (x - offset)) * 2^(kBias - r). One of the two is 0.
   MASKED_SOFTMAX_DEVICE acc_t offset() const { return params_.offset; }
   MASKED_SOFTMAX_DEVICE acc_t r() const { return (E::kMagic + kBias) - params_.magic_minus_r; }
 

@@ -13,8 +13,8 @@
 //   any_held_rows    all of these for contiguous rows in any place; and split rows, plain or not, whose chunks are held
 //                    by the blocks of a launch for each reduction and one for the results
 //
-// plain_lanes and plain_block have versions for rows with sinks, of which the others know nothing: a branch would take
-// instructions from all calls. any_held_rows takes the sinks of all other rows.
+// plain_lanes and plain_block have separate versions for rows with sinks: a branch would cost every call instructions.
+// any_held_rows takes the sinks of all other rows.
 //
 // plain_lanes and plain_block are launched with as many blocks as run at once. These loop over the rows, and load the
 // lengths of the next ones ahead.
@@ -675,11 +675,13 @@ Status launch_plain_columns(const KernelProblem& kernel_problem, const LaunchPla
 // Launches the kernels of one pair of types.
 template <bool kForward, class input_t, class output_t>
 Status launch_held_rows(const KernelProblem& kernel_problem, const LaunchPlan& plan, Stream stream) {
-  if constexpr (kForward && std::is_same_v<input_t, output_t>) {
-    if (plan.is_plain && kernel_problem.problem.row_input.data != nullptr) {
+  if (plan.is_plain && kernel_problem.problem.row_input.data != nullptr) {
+    if constexpr (kForward && std::is_same_v<input_t, output_t>) {
       return plan.strategy == Strategy::kBlock
                  ? launch(plain_block<true, input_t, output_t, true>, plan, stream, kernel_problem)
                  : launch_plain_lanes<true, input_t, output_t, true>(kernel_problem, plan, stream);
+    } else {
+      return kInvalidLaunch;
     }
   }
   if (plan.is_plain) {

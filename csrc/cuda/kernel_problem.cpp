@@ -61,6 +61,12 @@ bool holds_for_operands(const Problem& problem, const Predicate& is_operand_plai
   return result;
 }
 
+// Softmax's kernels of plain rows and columns take the results of absent elements, +0, for padding.
+bool has_plain_padding(const Problem& problem) {
+  const double padding = problem.padding_value();
+  return problem.operation != Operation::kSoftmax || (padding == 0 && !std::signbit(padding));
+}
+
 template <class acc_t>
 RowConstants<acc_t> constants_in(const Problem& problem) {
   const double factor = input_factor(problem);
@@ -77,8 +83,8 @@ RowConstants<acc_t> constants_in(const Problem& problem) {
 }  // namespace
 
 bool are_plain(const Problem& problem, int elems_per_vector) {
-  return has_plain_bounds(problem) && problem.cols % elems_per_vector == 0 && has_contiguous_columns(problem) &&
-         holds_for_operands(problem, [&](const Operand& operand) {
+  return has_plain_bounds(problem) && has_plain_padding(problem) && problem.cols % elems_per_vector == 0 &&
+         has_contiguous_columns(problem) && holds_for_operands(problem, [&](const Operand& operand) {
            const int64_t bytes = size_bytes(operand.type);
            return is_plain(problem, operand.data, bytes, operand.row_strides, elems_per_vector * bytes);
          });
@@ -114,7 +120,8 @@ Problem without_sinks(const Problem& problem) {
 }
 
 bool are_plain_columns(const Problem& problem) {
-  return has_plain_bounds(problem) && holds_for_operands(problem, [&](const Operand& operand) {
+  return has_plain_bounds(problem) && has_plain_padding(problem) &&
+         holds_for_operands(problem, [&](const Operand& operand) {
            const int64_t bytes = size_bytes(operand.type);
            return is_plain(problem, operand.data, bytes, operand.row_strides, bytes) &&
                   fits_in_32_bits(operand.col_stride) && fits_in_32_bits(operand.col_stride * bytes);

@@ -286,7 +286,7 @@ constexpr SumOrder order_of(Strategy strategy, const RowShape& shape, const Devi
 }
 
 // Whether the kernels of plain rows have versions for rows with sinks. Where they do not, the kernel of any held rows
-// takes them: clusters and rows of one lane are too few calls to be worth the time that more kernels take to compile.
+// takes them: calls that need a cluster or one lane a row are rare, and more kernels take longer to compile.
 constexpr bool plain_rows_take_sinks(Strategy strategy, const SumOrder& order) {
   return (strategy == Strategy::kLanes && order.threads > 1) || strategy == Strategy::kBlock;
 }

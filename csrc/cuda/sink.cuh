@@ -116,12 +116,12 @@ class Sink {
     constexpr acc_t kMax = std::numeric_limits<acc_t>::max();
     if (!exists_) {
       const acc_t sum = row_sum == 0 ? kNaN : row_sum;
-      return {reciprocal(sum), weight_of_none(sum)};
+      return {reciprocal(sum), weight_of_no_sink(sum)};
     }
     const acc_t term = term_beside(exponential);
     // The sum of the elements is their number at most. Beside such a term, their results are below the smallest normal
     // number. An infinite sum would make them NaN: see reciprocal().
-    const bool is_all = term > kMax / 2 || (row_sum == 0 && term == term);
+    const bool is_all = term > kMax / 2 || (row_sum == 0 && sink_ == sink_);
     if (is_all) {
       const acc_t zero = row_sum - row_sum;  // NaN if an element is
       return {zero, 1 + zero};
@@ -135,13 +135,13 @@ class Sink {
   // log_sum: log of the sum of exp(scale * (x - row_max)).
   MASKED_SOFTMAX_DEVICE SumWithSink<acc_t> added_to_log(acc_t log_sum) const {
     if (!exists_) {
-      return {log_sum, weight_of_none(log_sum)};
+      return {log_sum, weight_of_no_sink(log_sum)};
     }
     constexpr acc_t kMax = std::numeric_limits<acc_t>::max();
     const SinkDistance<acc_t> distance(sink_, scale_, row_max_);
     if (log_sum < -kMax) {  // no element is above -inf; a finite value keeps -inf - value from being NaN
       const acc_t log_term = distance.rounded();
-      const acc_t zero = log_term == log_term ? acc_t{0} : log_term;
+      const acc_t zero = static_cast<acc_t>(sink_ - sink_);
       return {log_term < -kMax ? -kMax : log_term, 1 + zero};
     }
     const SinkDistance<acc_t> difference = distance - log_sum;
@@ -163,7 +163,7 @@ class Sink {
   }
 
   // The weight of a sink of -inf, where the row's sum, or its logarithm, is `sum`: NaN in a row of NaN.
-  MASKED_SOFTMAX_DEVICE acc_t weight_of_none(acc_t sum) const { return is_empty_ ? acc_t{0} : sum - sum; }
+  MASKED_SOFTMAX_DEVICE acc_t weight_of_no_sink(acc_t sum) const { return is_empty_ ? acc_t{0} : sum - sum; }
 
   const bool exists_;
   const bool is_empty_;

@@ -136,16 +136,21 @@ def test_a_sink_beside_large_scores(plain_library: Path, cols: int, layout: str)
     assert_near(weights, expected[:, -1], 8 * eps * expected[:, -1])
 
 
+@pytest.mark.parametrize("operation", ["softmax", "log_softmax"])
 @pytest.mark.parametrize("strategy", [None, *STRATEGIES])
-def test_padding_value(plain_library: Path, strategy: str | None) -> None:
+def test_padding_value(plain_library: Path, strategy: str | None, operation: str) -> None:
     emulate = Emulator(plain_library)
     x, lengths, _ = operands(64, torch.float32, "columns" if strategy == "column" else "rows")
     y = torch.empty_like(x)
-    ran = emulate("log_softmax", [x], y, lengths, strategy=strategy or "automatic", padding=-3.0)
+    ran = emulate(operation, [x], y, lengths, strategy=strategy or "automatic", padding=-3.0)
+    if operation == "softmax" and strategy == "staged":  # plain rows alone
+        assert ran.error != ""
+        return
     assert ran.error == ""
     valid = torch.arange(64) < lengths[:, None]
     assert (y[~valid] == -3.0).all()
-    expected = torch.log_softmax(logits_of(x, lengths, 1.0)[1:], 1)
+    function = getattr(torch, operation)
+    expected = function(logits_of(x, lengths, 1.0)[1:], 1)
     assert_near(y[1:][valid[1:]], expected[valid[1:]], 1e-5)
 
 

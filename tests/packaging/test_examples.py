@@ -145,6 +145,14 @@ def test_accumulate_takes_positive_numbers(name: str, capsys: pytest.CaptureFixt
     assert "expected --accumulate of at least 1, but got 0" in capsys.readouterr().err
 
 
+def test_compare_pooling_accumulates_no_more_batches_than_there_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        load("compare_pooling").main(["--quick", "--accumulate", "100000"])
+    assert "the number of batches, but got 100000" in capsys.readouterr().err
+
+
 def test_transformers_attention(capsys: pytest.CaptureFixture[str]) -> None:
     assert load("transformers_attention").main([]) == 0
     assert "weight of the second text's padding: 0.0\n" in capsys.readouterr().out

@@ -177,6 +177,26 @@ def test_in_place_with_grad_and_inference_lengths_raises() -> None:
     assert_same_bits(x.detach(), scores())
 
 
+def test_in_place_with_an_inference_sink_that_requires_grad_raises() -> None:
+    with torch.inference_mode():
+        sink = torch.zeros(4, requires_grad=True)
+    x = scores()
+    with pytest.raises(RuntimeError, match="saved for backward"):
+        masked_softmax_(x, LENGTHS, sink=sink)
+    assert_same_bits(x, scores())
+    assert not x.requires_grad
+
+
+def test_the_weight_of_a_sink_counts_as_changed() -> None:
+    """A backward pass that saved it before raises an error, in place of using other numbers."""
+    weight, factor = torch.ones(4), torch.ones(4, requires_grad=True)
+    y = (weight * factor).sum()
+    sinks_in_place = torch.ops.masked_softmax_ext.masked_softmax_with_sink_
+    sinks_in_place(scores(), torch.zeros(4), weight, LENGTHS)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
 # Forward-mode differentiation: not supported by out=, which raises before it writes
 
 

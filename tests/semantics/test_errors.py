@@ -774,6 +774,15 @@ READ_BY_TORCH: dict[str, Callable[[], Any]] = {
     "batched scale": lambda: torch.vmap(
         lambda scale: masked_softmax_ext.masked_softmax(freed(torch.zeros(4)), 3, scale=scale)
     )(torch.ones(2)),
+    "batched input, batched scale": lambda: torch.vmap(
+        lambda input, scale: masked_softmax_ext.masked_softmax(input, 2, scale=scale)
+    )(freed(torch.zeros(2, 5)), torch.ones(2)),
+    "batched offsets": lambda: torch.vmap(masked_softmax_ext.packed_softmax)(
+        torch.zeros(2, 5), freed(torch.tensor([[0, 5]] * 2, dtype=torch.int32))
+    ),
+    "batched lengths": lambda: torch.vmap(
+        lambda lengths: masked_softmax_ext.intersect_bounds(lengths)[0]
+    )(freed(torch.tensor([[3], [2]], dtype=torch.int32))),
     "intersect_bounds": lambda: masked_softmax_ext.intersect_bounds(freed(torch.tensor([3]))),
     "mask_from_lengths": lambda: masked_softmax_ext.mask_from_lengths(
         freed(torch.tensor([3], dtype=torch.int32)), 5
@@ -854,6 +863,8 @@ def test_an_invalid_sink_weight_leaves_the_scores(is_view: bool, requires_grad: 
     input = memory[:, :5] if is_view else memory.clone()
     sink, lengths = torch.zeros(4, requires_grad=requires_grad), torch.tensor(3)
     leaf = torch.zeros(4, requires_grad=True)
+    with torch.inference_mode():
+        inference = torch.zeros(4)
     wrong: list[tuple[Tensor, type[Exception], str]] = [
         (freed(torch.zeros(4)), RuntimeError, "storage of 0"),
         (torch.zeros(1).expand(4), ValueError, r"expected sink_weight.* memory of its own"),
@@ -861,6 +872,7 @@ def test_an_invalid_sink_weight_leaves_the_scores(is_view: bool, requires_grad: 
         (torch.zeros(4, dtype=torch.int64), TypeError, "expected sink_weight of a floating"),
         (input[:, 2], ValueError, "expected sink_weight to share no memory with input"),
         (leaf, RuntimeError, "leaf Variable that requires grad"),
+        (inference, RuntimeError, "[Ii]nference"),
     ]
     for weight, error, message in wrong:
         with pytest.raises(error, match=message):
