@@ -49,4 +49,23 @@ inline bool add_row_dimension(Problem& problem, int64_t size, const RowStrides& 
   return true;
 }
 
+// The same rows in as few dimensions as the strides allow.
+inline Problem with_merged_row_dimensions(const Problem& problem) {
+  Problem result = problem;
+  result.rows = 1;
+  result.row_ndim = 0;
+  for (int dim = 0; dim < problem.row_ndim; ++dim) {
+    RowStrides strides;
+    strides.output = problem.output.row_strides[dim];
+    for (int k = 0; k < problem.input_count; ++k) {
+      strides.inputs[k] = problem.inputs[k].row_strides[dim];
+    }
+    strides.lengths = problem.lengths.row_strides[dim];
+    strides.starts = problem.starts.row_strides[dim];
+    strides.row_input = problem.row_input.row_strides[dim];
+    add_row_dimension(result, problem.row_sizes[dim], strides);
+  }
+  return result;
+}
+
 }  // namespace masked_softmax

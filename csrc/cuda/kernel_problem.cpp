@@ -102,21 +102,9 @@ bool has_plain_sinks(const Problem& problem) {
 
 Problem without_sinks(const Problem& problem) {
   Problem result = problem;
-  result.rows = 1;
-  result.row_ndim = 0;
   result.row_input = {};
   result.row_result = {};
-  for (int dim = 0; dim < problem.row_ndim; ++dim) {
-    RowStrides strides;
-    strides.output = problem.output.row_strides[dim];
-    for (int k = 0; k < problem.input_count; ++k) {
-      strides.inputs[k] = problem.inputs[k].row_strides[dim];
-    }
-    strides.lengths = problem.lengths.row_strides[dim];
-    strides.starts = problem.starts.row_strides[dim];
-    add_row_dimension(result, problem.row_sizes[dim], strides);
-  }
-  return result;
+  return with_merged_row_dimensions(result);
 }
 
 bool are_plain_columns(const Problem& problem) {

@@ -118,7 +118,7 @@ TEST("plan: columns are plain at any address and of any number, but for the cond
       {"starts", [](Problem& p) { p.starts.data = memory; }},
       {"uint8 lengths", [](Problem& p) { p.lengths.type = ElementType::kUInt8; }},
       {"three inputs", [](Problem& p) { p.input_count = 3; }},
-      {"padding of its own", [](Problem& p) { p.operation = Operation::kSoftmax, p.padding = 7; }},
+      {"softmax, another padding", [](Problem& p) { p.operation = Operation::kSoftmax, p.padding = 7; }},
       {"a stride of columns beyond 32 bits", [](Problem& p) { p.inputs[0].col_stride = kTooFar / 4; }},
       {"a stride of rows beyond 32 bits", [](Problem& p) { p.output.row_strides[0] = kTooFar / 4; }}};
   for (bool expected : {true, false}) {
@@ -133,7 +133,7 @@ TEST("plan: columns are plain at any address and of any number, but for the cond
 TEST("plan: rows are not plain where one of the conditions fails") {
   check(false,
         {{"starts", [](Problem& p) { p.starts.data = memory; }},
-         {"softmax, padding of its own", [](Problem& p) { p.operation = Operation::kSoftmax, p.padding = 7; }},
+         {"softmax, another padding", [](Problem& p) { p.operation = Operation::kSoftmax, p.padding = 7; }},
          {"softmax, padding of -0", [](Problem& p) { p.operation = Operation::kSoftmax, p.padding = -0.0; }},
          {"one start for all", [](Problem& p) { p.starts.value = 4; }},
          {"packed rows",

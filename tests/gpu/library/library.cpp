@@ -14,23 +14,7 @@ using namespace masked_softmax;
 using kernel_tests::Call;
 
 // The problem that the operators make of the same tensors (binding/make_problem.cpp): row dimensions are merged.
-Problem make_problem(const Call& call) {
-  const Problem unmerged = kernel_tests::problem_of(call);
-  Problem problem = unmerged;
-  problem.rows = 1;
-  problem.row_ndim = 0;
-  for (int dim = 0; dim < unmerged.row_ndim; ++dim) {
-    RowStrides strides;
-    strides.output = unmerged.output.row_strides[dim];
-    for (int k = 0; k < unmerged.input_count; ++k) {
-      strides.inputs[k] = unmerged.inputs[k].row_strides[dim];
-    }
-    strides.lengths = unmerged.lengths.row_strides[dim];
-    strides.starts = unmerged.starts.row_strides[dim];
-    add_row_dimension(problem, unmerged.row_sizes[dim], strides);
-  }
-  return problem;
-}
+Problem make_problem(const Call& call) { return with_merged_row_dimensions(kernel_tests::problem_of(call)); }
 
 cuda::LaunchPlan make_plan(const Call& call, const Problem& problem) {
   const cuda::Strategy forced = kernel_tests::find(cuda::kStrategies, call.strategy, cuda::strategy_name);
