@@ -71,7 +71,8 @@ sanitizer-test: $(SANITIZER_TESTS)
 $(SANITIZER_TESTS): sanitizer-test-%: build
 	tests/sanitizers/run.sh $*
 
-# Fuzzes the CPU kernels and the Python interface, each for FUZZ_SECONDS.
+# Fuzzes the CPU kernels and the Python interface, each for FUZZ_SECONDS. FUZZ_RUNS=COUNT in the environment: that many
+# inputs, the same every time.
 FUZZ_SECONDS ?= 30
 fuzz: build $(VENV)/fuzz.stamp
 	tests/fuzz/run.sh kernel $(FUZZ_SECONDS)

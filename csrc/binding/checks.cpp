@@ -50,8 +50,13 @@ std::string names_of(ElementKind kind) {
   return text;
 }
 
-// As Python prints it: "torch.float32". The dispatcher passes None as an undefined tensor, which has no type.
+// As Python prints it: "torch.float32". The dispatcher passes None as an undefined tensor, which has no type, and a
+// type as an integer, which it doesn't check.
 std::string dtype_name(at::ScalarType type) {
+  const int number = static_cast<int>(type);
+  if (number < 0 || number >= static_cast<int>(at::ScalarType::NumOptions)) {
+    return "the integer " + std::to_string(number) + ", which stands for no dtype";
+  }
   return type == at::ScalarType::Undefined ? "None" : "torch." + std::string(c10::getDtypeNames(type).first);
 }
 

@@ -9,8 +9,10 @@
 # These are archives, corpus/*.tar.gz and regressions/*.tar.gz. New inputs stay in build/fuzz/*_found; an input that
 # breaks a promise is written to build/fuzz/*_broken-...
 #
-# FUZZ_SEED makes a run repeatable (1 by default; 0 picks a new seed each time), FUZZ_OPTIONS go to libFuzzer, CLANG and
-# PYTHON name the tools. If a tool is missing, the run is reported as skipped.
+# FUZZ_SEED is libFuzzer's seed (1 by default; 0 picks a new one each time). With FUZZ_RUNS=COUNT, a run ends after that
+# many inputs, not after SECONDS: the same seed then gives the Python interface the same inputs every time, and the
+# kernel layer almost the same, so that continuous integration fails because of a change, not by chance. FUZZ_OPTIONS go
+# to libFuzzer, CLANG and PYTHON name the tools. If a tool is missing, the run is reported as skipped.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -100,6 +102,12 @@ case ${1:-} in
     seconds=${2:-60}
     limit=(-max_total_time="$seconds")
     ((seconds > 0)) || limit=(-runs=0)
+    if [[ -n ${FUZZ_RUNS:-} ]]; then
+      limit=(-runs="$FUZZ_RUNS")
+      # libFuzzer learns from what the code compares, addresses and hashes too.
+      export PYTHONHASHSEED=0
+      setarch --addr-no-randomize true && fuzzer=(setarch --addr-no-randomize "${fuzzer[@]}")
+    fi
     # New inputs go to the first folder; the others are only read.
     found=$folder/${target}_found
     mkdir -p "$found"

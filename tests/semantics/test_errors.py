@@ -296,6 +296,15 @@ def test_dtype_that_is_not_a_dtype() -> None:
             assert "incompatible" not in message
 
 
+@pytest.mark.parametrize("number", [-1, 127, 2**40], ids=repr)
+def test_an_integer_for_the_dtype_of_an_operator(number: int) -> None:
+    """torch passes it on unchecked, and reads only its lowest 8 bits."""
+    for name in ("masked_softmax", "masked_log_softmax", "masked_logsumexp"):
+        message = rf"^{name}\(\): expected dtype to be float32.*but got "
+        with pytest.raises(TypeError, match=message):
+            getattr(OPERATORS, name)(scores(), torch.tensor([1]), dtype=number)
+
+
 def test_dtype_may_be_the_python_type_float(log: bool) -> None:
     """It means float64, as in torch.softmax."""
     assert torch.softmax(scores(), -1, dtype=float).dtype == torch.float64
