@@ -51,15 +51,9 @@ DEFAULT_GENCODE = [
 # Those of an nvcc older than 12.8.
 OLDER_ARCHITECTURES = "8.0;9.0+PTX"
 
-# The files of csrc/binding are included in these, and compiled so: each alone would parse torch's
-# headers, which takes 3 to 7 seconds. A unit's files need the same headers; a file is in the first
-# unit that has it.
-BINDING_UNITS = {
-    # Autograd's headers and Python's, which include most of each other.
-    "autograd": ["*autograd*.cpp", "in_place.cpp", "module.cpp", "python_calls.cpp"],
-    "operators": ["*.cpp"],  # those of tensors and the dispatcher
-}
-UNITS = "build/units"
+# The files of csrc/binding are compiled as one: each alone would parse torch's headers, which takes
+# 3 to 7 seconds.
+BINDING_UNIT = "build/units/binding_{kind}.cpp"
 CUDART_FOLDER = "build/cudart"
 
 # 1: build with CUDA or fail; 0: build without; unset: with CUDA if torch and the machine have it.
@@ -275,30 +269,23 @@ def csrc_files(*patterns: str, folders: tuple[str, ...] = (".",)) -> list[str]:
     )
 
 
-def unit_of(files: list[str]) -> str:
+def binding_unit(with_cuda: bool) -> str:
+    """The unit's path. Objects of builds with and without CUDA are kept apart."""
+    return BINDING_UNIT.format(kind="cuda" if with_cuda else "cpu")
+
+
+def binding_unit_text(with_cuda: bool) -> str:
+    files = csrc_files("*.cpp", folders=("binding",))
+    files.remove(f"csrc/binding/{'without_cuda' if with_cuda else 'cuda_ops'}.cpp")
     return "".join(f'#include "{file.removeprefix("csrc/")}"\n' for file in files)
 
 
-def write_units(units: dict[str, str]) -> None:
-    """A unit that has not changed is left alone, and its object is not built again."""
-    for name, text in units.items():
-        path = ROOT / name
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-
-
-def binding_units(with_cuda: bool) -> dict[str, str]:
-    """The units' text, by file name."""
-    files = csrc_files("*.cpp", folders=("binding",))
-    files.remove(f"csrc/binding/{'without_cuda' if with_cuda else 'cuda_ops'}.cpp")
-    kind = "cuda" if with_cuda else "cpu"  # the other kind's objects stay as they are
-    units = {}
-    for unit, patterns in BINDING_UNITS.items():
-        chosen = [file for file in files if any(Path(file).match(pattern) for pattern in patterns)]
-        units[f"{UNITS}/{kind}/binding_{unit}.cpp"] = unit_of(chosen)
-        files = [file for file in files if file not in chosen]
-    return units
+def write_binding_unit(with_cuda: bool) -> None:
+    """If it has not changed, it is left alone, and its object is not built again."""
+    path, text = ROOT / binding_unit(with_cuda), binding_unit_text(with_cuda)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
 
 def link_cudart(toolkit: Path) -> None:
@@ -318,7 +305,7 @@ def torch_extension(torch, toolkit: Path | None) -> Extension:
     from torch.utils.cpp_extension import CppExtension, CUDAExtension, include_paths
 
     folders = ("common", "cpu") + (("cuda",) if with_cuda else ())
-    sources = [*binding_units(with_cuda), *csrc_files("*.cpp", "*.cu", folders=folders)]
+    sources = [binding_unit(with_cuda), *csrc_files("*.cpp", "*.cu", folders=folders)]
     # As system headers, torch's headers cause no warnings.
     system_includes = [
         arg
@@ -379,7 +366,7 @@ def build_command(torch, toolkit: Path | None, remark: str):
             os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
             if remark:
                 print(f"{PACKAGE}: {remark}", file=sys.stderr)
-            write_units(binding_units(toolkit is not None))
+            write_binding_unit(toolkit is not None)
             if toolkit is not None:
                 link_cudart(toolkit)
                 # ninja's default is more jobs than cores, each of which would be two compilers

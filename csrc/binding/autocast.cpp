@@ -17,29 +17,30 @@ OptionalType autocast_type(const at::Tensor& input, OptionalType dtype) {
 }
 
 template <Operation kOperation>
-at::Tensor forward(const at::Tensor& input, const RowArguments& rows, OptionalDouble padding_value, OptionalType dtype,
-                   bool validate, OptionalSymInt packed) {
+at::Tensor autocast_forward(const at::Tensor& input, const RowArguments& rows, OptionalDouble padding_value,
+                            OptionalType dtype, bool validate, OptionalSymInt packed) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocast);
   return call<kOperation>(input, rows, padding_value, autocast_type(input, dtype), validate, packed);
 }
 
 template <Operation kOperation>
-std::tuple<at::Tensor, at::Tensor> forward_with_sink(const at::Tensor& input, const at::Tensor& sink,
-                                                     const RowArguments& rows, OptionalDouble padding_value,
-                                                     OptionalType dtype, bool validate, OptionalSymInt packed) {
+std::tuple<at::Tensor, at::Tensor> autocast_forward_with_sink(const at::Tensor& input, const at::Tensor& sink,
+                                                              const RowArguments& rows, OptionalDouble padding_value,
+                                                              OptionalType dtype, bool validate,
+                                                              OptionalSymInt packed) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocast);
   return call_with_sink<kOperation>(input, sink, rows, padding_value, autocast_type(input, dtype), validate, packed);
 }
 
 template <Operation kOperation>
-at::Tensor reduction(const at::Tensor& input, const RowArguments& rows, OptionalType dtype, bool validate,
-                     OptionalSymInt packed) {
+at::Tensor autocast_reduction(const at::Tensor& input, const RowArguments& rows, OptionalType dtype, bool validate,
+                              OptionalSymInt packed) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocast);
   return call<kOperation>(input, rows, autocast_type(input, dtype), validate, packed);
 }
 
-at::Tensor logsumexp_with_sink(const at::Tensor& input, const at::Tensor& sink, const RowArguments& rows,
-                               OptionalType dtype, bool validate, OptionalSymInt packed) {
+at::Tensor autocast_reduction_with_sink(const at::Tensor& input, const at::Tensor& sink, const RowArguments& rows,
+                                        OptionalType dtype, bool validate, OptionalSymInt packed) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocast);
   return call_with_sink<Operation::kLogSumExp>(input, sink, rows, autocast_type(input, dtype), validate, packed);
 }
@@ -50,11 +51,11 @@ TORCH_LIBRARY_IMPL(masked_softmax_ext, AutocastCUDA, m) {
   for_each_operation([&](auto operation) {
     constexpr OperationInfo kInfo = info_of(operation.value);
     if constexpr (kInfo.signature == Signature::kForward) {
-      m.impl(kInfo.name, Forward::kernel<forward<operation.value>>);
-      m.impl(kInfo.sink_name, ForwardWithSink::kernel<forward_with_sink<operation.value>>);
+      m.impl(kInfo.name, Forward::kernel<autocast_forward<operation.value>>);
+      m.impl(kInfo.sink_name, ForwardWithSink::kernel<autocast_forward_with_sink<operation.value>>);
     } else if constexpr (kInfo.signature == Signature::kReduction) {
-      m.impl(kInfo.name, Reduction::kernel<reduction<operation.value>>);
-      m.impl(kInfo.sink_name, ReductionWithSink::kernel<logsumexp_with_sink>);
+      m.impl(kInfo.name, Reduction::kernel<autocast_reduction<operation.value>>);
+      m.impl(kInfo.sink_name, ReductionWithSink::kernel<autocast_reduction_with_sink>);
     }
   });
 }

@@ -7,6 +7,18 @@
 
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
+// Rows of at most so many columns are narrow, and have block kernels without loops. Rows of two types and of float64
+// have none: they are rare, and these kernels would take an eighth of the time that all of them take to compile.
+// Without loops every vector is masked, which pays out for fewer columns where 16-bit types have no masked loads.
+template <class V, Operation kOperation, class T, class U>
+constexpr int64_t max_narrow_cols() {
+  if (!is_tuned(kOperation) || !V::kHasShortRowKernels || !std::is_same_v<T, U> || sizeof(T) > sizeof(float)) {
+    return 0;
+  }
+  const bool is_slow = !is_forward(kOperation) && sizeof(T) == 2 && !V::kHasMaskedLoads16Bit;
+  return is_slow ? kTileElems<V> / 4 : kTileElems<V>;
+}
+
 template <class V, Operation kOperation, class T, class U>
 void run_contiguous_rows(const Problem& problem, int64_t begin, int64_t end) {
   const MemoryHints hints = memory_hints_of(problem);
@@ -22,7 +34,9 @@ void run_contiguous_rows(const Problem& problem, int64_t begin, int64_t end) {
                    : DerivativeRows<V, kOperation, T, false>(problem, hints.prefetch).run(begin, end);
       }
     }
-    if (longest <= kTileElems<V>) {
+  }
+  if constexpr (max_narrow_cols<V, kOperation, T, U>() > 0) {
+    if (longest <= max_narrow_cols<V, kOperation, T, U>()) {
       return BlockKernel<V, kOperation, T, U, true>(problem, hints).run(begin, end);
     }
   }

@@ -14,6 +14,7 @@ struct BitMask {
 struct Float : X86Defaults<Float, float, 16> {
   static constexpr int kExp2TableSize = 32;
   static constexpr bool kHasScalef = true;
+  static constexpr bool kHasMaskedLoads16Bit = true;
   __m512 v;
 
   Float() = default;

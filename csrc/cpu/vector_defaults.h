@@ -49,6 +49,8 @@ struct VectorDefaults {
   // Whether rows of at most one tile, and float32 derivatives in the caches, have kernels of their own
   // (contiguous_rows.h).
   static constexpr bool kHasShortRowKernels = true;
+  // Whether a masked load of 16-bit elements is one instruction.
+  static constexpr bool kHasMaskedLoads16Bit = false;
 
   // Orders the non-temporal stores before it with all later stores.
   static void store_fence() {}

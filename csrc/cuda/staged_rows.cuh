@@ -180,18 +180,18 @@ class StagedRows {
 };
 #endif
 
-template <bool kForward, class input_t, class output_t>
+template <bool kForward, class T>
 MASKED_SOFTMAX_KERNEL(kStagedThreadsPerSm, 1)
 staged_block(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
 #if MASKED_SOFTMAX_HAS_BULK_COPIES
-  using Types = RowTypes<input_t, output_t>;
+  using Types = RowTypes<T, T>;
   constexpr int kInputs = kForward ? 1 : 2;
   constexpr int kVectors = held_vectors(Types::kElems, kInputs);
   using Group = BlockGroup<typename Types::acc_t>;
   const Group group;
-  const auto absent = absent_value<kForward, input_t>(kernel_problem);
-  StagedRows<input_t, kInputs> staged(kernel_problem, block_index(), grid_blocks());
-  TailLoads<input_t> tails[kInputs];
+  const auto absent = absent_value<kForward, T>(kernel_problem);
+  StagedRows<T, kInputs> staged(kernel_problem, block_index(), grid_blocks());
+  TailLoads<T> tails[kInputs];
   const auto load_tails = [&](const PlainRow& row) MASKED_SOFTMAX_DEVICE_LAMBDA {
     MASKED_SOFTMAX_UNROLL
     for (int k = 0; k < kInputs; ++k) {
@@ -204,8 +204,8 @@ staged_block(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
   unsigned next_number = row_after(kernel_problem, number, grid_blocks());
   PlainRow next(kernel_problem, next_number);
   while (number < kernel_problem.plain_rows.rows) {
-    HeldRows<input_t, output_t, kInputs, 1, kVectors, Group, true> rows(group);
-    StagedElems<input_t> elems[kInputs];
+    HeldRows<T, T, kInputs, 1, kVectors, Group, true> rows(group);
+    StagedElems<T> elems[kInputs];
     staged.wait();
     MASKED_SOFTMAX_UNROLL
     for (int k = 0; k < kInputs; ++k) {
@@ -226,7 +226,10 @@ staged_block(MASKED_SOFTMAX_KERNEL_ARGUMENT KernelProblem kernel_problem) {
 
 template <bool kForward, class input_t, class output_t>
 Status launch_staged_rows(const KernelProblem& kernel_problem, const LaunchPlan& plan, Stream stream) {
-  return launch(staged_block<kForward, input_t, output_t>, plan, stream, kernel_problem);
+  if constexpr (std::is_same_v<input_t, output_t>) {
+    return launch(staged_block<kForward, input_t>, plan, stream, kernel_problem);
+  }
+  return kInvalidLaunch;
 }
 
 }  // namespace masked_softmax::cuda

@@ -28,6 +28,7 @@ from emulator import (
     Expected,
     Wide,
     can_be_held,
+    can_hold,
     max_cols,
 )
 from torch import Tensor
@@ -566,7 +567,7 @@ def find_mistake(emulate: Emulator, input_dtype: torch.dtype, output_dtype: torc
         for operation, traits in OPERATIONS.items():
             holds_rows = STRATEGIES[case.strategy]
             if holds_rows and (
-                not can_be_held(dtypes, operation)
+                not can_hold(case.strategy, dtypes, operation)
                 or case.cols > max_cols(case.strategy, operation, dtypes)
             ):
                 continue

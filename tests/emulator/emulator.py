@@ -26,6 +26,7 @@ from kernel_call import ROOT as ROOT
 from kernel_call import STRATEGIES as STRATEGIES
 from kernel_call import TYPE_PAIRS as TYPE_PAIRS
 from kernel_call import can_be_held as can_be_held
+from kernel_call import can_hold as can_hold
 from kernel_call import make_call
 from kernel_call import name_of as name_of
 from kernel_call import read_table as read_table

@@ -156,9 +156,14 @@ int64_t max_cols(Strategy strategy, Operation operation) {
   return of_thread * (strategy == Strategy::kLanes ? 32 : strategy == Strategy::kCluster ? 8 * 512 : 512);
 }
 
+// Whether the held rows of a pair of types have a kernel of the strategy.
+bool has_kernel(Strategy strategy, ElementType input, ElementType output) {
+  return strategy != Strategy::kStaged || input == output;
+}
+
 void check_case(const Case& c, double scale = 1.0) {
   for_each_held([&](Operation operation, ElementType input, ElementType output) {
-    if (c.cols > max_cols(c.strategy, operation)) {
+    if (!has_kernel(c.strategy, input, output) || c.cols > max_cols(c.strategy, operation)) {
       return;
     }
     Sample sample(operation, input, output, c, scale);
@@ -206,6 +211,26 @@ TEST("plain rows: staged, of a few warps and of the most, once and several times
   check_case({Strategy::kStaged, 9, 8192});
   check_case({Strategy::kStaged, 9, 16384});
   check_case({Strategy::kStaged, 40, 2056}, -0.5);
+}
+
+TEST("plain rows: rows of two types are not staged, and a call that forces it is refused") {
+  int64_t pairs = 0;
+  for_each_held([&](Operation operation, ElementType input, ElementType output) {
+    constexpr Case kCase{Strategy::kStaged, 3, 2048};
+    Matrix result(output, kCase.rows, kCase.cols);
+    std::vector<Matrix> inputs;
+    for (int k = 0; k < input_count(operation); ++k) {
+      inputs.emplace_back(input, kCase.rows, kCase.cols);
+    }
+    const Bounds bounds = bounds_of(kCase);
+    Problem problem = make_problem(operation, result, inputs, bounds);
+    problem.starts.data = nullptr;
+    const bool is_planned = cuda::plan_problem(problem, emulator::kWithClusters, Strategy::kStaged).is_valid();
+    CHECK(is_planned == has_kernel(kCase.strategy, input, output),
+          name_of(operation) << " from " << element_type_name(input) << " to " << element_type_name(output));
+    pairs += input != output;
+  });
+  CHECK(pairs > 0, "no pair of two types");
 }
 
 TEST("plain rows: a cluster, of every number of blocks") {
@@ -342,6 +367,9 @@ TEST("plain rows: an invalid length makes its row NaN, and changes nothing else"
       kCols + 1, -1, -2, int64_t{1} << 32, std::numeric_limits<int64_t>::min(), std::numeric_limits<int64_t>::max()};
   for (Strategy strategy : kPlainStrategies) {
     for_each_held([&](Operation operation, ElementType input, ElementType output_type) {
+      if (!has_kernel(strategy, input, output_type)) {
+        return;
+      }
       Bounds bounds = bounds_of({strategy, 19, kCols});
       std::vector<Matrix> inputs;
       for (int k = 0; k < input_count(operation); ++k) {

@@ -27,7 +27,7 @@ from cases import (
     valid_columns,
     valid_like,
 )
-from emulator import OPERATIONS, STRATEGIES, TYPE_PAIRS, Emulator, can_be_held, max_cols
+from emulator import OPERATIONS, STRATEGIES, TYPE_PAIRS, Emulator, can_hold, max_cols
 from torch import Tensor
 
 pytest.importorskip("hypothesis", reason="generated cases need hypothesis")
@@ -209,7 +209,9 @@ def calls(
     operation = draw(st.sampled_from(operations or every))
     is_forward = operation in FORWARD
     count = OPERATIONS[operation].inputs
-    pairs = [pair for pair in types or TYPE_PAIRS if takes_any or can_be_held(pair, operation)]
+    pairs = list(types or TYPE_PAIRS)
+    if not takes_any:
+        pairs = [pair for pair in pairs if can_hold(strategy, pair, operation)]
     dtypes = [*draw(st.sampled_from(pairs))]
     if takes_any and types is None and draw(st.booleans()):
         inputs = FLOATING if not is_forward else (*FLOATING, *INTEGER, torch.bool)

@@ -11,6 +11,7 @@ import torch
 from cases import FLOATING, INTEGER
 from torch import Tensor
 from torch._subclasses import FakeTensorMode  # no public spelling
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 SIZES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 64, 65, 130)
 MAX_ELEMS = 4000
@@ -286,7 +287,8 @@ class Draw:
         if how == 3:
             return torch.autocast("cpu", dtype=torch.bfloat16)
         if how == 4:
-            return FakeTensorMode(allow_non_fake_inputs=True)
+            # With symbolic shapes, without which torch takes no jagged tensor.
+            return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
         if how == 5:
             return torch.device("meta")
         return None

@@ -63,6 +63,11 @@ def can_be_held(dtypes: tuple[torch.dtype, torch.dtype], operation: str) -> bool
     return traits.is_tuned and TYPE_PAIRS.get(dtypes, "kNone") in (own_pass, "kBoth")
 
 
+def can_hold(strategy: str, dtypes: tuple[torch.dtype, torch.dtype], operation: str) -> bool:
+    """Whether that strategy is among them: staged rows have one type."""
+    return can_be_held(dtypes, operation) and (strategy != "staged" or dtypes[0] == dtypes[1])
+
+
 class CallOperand(ctypes.Structure):
     _fields_ = (
         ("data", ctypes.c_void_p),
