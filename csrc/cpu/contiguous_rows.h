@@ -23,7 +23,8 @@ template <class V, Operation kOperation, class T, class U>
 void run_contiguous_rows(const Problem& problem, int64_t begin, int64_t end) {
   const MemoryHints hints = memory_hints_of(problem);
   const int64_t longest = problem.longest();
-  if (longest > kMaxBlockCols) {
+  constexpr bool kHasBlocks = is_tuned(kOperation) || V::kHasShortRowKernels;
+  if (longest > kMaxBlockCols || !kHasBlocks) {
     return run_long_rows<V, kOperation>(problem, begin, end);
   }
   if constexpr (is_tuned(kOperation) && V::kHasShortRowKernels) {
@@ -40,7 +41,9 @@ void run_contiguous_rows(const Problem& problem, int64_t begin, int64_t end) {
       return BlockKernel<V, kOperation, T, U, true>(problem, hints).run(begin, end);
     }
   }
-  BlockKernel<V, kOperation, T, U, false>(problem, hints).run(begin, end);
+  if constexpr (kHasBlocks) {
+    BlockKernel<V, kOperation, T, U, false>(problem, hints).run(begin, end);
+  }
 }
 
 }  // namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE

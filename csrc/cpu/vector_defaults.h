@@ -46,8 +46,7 @@ struct VectorDefaults {
   // Whether 16-bit types get contiguous kernels (rows.h). false: load() goes element by element, and staging is as
   // fast.
   static constexpr bool kLoads16Bit = true;
-  // Whether rows of at most one tile, and float32 derivatives in the caches, have kernels of their own
-  // (contiguous_rows.h).
+  // Whether short rows have all kernels of contiguous_rows.h. false: blocks for tuned operations alone.
   static constexpr bool kHasShortRowKernels = true;
   // Whether a masked load of 16-bit elements is one instruction.
   static constexpr bool kHasMaskedLoads16Bit = false;
