@@ -28,6 +28,7 @@ from cases import (
 from numpy_reference import Wide, accumulation_dtype, to_wide, total
 from tolerances import half_ulp
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from masked_softmax_ext import (
@@ -41,6 +42,7 @@ from masked_softmax_ext import (
     packed_softmax,
     reference,
 )
+from masked_softmax_ext._arguments import convert_sink
 
 ROWS = 24
 # One element; narrow rows, blocks of rows and long rows of every instruction set, and their edges.
@@ -285,6 +287,22 @@ def test_a_sink_is_read_in_its_own_type(sink_dtype: torch.dtype) -> None:
     assert leaf.grad is not None
     assert leaf.grad.dtype == sink_dtype
     assert (leaf.grad != 0).all()
+
+
+def test_a_number_on_cuda_becomes_float32_where_that_is_exact() -> None:
+    """The kernels of plain rows take sinks of float32. On the CPU, every sink is read alike."""
+    exact = (0, 0.5, float(np.float32(0.1)), float(np.float32(-1e30)), -math.inf, math.nan)
+    with FakeTensorMode():
+        for device, numbers, dtype in (
+            ("cuda", exact, torch.float32),
+            ("cuda", (0.1, 1e39, 1e-40, 2**24 + 1), torch.float64),
+            ("cpu", exact, torch.float64),
+        ):
+            x = torch.empty(2, 3, device=device)
+            for number in numbers:
+                sink = convert_sink("masked_softmax", number, x)
+                assert sink is not None
+                assert (sink.dtype, sink.device.type) == (dtype, device), number
 
 
 def test_in_place_and_out() -> None:
