@@ -19,6 +19,7 @@ from masked_softmax_ext import _C
 from masked_softmax_ext._numbers import (
     FLOATING_DTYPES,
     convert_int,
+    fits_float32,
     fits_int64,
     float64_tensor,
     is_constant,
@@ -272,7 +273,11 @@ def convert_sink(name: str, sink: Sink, input: Tensor, argument: str = "input") 
             f"{type(sink).__name__}"
             + (f" (torch.tensor(sink, device={argument}.device) makes one)" if has_remedy else "")
         )
-    return float64_tensor(_to_float(name, "sink", sink), input.device)
+    number = _to_float(name, "sink", sink)
+    # On CUDA, the kernels of plain rows take sinks of float32.
+    if input.device.type == "cuda" and fits_float32(number):
+        return torch.full((), number, dtype=torch.float32, device=input.device)
+    return float64_tensor(number, input.device)
 
 
 def _is_numeral(text: object) -> bool:

@@ -280,7 +280,9 @@ class _Softmax(torch.autograd.Function):
         has_no_sink = sink == -math.inf
         sink_term = relative_sink(sink, part.shift)
         terms = torch.cat([part.logsumexps, sink_term[None]])
-        weight = (sink_term - terms.logsumexp(0)).exp().masked_fill(has_no_sink, 0.0)
+        total = terms.logsumexp(0)  # infinite or NaN only if a score or the sink is: the row is NaN
+        weight = (sink_term - total.masked_fill(total == math.inf, math.nan)).exp()
+        weight = weight.masked_fill(has_no_sink & part.is_row_empty, 0.0)
         terms[call.index] = -math.inf
         others = terms.logsumexp(0)
         # If the sum overflows, this process's columns have weight 0. An infinite sink would make
@@ -297,14 +299,14 @@ class _Softmax(torch.autograd.Function):
             dtype=call.dtype,
         )
         weight = weight.to(accumulation_dtype(y.dtype, y.dtype, None))
-        ctx.save_for_backward(y, weight, lengths, starts)
+        ctx.save_for_backward(y, weight, has_no_sink, lengths, starts)
         ctx.call, ctx.x_dtype, ctx.sink_dtype = call, x.dtype, sink.dtype
         return y, weight
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_weight: Tensor) -> tuple[Tensor | None, ...]:
         # The formulas of csrc/binding/autograd_rows.cpp, with the sums over whole rows.
-        y, weight, lengths, starts = ctx.saved_tensors
+        y, weight, has_no_sink, lengths, starts = ctx.saved_tensors
         call: _Call = ctx.call
         rows, acc_dtype = (lengths, call.dim, starts), weight.dtype
         if call.name == "masked_softmax":
@@ -324,7 +326,7 @@ class _Softmax(torch.autograd.Function):
             *rows,
             call.scale,
         )
-        grad_sink = weight * (grad_weight + grad_logsumexp)
+        grad_sink = (weight * (grad_weight + grad_logsumexp)).masked_fill(has_no_sink, 0.0)
         return grad_x.to(ctx.x_dtype), grad_sink.to(ctx.sink_dtype), None, None, None
 
 
@@ -351,7 +353,8 @@ class _LogSumExp(torch.autograd.Function):
         grad = grad.to(acc_dtype)
         grads = _sum_gradients(grad, call.groups)
         grad_x = find_operator("masked_row_scale")(y, grads, lengths, call.dim, starts, call.scale)
-        return grad_x.to(x.dtype), (grad * weight).to(sink.dtype), None, None, None
+        grad_sink = (grad * weight).masked_fill(sink == -math.inf, 0.0)
+        return grad_x.to(x.dtype), grad_sink.to(sink.dtype), None, None, None
 
 
 class _Part(NamedTuple):
@@ -362,6 +365,7 @@ class _Part(NamedTuple):
     logsumexps: Tensor  # (processes, rows), relative to shift
     shift: Tensor  # scale * maximum of the whole row
     shift_from_own: Tensor  # shift - scale * maximum of the row's part
+    is_row_empty: Tensor  # whether the whole row is
 
 
 def _exchange(x: Tensor, lengths: Tensor, starts: Tensor, call: _Call) -> _Part:
@@ -386,6 +390,7 @@ def _exchange(x: Tensor, lengths: Tensor, starts: Tensor, call: _Call) -> _Part:
     own_max = own_max.squeeze(dim).double()
     if scale < 0:
         own_max = -own_max
+    own_max = own_max.masked_fill(lengths == 0, -math.inf)  # and a part of -inf alone has 0
     # Each process fills its own place and leaves the others 0. The sum has the parts of all.
     parts = own_logsumexp.new_zeros([call.processes, 2, *own_max.shape])
     parts[call.index] = torch.stack([own_max, own_logsumexp])
@@ -401,6 +406,7 @@ def _exchange(x: Tensor, lengths: Tensor, starts: Tensor, call: _Call) -> _Part:
         logsumexps.masked_fill(is_empty, -math.inf),
         row_max * abs(scale),
         from_own.masked_fill(own_logsumexp == -math.inf, 0.0),
+        (maxima == -math.inf).all(0),
     )
 
 

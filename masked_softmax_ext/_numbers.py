@@ -96,7 +96,7 @@ def float64_tensor(number: Any, device: torch.device) -> Tensor:
         zero: Any = torch.zeros((), dtype=torch.float64, device=device)
         varying: Tensor = zero + number
         return varying
-    if not torch.compiler.is_exporting() or _fits_float32(number):
+    if not torch.compiler.is_exporting() or fits_float32(number):
         return torch.full((), number, dtype=torch.float64, device=device)
     # The ONNX exporter stores a Python float as float32, but an int as int64.
     mantissa, exponent = math.frexp(number)
@@ -109,7 +109,7 @@ def float64_tensor(number: Any, device: torch.device) -> Tensor:
     return tensor
 
 
-def _fits_float32(number: float) -> bool:
+def fits_float32(number: float) -> bool:
     """Whether it is a normal float32, zero, infinite or NaN."""
     mantissa, exponent = math.frexp(number)
     return not math.isfinite(number) or (

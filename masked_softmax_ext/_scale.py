@@ -100,7 +100,9 @@ def relative_sink(sink: Tensor, shift: Tensor) -> Tensor:
     """``sink - shift`` in float64, infinite only where the sink is."""
     largest = torch.finfo(torch.float64).max
     sink = sink.double()
-    difference = (sink - shift).clamp(-largest, largest)
+    difference = sink - shift
+    clamped = difference.clamp(-largest, largest)  # a NaN that is clamped has a gradient of 0
+    difference = torch.where(difference.abs() == math.inf, clamped, difference)
     return torch.where(sink.abs() == math.inf, sink, difference)
 
 

@@ -104,29 +104,34 @@ def _masked_softmax_with_sink(
     input: Tensor, sink: Tensor, *args: Any, **options: Any
 ) -> tuple[Tensor, Tensor]:
     result = _masked_softmax(input, *args, sink=sink, **options)
-    return result, _sink_weight(result.dtype, input, sink, *args, **options)
+    return result, _sink_weight(result, input, sink, *args, **options)
 
 
 def _masked_log_softmax_with_sink(
     input: Tensor, sink: Tensor, *args: Any, **options: Any
 ) -> tuple[Tensor, Tensor]:
     result = _masked_log_softmax(input, *args, sink=sink, **options)
-    return result, _sink_weight(result.dtype, input, sink, *args, **options)
+    return result, _sink_weight(result, input, sink, *args, **options)
 
 
 def _sink_weight(
-    result: torch.dtype,
+    result: Tensor,
     input: Tensor,
     sink: Tensor,
     *args: Any,
     padding_value: float | None = None,
+    scale: float | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Tensor:
-    acc_dtype = accumulation_dtype(result, result, None)
-    logsumexp = _masked_logsumexp_with_sink(input, sink, *args, dtype=acc_dtype, **options)
+    acc_dtype = accumulation_dtype(result.dtype, result.dtype, None)
+    options["dtype"] = acc_dtype
+    logsumexp = _masked_logsumexp_with_sink(input, sink, *args, scale=scale, **options)
     sink = align_to_rows(sink, logsumexp.dim()).to(acc_dtype)
-    return (sink - logsumexp).exp().masked_fill(sink == -math.inf, 0.0)
+    weight = (sink - logsumexp).exp().masked_fill(sink == -math.inf, 0.0)
+    # In a row of NaN it is NaN. Such rows, and no others, have a logsumexp of their results of NaN.
+    is_nan = _masked_logsumexp(result.detach(), *args, **options).isnan()
+    return weight.masked_fill(is_nan, math.nan)
 
 
 def _logsumexp_where(valid: Tensor, input: Tensor, dim: int, *options: Any) -> Tensor:
@@ -197,4 +202,6 @@ def _packed_rows(
     if sink is not None:
         sums = add_sink(sums.double(), relative_sink(align_to_rows(sink, rows.dim()), shift))
     logsumexp = (sums + shift.to(sums.dtype)).masked_fill(row_max == math.inf, math.inf)
-    return differences - sums.index_select(0, row), logsumexp
+    # A sum is infinite only beside an infinite sink, and the row is then NaN, as in torch.softmax.
+    log_sums = sums.masked_fill(sums == math.inf, math.nan)
+    return differences - log_sums.index_select(0, row), logsumexp

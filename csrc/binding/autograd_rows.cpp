@@ -345,7 +345,8 @@ void differentiate_sink_in_place(at::Tensor& input, const at::Tensor& sink, cons
   check_floating("input", input.scalar_type(), arguments);  // None has no autograd metadata
   torch::autograd::check_inplace(input, /*requires_grad=*/true);
   // A node that changes a view has one result, and tangents are those of a new tensor.
-  if (input.is_view() || has_tangent(input) || has_tangent(sink)) {
+  const bool changes_view = input.is_view() || (sink_weight.has_value() && sink_weight->is_view());
+  if (changes_view || has_tangent(input) || has_tangent(sink)) {
     if (!input.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
       check_no_internal_overlap("input", input, arguments.name);  // copy_() notices strides of 0 only
     }

@@ -29,6 +29,23 @@ at::Tensor resolve(const at::Tensor& tensor, const char* name) {
 struct ResolveNegative {
   template <class Call, class... Arguments>
   static void write(const char* name, at::Tensor& written, const Call& call, Arguments&... arguments) {
+    write_resolved(name, written, call, arguments...);
+  }
+
+  // masked_softmax_with_sink_: the weights are passed on as they are. The operator writes them with copy_(), which
+  // takes the bit into account.
+  template <class Call, class... Rows>
+  static void write(const char* name, at::Tensor& written, const Call& call, at::Tensor& input, const at::Tensor& sink,
+                    const OptionalTensor& sink_weight, Rows&... rows) {
+    const auto call_with_weight = [&](at::Tensor& plain, const at::Tensor& plain_sink, const auto&... plain_rows) {
+      call(plain, plain_sink, sink_weight, plain_rows...);
+    };
+    write_resolved(name, written, call_with_weight, input, sink, rows...);
+  }
+
+ private:
+  template <class Call, class... Arguments>
+  static void write_resolved(const char* name, at::Tensor& written, const Call& call, Arguments&... arguments) {
     if (written.is_neg() && !written.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
       check_no_internal_overlap(written_argument(name), written, name);  // a tensor without the bit would hide it
     }
@@ -40,7 +57,6 @@ struct ResolveNegative {
     }
   }
 
- private:
   // Tensors without the negative bit; `plain` in place of the one that is written to.
   static at::Tensor& resolved(at::Tensor& /*written*/, at::Tensor& plain, const char* /*name*/) { return plain; }
   static at::Tensor resolved(const at::Tensor& tensor, at::Tensor& /*plain*/, const char* name) {

@@ -29,7 +29,9 @@ struct Exp2<float> {
   // Adding 1.5 * 2^23 rounds to integers. With the exponent bias on top, the low bits of the sum are the exponent field
   // of 2^n.
   static constexpr float kMagic = 0x1.8p23f + 127.0f;
+  // Of normal numbers.
   static constexpr float kMinExponent = -126.0f;
+  static constexpr float kMaxExponent = 127.0f;
 };
 
 template <>
@@ -51,6 +53,7 @@ struct Exp2<double> {
   };
   static constexpr double kMagic = 0x1.8p52 + 1023.0;
   static constexpr double kMinExponent = -1022.0;
+  static constexpr double kMaxExponent = 1023.0;
 };
 
 // scale * log2(e) as an unevaluated sum high + low, so that exp(scale * t) = 2^(t * high + t * low).

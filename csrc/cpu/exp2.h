@@ -187,7 +187,7 @@ MASKED_SOFTMAX_INLINE V exponential_of(const V& x, const ExponentialParams<typen
     V encoded = V::fma(a, high, magic_minus_r);
     // Clamped to the largest finite power of two, 2^127 for float. For a larger term f then is positive, which keeps
     // the term at least that large, so the row's sum is out of range and the row is computed again.
-    encoded = V::min(V::broadcast(kMagic - Exp2<acc_t>::kMinExponent + 1), encoded);
+    encoded = V::min(V::broadcast(kMagic + Exp2<acc_t>::kMaxExponent), encoded);
     const V rounded = encoded - magic_minus_r;  // a * c, rounded to the step
     const V f = V::fma(a, V::broadcast(params.low), V::fms(a, high, rounded));
     return V::zero_where_less(rounded, zero_below, exp2_of_encoded(encoded, f));

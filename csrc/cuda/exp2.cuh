@@ -111,12 +111,11 @@ MASKED_SOFTMAX_DEVICE acc_t exponential_function(acc_t t) {
   constexpr auto kLog2e = static_cast<acc_t>(0x1.71547652b82fep0);
   constexpr auto kLog2eLow = static_cast<acc_t>(sizeof(acc_t) == 4 ? 0x1.71547652b82fep0 - static_cast<double>(kLog2e)
                                                                    : 0x1.777d0ffda0d24p-56);
-  constexpr acc_t kMaxExponent = 1 - E::kMinExponent;
   const acc_t encoded = fused_multiply_add(t, kLog2e, E::kMagic);
   const acc_t n = encoded - E::kMagic;
   const acc_t f = fused_multiply_add(t, kLog2eLow, fused_multiply_add(t, kLog2e, -n));
   const acc_t result = select(n < E::kMinExponent, acc_t{0}, exp2_of_encoded(encoded, f));
-  return select(n > kMaxExponent, std::numeric_limits<acc_t>::infinity(), result);
+  return select(n > E::kMaxExponent, std::numeric_limits<acc_t>::infinity(), result);
 }
 
 // The two sums of log_softmax: the biased rest, and the number of elements equal to the maximum (common/exponential.h).

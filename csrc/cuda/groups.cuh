@@ -35,8 +35,15 @@ struct Max {
   MASKED_SOFTMAX_DEVICE acc_t value() const { return words[0]; }
 };
 
-// A sum and its rounding error (TwoSum: Knuth, The Art of Computer Programming, vol. 2, 4.2.2). As accurate as in twice
-// the precision, so neither a row's length nor the number of threads affects its accuracy.
+// The rounding error of sum = a + b (TwoSum: Knuth, The Art of Computer Programming, vol. 2, 4.2.2).
+template <class acc_t>
+MASKED_SOFTMAX_DEVICE acc_t error_of_sum(acc_t a, acc_t b, acc_t sum) {
+  const acc_t part = sum - a;
+  return (a - (sum - part)) + (b - part);
+}
+
+// A sum and its rounding error. As accurate as in twice the precision, so neither a row's length nor the number of
+// threads affects its accuracy.
 template <class acc_t>
 struct Sum {
   static constexpr int kFirstWord = 1;
@@ -72,8 +79,7 @@ struct Sum {
   MASKED_SOFTMAX_DEVICE acc_t add_to_high(acc_t value) {
     const acc_t high = words[0];
     words[0] = high + value;
-    const acc_t part = words[0] - high;
-    return (high - (words[0] - part)) + (value - part);
+    return error_of_sum(high, value, words[0]);
   }
 
   template <int kFirst, int kCount, int kAll>

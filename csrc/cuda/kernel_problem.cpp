@@ -94,7 +94,8 @@ bool has_plain_sinks(const Problem& problem) {
   const RowInput& sinks = problem.row_input;
   const RowResult& weights = problem.row_result;
   const int64_t bytes = size_bytes(sinks.type);
-  return problem.operation == Operation::kSoftmax && sinks.data != nullptr && problem.row_ndim <= 3 &&
+  return problem.operation == Operation::kSoftmax && problem.output.type == problem.inputs[0].type &&
+         sinks.data != nullptr && problem.row_ndim <= 3 &&
          (sinks.type == ElementType::kFloat32 || sinks.type == problem.inputs[0].type) &&
          is_plain(problem, sinks.data, bytes, sinks.row_strides, bytes) &&
          (weights.data == nullptr || weights.type == ElementType::kFloat32);

@@ -109,8 +109,8 @@ MASKED_SOFTMAX_HOST_DEVICE const RowConstants<acc_t>& constants_of(const KernelP
 
 // Whether rows are plain, for vectors of `elems_per_vector` elements.
 bool are_plain(const Problem& problem, int elems_per_vector);
-// Whether the rows have sinks that kernels of plain rows can read: in the scores' type or float32, in at most three
-// dimensions. The rows themselves are plain if those of without_sinks() are.
+// Whether kernels of plain rows take these sinks: those of a softmax whose result has the scores' type; sinks of that
+// type or float32, in at most three dimensions. The rows themselves are plain if those of without_sinks() are.
 bool has_plain_sinks(const Problem& problem);
 // The same rows in as few dimensions as they have without sinks.
 Problem without_sinks(const Problem& problem);

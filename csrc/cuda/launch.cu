@@ -93,20 +93,18 @@ LaunchPlan plan_problem(const Problem& problem, const DeviceProperties& device, 
   shape.acc_bytes = types.accumulates_in_double ? 8 : 4;
   shape.inputs = problem.input_count;
   shape.can_be_held = types.pair != nullptr && has_contiguous_columns(problem);
-  // The kernels of a pair of two types: lanes, block and cluster, without sinks.
-  const bool is_of_one_type = types.pair != nullptr && types.pair->input == types.pair->output;
-  // Some kernels of plain rows take sinks, those of plain columns do not: plain_rows_take_sinks().
-  const bool has_row_numbers = problem.row_input.data != nullptr || problem.row_result.data != nullptr;
-  shape.has_sinks = has_row_numbers;
-  if (shape.can_be_held && !has_row_numbers) {
+  shape.has_row_numbers = problem.row_input.data != nullptr || problem.row_result.data != nullptr;
+  if (shape.can_be_held && !shape.has_row_numbers) {
     shape.is_plain = are_plain(problem, shape.elems_per_vector);
-  } else if (shape.can_be_held && is_of_one_type && has_plain_sinks(problem)) {
+  } else if (shape.can_be_held && has_plain_sinks(problem)) {
     shape.is_plain = are_plain(without_sinks(problem), shape.elems_per_vector);
   }
-  shape.stage_bytes = shape.is_plain && !shape.has_sinks && is_of_one_type ? stage_bytes(problem) : 0;
   shape.has_unit_row_stride = has_unit_row_stride(problem);
-  shape.has_plain_columns =
-      shape.has_unit_row_stride && !has_row_numbers && is_of_one_type && are_plain_columns(problem);
+  // Some kernels of plain rows take sinks (plain_rows_take_sinks()); those of staged rows and plain columns do not, nor
+  // do they take two types.
+  const bool is_simple = types.pair != nullptr && types.pair->input == types.pair->output && !shape.has_row_numbers;
+  shape.stage_bytes = shape.is_plain && is_simple ? stage_bytes(problem) : 0;
+  shape.has_plain_columns = shape.has_unit_row_stride && is_simple && are_plain_columns(problem);
   return plan_launch(shape, device, forced);
 }
 

@@ -85,7 +85,7 @@ struct RowShape {
   int64_t stage_bytes = 0;           // of a row's inputs in shared memory; 0: rows cannot be staged
   bool has_unit_row_stride = false;  // the row stride is 1: elements of one column are adjacent in memory
   bool has_plain_columns = false;    // and are_plain_columns() in kernel_problem.h; input and output have one type
-  bool has_sinks = false;            // each row has one; those of plain rows: has_plain_sinks() in kernel_problem.h
+  bool has_row_numbers = false;      // Problem::row_input or row_result; of plain rows: has_plain_sinks()
 };
 
 // The order of a row's sums. The valid columns are cut into chunks of threads * vectors * elems. The sums of
@@ -299,7 +299,7 @@ constexpr LaunchPlan plan_strategy(Strategy strategy, const SumOrder& order, con
   plan.order = order;
   plan.threads_per_block = static_cast<unsigned>(order.threads);
   plan.is_plain = shape.is_plain && holds_rows(strategy) && strategy != Strategy::kSplit &&
-                  (!shape.has_sinks || plain_rows_take_sinks(strategy, order));
+                  (!shape.has_row_numbers || plain_rows_take_sinks(strategy, order));
   switch (strategy) {
     case Strategy::kAutomatic: break;
     case Strategy::kLanes: {

@@ -46,7 +46,7 @@ class SinkDistance<float> {
     const float n = encoded - E::kMagic;
     const float result = exp2_of_encoded(encoded, static_cast<float>(z - static_cast<double>(n)));
     const float or_zero = n < E::kMinExponent ? 0.0f : result;
-    return n > 1 - E::kMinExponent ? std::numeric_limits<float>::infinity() : or_zero;
+    return n > E::kMaxExponent ? std::numeric_limits<float>::infinity() : or_zero;
   }
 
  private:
@@ -79,12 +79,6 @@ class SinkDistance<double> {
 
  private:
   MASKED_SOFTMAX_DEVICE SinkDistance(double high, double low) : high_(high), low_(low) {}
-
-  // TwoSum (groups.cuh): the rounding error of sum = a + b.
-  MASKED_SOFTMAX_DEVICE static double error_of_sum(double a, double b, double sum) {
-    const double part = sum - a;
-    return (a - (sum - part)) + (b - part);
-  }
 
   double high_;
   double low_;  // may be NaN if high_ is infinite

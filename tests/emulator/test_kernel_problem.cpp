@@ -44,6 +44,35 @@ Problem plain_problem() {
   return problem;
 }
 
+// A softmax of (batch, head, query) rows with a sink for each head.
+constexpr int64_t kBatches = 2;
+constexpr int64_t kHeads = 5;
+constexpr int64_t kQueries = 4;
+
+Problem problem_with_sinks() {
+  Problem problem = plain_problem();
+  problem.operation = Operation::kSoftmax;
+  problem.input_count = 1;
+  problem.row_ndim = 3;
+  problem.rows = kBatches * kHeads * kQueries;
+  const int64_t sizes[] = {kBatches, kHeads, kQueries};
+  const int64_t sink_strides[] = {0, 1, 0};
+  int64_t stride = 1;
+  for (int dim = 2; dim >= 0; --dim) {
+    problem.row_sizes[dim] = sizes[dim];
+    problem.output.row_strides[dim] = problem.inputs[0].row_strides[dim] = stride * kCols;
+    problem.lengths.row_strides[dim] = stride;
+    problem.starts.row_strides[dim] = 0;
+    problem.row_input.row_strides[dim] = sink_strides[dim];
+    stride *= sizes[dim];
+  }
+  problem.row_input.data = memory;
+  problem.row_result = {memory, ElementType::kFloat32};
+  return problem;
+}
+
+void set_score_types(Problem& problem, ElementType type) { problem.output.type = problem.inputs[0].type = type; }
+
 struct Case {
   const char* what;
   std::function<void(Problem&)> change;
@@ -182,4 +211,67 @@ TEST("plan: rows are not plain where one of the conditions fails") {
          {"lengths at an odd address", [](Problem& p) { p.lengths.data = memory + 4; }},
          {"uint8 lengths", [](Problem& p) { p.lengths.type = ElementType::kUInt8; }},
          {"int16 lengths", [](Problem& p) { p.lengths.type = ElementType::kInt16; }}});
+}
+
+TEST("plan: plain rows take sinks of float32 and of the scores' type, in three dimensions or fewer, with any strides") {
+  const std::vector<Case> plain{
+      {"a sink for each head", [](Problem&) {}},
+      {"16 bits, float32 sinks", [](Problem& p) { set_score_types(p, ElementType::kBFloat16); }},
+      {"16 bits, sinks of 16 bits between float32's boundaries",
+       [](Problem& p) {
+         set_score_types(p, ElementType::kFloat16);
+         p.row_input.type = ElementType::kFloat16;
+         p.row_input.data = memory + 2;
+       }},
+      {"one sink for all", [](Problem& p) { p.row_input.row_strides[1] = 0; }},
+      {"reversed sinks", [](Problem& p) { p.row_input.row_strides[1] = -3; }},
+      {"the largest stride", [](Problem& p) { p.row_input.row_strides[0] = kTooFar / 4 - 1; }},
+      {"one dimension", [](Problem& p) { p.row_ndim = 1; }},
+      {"no place for the weights", [](Problem& p) { p.row_result = {}; }}};
+  const std::vector<Case> others{
+      {"no sinks", [](Problem& p) { p.row_input.data = nullptr; }},
+      {"log_softmax", [](Problem& p) { p.operation = Operation::kLogSoftmax; }},
+      {"a result of another type", [](Problem& p) { p.output.type = ElementType::kBFloat16; }},
+      {"float64 sinks", [](Problem& p) { p.row_input.type = ElementType::kFloat64; }},
+      {"16-bit sinks of float32 scores", [](Problem& p) { p.row_input.type = ElementType::kBFloat16; }},
+      {"sinks of the other 16-bit type",
+       [](Problem& p) {
+         set_score_types(p, ElementType::kBFloat16);
+         p.row_input.type = ElementType::kFloat16;
+       }},
+      {"float64 weights", [](Problem& p) { p.row_result.type = ElementType::kFloat64; }},
+      {"four dimensions",
+       [](Problem& p) {
+         p.row_ndim = 4;
+         p.row_input.row_strides[3] = 0;
+       }},
+      {"sinks at an odd address", [](Problem& p) { p.row_input.data = memory + 2; }},
+      {"a stride whose bytes are beyond 32 bits", [](Problem& p) { p.row_input.row_strides[2] = kTooFar / 4; }}};
+  for (bool expected : {true, false}) {
+    for (const Case& c : expected ? plain : others) {
+      Problem problem = problem_with_sinks();
+      c.change(problem);
+      CHECK(has_plain_sinks(problem) == expected, c.what);
+    }
+  }
+}
+
+TEST("plan: without their sinks, rows have as few dimensions as their own strides allow, and can be plain") {
+  const Problem contiguous = without_sinks(problem_with_sinks());
+  CHECK(contiguous.row_input.data == nullptr && contiguous.row_result.data == nullptr, "the sinks are left");
+  CHECK(contiguous.row_ndim == 1 && contiguous.row_sizes[0] == contiguous.rows, contiguous.row_ndim << " dimensions");
+  CHECK(contiguous.rows == problem_with_sinks().rows, contiguous.rows << " rows");
+  CHECK(contiguous.inputs[0].row_strides[0] == kCols && contiguous.lengths.row_strides[0] == 1, "other strides");
+  CHECK(are_plain(contiguous, kElems), "not plain");
+
+  Problem problem = problem_with_sinks();
+  problem.inputs[0].row_strides[0] += kCols;  // a gap between batches
+  const Problem batches = without_sinks(problem);
+  CHECK(batches.row_ndim == 2 && batches.row_sizes[0] == kBatches && batches.row_sizes[1] == kHeads * kQueries,
+        batches.row_ndim << " dimensions");
+  CHECK(batches.inputs[0].row_strides[0] == problem.inputs[0].row_strides[0], batches.inputs[0].row_strides[0]);
+  CHECK(are_plain(batches, kElems), "not plain");
+
+  problem.lengths.row_strides[1] = 0;  // a length for each batch and query
+  CHECK(without_sinks(problem).row_ndim == 3 && !are_plain(without_sinks(problem), kElems), "three are plain");
 }

@@ -15,7 +15,7 @@ using emulator::kWithoutClusters;
 std::string text_of(const RowShape& shape) {
   return std::to_string(shape.rows) + " rows of " + std::to_string(shape.cols) + ", " +
          std::to_string(shape.elems_per_vector) + " to a vector, " + std::to_string(shape.inputs) +
-         (shape.is_plain ? " inputs, plain" : " inputs");
+         (shape.is_plain ? " inputs, plain" : " inputs") + (shape.has_row_numbers ? ", with sinks" : "");
 }
 
 constexpr DeviceProperties kH200{/*has_clusters=*/true, /*sm_count=*/132};
@@ -43,21 +43,26 @@ std::vector<int64_t> all_cols() {
   return {cols.begin(), cols.end()};
 }
 
-// Rows that can be held: plain ones, and others.
+// Rows that can be held: plain ones, and others; those of forward passes also with sinks.
 template <class Visitor>
 void for_each_shape(const Visitor& visit) {
+  struct Inputs {
+    int count;
+    bool has_sinks;
+  };
   for (int64_t cols : all_cols()) {
     for (int elems : {2, 4, 8}) {
-      for (int inputs : {1, 2, 3}) {
+      for (const Inputs& inputs : {Inputs{1, false}, Inputs{1, true}, Inputs{2, false}, Inputs{3, false}}) {
         for (bool is_plain : {false, true}) {
           RowShape shape;
           shape.rows = 1000;
           shape.cols = cols;
           shape.elems_per_vector = elems;
           shape.acc_bytes = elems == 2 ? 8 : 4;
-          shape.inputs = inputs;
+          shape.inputs = inputs.count;
           shape.can_be_held = true;
           shape.is_plain = is_plain;
+          shape.has_row_numbers = inputs.has_sinks;
           for (const DeviceProperties& device : {kWithClusters, kWithoutClusters, kH200}) {
             visit(shape, device);
           }
@@ -65,6 +70,14 @@ void for_each_shape(const Visitor& visit) {
       }
     }
   }
+}
+
+// Whether there are kernels of plain rows for this plan of some.
+bool has_plain_kernels(const RowShape& shape, const LaunchPlan& plan) {
+  if (shape.has_row_numbers) {
+    return plan.strategy == Strategy::kBlock || (plan.strategy == Strategy::kLanes && shape.cols > 8);
+  }
+  return plan.strategy != Strategy::kSplit;
 }
 
 RowShape plain_shape(int64_t rows, int64_t cols, int elems_per_vector, int inputs) {
@@ -127,10 +140,22 @@ TEST("plan: rows that are not plain take the strategy of plain ones; strided whe
     CHECK(other.strategy == (fits ? plain.strategy : Strategy::kStrided), text_of(shape)
                                                                               << ": " << strategy_name(other.strategy));
     CHECK(same(other.order, plain.order), text_of(shape));
-    CHECK(!other.is_plain && plain.is_plain == (plain.strategy != Strategy::kSplit), text_of(shape));
+    CHECK(!other.is_plain && plain.is_plain == has_plain_kernels(shape, plain), text_of(shape));
     strided += fits ? 0 : 1;
   });
   CHECK(strided > 0, "no row needs more registers than the kernels of any rows have");
+}
+
+TEST("plan: a sink changes neither the strategy nor the order of a row's sum") {
+  for_each_shape([](RowShape shape, const DeviceProperties& device) {
+    if (!shape.has_row_numbers) {
+      return;
+    }
+    const LaunchPlan plan = plan_launch(shape, device);
+    shape.has_row_numbers = false;
+    const LaunchPlan without = plan_launch(shape, device);
+    CHECK(plan.strategy == without.strategy && same(plan.order, without.order), text_of(shape));
+  });
 }
 
 TEST("plan: the thresholds of float32, and of 16-bit types") {
@@ -366,7 +391,7 @@ TEST("plan: staged rows have two to four stages, which fit an SM's shared memory
   int64_t refused = 0;
   for_each_shape([&](RowShape shape, const DeviceProperties& /*device*/) {
     const SumOrder order = order_of(Strategy::kBlock, shape, kH200);
-    if (!shape.is_plain || order.threads == 0 || shape.inputs > 2) {
+    if (!shape.is_plain || order.threads == 0 || shape.inputs > 2 || shape.has_row_numbers) {
       return;
     }
     for (int memory_kib : {228, 100}) {  // compute capability 9.0 and 10.0; 12.0

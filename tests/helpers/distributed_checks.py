@@ -48,6 +48,7 @@ from masked_softmax_ext import (
     packed_softmax,
     reference,
 )
+from masked_softmax_ext.decompositions import call_operator
 
 CHECKS: dict[str, Callable[[int], None]] = {}
 
@@ -555,6 +556,31 @@ def infinite_values_in_sharded_rows(world: int) -> None:
             )
         for expected, got in zip(*results, strict=True):
             torch.testing.assert_close(got, expected, equal_nan=True, msg=f"sink {value}")
+    for function, value in itertools.product(softmaxes, (-inf, 0.5, inf, nan)):
+        weights, gradients = [], []
+        for scores, sink in (
+            (x, torch.full((9,), value)),
+            (
+                distribute_tensor(x, mesh, [Shard(1)]),
+                distribute_tensor(torch.full((9,), value), mesh, [Replicate()]),
+            ),
+        ):
+            y, weight = call_operator(
+                f"{function.__name__}_with_sink",
+                scores,
+                sink.requires_grad_(),
+                lengths,
+                -1,
+                starts,
+                scale=None,
+                dtype=None,
+                validate=False,
+            )
+            (gradient,) = torch.autograd.grad(y.exp().sum() + weight.sum(), sink)
+            for whole, tensor in ((weights, weight.detach()), (gradients, gradient)):
+                whole.append(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+        torch.testing.assert_close(weights[1], weights[0], equal_nan=True, msg=f"sink {value}")
+        torch.testing.assert_close(gradients[1], gradients[0], equal_nan=True, msg=f"sink {value}")
     expected = masked_logsumexp(x, lengths, starts=starts)
     logsumexps = masked_logsumexp(distribute_tensor(x, mesh, [Shard(1)]), lengths, starts=starts)
     torch.testing.assert_close(logsumexps.full_tensor(), expected, equal_nan=True)

@@ -6,6 +6,7 @@ by the scale and a sink's gradient of 0 exceed it (test_the_bounds_reject_wrong_
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from cases import (
 from numpy_reference import Wide, accumulation_dtype, to_wide, total
 from tolerances import half_ulp
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from masked_softmax_ext import (
@@ -40,6 +42,7 @@ from masked_softmax_ext import (
     packed_softmax,
     reference,
 )
+from masked_softmax_ext._arguments import convert_sink
 
 ROWS = 24
 # One element; narrow rows, blocks of rows and long rows of every instruction set, and their edges.
@@ -286,6 +289,22 @@ def test_a_sink_is_read_in_its_own_type(sink_dtype: torch.dtype) -> None:
     assert (leaf.grad != 0).all()
 
 
+def test_a_number_on_cuda_becomes_float32_where_that_is_exact() -> None:
+    """The kernels of plain rows take sinks of float32. On the CPU, every sink is read alike."""
+    exact = (0, 0.5, float(np.float32(0.1)), float(np.float32(-1e30)), -math.inf, math.nan)
+    with FakeTensorMode():
+        for device, numbers, dtype in (
+            ("cuda", exact, torch.float32),
+            ("cuda", (0.1, 1e39, 1e-40, 2**24 + 1), torch.float64),
+            ("cpu", exact, torch.float64),
+        ):
+            x = torch.empty(2, 3, device=device)
+            for number in numbers:
+                sink = convert_sink("masked_softmax", number, x)
+                assert sink is not None
+                assert (sink.dtype, sink.device.type) == (dtype, device), number
+
+
 def test_in_place_and_out() -> None:
     x, lengths, sinks = operands(50, torch.float32)
     expected = masked_softmax(x, lengths, sink=sinks)
@@ -313,6 +332,34 @@ def test_gradients_in_place(of_x: bool, of_sink: bool) -> None:
     expected = torch.autograd.grad(masked_softmax(x, lengths, sink=sinks).square().sum(), needed)
     for gradient, other in zip(got, expected, strict=True):
         assert (gradient.nan_to_num() - other.nan_to_num()).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_weights_written_to_a_view(requires_grad: bool) -> None:
+    """Also to one whose memory holds the negated values. Gradients reach the tensor it is of."""
+    x, lengths, sinks = operands(50, torch.float32)
+    sinks.requires_grad_(requires_grad)
+    _, expected = torch.ops.masked_softmax_ext.masked_softmax_with_sink(x, sinks, lengths)
+
+    def row(memory: Tensor) -> Tensor:
+        return memory[1]
+
+    def negated(memory: Tensor) -> Tensor:
+        return torch._neg_view(memory[1])  # type: ignore[no-untyped-call,no-any-return]
+
+    for view_of, sign in ((row, 1), (negated, -1)):
+        memory = torch.zeros(2, ROWS)
+        weight = view_of(memory)
+        version = weight._version
+        torch.ops.masked_softmax_ext.masked_softmax_with_sink_(x.clone(), sinks, weight, lengths)
+        assert weight._version > version
+        assert torch.equal(weight, expected)
+        assert torch.equal(memory[1], sign * expected)
+        assert (memory[0] == 0).all()
+        if requires_grad:
+            gradients = (torch.autograd.grad(w.sum(), sinks)[0] for w in (memory * sign, expected))
+            torch.testing.assert_close(*gradients)
+            _, expected = torch.ops.masked_softmax_ext.masked_softmax_with_sink(x, sinks, lengths)
 
 
 def test_packed_and_jagged() -> None:
@@ -448,12 +495,20 @@ def test_derivatives_at_the_edges(name: str, row: str, sink: float, implementati
 
 @pytest.mark.parametrize("sink", [-math.inf, 0.5, -1e30, math.inf, math.nan])
 @pytest.mark.parametrize("row", EDGE_ROWS)
-@pytest.mark.parametrize("name", EDGE_FUNCTIONS)
-def test_nan_reaches_the_gradients_of_its_row_alone(name: str, row: str, sink: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [*itertools.product(EDGE_FUNCTIONS, [0]), ("softmax", 1), ("log_softmax", 1)],
+)
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_nan_reaches_the_gradients_of_its_row_alone(
+    name: str, implementation: int, scale: float | None, row: str, sink: float
+) -> None:
     """It comes from +inf and NaN, in the row or as its sink, which is never that of -inf."""
     values, length = EDGE_ROWS[row]
-    function = EDGE_FUNCTIONS[name][0]
-    options = {"padding_value": 0.0} if name == "log_softmax" else {}
+    function = EDGE_FUNCTIONS[name][implementation]
+    options: dict[str, Any] = {"scale": scale}
+    if name == "log_softmax":
+        options["padding_value"] = 0.0
     x = torch.tensor([[1.0, 2.0, 3.0], values, [3.0, 2.0, 1.0]]).requires_grad_()
     lengths = torch.tensor([3, length, 2])
     sinks = torch.tensor([0.25, sink, -math.inf], requires_grad=True)

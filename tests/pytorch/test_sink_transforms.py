@@ -6,6 +6,7 @@ Compared with masked_softmax_ext.reference under the same transformation.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -283,6 +284,30 @@ def test_export(name: str) -> None:
         expected = module(scores, LENGTHS)
         assert_same_bits(loaded(scores, LENGTHS), expected)
         assert torch.allclose(plain.module()(scores, LENGTHS), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("scale", [None, -0.5])
+@pytest.mark.parametrize("name", ["masked_softmax_with_sink", "masked_log_softmax_with_sink"])
+def test_decomposed_weights_at_the_edges(name: str, scale: float | None, is_packed: bool) -> None:
+    """Those of the kernels: in a row of NaN, a sink has the weight NaN, one of -inf too."""
+    nan, inf = math.nan, math.inf
+    kinds = [[1.0, 2.0], [1.0, nan], [inf, 1.0], [-inf, 1.0], [-inf, -inf], []]
+    rows = [values for values in kinds for _ in range(6)]
+    sinks = torch.tensor([-inf, 0.5, -1e30, 1e30, inf, nan] * len(kinds))
+    lengths = torch.tensor([len(values) for values in rows])
+    options: dict[str, Any] = {"scale": scale}
+    starts = None
+    if is_packed:
+        x = torch.tensor([value for values in rows for value in values])
+        starts = lengths.cumsum(0) - lengths
+        options["packed"] = 2
+    else:
+        x = torch.tensor([values + [nan] * (3 - len(values)) for values in rows])
+    operator = find_operator(name)
+    expected = operator(x, sinks, lengths, -1, starts, **options)
+    got = decomposition_table()[operator](x, sinks, lengths, -1, starts, **options)
+    torch.testing.assert_close(got, expected, equal_nan=True)
 
 
 @every_function
