@@ -68,6 +68,16 @@ def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert re.search(r"\s{2,}\w", option), f"{option} is not explained"
 
 
+@pytest.mark.parametrize("name", NEED_TRANSFORMERS)
+def test_without_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says what to install, with --help too, which the same import precedes."""
+    monkeypatch.setitem(sys.modules, "transformers", None)  # importing it raises ImportError
+    monkeypatch.delitem(sys.modules, "masked_softmax_ext.integrations.transformers", raising=False)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(SystemExit, match=r'pip install "transformers>=5\.10,<6"'):
+        importlib.import_module(name)
+
+
 # Each runs and exits with 0
 
 
