@@ -78,6 +78,21 @@ def test_without_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         importlib.import_module(name)
 
 
+def test_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.distributed.tensor.debug imports it, and attention_pooling reads its docstrings."""
+    debug = "torch.distributed.tensor.debug"
+    for name in ("sharded_attention", *(name for name in sys.modules if name.startswith(debug))):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    with pytest.raises(SystemExit, match="pip install numpy"):
+        importlib.import_module("sharded_attention")
+
+    example = load("attention_pooling")
+    monkeypatch.setattr(example, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit, match="pip install numpy"):
+        list(example.read_paragraphs("numpy", 1))
+
+
 # Each runs and exits with 0
 
 
