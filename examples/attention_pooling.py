@@ -122,7 +122,7 @@ def read_paragraphs(library: str, max_files: int) -> Iterator[list[list[str]]]:
     """Yields, for each source file, the paragraphs of its docstrings as lists of words."""
     spec = find_spec(library)
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"this example reads the docstrings of {library}: install it")
+        sys.exit(f"This example reads the docstrings of {library}; type: pip install {library}")
     root = Path(spec.origin).parent
     files = sorted(file for file in root.rglob("*.py") if "test" not in str(file.relative_to(root)))
     for file in random.Random(0).sample(files, min(max_files, len(files))):

@@ -19,10 +19,15 @@ import sys
 
 import torch
 from torch import Tensor
-from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel
 
 from masked_softmax_ext.demo import measure, terminal
-from masked_softmax_ext.integrations.transformers import register
+
+try:
+    from masked_softmax_ext.integrations.transformers import register
+except ImportError as error:  # no transformers, or an old one
+    sys.exit(str(error))
+
+from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel
 
 NAME = register()
 TOLERANCE = 2e-5  # float32 sums in a different order differ by about 1e-6

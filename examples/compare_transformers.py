@@ -23,6 +23,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from masked_softmax_ext.demo import measure, terminal
+
+try:
+    from masked_softmax_ext.integrations.transformers import register
+except ImportError as error:  # no transformers, or an old one
+    sys.exit(str(error))
+
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -30,9 +38,6 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
 )
-
-from masked_softmax_ext.demo import measure, terminal
-from masked_softmax_ext.integrations.transformers import register
 
 NAME = register()
 IMPLEMENTATIONS = ("eager", "sdpa", NAME)

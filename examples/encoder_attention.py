@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
             lengths=len(names),
             title="Who attends to whom, padding in grey",
         )
-        figure.savefig(options.plot, dpi=80)
+        figure.savefig(options.plot, dpi=100)
         print(f"Wrote {options.plot}.")
     return 0 if agree and finite else 1
 

@@ -4,6 +4,7 @@ Sharding over batches needs no communication. Sharding over keys gives each proc
 row; of each part two numbers are exchanged, its maximum and its logsumexp, and the scores stay
 where they are. Runs on the CPU in two processes.
 
+    pip install numpy
     python examples/sharded_attention.py
 
 Exits with 1 if the weights differ from those of one process.
@@ -21,9 +22,13 @@ import torch.distributed as dist
 from torch import multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.distributed.tensor.debug import CommDebugMode
 
 from masked_softmax_ext import masked_softmax
+
+try:
+    from torch.distributed.tensor.debug import CommDebugMode
+except ModuleNotFoundError as error:  # this part of torch needs numpy
+    sys.exit(f"torch.distributed.tensor.debug needs {error.name}; type: pip install {error.name}")
 
 PROCESSES = 2
 

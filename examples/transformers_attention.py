@@ -22,6 +22,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+try:
+    from masked_softmax_ext.integrations.transformers import register
+except ImportError as error:  # no transformers, or an old one
+    sys.exit(str(error))
+
 from transformers import (
     BertConfig,
     BertModel,
@@ -29,8 +35,6 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
 )
-
-from masked_softmax_ext.integrations.transformers import register
 
 TOLERANCE = 1e-5  # float32 sums in a different order differ by about 1e-6
 SIZES = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}

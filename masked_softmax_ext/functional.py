@@ -52,12 +52,12 @@ def masked_softmax(
 ) -> Tensor:
     r"""Softmax over the valid columns of each row; padding becomes exactly 0 and is never read.
 
-    With ``rows`` indexed by all dimensions but ``dim``, and ``x`` one row of ``cols`` columns,
-    column ``j`` is valid where ``start <= j < start + length``:
+    All dimensions but ``dim`` index the rows. Column ``j`` of a row ``x`` is valid if
+    ``start <= j < start + length``. Its result is
 
     .. math:: y_j = \exp(scale \cdot (x_j - \max x)) / \sum_k \exp(scale \cdot (x_k - \max x))
 
-    over the valid columns. A row of length 0 is all zeros. No mask is built.
+    with maximum and sum over the valid columns. A row of length 0 is all zeros. No mask is built.
 
     Args:
         input: the scores, any shape and strides; float32, float64, bfloat16 or float16, or an
@@ -85,9 +85,9 @@ def masked_softmax(
         out: a tensor to write to, of input's shape and the result's type; it is not resized. May be
             ``input``.
 
-    In the signature, ``Index`` is ``int | Tensor``, ``Lengths`` is that, a pair ``(lengths,
-    starts)`` of them or ``None``, and ``Scale`` and ``Sink`` are numbers or tensors, ``Number``, or
-    ``None``.
+    The names of types in the signature: ``Index`` is ``int | Tensor``; ``Lengths`` is an ``Index``,
+    a pair ``(lengths, starts)`` of them, or ``None``; ``Scale`` and ``Sink`` are a number, a tensor
+    or ``None``.
 
     Returns:
         A contiguous tensor of input's shape (or ``out``). Differentiable in ``input`` and ``sink``

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PADDING = "#dddddd"
+_MAX_WIDTH = 8.0  # inches: on a page, wider figures are shrunk until their names cannot be read
 
 
 def heat_map(
@@ -25,7 +26,8 @@ def heat_map(
     """Draws attention weights, dark where they are large, with a colour bar for all heads.
 
     Args:
-        weights: ``(keys,)``, ``(queries, keys)`` or ``(heads, queries, keys)``; a panel a head.
+        weights: ``(keys,)``, ``(queries, keys)`` or ``(heads, queries, keys)``. Each head has a
+            panel; rows of panels are at most 8 inches wide, unless one panel is wider.
         tokens: names of the keys, the columns. If there are fewer than columns, the rest is padding
             without names.
         queries: names of the rows. ``None``: those of the keys, where there are as many queries.
@@ -76,18 +78,23 @@ def heat_map(
     largest = float(heads.nan_to_num(0.0).max()) if heads.numel() else 1.0
     label_chars = max((len(token) for token in tokens or ()), default=0)
     labels, cell, gap = 0.6 + 0.08 * label_chars, 0.24, 0.4  # inches
-    width = labels + (gap + cell * max(cols, 4)) * len(heads) + 0.8
-    height = labels + gap + cell * max(rows, 4)
-    figure = Figure(figsize=(width, height), layout="compressed")
-    panels = figure.subplots(1, len(heads), squeeze=False)[0]
+    panel_width, panel_height = gap + cell * max(cols, 4), labels + gap + cell * max(rows, 4)
+    across = max(1, min(len(heads), int(_MAX_WIDTH / panel_width)))
+    down = -(-len(heads) // across)
+    size = (labels + panel_width * across + 0.8, panel_height * down)
+    figure = Figure(figsize=size, layout="compressed")
+    places = figure.subplots(down, across, squeeze=False).flatten()
+    panels = places[: len(heads)]
+    for place in places[len(heads) :]:
+        place.remove()
     for head, panel in enumerate(panels):
         image = panel.imshow(heads[head].numpy(), cmap=colours, vmin=0.0, vmax=largest)
         _name(panel.set_xticks, tokens, rotation=90)
-        _name(panel.set_yticks, queries if head == 0 else None)
+        _name(panel.set_yticks, queries if head % across == 0 else None)
         if len(heads) > 1:
             panel.set_title(f"head {head}", fontsize=10)
     # A bar beside the panels is as high as they are: too low for its ticks if there are few rows.
-    is_flat = rows < 4 and cols * len(heads) >= 8
+    is_flat = down == 1 and rows < 4 and cols * len(heads) >= 8
     bar: dict[str, Any] = {"location": "top", "shrink": 0.4, "aspect": 30} if is_flat else {}
     figure.colorbar(image, ax=list(panels), label="weight", **bar)
     if title is not None:

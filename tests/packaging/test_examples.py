@@ -68,6 +68,31 @@ def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert re.search(r"\s{2,}\w", option), f"{option} is not explained"
 
 
+@pytest.mark.parametrize("name", NEED_TRANSFORMERS)
+def test_without_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says what to install, with --help too, which the same import precedes."""
+    monkeypatch.setitem(sys.modules, "transformers", None)  # importing it raises ImportError
+    monkeypatch.delitem(sys.modules, "masked_softmax_ext.integrations.transformers", raising=False)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(SystemExit, match=r'pip install "transformers>=5\.10,<6"'):
+        importlib.import_module(name)
+
+
+def test_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.distributed.tensor.debug imports it, and attention_pooling reads its docstrings."""
+    debug = "torch.distributed.tensor.debug"
+    for name in ("sharded_attention", *(name for name in sys.modules if name.startswith(debug))):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    with pytest.raises(SystemExit, match="pip install numpy"):
+        importlib.import_module("sharded_attention")
+
+    example = load("attention_pooling")
+    monkeypatch.setattr(example, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit, match="pip install numpy"):
+        list(example.read_paragraphs("numpy", 1))
+
+
 # Each runs and exits with 0
 
 

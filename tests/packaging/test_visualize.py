@@ -35,6 +35,19 @@ def test_every_weight_is_drawn_in_its_place() -> None:
     assert figure.get_suptitle() == "two heads"
 
 
+def test_heads_wrap_before_their_names_become_too_small() -> None:
+    """Five heads of 12 words: two beside each other, three rows, nothing in the last place."""
+    figure = heat_map(torch.rand(5, 4, 12), queries=TOKENS)
+    assert figure.get_figwidth() < 9
+    *panels, _ = figure.axes
+    assert [panel.get_title() for panel in panels] == [f"head {head}" for head in range(5)]
+    figure.draw_without_rendering()
+    lefts = [round(panel.get_window_extent().x0) for panel in panels]
+    assert lefts[0] == lefts[2] == lefts[4] < lefts[1] == lefts[3]
+    named = [len(panel.get_yticklabels()) for panel in panels]
+    assert named == [4, 0, 4, 0, 4]
+
+
 def test_padding_has_a_colour_of_its_own() -> None:
     """A weight of 0 in a valid column has not."""
     weights = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])

@@ -52,7 +52,10 @@ def test_every_target_exists(path: Path) -> None:
 def test_the_workflows_run_every_step_of_ci() -> None:
     """But the build with CUDA, for which .ci/run needs nvcc."""
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    steps = set(re.findall(r"^ *(?:make|in_parallel) (.+)$", ci, re.MULTILINE))
+    steps = set(re.findall(r"^ *(?:[A-Z_]+=\S+ )*(?:make|in_parallel) (.+)$", ci, re.MULTILINE))
     targets = {target for step in steps for target in re.findall(r"(?<![\w=-])[a-z-]+\b", step)}
-    run = set(jobs("test.yml")["checks"]["strategy"]["matrix"]["target"])
+    checks = jobs("test.yml")["checks"]
+    run = set(checks["strategy"]["matrix"]["target"])
     assert targets - {"clean", "build", "cuda-test"} == run | {"lint", "test"}
+    settings = dict(re.findall(r"^([A-Z_]+)=(\S+) make ", ci, re.MULTILINE))
+    assert settings == {name: str(value) for name, value in checks["env"].items()}
