@@ -72,7 +72,7 @@ $(SANITIZER_TESTS): sanitizer-test-%: build
 	tests/sanitizers/run.sh $*
 
 # Fuzzes the CPU kernels and the Python interface, each for FUZZ_SECONDS. FUZZ_RUNS=COUNT in the environment: that many
-# inputs, the same every time.
+# inputs, the same every time on one machine.
 FUZZ_SECONDS ?= 30
 fuzz: build $(VENV)/fuzz.stamp
 	tests/fuzz/run.sh kernel $(FUZZ_SECONDS)

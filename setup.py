@@ -52,7 +52,7 @@ DEFAULT_GENCODE = [
 OLDER_ARCHITECTURES = "8.0;9.0+PTX"
 
 # The files of csrc/binding are compiled as one: each alone would parse torch's headers, which takes
-# 3 to 7 seconds.
+# 3 to 7 seconds. So names in their anonymous namespaces must differ.
 BINDING_UNIT = "build/units/binding_{kind}.cpp"
 CUDART_FOLDER = "build/cudart"
 

@@ -244,6 +244,9 @@ def _to_float(name: str, argument: str, number: Any) -> float:
         ) from None
 
 
+FLOAT32_SINK_DEVICES = ("cuda",)
+
+
 def convert_sink(name: str, sink: Sink, input: Tensor, argument: str = "input") -> Tensor | None:
     """The sink as the operators take it; ``argument`` is the name of ``input``."""
     if sink is None:
@@ -274,8 +277,9 @@ def convert_sink(name: str, sink: Sink, input: Tensor, argument: str = "input") 
             + (f" (torch.tensor(sink, device={argument}.device) makes one)" if has_remedy else "")
         )
     number = _to_float(name, "sink", sink)
-    # On CUDA, the kernels of plain rows take sinks of float32.
-    if input.device.type == "cuda" and fits_float32(number):
+    # On CUDA, the kernels of plain rows take sinks of float32. A number that varies between a
+    # program's runs may not fit it.
+    if input.device.type in FLOAT32_SINK_DEVICES and is_constant(number) and fits_float32(number):
         return torch.full((), number, dtype=torch.float32, device=input.device)
     return float64_tensor(number, input.device)
 

@@ -280,7 +280,7 @@ class _Softmax(torch.autograd.Function):
         has_no_sink = sink == -math.inf
         sink_term = relative_sink(sink, part.shift)
         terms = torch.cat([part.logsumexps, sink_term[None]])
-        total = terms.logsumexp(0)  # infinite or NaN only if a score or the sink is: the row is NaN
+        total = terms.logsumexp(0)  # +inf or NaN only if a score or the sink is: the row is NaN
         weight = (sink_term - total.masked_fill(total == math.inf, math.nan)).exp()
         weight = weight.masked_fill(has_no_sink & part.is_row_empty, 0.0)
         terms[call.index] = -math.inf
@@ -390,7 +390,8 @@ def _exchange(x: Tensor, lengths: Tensor, starts: Tensor, call: _Call) -> _Part:
     own_max = own_max.squeeze(dim).double()
     if scale < 0:
         own_max = -own_max
-    own_max = own_max.masked_fill(lengths == 0, -math.inf)  # and a part of -inf alone has 0
+    # So an empty part differs from one of only -inf, which has 0.
+    own_max = own_max.masked_fill(lengths == 0, -math.inf)
     # Each process fills its own place and leaves the others 0. The sum has the parts of all.
     parts = own_logsumexp.new_zeros([call.processes, 2, *own_max.shape])
     parts[call.index] = torch.stack([own_max, own_logsumexp])

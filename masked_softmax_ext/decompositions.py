@@ -126,9 +126,14 @@ def _sink_weight(
 ) -> Tensor:
     acc_dtype = accumulation_dtype(result.dtype, result.dtype, None)
     options["dtype"] = acc_dtype
+    has_no_sink = sink == -math.inf
+    # A float64 sink may be below every float32, where -inf - (-inf) would be NaN.
+    lowest = torch.finfo(acc_dtype).min
+    sink = sink.to(torch.promote_types(sink.dtype, acc_dtype))
+    sink = sink.masked_fill(sink < lowest, lowest).to(acc_dtype)
     logsumexp = _masked_logsumexp_with_sink(input, sink, *args, scale=scale, **options)
-    sink = align_to_rows(sink, logsumexp.dim()).to(acc_dtype)
-    weight = (sink - logsumexp).exp().masked_fill(sink == -math.inf, 0.0)
+    weight = (align_to_rows(sink, logsumexp.dim()) - logsumexp).exp()
+    weight = weight.masked_fill(align_to_rows(has_no_sink, logsumexp.dim()), 0.0)
     # In a row of NaN it is NaN. Such rows, and no others, have a logsumexp of their results of NaN.
     is_nan = _masked_logsumexp(result.detach(), *args, **options).isnan()
     return weight.masked_fill(is_nan, math.nan)

@@ -7,16 +7,16 @@
 
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
-// Rows of at most so many columns are narrow, and have block kernels without loops. Rows of two types and of float64
-// have none: they are rare, and these kernels would take an eighth of the time that all of them take to compile.
-// Without loops every vector is masked, which pays out for fewer columns where 16-bit types have no masked loads.
+// Rows of up to max_narrow_cols() columns have block kernels without loops. Rows of two types and of float64 have none:
+// they are rare, and their kernels took an eighth of the time that this file compiles (GCC 12). Without loops every
+// vector is masked, which pays off for fewer columns where masked loads of 16-bit types take several instructions.
 template <class V, Operation kOperation, class T, class U>
 constexpr int64_t max_narrow_cols() {
   if (!is_tuned(kOperation) || !V::kHasShortRowKernels || !std::is_same_v<T, U> || sizeof(T) > sizeof(float)) {
     return 0;
   }
   const bool is_slow = !is_forward(kOperation) && sizeof(T) == 2 && !V::kHasMaskedLoads16Bit;
-  return is_slow ? kTileElems<V> / 4 : kTileElems<V>;
+  return is_slow && kTileElems<V> > 16 ? 16 : kTileElems<V>;
 }
 
 template <class V, Operation kOperation, class T, class U>

@@ -191,7 +191,7 @@ template <class acc_t, class HasNan>
 double add_sink_to_log_sum(double sink, const ForwardScale<acc_t>& scale, acc_t& row_max, acc_t& log_sum,
                            const HasNan& has_nan) {
   constexpr acc_t kNone = -std::numeric_limits<acc_t>::infinity();
-  if (row_max == kNone && !has_nan()) {
+  if (row_max == kNone && scale.exact != 0 && !has_nan()) {  // 0 * -inf is NaN
     row_max = 0;
     log_sum = kNone;
   }

@@ -100,11 +100,12 @@ LaunchPlan plan_problem(const Problem& problem, const DeviceProperties& device, 
     shape.is_plain = are_plain(without_sinks(problem), shape.elems_per_vector);
   }
   shape.has_unit_row_stride = has_unit_row_stride(problem);
-  // Some kernels of plain rows take sinks (plain_rows_take_sinks()); those of staged rows and plain columns do not, nor
+  // Some kernels of plain rows take sinks (plain_rows_take_sinks()). Those of staged rows and plain columns do not, nor
   // do they take two types.
-  const bool is_simple = types.pair != nullptr && types.pair->input == types.pair->output && !shape.has_row_numbers;
-  shape.stage_bytes = shape.is_plain && is_simple ? stage_bytes(problem) : 0;
-  shape.has_plain_columns = shape.has_unit_row_stride && is_simple && are_plain_columns(problem);
+  const bool has_one_type = types.pair != nullptr && types.pair->input == types.pair->output;
+  const bool is_without_sinks = !shape.has_row_numbers;
+  shape.stage_bytes = shape.is_plain && has_one_type && is_without_sinks ? stage_bytes(problem) : 0;
+  shape.has_plain_columns = shape.has_unit_row_stride && has_one_type && is_without_sinks && are_plain_columns(problem);
   return plan_launch(shape, device, forced);
 }
 

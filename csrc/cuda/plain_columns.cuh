@@ -241,8 +241,9 @@ template <bool kForward, class input_t, class output_t>
 Status launch_plain_columns(const KernelProblem& kernel_problem, const LaunchPlan& plan, Stream stream) {
   if constexpr (std::is_same_v<input_t, output_t>) {
     return launch(plain_columns<kForward, input_t>, plan, stream, kernel_problem);
+  } else {
+    return kInvalidLaunch;
   }
-  return kInvalidLaunch;
 }
 
 }  // namespace masked_softmax::cuda

@@ -228,8 +228,9 @@ template <bool kForward, class input_t, class output_t>
 Status launch_staged_rows(const KernelProblem& kernel_problem, const LaunchPlan& plan, Stream stream) {
   if constexpr (std::is_same_v<input_t, output_t>) {
     return launch(staged_block<kForward, input_t>, plan, stream, kernel_problem);
+  } else {
+    return kInvalidLaunch;
   }
-  return kInvalidLaunch;
 }
 
 }  // namespace masked_softmax::cuda

@@ -10,9 +10,10 @@
 # breaks a promise is written to build/fuzz/*_broken-...
 #
 # FUZZ_SEED is libFuzzer's seed (1 by default; 0 picks a new one each time). With FUZZ_RUNS=COUNT, a run ends after that
-# many inputs, not after SECONDS: the same seed then gives the Python interface the same inputs every time, and the
-# kernel layer almost the same, so that continuous integration fails because of a change, not by chance. FUZZ_OPTIONS go
-# to libFuzzer, CLANG and PYTHON name the tools. If a tool is missing, the run is reported as skipped.
+# many inputs, not after SECONDS, and starts without the inputs that earlier runs have found. On one machine, the same
+# seed then gives the Python interface the same inputs every time, and the kernel layer almost the same, so that
+# continuous integration fails because of a change, not by chance. FUZZ_OPTIONS go to libFuzzer, CLANG and PYTHON name
+# the tools. If a tool is missing, the run is reported as skipped.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -101,15 +102,18 @@ case ${1:-} in
     unpack regressions "$target"
     seconds=${2:-60}
     limit=(-max_total_time="$seconds")
-    ((seconds > 0)) || limit=(-runs=0)
-    if [[ -n ${FUZZ_RUNS:-} ]]; then
+    found=$folder/${target}_found
+    if ((seconds == 0)); then
+      limit=(-runs=0)
+    elif [[ -n ${FUZZ_RUNS:-} ]]; then
       limit=(-runs="$FUZZ_RUNS")
+      found=$folder/${target}_found_in_runs
+      rm -rf "$found"
       # libFuzzer learns from what the code compares, addresses and hashes too.
       export PYTHONHASHSEED=0
       setarch --addr-no-randomize true && fuzzer=(setarch --addr-no-randomize "${fuzzer[@]}")
     fi
     # New inputs go to the first folder; the others are only read.
-    found=$folder/${target}_found
     mkdir -p "$found"
     "${fuzzer[@]}" "${limit[@]}" "${options[@]}" -artifact_prefix="$folder/${target}_broken-" "${more[@]}" \
       "$found" "$folder/corpus/$target" "$folder/regressions/$target"

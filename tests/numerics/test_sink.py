@@ -34,6 +34,7 @@ from torch.autograd import forward_ad
 from masked_softmax_ext import (
     MaskedLogSoftmax,
     MaskedSoftmax,
+    _arguments,
     masked_log_softmax,
     masked_logsumexp,
     masked_softmax,
@@ -295,7 +296,7 @@ def test_a_number_on_cuda_becomes_float32_where_that_is_exact() -> None:
     with FakeTensorMode():
         for device, numbers, dtype in (
             ("cuda", exact, torch.float32),
-            ("cuda", (0.1, 1e39, 1e-40, 2**24 + 1), torch.float64),
+            ("cuda", (0.1, 1e39, 2.0**-140, 2**24 + 1), torch.float64),
             ("cpu", exact, torch.float64),
         ):
             x = torch.empty(2, 3, device=device)
@@ -303,6 +304,24 @@ def test_a_number_on_cuda_becomes_float32_where_that_is_exact() -> None:
                 sink = convert_sink("masked_softmax", number, x)
                 assert sink is not None
                 assert (sink.dtype, sink.device.type) == (dtype, device), number
+
+
+def test_a_number_that_varies_becomes_a_sink_in_one_program(monkeypatch: Any) -> None:
+    """Where numbers may become float32 too: here, Dynamo traces them on the CPU."""
+    monkeypatch.setattr(_arguments, "FLOAT32_SINK_DEVICES", ("cpu",))
+    torch.compiler.reset()
+    programs = 0
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        nonlocal programs
+        programs += 1
+        return graph.forward
+
+    function = torch.compile(masked_softmax, backend=count, fullgraph=True, dynamic=True)
+    x = random_input((2, 5), torch.float32, 1)
+    for number in (0.5, 0.25, 0.1, -3.0, 1e300):
+        assert torch.equal(function(x, 3, sink=number), masked_softmax(x, 3, sink=number))
+    assert programs <= 2
 
 
 def test_in_place_and_out() -> None:

@@ -324,8 +324,8 @@ for with_cuda in (False, True):
 """
     without_cuda, with_cuda = (line.split(";") for line in run_after_setup(code))
     files = sorted(path.name for path in (ROOT / "csrc" / "binding").glob("*.cpp"))
-    for units, other in ((without_cuda, "cuda_ops.cpp"), (with_cuda, "without_cuda.cpp")):
-        assert units == [f'#include "binding/{name}"' for name in files if name != other]
+    for included, other in ((without_cuda, "cuda_ops.cpp"), (with_cuda, "without_cuda.cpp")):
+        assert included == [f'#include "binding/{name}"' for name in files if name != other]
 
 
 def test_each_torch_has_its_own_objects() -> None:

@@ -287,14 +287,15 @@ def test_export(name: str) -> None:
 
 
 @pytest.mark.parametrize("is_packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("scale", [None, -0.5])
+@pytest.mark.parametrize("scale", [None, -0.5, 0.0])
 @pytest.mark.parametrize("name", ["masked_softmax_with_sink", "masked_log_softmax_with_sink"])
 def test_decomposed_weights_at_the_edges(name: str, scale: float | None, is_packed: bool) -> None:
     """Those of the kernels: in a row of NaN, a sink has the weight NaN, one of -inf too."""
     nan, inf = math.nan, math.inf
     kinds = [[1.0, 2.0], [1.0, nan], [inf, 1.0], [-inf, 1.0], [-inf, -inf], []]
-    rows = [values for values in kinds for _ in range(6)]
-    sinks = torch.tensor([-inf, 0.5, -1e30, 1e30, inf, nan] * len(kinds))
+    edges = [-inf, 0.5, -1e30, 1e30, -1e308, inf, nan]  # one is below every float32
+    rows = [values for values in kinds for _ in edges]
+    sinks = torch.tensor(edges * len(kinds), dtype=torch.float64)
     lengths = torch.tensor([len(values) for values in rows])
     options: dict[str, Any] = {"scale": scale}
     starts = None
