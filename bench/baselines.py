@@ -11,7 +11,7 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -25,6 +25,7 @@ from bench.formulations import (
     torch_masked_softmax,
     torch_private_masked_softmax,
     unfused_softmax,
+    unfused_softmax_with_sinks,
 )
 from bench.timing import Call, Run, timed_loop
 from masked_softmax_ext import masked_log_softmax, masked_softmax
@@ -96,6 +97,8 @@ class RowBaseline(Baseline):
             return "measured forward only"
         if case.function != "softmax":
             return "measured for softmax only"
+        if case.sinks:
+            return "measured without sinks only"
         return super().skip_reason(case)
 
 
@@ -104,17 +107,21 @@ class TorchBaseline(Baseline):
 
     Attributes:
         log_function: The same for log_softmax.
+        sink_function: The same as ``function``, with sinks=.
         backward_operator: The operator that autograd calls for softmax, with (g, y, lengths, dim).
     """
 
     function: ClassVar[Softmax]
     log_function: ClassVar[Softmax | None] = None
+    sink_function: ClassVar[Softmax | None] = None
     backward_operator: ClassVar[Callable[[Tensor, Tensor, Tensor, int], Tensor] | None] = None
     has_gradient: ClassVar[bool] = True
 
     def skip_reason(self, case: Case) -> str | None:
         if case.function == "log_softmax" and self.log_function is None:
             return "measured for softmax only"
+        if case.sinks and self.sink_function is None:
+            return "measured without sinks only"
         if case.direction == "backward operator" and self.backward_operator is None:
             return "has no backward operator"
         if (case.direction != "forward" or case.grad) and not self.has_gradient:
@@ -130,6 +137,9 @@ class TorchBaseline(Baseline):
         if data.case.function == "log_softmax":
             assert self.log_function is not None
             return self.log_function
+        if data.case.sinks:
+            assert self.sink_function is not None
+            return partial(self.sink_function, sinks=data.sinks)
         return self.function
 
     def prepare(self, data: Data, first: int) -> Prepared:
@@ -193,6 +203,10 @@ class Ours(TorchBaseline):
     log_function = staticmethod(masked_log_softmax)
 
     @staticmethod
+    def sink_function(x: Tensor, *rows: Any, sinks: Tensor, out: Tensor | None = None) -> Tensor:
+        return masked_softmax(x, *rows, sink=sinks, out=out)
+
+    @staticmethod
     def backward_operator(g: Tensor, y: Tensor, lengths: Tensor, dim: int) -> Tensor:
         operator = torch.ops.masked_softmax_ext.masked_softmax_backward.default
         result: Tensor = operator(g, y, lengths, dim, None, None, y.dtype)
@@ -202,6 +216,7 @@ class Ours(TorchBaseline):
 class Unfused(TorchBaseline):
     name = names.UNFUSED
     function = staticmethod(unfused_softmax)
+    sink_function = staticmethod(unfused_softmax_with_sinks)
 
 
 class Compiled(TorchBaseline):
@@ -312,7 +327,7 @@ class OursShuffled(Ours):
         generator = torch.Generator().manual_seed(len(data.lengths))
         order = torch.randperm(len(data.lengths), generator=generator)
         inputs = [x[order] for x in data.inputs]
-        shuffled = Data(data.case, data.lengths[order], inputs, data.outputs, data.gradient)
+        shuffled = replace(data, lengths=data.lengths[order], inputs=inputs)
         prepared = super().prepare(shuffled, first)
         inverse = order.argsort()
         result = prepared.result

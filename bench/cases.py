@@ -51,6 +51,7 @@ class Case:
         direction: "backward" is autograd's pass; "backward operator" calls the operator that it
             calls, alone.
         grad: Whether a forward pass records for autograd; autograd's passes always do.
+        sinks: Whether each index of the second dimension, such as a head, has an attention sink.
         baselines: Names of the candidates measured beside ours.
     """
 
@@ -63,6 +64,7 @@ class Case:
     dim: int = -1
     grad: bool = False
     function: Function = "softmax"
+    sinks: bool = False
     baselines: tuple[str, ...] = names.DEFAULT_BASELINES
 
     def __post_init__(self) -> None:
@@ -70,6 +72,10 @@ class Case:
             raise ValueError("out= has no gradient")
         if self.function == "log_softmax" and self.direction != "forward":
             raise ValueError("log_softmax is measured forward only")
+        if self.sinks and (self.direction != "forward" or len(self.shape) < 3):
+            raise ValueError(
+                "sinks are measured forward only, one for each of the second dimension"
+            )
 
     @property
     def cols(self) -> int:
@@ -100,6 +106,8 @@ class Case:
         parts.append(self.direction)
         if self.grad:
             parts.append("with grad")
+        if self.sinks:
+            parts.append("with sinks")
         if self.direction == "forward":
             parts.append(self.output)
         parts.append(f"{self.threads} thread{'s' * (self.threads > 1)}")
@@ -152,6 +160,7 @@ class Data:
     inputs: list[Tensor]
     outputs: list[Tensor]
     gradient: Tensor | None
+    sinks: Tensor | None = None
 
     @property
     def valid_elems(self) -> int:
@@ -197,6 +206,7 @@ def make_data(case: Case, llc_bytes: int, seed: int = SEED) -> Data:
         inputs=[values() for _ in range(buffers)],
         outputs=[torch.zeros(case.shape, dtype=case.torch_dtype) for _ in range(buffers)],
         gradient=None if case.direction == "forward" else values(),
+        sinks=torch.randn(case.shape[1], generator=generator)[None] if case.sinks else None,
     )
 
 

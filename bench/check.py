@@ -57,7 +57,7 @@ def truth_of(data: Data, uses_lengths: bool) -> Truth:
     if case.function == "log_softmax":
         log_y = reference.masked_log_softmax(x, lengths, case.dim)
         return Truth(slices, valid, log_y, torch.where(valid, 1 - log_y, 0.0))
-    y = reference.masked_softmax(x, lengths, case.dim)
+    y = reference.masked_softmax(x, lengths, case.dim, sink=data.sinks)
     if data.gradient is None:
         return Truth(slices, valid, y, y)
     g = data.gradient[slices].double()

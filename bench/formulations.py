@@ -18,6 +18,20 @@ def unfused_softmax(x: Tensor, lengths: Tensor, dim: int = -1) -> Tensor:
     return torch.softmax(x.masked_fill(padding_mask(x, lengths, dim), float("-inf")), dim)
 
 
+def unfused_softmax_with_sinks(
+    x: Tensor, lengths: Tensor, dim: int = -1, *, sinks: Tensor
+) -> Tensor:
+    """The same with a sink for each row: a further column, dropped from the result.
+
+    ``sinks`` broadcast to the rows from their first dimension on.
+    """
+    masked = x.masked_fill(padding_mask(x, lengths, dim), float("-inf"))
+    rows = list(masked.shape)
+    rows[dim] = 1
+    aligned = sinks.view(*sinks.shape, *[1] * (x.dim() - sinks.dim())).expand(rows)
+    return torch.softmax(torch.cat([masked, aligned], dim), dim).narrow(dim, 0, x.size(dim))
+
+
 def torch_private_masked_softmax(x: Tensor, lengths: Tensor, dim: int = -1) -> Tensor:
     """torch._masked_softmax; it takes a mask of x's own shape."""
     mask = padding_mask(x, lengths, dim).expand(x.shape).contiguous()

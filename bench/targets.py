@@ -186,6 +186,9 @@ def other_layouts() -> Iterator[Target]:
     scores = Case(SCORES)
     title = f"scores {SCORES}, lengths ({SCORES[0]},)"
     yield Target(title, scores, names.UNFUSED, 5.0, 5.0, aim=10.0)
+    scores = Case(SCORES, sinks=True, baselines=(names.UNFUSED,))
+    title = f"scores {SCORES}, lengths ({SCORES[0]},), sinks ({SCORES[1]},)"
+    yield Target(title, scores, names.UNFUSED, 6.0, 6.0, aim=10.0)
     strided = Case(SOFTMAX_ALONG_1, dim=1)
     title = f"dim=1 of {SOFTMAX_ALONG_1}, lengths ({SOFTMAX_ALONG_1[0]},)"
     yield Target(title, strided, names.UNFUSED, 4.0, 4.0, aim=8.0)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,7 @@ BASELINE_CASES = (
     Case((9, 40), dtype="float16", output="out="),
     Case((3, 4, 5, 6)),
     Case((3, 20, 7), dim=1),
+    Case((4, 3, 5, 24), sinks=True),
 )
 
 
@@ -220,6 +222,14 @@ def test_check_refuses_zeros_and_the_wrong_lengths(direction: str) -> None:
         for is_baseline in (False, True):
             with pytest.raises(WrongResultError, match=r"^wrong on 8x64 75% .* are wrong"):
                 check("wrong", wrong, truth, case, is_baseline)
+
+
+def test_check_refuses_a_result_without_the_sinks() -> None:
+    case = Case((8, 3, 64), "75%", sinks=True)
+    data = make_data(case, 1 << 30)
+    without = truth_of(replace(data, sinks=None), uses_lengths=True)
+    with pytest.raises(WrongResultError, match=r"with sinks .* are wrong"):
+        check("wrong", without.value.float(), truth_of(data, uses_lengths=True), case, True)
 
 
 def test_padding_of_ours_must_be_zero() -> None:
