@@ -240,7 +240,7 @@ MASKED_SOFTMAX_NOINLINE void softmax_of_long_row(SegmentReader<V>& x, SegmentWri
   };
   if (length == 1) {  // e * (1 / e) is not always 1
     const acc_t element = read_element(x.segment(0, 1));
-    acc_t result = element - element + 1;
+    acc_t result = static_cast<acc_t>(scale.exact) * (element - element) + 1;  // 1, or NaN as in longer rows
     if (sink.exists()) {
       const bool is_lone = element == -std::numeric_limits<acc_t>::infinity();
       const double one = is_lone ? 0 : static_cast<double>(result);

@@ -202,7 +202,9 @@ void check_values(Case& c, const Matrix& twin, const Matrix& weights, const Boun
       const long double got = element(result, problem.output.type);
       require(std::memcmp(result, twin.bits(row, col).data(), size) == 0 ||
                   (std::isnan(got) && std::isnan(twin.get(row, col))),
-              c, "the same bits in a contiguous matrix: " + place(row, col));
+              c,
+              "the same bits in a contiguous matrix: " + place(row, col) + " is " + std::to_string(got) + ", there " +
+                  std::to_string(twin.get(row, col)));
       if (!expected.empty()) {
         const kernel_tests::Expected& want = expected[static_cast<size_t>(i)];
         std::ostringstream what;

@@ -11,9 +11,8 @@
 #
 # FUZZ_SEED is libFuzzer's seed (1 by default; 0 picks a new one each time). With FUZZ_RUNS=COUNT, a run ends after that
 # many inputs, not after SECONDS, and starts without the inputs that earlier runs have found. On one machine, the same
-# seed then gives the Python interface the same inputs every time, and the kernel layer almost the same, so that
-# continuous integration fails because of a change, not by chance. FUZZ_OPTIONS go to libFuzzer, CLANG and PYTHON name
-# the tools. If a tool is missing, the run is reported as skipped.
+# seed then gives the same inputs every time, so that continuous integration fails because of a change, not by chance.
+# FUZZ_OPTIONS go to libFuzzer, CLANG and PYTHON name the tools. If a tool is missing, the run is reported as skipped.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -106,7 +105,7 @@ case ${1:-} in
     if ((seconds == 0)); then
       limit=(-runs=0)
     elif [[ -n ${FUZZ_RUNS:-} ]]; then
-      limit=(-runs="$FUZZ_RUNS")
+      limit=(-runs="$FUZZ_RUNS" -reload=0)  # else it runs its own new inputs again, from time to time
       found=$folder/${target}_found_in_runs
       rm -rf "$found"
       # libFuzzer learns from what the code compares, addresses and hashes too.

@@ -211,6 +211,20 @@ def test_infinity_under_a_negative_scale_is_negative_infinity(
     )
 
 
+@pytest.mark.parametrize("scale", [NAN, INF, -INF])
+def test_a_scale_that_is_not_finite_makes_its_rows_nan(
+    capability: str, dtype: torch.dtype, log: bool, scale: float
+) -> None:
+    """Rows of one column too, in every layout."""
+    x = random_input((40, 5), dtype, seed=1)
+    lengths = torch.arange(40) % 6
+    valid = torch.arange(5) < lengths[:, None]
+    for layout in (x, x.t().contiguous().t(), x.repeat_interleave(2, 1)[:, ::2]):
+        y = forward(layout, lengths, log=log, scale=scale)
+        assert bool(y[valid].isnan().all())
+        assert_same_bits(y[~valid], torch.full_like(y[~valid], padding_value(log)))
+
+
 @pytest.mark.parametrize("dtype", FLOATING, ids=short_name)
 def test_every_kind_of_nan_makes_its_row_nan(
     capability: str, dtype: torch.dtype, log: bool
