@@ -10,9 +10,10 @@
 # breaks a promise is written to build/fuzz/*_broken-...
 #
 # FUZZ_SEED is libFuzzer's seed (1 by default; 0 picks a new one each time). With FUZZ_RUNS=COUNT, a run ends after that
-# many inputs, not after SECONDS, and starts without the inputs that earlier runs have found. On one machine, the same
-# seed then gives the same inputs every time, so that continuous integration fails because of a change, not by chance.
-# FUZZ_OPTIONS go to libFuzzer, CLANG and PYTHON name the tools. If a tool is missing, the run is reported as skipped.
+# many inputs, not after SECONDS, and starts without the inputs that earlier runs have found. In one folder on one
+# machine, the same seed then gives the same inputs every time, so that continuous integration fails because of a
+# change, not by chance. FUZZ_OPTIONS go to libFuzzer, CLANG and PYTHON name the tools. If a tool is missing, the run is
+# reported as skipped.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
