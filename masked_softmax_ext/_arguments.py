@@ -244,6 +244,7 @@ def _to_float(name: str, argument: str, number: Any) -> float:
         ) from None
 
 
+# The kernels of plain rows take sinks of float32 there. On the CPU, every sink is read alike.
 FLOAT32_SINK_DEVICES = ("cuda",)
 
 
@@ -277,8 +278,7 @@ def convert_sink(name: str, sink: Sink, input: Tensor, argument: str = "input") 
             + (f" (torch.tensor(sink, device={argument}.device) makes one)" if has_remedy else "")
         )
     number = _to_float(name, "sink", sink)
-    # On CUDA, the kernels of plain rows take sinks of float32. A number that varies between a
-    # program's runs may not fit it.
+    # A number that varies between a program's runs may not fit float32.
     if input.device.type in FLOAT32_SINK_DEVICES and is_constant(number) and fits_float32(number):
         return torch.full((), number, dtype=torch.float32, device=input.device)
     return float64_tensor(number, input.device)

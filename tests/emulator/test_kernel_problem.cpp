@@ -78,12 +78,18 @@ struct Case {
   std::function<void(Problem&)> change;
 };
 
-void check(bool expected, const std::vector<Case>& cases) {
+// Whether the condition is as expected for the problem with each of the changes.
+template <class Condition>
+void check(const Problem& unchanged, const Condition& is_plain, bool expected, const std::vector<Case>& cases) {
   for (const Case& c : cases) {
-    Problem problem = plain_problem();
+    Problem problem = unchanged;
     c.change(problem);
-    CHECK(are_plain(problem, kElems) == expected, c.what << (expected ? ": not plain" : ": plain"));
+    CHECK(is_plain(problem) == expected, c.what << (expected ? ": not plain" : ": plain"));
   }
+}
+
+void check(bool expected, const std::vector<Case>& cases) {
+  check(plain_problem(), [](const Problem& problem) { return are_plain(problem, kElems); }, expected, cases);
 }
 
 }  // namespace
@@ -150,13 +156,8 @@ TEST("plan: columns are plain at any address and of any number, but for the cond
       {"softmax, another padding", [](Problem& p) { p.operation = Operation::kSoftmax, p.padding = 7; }},
       {"a stride of columns beyond 32 bits", [](Problem& p) { p.inputs[0].col_stride = kTooFar / 4; }},
       {"a stride of rows beyond 32 bits", [](Problem& p) { p.output.row_strides[0] = kTooFar / 4; }}};
-  for (bool expected : {true, false}) {
-    for (const Case& c : expected ? plain : others) {
-      Problem problem = plain_problem();
-      c.change(problem);
-      CHECK(are_plain_columns(problem) == expected, c.what);
-    }
-  }
+  check(plain_problem(), are_plain_columns, true, plain);
+  check(plain_problem(), are_plain_columns, false, others);
 }
 
 TEST("plan: rows are not plain where one of the conditions fails") {
@@ -247,13 +248,8 @@ TEST("plan: plain rows take sinks of float32 and of the scores' type, in three d
        }},
       {"sinks at an odd address", [](Problem& p) { p.row_input.data = memory + 2; }},
       {"a stride whose bytes are beyond 32 bits", [](Problem& p) { p.row_input.row_strides[2] = kTooFar / 4; }}};
-  for (bool expected : {true, false}) {
-    for (const Case& c : expected ? plain : others) {
-      Problem problem = problem_with_sinks();
-      c.change(problem);
-      CHECK(has_plain_sinks(problem) == expected, c.what);
-    }
-  }
+  check(problem_with_sinks(), has_plain_sinks, true, plain);
+  check(problem_with_sinks(), has_plain_sinks, false, others);
 }
 
 TEST("plan: without their sinks, rows have as few dimensions as their own strides allow, and can be plain") {
