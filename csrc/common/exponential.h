@@ -97,10 +97,8 @@ template <class acc_t>
 struct ExponentialParams {
   acc_t offset;
   acc_t magic_minus_r;  // adding it rounds to the step and subtracts r
-  // A term below it is 0. The rounded (x - offset) * c is compared with it; with scalef (cpu/exp2.h), x - offset is
-  // raised to it.
-  acc_t zero_below;
-  acc_t high;  // c
+  acc_t zero_below;     // a term whose rounded (x - offset) * c is below it is 0; unused with scalef (cpu/exp2.h)
+  acc_t high;           // c
   acc_t low;
 };
 

@@ -84,7 +84,7 @@ class BlockKernel {
       prefetcher.before_tile();
       sums.add_only_tile(block.lengths[row], term);
     } else {
-      sums.add(block.lengths[row], term, [&]() MASKED_SOFTMAX_LAMBDA_INLINE { prefetcher.before_tile(); });
+      sums.add_row(block.lengths[row], term, [&]() MASKED_SOFTMAX_LAMBDA_INLINE { prefetcher.before_tile(); });
     }
     for (int s = 0; s < kSums; ++s) {
       sums.lane_sums(s).store(block.unreduced[s] + row * V::kLanes);
@@ -140,8 +140,8 @@ class BlockKernel {
   MASKED_SOFTMAX_NOINLINE acc_t sum_of(const T* x, int64_t length, const ExponentialParams<acc_t>& params,
                                        acc_t* e) const {
     RowSums<V> sum;
-    sum.add(length, [&](int64_t i, auto mask)
-                        MASKED_SOFTMAX_LAMBDA_INLINE { return exponential<V, true>(x + i, params, e + i, mask); });
+    sum.add_row(length, [&](int64_t i, auto mask)
+                            MASKED_SOFTMAX_LAMBDA_INLINE { return exponential<V, true>(x + i, params, e + i, mask); });
     return sum.total(0);
   }
 

@@ -56,22 +56,23 @@ class DerivativeRows {
     if constexpr (kIsNarrow) {
       sums.add_only_tile(length, term);
     } else {
-      sums.add(length, term);
+      sums.add_row(length, term);
     }
     for (int s = 0; s < kSums; ++s) {
       value.row_sums[s] = sums.total(s);
     }
     if constexpr (kIsNarrow) {
       if (__builtin_expect(before == 0, 1)) {
-        return write_narrow_row<V>(valid, length, length + after, acc_t{0}, StoreHint::kCached, value);
+        return write_narrow_row<V>(valid, length, length + after, padding_, StoreHint::kCached, value);
       }
     }
-    write_row<V>(valid, before, length, after, acc_t{0}, StoreHint::kCached, value);
+    write_row<V>(valid, before, length, after, padding_, StoreHint::kCached, value);
   }
 
   const Problem& problem_;
   const bool prefetch_;
   const DerivativeScale<acc_t> scale_;
+  const acc_t padding_ = optimization_barrier(acc_t{0});  // without it, a loop of stores would become a call of memset
 };
 
 }  // namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE

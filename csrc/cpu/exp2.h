@@ -129,14 +129,9 @@ struct ReferenceParams {
   N magic_minus_r;
   N zero_below;
 
-  MASKED_SOFTMAX_INLINE ReferenceParams(const N& r, const ScaledLog2e<acc_t>& c) {
+  MASKED_SOFTMAX_INLINE explicit ReferenceParams(const N& r) {
     magic_minus_r = constant<N>(magic_constant<V>()) - r;
-    if constexpr (V::kHasScalef) {
-      constexpr acc_t kUnderflows = -200;  // scalef by 2^-200 gives 0: the smallest subnormal float is 2^-149
-      zero_below = (r + constant<N>(kUnderflows)) * constant<N>(1 / c.high);
-    } else {
-      zero_below = r + constant<N>(Exp2<acc_t>::kMinExponent);
-    }
+    zero_below = r + constant<N>(Exp2<acc_t>::kMinExponent);
   }
 };
 
@@ -146,7 +141,7 @@ MASKED_SOFTMAX_INLINE ReferenceParams<V, N> params_from_references(const N& refe
                                                                    const ScaledLog2e<typename V::acc_t>& c) {
   const N product = reference * constant<N>(c.high);
   const N large = product * constant<N>(kToInfinity<typename V::acc_t>);
-  ReferenceParams<V, N> params(round_to_step<V>(product), c);
+  ReferenceParams<V, N> params(round_to_step<V>(product));
   params.magic_minus_r = params.magic_minus_r + (large - large);  // NaN where `large` is infinite or NaN
   return params;
 }
@@ -164,33 +159,32 @@ MASKED_SOFTMAX_INLINE ExponentialParams<typename V::acc_t> params_from_maximum(
   using acc_t = typename V::acc_t;
   const acc_t product = row_max * c.high;
   const bool is_on_step = product > -kMaxProduct<acc_t> && product < kMaxProduct<acc_t>;
-  const ReferenceParams<V, acc_t> params(is_on_step ? round_to_step<V>(product) : 0, c);
+  const ReferenceParams<V, acc_t> params(is_on_step ? round_to_step<V>(product) : 0);
   return {is_on_step ? 0 : row_max, params.magic_minus_r, params.zero_below, c.high, c.low};
 }
 
 template <bool kHasOffset, class V>
 MASKED_SOFTMAX_INLINE V exponential_of(const V& x, const ExponentialParams<typename V::acc_t>& params) {
   using acc_t = typename V::acc_t;
-  V a = kHasOffset ? x - V::broadcast(params.offset) : x;
-  const V zero_below = V::broadcast(params.zero_below);
+  const V a = kHasOffset ? x - V::broadcast(params.offset) : x;
   const V high = V::broadcast(params.high);
   const V magic_minus_r = V::broadcast(params.magic_minus_r);
   constexpr acc_t kMagic = magic_constant<V>();
-  if constexpr (V::kHasScalef) {
-    a = V::max(zero_below, a);  // -inf would make f NaN
-    const V encoded = V::fma(a, high, magic_minus_r);
-    const V rounded = encoded - magic_minus_r;  // a * c, rounded to the step
-    const V f = V::fma(a, V::broadcast(params.low), V::fms(a, high, rounded));
-    // The second argument is n + k/K, of which scalef takes the floor, n.
-    return V::scalef(times_exp2(V::table_lookup(encoded), f), encoded - V::broadcast(kMagic));
-  } else {
-    V encoded = V::fma(a, high, magic_minus_r);
+  V encoded = V::fma(a, high, magic_minus_r);
+  if constexpr (!V::kHasScalef) {
     // Clamped to the largest finite power of two, 2^127 for float. For a larger term f then is positive, which keeps
     // the term at least that large, so the row's sum is out of range and the row is computed again.
     encoded = V::min(V::broadcast(kMagic + Exp2<acc_t>::kMaxExponent), encoded);
-    const V rounded = encoded - magic_minus_r;  // a * c, rounded to the step
-    const V f = V::fma(a, V::broadcast(params.low), V::fms(a, high, rounded));
-    return V::zero_where_less(rounded, zero_below, exp2_of_encoded(encoded, f));
+  }
+  const V rounded = encoded - magic_minus_r;  // a * c, rounded to the step
+  const V f = V::fma(a, V::broadcast(params.low), V::fms(a, high, rounded));
+  if constexpr (V::kHasScalef) {
+    // The second argument is n + k/K, of which scalef takes the floor, n. Where a is -inf, so is `encoded`, and f is
+    // NaN; all other terms with a negative `encoded` are below 2^-200.
+    const V power = V::scalef(times_exp2(V::table_lookup(encoded), f), encoded - V::broadcast(kMagic));
+    return V::zero_where_less(encoded, V{}, power);
+  } else {
+    return V::zero_where_less(rounded, V::broadcast(params.zero_below), exp2_of_encoded(encoded, f));
   }
 }
 

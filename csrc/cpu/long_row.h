@@ -130,7 +130,7 @@ MASKED_SOFTMAX_NOINLINE acc_t segment_max(const acc_t* x, int64_t count) {
 template <class V, class acc_t>
 MASKED_SOFTMAX_NOINLINE void add_exponentials(const acc_t* x, int64_t count, const ExponentialParams<acc_t>& params,
                                               RowSums<V>& sum) {
-  sum.add(count, [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
+  sum.add_segment(count, [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
     return Terms<V>{{masked(exponential_of<true>(load<V>(x + i, mask), params), mask)}};
   });
 }
@@ -140,16 +140,18 @@ MASKED_SOFTMAX_NOINLINE void add_exponentials_and_max(const acc_t* x, int64_t co
                                                       const ExponentialParams<acc_t>& params, RowSums<V>& sum,
                                                       V& maxima) {
   V raised = maxima;
-  sum.add(count, [&](int64_t i, auto mask)
-                     MASKED_SOFTMAX_LAMBDA_INLINE { return exponential_and_max<V>(x + i, params, raised, mask); });
+  sum.add_segment(count, [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
+    return exponential_and_max<V>(x + i, params, raised, mask);
+  });
   maxima = raised;
 }
 
 template <class V, class acc_t>
 MASKED_SOFTMAX_NOINLINE void add_rest_and_max_count(const acc_t* x, int64_t count, acc_t row_max,
                                                     const ScaledLog2e<acc_t>& log2e, RowSums<V, 2>& sums) {
-  sums.add(count, [&](int64_t i, auto mask)
-                      MASKED_SOFTMAX_LAMBDA_INLINE { return rest_and_max_count<V>(x + i, row_max, log2e, mask); });
+  sums.add_segment(count, [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
+    return rest_and_max_count<V>(x + i, row_max, log2e, mask);
+  });
 }
 
 template <class V, class acc_t>
@@ -280,7 +282,7 @@ template <class V, Operation kOperation, class acc_t, int kInputs>
 MASKED_SOFTMAX_NOINLINE void add_derivative_terms(const InputRows<acc_t, kInputs>& inputs, int64_t count,
                                                   const DerivativeScale<acc_t>& scale,
                                                   RowSums<V, Formula<kOperation>::kSums>& sums) {
-  sums.add(count, [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
+  sums.add_segment(count, [&](int64_t i, auto mask) MASKED_SOFTMAX_LAMBDA_INLINE {
     return derivative_terms<V, kOperation>(load_inputs<V>(inputs, i, mask), scale);
   });
 }

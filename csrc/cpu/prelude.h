@@ -62,4 +62,4 @@ inline T optimization_barrier(T value) {
 
 #define MASKED_SOFTMAX_LAMBDA_INLINE __attribute__((always_inline))
 #define MASKED_SOFTMAX_UNROLL _Pragma("GCC unroll 16")
-#define MASKED_SOFTMAX_UNROLL_4 _Pragma("GCC unroll 4")
+#define MASKED_SOFTMAX_UNROLL_2 _Pragma("GCC unroll 2")

@@ -152,8 +152,8 @@ template <class V, class T, class acc_t>
 MASKED_SOFTMAX_NOINLINE acc_t accurate_log_sum(const T* x, int64_t length, acc_t row_max,
                                                const ScaledLog2e<acc_t>& log2e) {
   RowSums<V, 2> sums;
-  sums.add(length, [&](int64_t i, auto mask)
-                       MASKED_SOFTMAX_LAMBDA_INLINE { return rest_and_max_count<V>(x + i, row_max, log2e, mask); });
+  sums.add_row(length, [&](int64_t i, auto mask)
+                           MASKED_SOFTMAX_LAMBDA_INLINE { return rest_and_max_count<V>(x + i, row_max, log2e, mask); });
   return log_of_sum(sums.total(0), sums.total(1));
 }
 

@@ -87,40 +87,33 @@ class RowSums {
  public:
   using acc_t = typename V::acc_t;
 
-  // Adds the terms of `count` elements: term(i, mask) returns Terms<V, kSums>. All calls for a row but the last take a
-  // multiple of kFlushElems. Calls before_tile() before each tile.
+  // Adds the terms of a segment of `count` elements: term(i, mask) returns Terms<V, kSums>. All segments of a row but
+  // the last have a multiple of kFlushElems.
+  template <class Term>
+  MASKED_SOFTMAX_INLINE void add_segment(int64_t count, const Term& term) {
+    flush(add_tiles(count, term, []() MASKED_SOFTMAX_LAMBDA_INLINE {}));
+  }
+
+  // The same for a whole row. Calls before_tile() before each tile.
   template <class Term, class BeforeTile>
-  MASKED_SOFTMAX_INLINE void add(int64_t count, const Term& term, const BeforeTile& before_tile) {
-    Terms<V, kSums> pending;
-    int64_t i = 0;
-    for (; i + kTileElems<V> <= count; i += kTileElems<V>) {
-      before_tile();
-      pending = pending + sum_of_full_tile<V>(i, term);
-      if ((i & (kFlushElems<V> - kTileElems<V>)) == kFlushElems<V> - kTileElems<V>) {
-        flush(pending);
-        pending = {};
-      }
+  MASKED_SOFTMAX_INLINE void add_row(int64_t count, const Term& term, const BeforeTile& before_tile) {
+    const auto last = add_tiles(count, term, before_tile);
+    if (count <= kFlushElems<V>) {
+      set(last);
+    } else {
+      flush(last);
     }
-    if (i < count) {
-      before_tile();
-      pending = pending + sum_of_last_tile<V>(i, count - i, term);
-    }
-    flush(pending);
   }
 
   template <class Term>
-  MASKED_SOFTMAX_INLINE void add(int64_t count, const Term& term) {
-    add(count, term, []() MASKED_SOFTMAX_LAMBDA_INLINE {});
+  MASKED_SOFTMAX_INLINE void add_row(int64_t count, const Term& term) {
+    add_row(count, term, []() MASKED_SOFTMAX_LAMBDA_INLINE {});
   }
 
   // The same for a row of at most one tile.
   template <class Term>
   MASKED_SOFTMAX_INLINE void add_only_tile(int64_t count, const Term& term) {
-    const auto sum = count == kTileElems<V> ? sum_of_full_tile<V>(0, term) : sum_of_last_tile<V>(0, count, term);
-    for (int s = 0; s < kSums; ++s) {
-      high_[s] = high_[s] + sum.terms[s];     // a sum of -0 becomes 0, as in add()
-      low_[s] = sum.terms[s] - sum.terms[s];  // NaN where the sum is infinite, as in add()
-    }
+    set(count == kTileElems<V> ? sum_of_full_tile<V>(0, term) : sum_of_last_tile<V>(0, count, term));
   }
 
   // The sum, spread over the lanes.
@@ -129,6 +122,35 @@ class RowSums {
   MASKED_SOFTMAX_INLINE acc_t total(int sum) const { return lane_sums(sum).reduce_add(); }
 
  private:
+  // Returns the terms that are not flushed yet.
+  template <class Term, class BeforeTile>
+  MASKED_SOFTMAX_INLINE Terms<V, kSums> add_tiles(int64_t count, const Term& term, const BeforeTile& before_tile) {
+    Terms<V, kSums> pending;
+    int64_t i = 0;
+    while (i + kTileElems<V> <= count) {
+      before_tile();
+      pending = pending + sum_of_full_tile<V>(i, term);
+      i += kTileElems<V>;
+      if (i % kFlushElems<V> == 0 && i < count) {
+        flush(pending);
+        pending = {};
+      }
+    }
+    if (i < count) {
+      before_tile();
+      pending = pending + sum_of_last_tile<V>(i, count - i, term);
+    }
+    return pending;
+  }
+
+  // As flush(), if nothing was flushed before.
+  MASKED_SOFTMAX_INLINE void set(const Terms<V, kSums>& only) {
+    for (int s = 0; s < kSums; ++s) {
+      high_[s] = high_[s] + only.terms[s];      // a sum of -0 becomes 0
+      low_[s] = only.terms[s] - only.terms[s];  // NaN where the sum is infinite
+    }
+  }
+
   MASKED_SOFTMAX_INLINE void flush(const Terms<V, kSums>& added) {
     for (int s = 0; s < kSums; ++s) {
       const V sum = high_[s] + added.terms[s];
@@ -173,29 +195,30 @@ MASKED_SOFTMAX_INLINE void reduce_max_rows(const typename V::acc_t* vectors, int
       [&](const V& one, int r) MASKED_SOFTMAX_LAMBDA_INLINE { maxima[r] = one.reduce_max(); });
 }
 
-// Writes y[i] = value(i, mask) for i in 0..count. Where y has room for it (`room` elements in all), the last vector is
-// stored in full, with `padding` behind the count: on AVX2 a masked store would branch. Returns how many elements were
-// written. Precondition of non-temporal stores: the value does not depend on y.
+// Writes y[0..cols): value(i, mask) to the first `count` elements, `padding` to the others. Vectors are stored in full
+// wherever y has room for them: on AVX2 a masked store would branch. Precondition of non-temporal stores: the value
+// does not depend on y.
 //
 // Non-temporal stores write whole cache lines, the line where padding begins included: one cached store that misses
 // would stall all stores behind it, and a line that gets stores of both kinds is written to memory twice.
 template <class V, class U, class Value>
-MASKED_SOFTMAX_INLINE int64_t write_values(U* y, int64_t count, int64_t room, typename V::acc_t padding, StoreHint hint,
-                                           const Value& value) {
+MASKED_SOFTMAX_INLINE void write_values(U* y, int64_t count, int64_t cols, typename V::acc_t padding, StoreHint hint,
+                                        const Value& value) {
   constexpr int64_t kLanes = V::kLanes;
+  const V filling = V::broadcast(padding);
   int64_t i = 0;
   if constexpr (V::kHasNonTemporalStores) {
     constexpr int64_t kLineElems = kLineBytes / int64_t{sizeof(U)};
     const auto bytes_to_line = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(y) % kLineBytes);
     if (hint == StoreHint::kNonTemporal && bytes_to_line % int64_t{sizeof(U)} == 0) {
       const int64_t to_line = bytes_to_line / int64_t{sizeof(U)};
-      const int64_t head = to_line < count ? to_line : count;
+      const int64_t head = to_line < cols ? to_line : cols;
       for (; i < head; i += kLanes) {
-        const auto mask = V::first_n(head - i);
-        store(y + i, value(i, mask), mask);
+        const auto mask = V::first_n(count - i);
+        store(y + i, value(i, mask).masked(mask, padding), V::first_n(head - i));
       }
       i = head;
-      const int64_t end = head + (room - head) / kLineElems * kLineElems;  // of the whole lines
+      const int64_t end = head + (cols - head) / kLineElems * kLineElems;  // of the whole lines
       for (; i + kLanes <= count && i < end; i += kLanes) {
         value(i, Full{}).store_non_temporal(y + i);
       }
@@ -204,35 +227,38 @@ MASKED_SOFTMAX_INLINE int64_t write_values(U* y, int64_t count, int64_t room, ty
         value(i, mask).masked(mask, padding).store_non_temporal(y + i);
         i += kLanes;
       }
-      for (; i < end && (i - head) % kLineElems != 0; i += kLanes) {
-        V::broadcast(padding).store_non_temporal(y + i);
-      }
-      if (i >= count) {
-        return i;
+      for (; i < end; i += kLanes) {
+        filling.store_non_temporal(y + i);
       }
     }
   }
-  MASKED_SOFTMAX_UNROLL_4
-  for (; i + kLanes <= count; i += kLanes) {
+  // Short loops: to unroll them further costs short rows more instructions than it saves long ones.
+  MASKED_SOFTMAX_UNROLL_2
+  for (const int64_t end = i + ((count - i) & -kLanes); i < end; i += kLanes) {
     value(i, Full{}).store(y + i);
   }
-  if (i == count) {
-    return count;
+  if (i < count) {
+    const auto mask = V::first_n(count - i);
+    const V last = value(i, mask).masked(mask, padding);
+    if (i + kLanes > cols) {
+      return last.store(y + i, V::first_n(cols - i));
+    }
+    last.store(y + i);
+    i += kLanes;
   }
-  const auto mask = V::first_n(count - i);
-  const V result = value(i, mask).masked(mask, padding);
-  if (i + kLanes <= room) {
-    result.store(y + i);
-    return i + kLanes;
+  MASKED_SOFTMAX_UNROLL_2
+  for (const int64_t end = i + ((cols - i) & -kLanes); i < end; i += kLanes) {
+    filling.store(y + i);
   }
-  result.store(y + i, mask);
-  return count;
+  if (i < cols) {
+    filling.store(y + i, V::first_n(cols - i));
+  }
 }
 
 template <class V, class U>
-MASKED_SOFTMAX_NOINLINE void fill(U* to, int64_t count, typename V::acc_t value, StoreHint hint) {
-  const V filling = V::broadcast(optimization_barrier(value));
-  write_values<V>(to, count, count, value, hint,
+MASKED_SOFTMAX_NOINLINE void write_padding(U* y, int64_t cols, typename V::acc_t padding, StoreHint hint) {
+  const V filling = V::broadcast(padding);
+  write_values<V>(y, 0, cols, padding, hint,
                   [&](int64_t /*i*/, auto /*mask*/) MASKED_SOFTMAX_LAMBDA_INLINE { return filling; });
 }
 
@@ -242,12 +268,9 @@ template <class V, class U, class Value>
 MASKED_SOFTMAX_INLINE void write_row(U* valid, int64_t before, int64_t length, int64_t after, typename V::acc_t padding,
                                      StoreHint hint, const Value& value) {
   if (before > 0) {
-    fill<V>(valid - before, before, padding, hint);
+    write_padding<V>(valid - before, before, padding, hint);
   }
-  const int64_t written = write_values<V>(valid, length, length + after, padding, hint, value);
-  if (written < length + after) {
-    fill<V>(valid + written, length + after - written, padding, hint);
-  }
+  write_values<V>(valid, length, length + after, padding, hint, value);
 }
 
 // The same for a row of at most one tile, `cols` elements, that begins with its valid columns. No branch depends on the

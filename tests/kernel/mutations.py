@@ -309,8 +309,8 @@ MUTATIONS = (
     Mutation(
         "a vector completed beyond the room there is",
         "cpu/row_passes.h",
-        "  if (i + kLanes <= room) {\n    result.store(y + i);",
-        "  if (room > 0) {\n    result.store(y + i);",
+        "    if (i + kLanes > cols) {",
+        "    if (cols == 0) {",
     ),
     Mutation(
         "a narrow row's last vector stored beyond its columns",
@@ -327,8 +327,8 @@ MUTATIONS = (
     Mutation(
         "non-temporal stores beyond the room there is",
         "cpu/row_passes.h",
-        "const int64_t end = head + (room - head) / kLineElems * kLineElems;",
-        "const int64_t end = head + (room - head + kLineElems - 1) / kLineElems * kLineElems;",
+        "const int64_t end = head + (cols - head) / kLineElems * kLineElems;",
+        "const int64_t end = head + (cols - head + kLineElems - 1) / kLineElems * kLineElems;",
     ),
     # Maxima, references, exponentials
     Mutation(
@@ -371,30 +371,37 @@ MUTATIONS = (
     Mutation(
         "the last tiles left out of the flush",
         "cpu/row_passes.h",
-        "    }\n    flush(pending);\n  }",
-        "    }\n    if (count < kFlushElems<V>) {\n      flush(pending);\n    }\n  }",
+        "    } else {\n      flush(last);\n    }",
+        "    }",
     ),
     Mutation(
         "another order of additions in narrow rows",
         "cpu/row_passes.h",
-        "const auto sum = count == kTileElems<V> ? sum_of_full_tile<V>(0, term) : sum_of_last_tile<V>(0, count, term);",
+        "set(count == kTileElems<V> ? sum_of_full_tile<V>(0, term) : sum_of_last_tile<V>(0, count, term));",
         "auto sum = term(0, V::first_n(count, 0));\n"
         "    for (int k = 1; k < V::kTileVectors; ++k) {\n"
         "      sum = sum + term(k * V::kLanes, V::first_n(count, k));\n"
-        "    }",
+        "    }\n"
+        "    set(sum);",
+    ),
+    Mutation(
+        "a sum of more than one flush that begins anew with the last tiles",
+        "cpu/row_passes.h",
+        "    if (count <= kFlushElems<V>) {\n      set(last);",
+        "    if (count >= 0) {\n      set(last);",
     ),
     # Padding and bounds
     Mutation(
         "no padding before the valid columns",
         "cpu/row_passes.h",
-        "  if (before > 0) {\n    fill<V>(valid - before, before, padding, hint);\n  }\n",
+        "  if (before > 0) {\n    write_padding<V>(valid - before, before, padding, hint);\n  }\n",
         "  (void)before;\n",
     ),
     Mutation(
         "one padding column short",
         "cpu/row_passes.h",
-        "fill<V>(valid + written, length + after - written, padding, hint);",
-        "fill<V>(valid + written, length + after - written - 1, padding, hint);",
+        "write_values<V>(valid, length, length + after, padding, hint, value);",
+        "write_values<V>(valid, length, length + after - (after > 0), padding, hint, value);",
     ),
     Mutation(
         "zeros in log_softmax's padding",
