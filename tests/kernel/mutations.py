@@ -501,10 +501,10 @@ MUTATIONS = (
         "const double sign = 1.0;",
     ),
     Mutation(
-        "threads that share a row",
+        "threads whose parts end with a few rows too many",
         "cpu/partition.cpp",
-        "boundaries.push_back(row);",
-        "boundaries.push_back(row > 0 ? row - 1 : row);",
+        ">= target && rows > 1)",
+        ">= target && rows > 8)",
     ),
 )
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <iterator>
 #include <limits>
+#include <numeric>
 
 #include "cases.h"
 #include "check.h"
@@ -104,15 +105,36 @@ bool is_valid(int64_t start, int64_t length, int64_t cols) {
   return start >= 0 && start <= cols && length >= 0 && length <= cols && start + length <= cols;
 }
 
-int64_t cost_of(const Problem& problem, const std::vector<int64_t>& lengths, int64_t begin, int64_t end) {
-  int64_t cost = 0;
-  for (int64_t row = begin; row < end; ++row) {
-    cost += kRowCost + problem.cols + kValidCost * lengths[static_cast<size_t>(row)];
-  }
-  return cost;
+std::vector<int64_t> ascending_boundaries(const Problem& problem, int parts, const std::string& what) {
+  std::vector<int64_t> boundaries = partition_rows(problem, parts);
+  CHECK(boundaries.size() == static_cast<size_t>(parts) + 1, what << ": " << boundaries.size() << " boundaries");
+  CHECK(boundaries.front() == 0 && boundaries.back() == problem.rows, what << ", " << parts << " parts");
+  CHECK(std::is_sorted(boundaries.begin(), boundaries.end()), what << ", " << parts << " parts");
+  return boundaries;
 }
 
-void check_partition(const std::vector<int64_t>& lengths, const char* what) {
+// `lengths` are those of the problem's rows, one for each.
+void check_partition(const Problem& problem, const std::vector<int64_t>& lengths, const std::string& what) {
+  std::vector<int64_t> costs;
+  for (int64_t length : lengths) {
+    costs.push_back(kRowCost + (problem.packing.is_packed ? length : problem.cols) + kValidCost * length);
+  }
+  const int64_t total = std::accumulate(costs.begin(), costs.end(), int64_t{0});
+  const int64_t largest = *std::max_element(costs.begin(), costs.end());
+  CHECK(max_total_cost(problem) >= total, what << ": " << max_total_cost(problem) << " < " << total);
+  for (int parts : {1, 2, 3, 7, 16, 64}) {
+    const std::vector<int64_t> boundaries = ascending_boundaries(problem, parts, what);
+    // A part ends with the row that takes it beyond its share: one row's cost too much, at most.
+    for (size_t part = 0; part < static_cast<size_t>(parts); ++part) {
+      const int64_t cost =
+          std::accumulate(costs.begin() + boundaries[part], costs.begin() + boundaries[part + 1], int64_t{0});
+      CHECK(cost <= total / parts + parts + largest,
+            what << ", " << parts << " parts, part " << part << " costs " << cost << " of " << total);
+    }
+  }
+}
+
+Problem problem_over(const std::vector<int64_t>& lengths) {
   Problem problem;
   problem.cols = 1000;
   problem.rows = static_cast<int64_t>(lengths.size());
@@ -120,21 +142,11 @@ void check_partition(const std::vector<int64_t>& lengths, const char* what) {
   problem.row_sizes[0] = problem.rows;
   problem.output.row_strides[0] = problem.inputs[0].row_strides[0] = problem.starts.row_strides[0] = 0;
   problem.lengths = index_over(lengths);
-  const int64_t total = cost_of(problem, lengths, 0, problem.rows);
-  CHECK(max_total_cost(problem) >= total, what << ": " << max_total_cost(problem) << " < " << total);
-  for (int parts : {1, 2, 3, 7, 16, 64}) {
-    const std::vector<int64_t> boundaries = partition_rows(problem, parts);
-    CHECK(boundaries.size() == static_cast<size_t>(parts) + 1, what << ": " << boundaries.size() << " boundaries");
-    CHECK(boundaries.front() == 0 && boundaries.back() == problem.rows, what << ", " << parts << " parts");
-    // A part ends with the row that takes it beyond its share: one row's cost too much, at most.
-    const int64_t row_cost = kRowCost + problem.cols * (1 + kValidCost);
-    for (size_t part = 0; part < static_cast<size_t>(parts); ++part) {
-      CHECK(boundaries[part] <= boundaries[part + 1], what << ", " << parts << " parts, part " << part);
-      const int64_t cost = cost_of(problem, lengths, boundaries[part], boundaries[part + 1]);
-      CHECK(cost <= total / parts + parts + row_cost,
-            what << ", " << parts << " parts, part " << part << " costs " << cost << " of " << total);
-    }
-  }
+  return problem;
+}
+
+void check_partition(const std::vector<int64_t>& lengths, const char* what) {
+  check_partition(problem_over(lengths), lengths, what);
 }
 
 }  // namespace
@@ -293,6 +305,39 @@ TEST("threads: parts cost about the same, whatever the order of the lengths") {
   one_full[250] = 1000;
   check_partition(one_full, "one full row");
   check_partition({7, 1000, 0}, "fewer rows than parts");
+}
+
+TEST("threads: parts cost about the same in several dimensions, with lengths of every type and stride, and packed") {
+  std::mt19937 random(157);
+  for (int round = 0; round < 400; ++round) {
+    const Integers lengths = random_integers(random, false);
+    Problem problem = random_problem(lengths, random_integers(random, false));
+    if (round % 5 == 0) {
+      problem.lengths.data = nullptr;
+      problem.lengths.value = round % 7;
+    }
+    std::vector<int64_t> of_rows;
+    for (int64_t row = 0; row < problem.rows; ++row) {
+      of_rows.push_back(problem.lengths.data == nullptr ? problem.lengths.value : load_at(problem.lengths, row));
+    }
+    check_partition(problem, of_rows, "round " + std::to_string(round));
+    problem.packing = {true, kCols, std::accumulate(of_rows.begin(), of_rows.end(), int64_t{0}), 0};
+    check_partition(problem, of_rows, "round " + std::to_string(round) + ", packed");
+  }
+}
+
+TEST("threads: every row has its part, even if lengths become invalid after they were checked") {
+  std::mt19937 random(163);
+  for (int64_t wrong : {int64_t{-1}, int64_t{-1000000}, kSmallest, kLargest, kLargest / 3}) {
+    std::vector<int64_t> lengths(300, 100);
+    for (int i = 0; i < 100; ++i) {
+      lengths[random() % lengths.size()] = wrong;
+      const Problem problem = problem_over(lengths);
+      for (int parts : {2, 5, 64}) {
+        ascending_boundaries(problem, parts, "length " + std::to_string(wrong));
+      }
+    }
+  }
 }
 
 TEST("bounds: packed rows whose starts differ where they were one stay in their buffers") {
