@@ -118,7 +118,7 @@ class RowSums {
   MASKED_SOFTMAX_INLINE void add_only_tile(int64_t count, const Term& term) {
     const auto sum = count == kTileElems<V> ? sum_of_full_tile<V>(0, term) : sum_of_last_tile<V>(0, count, term);
     for (int s = 0; s < kSums; ++s) {
-      high_[s] = high_[s] + sum.terms[s];     // a sum of -0 becomes 0, as in add()
+      high_[s] = sum.terms[s];                // lane_sums() makes a sum of -0 become 0, as in add()
       low_[s] = sum.terms[s] - sum.terms[s];  // NaN where the sum is infinite, as in add()
     }
   }
