@@ -18,6 +18,9 @@ class RowRun {
   int64_t output_offset(int64_t i) const { return output_.at(i); }
   int64_t input_offset(int input, int64_t i) const { return inputs_[input].at(i); }
 
+  int64_t output_step() const { return output_.step; }
+  int64_t input_step(int input) const { return inputs_[input].step; }
+
   int64_t row_input_offset(int64_t i) const { return row_input_.at(i); }
   int64_t row_input_step() const { return row_input_.step; }
 

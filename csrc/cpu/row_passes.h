@@ -146,7 +146,7 @@ class RowSums {
   // As flush(), if nothing was flushed before.
   MASKED_SOFTMAX_INLINE void set(const Terms<V, kSums>& only) {
     for (int s = 0; s < kSums; ++s) {
-      high_[s] = high_[s] + only.terms[s];      // a sum of -0 becomes 0
+      high_[s] = only.terms[s];                 // where it is -0, lane_sums() makes it 0
       low_[s] = only.terms[s] - only.terms[s];  // NaN where the sum is infinite
     }
   }

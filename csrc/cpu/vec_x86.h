@@ -37,10 +37,8 @@ MASKED_SOFTMAX_INLINE __m128 sums_of_rows(const __m256d* rows) {
   return _mm256_cvtpd_ps(_mm256_add_pd(_mm256_permute2f128_pd(ab, cd, 0x20), _mm256_permute2f128_pd(ab, cd, 0x31)));
 }
 MASKED_SOFTMAX_INLINE float sum_of_row(__m256d row) {
-  const __m128d low = _mm256_castpd256_pd128(row);
-  const __m128d high = _mm256_extractf128_pd(row, 1);
-  const __m128d two = _mm_add_pd(_mm_unpacklo_pd(low, high), _mm_unpackhi_pd(low, high));  // GCC 12 expands a hadd
-  return static_cast<float>(_mm_cvtsd_f64(two) + _mm_cvtsd_f64(_mm_unpackhi_pd(two, two)));
+  const __m256d pairs = _mm256_add_pd(row, _mm256_permute_pd(row, 0b0101));
+  return static_cast<float>(_mm256_cvtsd_f64(pairs) + _mm_cvtsd_f64(_mm256_extractf128_pd(pairs, 1)));
 }
 
 MASKED_SOFTMAX_INLINE __m256d add_as_doubles(__m128 a, __m128 b) {

@@ -423,15 +423,21 @@ MUTATIONS = (
     ),
     Mutation(
         "derivative, row by row: a narrow row's start ignored",
-        "cpu/derivative_rows.h",
-        "if (__builtin_expect(before == 0, 1)) {",
-        "if (true) {",
+        "cpu/contiguous_rows.h",
+        "longest <= kTileElems<V> && problem.starts.data == nullptr && problem.starts.value == 0",
+        "longest <= kTileElems<V>",
     ),
     Mutation(
         "derivative, row by row: only the first rows of a run",
         "cpu/derivative_rows.h",
         "first < run.rows; first += kBlockRows",
         "first < kBlockRows; first += kBlockRows",
+    ),
+    Mutation(
+        "derivative of narrow rows: only the first rows of a run",
+        "cpu/derivative_rows.h",
+        "first < run.rows; first += kRowsAtOnce",
+        "first < kRowsAtOnce; first += kRowsAtOnce",
     ),
     Mutation(
         "narrow rows stored non-temporally: one vector for all",
