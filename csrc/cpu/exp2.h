@@ -32,15 +32,14 @@ constexpr typename V::acc_t magic_constant() {
   }
 }
 
-// 2^f for |f| <= 1/2.
-template <class V>
-MASKED_SOFTMAX_INLINE V exp2_polynomial(const V& f) {
-  using E = Exp2<typename V::acc_t>;
-  V p = V::broadcast(E::kCoefficients[E::kDegree]);
-  for (int i = E::kDegree - 1; i >= 0; --i) {
-    p = V::fma(p, f, V::broadcast(E::kCoefficients[i]));
+// c[0] + f * (c[1] + f * ...)
+template <class V, int kCount>
+MASKED_SOFTMAX_INLINE V polynomial(const typename V::acc_t (&c)[kCount], const V& f) {
+  V result = V::broadcast(c[kCount - 1]);
+  for (int i = kCount - 2; i >= 0; --i) {
+    result = V::fma(result, f, V::broadcast(c[i]));
   }
-  return p;
+  return result;
 }
 
 // Minimax coefficients of 2^f = 1 + f * (c0 + c1 * f + ...) for |f| <= 1 / (2 * K).
@@ -49,25 +48,18 @@ struct TableExp2;
 
 template <>
 struct TableExp2<8> {  // error 2.6185e-8, 0.22 eps
-  static constexpr int kCount = 3;
-  static constexpr float kCoefficients[kCount] = {0x1.62e43p-1f, 0x1.ec0c32p-3f, 0x1.c6b99ap-5f};
+  static constexpr float kCoefficients[] = {0x1.62e43p-1f, 0x1.ec0c32p-3f, 0x1.c6b99ap-5f};
 };
 
 template <>
 struct TableExp2<32> {  // error 5.3748e-8, 0.45 eps
-  static constexpr int kCount = 2;
-  static constexpr float kCoefficients[kCount] = {0x1.62e586p-1f, 0x1.ebfea8p-3f};
+  static constexpr float kCoefficients[] = {0x1.62e586p-1f, 0x1.ebfea8p-3f};
 };
 
 // value * 2^f for |f| <= 1 / (2 * K).
 template <class V>
 MASKED_SOFTMAX_INLINE V times_exp2(const V& value, const V& f) {
-  using E = TableExp2<V::kExp2TableSize>;
-  V q = V::broadcast(E::kCoefficients[E::kCount - 1]);
-  for (int i = E::kCount - 2; i >= 0; --i) {
-    q = V::fma(q, f, V::broadcast(E::kCoefficients[i]));
-  }
-  return V::fma(value * f, q, value);
+  return V::fma(value * f, polynomial(TableExp2<V::kExp2TableSize>::kCoefficients, f), value);
 }
 
 // 2^(m + f), where m is a multiple of 1/K and encoded = magic_constant() + m.
@@ -76,7 +68,7 @@ MASKED_SOFTMAX_INLINE V exp2_of_encoded(const V& encoded, const V& f) {
   if constexpr (V::kExp2TableSize > 1) {
     return times_exp2(V::exp2_of(encoded), f);
   } else {
-    return exp2_polynomial(f) * V::exp2_of(encoded);
+    return polynomial(Exp2<typename V::acc_t>::kCoefficients, f) * V::exp2_of(encoded);
   }
 }
 
@@ -178,18 +170,19 @@ MASKED_SOFTMAX_INLINE V exponential_of(const V& x, const ExponentialParams<typen
   constexpr acc_t kMagic = magic_constant<V>();
   if constexpr (V::kHasScalef) {
     a = V::max(zero_below, a);  // -inf would make f NaN
-    const V encoded = V::fma(a, high, magic_minus_r);
-    const V rounded = encoded - magic_minus_r;  // a * c, rounded to the step
-    const V f = V::fma(a, V::broadcast(params.low), V::fms(a, high, rounded));
-    // The second argument is n + k/K, of which scalef takes the floor, n.
-    return V::scalef(times_exp2(V::table_lookup(encoded), f), encoded - V::broadcast(kMagic));
-  } else {
-    V encoded = V::fma(a, high, magic_minus_r);
+  }
+  V encoded = V::fma(a, high, magic_minus_r);
+  if constexpr (!V::kHasScalef) {
     // Clamped to the largest finite power of two, 2^127 for float. For a larger term f then is positive, which keeps
     // the term at least that large, so the row's sum is out of range and the row is computed again.
     encoded = V::min(V::broadcast(kMagic + Exp2<acc_t>::kMaxExponent), encoded);
-    const V rounded = encoded - magic_minus_r;  // a * c, rounded to the step
-    const V f = V::fma(a, V::broadcast(params.low), V::fms(a, high, rounded));
+  }
+  const V rounded = encoded - magic_minus_r;  // a * c, rounded to the step
+  const V f = V::fma(a, V::broadcast(params.low), V::fms(a, high, rounded));
+  if constexpr (V::kHasScalef) {
+    // The second argument is n + k/K, of which scalef takes the floor, n.
+    return V::scalef(times_exp2(V::table_lookup(encoded), f), encoded - V::broadcast(kMagic));
+  } else {
     return V::zero_where_less(rounded, zero_below, exp2_of_encoded(encoded, f));
   }
 }
