@@ -99,46 +99,42 @@ MASKED_SOFTMAX_INLINE bool is_sum_out_of_range(acc_t sum) {
 template <class acc_t>
 constexpr acc_t kToInfinity = sizeof(acc_t) == 4 ? static_cast<acc_t>(0x1p112) : static_cast<acc_t>(0x1p984);
 
-template <class N, class acc_t>
-MASKED_SOFTMAX_INLINE N constant(acc_t value) {
-  if constexpr (std::is_same_v<N, acc_t>) {
-    return value;
-  } else {
-    return N::broadcast(value);
-  }
-}
-
-template <class V, class N>
-MASKED_SOFTMAX_INLINE N round_to_step(const N& product) {
-  const N magic = constant<N>(magic_constant<V>());
+template <class V>
+MASKED_SOFTMAX_INLINE V round_to_step(const V& product) {
+  const V magic = V::broadcast(magic_constant<V>());
   return (product + magic) - magic;
 }
 
-// Of one row, or of as many rows as V has lanes: N is a number or V.
-template <class V, class N>
+// Of as many rows as V has lanes.
+template <class V>
 struct ReferenceParams {
   using acc_t = typename V::acc_t;
-  N magic_minus_r;
-  N zero_below;
+  V magic_minus_r;
+  V zero_below;
 
-  MASKED_SOFTMAX_INLINE ReferenceParams(const N& r, const ScaledLog2e<acc_t>& c) {
-    magic_minus_r = constant<N>(magic_constant<V>()) - r;
+  MASKED_SOFTMAX_INLINE ReferenceParams(const V& r, const ScaledLog2e<acc_t>& c) {
+    magic_minus_r = V::broadcast(magic_constant<V>()) - r;
     if constexpr (V::kHasScalef) {
       constexpr acc_t kUnderflows = -200;  // scalef by 2^-200 gives 0: the smallest subnormal float is 2^-149
-      zero_below = (r + constant<N>(kUnderflows)) * constant<N>(1 / c.high);
+      zero_below = (r + V::broadcast(kUnderflows)) * V::broadcast(1 / c.high);
     } else {
-      zero_below = r + constant<N>(Exp2<acc_t>::kMinExponent);
+      zero_below = r + V::broadcast(Exp2<acc_t>::kMinExponent);
     }
+  }
+
+  // Of the row of lane 0.
+  MASKED_SOFTMAX_INLINE ExponentialParams<acc_t> first(acc_t offset, const ScaledLog2e<acc_t>& c) const {
+    return {offset, magic_minus_r.v[0], zero_below.v[0], c.high, c.low};
   }
 };
 
 // A failed reference gives NaN, as explained above.
-template <class V, class N>
-MASKED_SOFTMAX_INLINE ReferenceParams<V, N> params_from_references(const N& reference,
-                                                                   const ScaledLog2e<typename V::acc_t>& c) {
-  const N product = reference * constant<N>(c.high);
-  const N large = product * constant<N>(kToInfinity<typename V::acc_t>);
-  ReferenceParams<V, N> params(round_to_step<V>(product), c);
+template <class V>
+MASKED_SOFTMAX_INLINE ReferenceParams<V> params_from_references(const V& reference,
+                                                                const ScaledLog2e<typename V::acc_t>& c) {
+  const V product = reference * V::broadcast(c.high);
+  const V large = product * V::broadcast(kToInfinity<typename V::acc_t>);
+  ReferenceParams<V> params(round_to_step(product), c);
   params.magic_minus_r = params.magic_minus_r + (large - large);  // NaN where `large` is infinite or NaN
   return params;
 }
@@ -146,8 +142,7 @@ MASKED_SOFTMAX_INLINE ReferenceParams<V, N> params_from_references(const N& refe
 template <class V>
 MASKED_SOFTMAX_INLINE ExponentialParams<typename V::acc_t> params_from_reference(
     typename V::acc_t reference, const ScaledLog2e<typename V::acc_t>& c) {
-  const auto params = params_from_references<V>(reference, c);
-  return {0, params.magic_minus_r, params.zero_below, c.high, c.low};
+  return params_from_references(V::broadcast(reference), c).first(0, c);
 }
 
 template <class V>
@@ -156,8 +151,8 @@ MASKED_SOFTMAX_INLINE ExponentialParams<typename V::acc_t> params_from_maximum(
   using acc_t = typename V::acc_t;
   const acc_t product = row_max * c.high;
   const bool is_on_step = product > -kMaxProduct<acc_t> && product < kMaxProduct<acc_t>;
-  const ReferenceParams<V, acc_t> params(is_on_step ? round_to_step<V>(product) : 0, c);
-  return {is_on_step ? 0 : row_max, params.magic_minus_r, params.zero_below, c.high, c.low};
+  const ReferenceParams<V> params(is_on_step ? round_to_step(V::broadcast(product)) : V{}, c);
+  return params.first(is_on_step ? 0 : row_max, c);
 }
 
 template <bool kHasOffset, class V>
