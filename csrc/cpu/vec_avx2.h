@@ -6,7 +6,7 @@
 
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
-struct Float : X86Defaults<Float, float, 8> {
+struct Float : X86Float<Float, 8> {
   static constexpr int kTileVectors = 8;
   static constexpr int kExp2TableSize = 8;
   Float() = default;
@@ -74,30 +74,18 @@ struct Float : X86Defaults<Float, float, 8> {
     }
   }
 
-  // Added in double.
-  float reduce_add() const { return sum_of_row(add_halves()); }
-  static void reduce_add_four(const Float* vectors, float* sums) {
-    const __m256d rows[] = {vectors[0].add_halves(), vectors[1].add_halves(), vectors[2].add_halves(),
-                            vectors[3].add_halves()};
-    _mm_storeu_ps(sums, sums_of_rows(rows));
-  }
   float reduce_max() const {
-    const __m128 four = max_halves();
+    const __m128 four = four_maxima();
     const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
   }
-  static void reduce_max_four(const Float* vectors, float* maxima) {
-    const __m128 rows[] = {vectors[0].max_halves(), vectors[1].max_halves(), vectors[2].max_halves(),
-                           vectors[3].max_halves()};
-    _mm_storeu_ps(maxima, max_of_rows(rows));
-  }
+  // Added in double.
+  __m256d four_sums() const { return add_as_doubles(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
+  __m128 four_maxima() const { return _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
 
  private:
   static const __m128i* as_vector(const void* p) { return static_cast<const __m128i*>(p); }
   static __m128i* as_vector(void* p) { return static_cast<__m128i*>(p); }
-
-  __m256d add_halves() const { return add_as_doubles(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
-  __m128 max_halves() const { return _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
 
   // For 16-bit elements: the pairs that the mask has as a whole, and the lane of its last element.
   static __m128i pair_mask(Mask mask) {
@@ -215,11 +203,6 @@ struct Double : X86Defaults<Double, double, 4> {
       vectors[i].v = _mm256_permute2f128_pd(pairs[i], pairs[2 + i], 0x20);
       vectors[2 + i].v = _mm256_permute2f128_pd(pairs[i], pairs[2 + i], 0x31);
     }
-  }
-
-  double reduce_max() const {
-    const __m128d two = _mm_max_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
-    return _mm_cvtsd_f64(_mm_max_sd(two, _mm_unpackhi_pd(two, two)));
   }
 };
 

@@ -11,7 +11,7 @@ struct BitMask {
   lanes_t bits;
 };
 
-struct Float : X86Defaults<Float, float, 16> {
+struct Float : X86Float<Float, 16> {
   static constexpr int kExp2TableSize = 32;
   static constexpr bool kHasScalef = true;
   static constexpr bool kHasMaskedLoads16Bit = true;
@@ -109,29 +109,18 @@ struct Float : X86Defaults<Float, float, 16> {
     }
   }
 
-  // The halves are added in float, the rest in double: a sum is rounded twice, but converting costs half as much.
-  float reduce_add() const { return sum_of_row(add_quarters()); }
-  static void reduce_add_four(const Float* vectors, float* sums) {
-    const __m256d rows[] = {vectors[0].add_quarters(), vectors[1].add_quarters(), vectors[2].add_quarters(),
-                            vectors[3].add_quarters()};
-    _mm_storeu_ps(sums, sums_of_rows(rows));
-  }
   float reduce_max() const { return _mm512_reduce_max_ps(v); }
-  static void reduce_max_four(const Float* vectors, float* maxima) {
-    const __m128 rows[] = {vectors[0].max_quarters(), vectors[1].max_quarters(), vectors[2].max_quarters(),
-                           vectors[3].max_quarters()};
-    _mm_storeu_ps(maxima, max_of_rows(rows));
-  }
-
- private:
-  __m256d add_quarters() const {
+  // The halves are added in float, the rest in double: a sum is rounded twice, but converting costs half as much.
+  __m256d four_sums() const {
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
     return add_as_doubles(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
   }
-  __m128 max_quarters() const {
+  __m128 four_maxima() const {
     const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
     return _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
   }
+
+ private:
   static const __m256i* as_vector(const void* p) { return static_cast<const __m256i*>(p); }
   static __m256i* as_vector(void* p) { return static_cast<__m256i*>(p); }
   // A bfloat16 is the upper half of a float: word i of sixteen becomes, or comes from, word 2 i + 1 of thirty-two.

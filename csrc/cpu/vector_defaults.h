@@ -12,7 +12,7 @@
 //   load(p, mask), store(p, mask)   touch the elements p[0..n) only; other lanes load as zeros
 //   masked(mask, fill = 0)          replaces the lanes outside of the mask
 //   a + b, a - b, a * b, fma, fms   fma(a, b, c) = a * b + c and fms(a, b, c) = a * b - c round once
-//   max(a, b), min(a, b)            b where either is NaN; min only where not kHasScalef
+//   max(a, b), min(a, b)            b where either is NaN
 //   exp2_of(encoded)                2^n, or with a table 2^n * 2^(k/K); exp2.h says how n and k are encoded
 //   table_lookup(encoded)           2^(k/K); only where kHasScalef
 //   scalef(x, n)                    x * 2^floor(n); only where kHasScalef
