@@ -32,15 +32,14 @@ constexpr typename V::acc_t magic_constant() {
   }
 }
 
-// 2^f for |f| <= 1/2.
-template <class V>
-MASKED_SOFTMAX_INLINE V exp2_polynomial(const V& f) {
-  using E = Exp2<typename V::acc_t>;
-  V p = V::broadcast(E::kCoefficients[E::kDegree]);
-  for (int i = E::kDegree - 1; i >= 0; --i) {
-    p = V::fma(p, f, V::broadcast(E::kCoefficients[i]));
+// c[0] + f * (c[1] + f * ...)
+template <class V, int kCount>
+MASKED_SOFTMAX_INLINE V polynomial(const typename V::acc_t (&c)[kCount], const V& f) {
+  V result = V::broadcast(c[kCount - 1]);
+  for (int i = kCount - 2; i >= 0; --i) {
+    result = V::fma(result, f, V::broadcast(c[i]));
   }
-  return p;
+  return result;
 }
 
 // Minimax coefficients of 2^f = 1 + f * (c0 + c1 * f + ...) for |f| <= 1 / (2 * K).
@@ -49,25 +48,18 @@ struct TableExp2;
 
 template <>
 struct TableExp2<8> {  // error 2.6185e-8, 0.22 eps
-  static constexpr int kCount = 3;
-  static constexpr float kCoefficients[kCount] = {0x1.62e43p-1f, 0x1.ec0c32p-3f, 0x1.c6b99ap-5f};
+  static constexpr float kCoefficients[] = {0x1.62e43p-1f, 0x1.ec0c32p-3f, 0x1.c6b99ap-5f};
 };
 
 template <>
 struct TableExp2<32> {  // error 5.3748e-8, 0.45 eps
-  static constexpr int kCount = 2;
-  static constexpr float kCoefficients[kCount] = {0x1.62e586p-1f, 0x1.ebfea8p-3f};
+  static constexpr float kCoefficients[] = {0x1.62e586p-1f, 0x1.ebfea8p-3f};
 };
 
 // value * 2^f for |f| <= 1 / (2 * K).
 template <class V>
 MASKED_SOFTMAX_INLINE V times_exp2(const V& value, const V& f) {
-  using E = TableExp2<V::kExp2TableSize>;
-  V q = V::broadcast(E::kCoefficients[E::kCount - 1]);
-  for (int i = E::kCount - 2; i >= 0; --i) {
-    q = V::fma(q, f, V::broadcast(E::kCoefficients[i]));
-  }
-  return V::fma(value * f, q, value);
+  return V::fma(value * f, polynomial(TableExp2<V::kExp2TableSize>::kCoefficients, f), value);
 }
 
 // 2^(m + f), where m is a multiple of 1/K and encoded = magic_constant() + m.
@@ -76,7 +68,7 @@ MASKED_SOFTMAX_INLINE V exp2_of_encoded(const V& encoded, const V& f) {
   if constexpr (V::kExp2TableSize > 1) {
     return times_exp2(V::exp2_of(encoded), f);
   } else {
-    return exp2_polynomial(f) * V::exp2_of(encoded);
+    return polynomial(Exp2<typename V::acc_t>::kCoefficients, f) * V::exp2_of(encoded);
   }
 }
 
@@ -107,41 +99,35 @@ MASKED_SOFTMAX_INLINE bool is_sum_out_of_range(acc_t sum) {
 template <class acc_t>
 constexpr acc_t kToInfinity = sizeof(acc_t) == 4 ? static_cast<acc_t>(0x1p112) : static_cast<acc_t>(0x1p984);
 
-template <class N, class acc_t>
-MASKED_SOFTMAX_INLINE N constant(acc_t value) {
-  if constexpr (std::is_same_v<N, acc_t>) {
-    return value;
-  } else {
-    return N::broadcast(value);
-  }
-}
-
-template <class V, class N>
-MASKED_SOFTMAX_INLINE N round_to_step(const N& product) {
-  const N magic = constant<N>(magic_constant<V>());
+template <class V>
+MASKED_SOFTMAX_INLINE V round_to_step(const V& product) {
+  const V magic = V::broadcast(magic_constant<V>());
   return (product + magic) - magic;
 }
 
-// Of one row, or of as many rows as V has lanes: N is a number or V.
-template <class V, class N>
+// Of as many rows as V has lanes.
+template <class V>
 struct ReferenceParams {
   using acc_t = typename V::acc_t;
-  N magic_minus_r;
-  N zero_below;
+  V magic_minus_r;
+  V zero_below;
 
-  MASKED_SOFTMAX_INLINE explicit ReferenceParams(const N& r) {
-    magic_minus_r = constant<N>(magic_constant<V>()) - r;
-    zero_below = r + constant<N>(Exp2<acc_t>::kMinExponent);
+  MASKED_SOFTMAX_INLINE explicit ReferenceParams(const V& r)
+      : magic_minus_r(V::broadcast(magic_constant<V>()) - r), zero_below(r + V::broadcast(Exp2<acc_t>::kMinExponent)) {}
+
+  // Of the row of lane 0.
+  MASKED_SOFTMAX_INLINE ExponentialParams<acc_t> first(acc_t offset, const ScaledLog2e<acc_t>& c) const {
+    return {offset, magic_minus_r.v[0], zero_below.v[0], c.high, c.low};
   }
 };
 
 // A failed reference gives NaN, as explained above.
-template <class V, class N>
-MASKED_SOFTMAX_INLINE ReferenceParams<V, N> params_from_references(const N& reference,
-                                                                   const ScaledLog2e<typename V::acc_t>& c) {
-  const N product = reference * constant<N>(c.high);
-  const N large = product * constant<N>(kToInfinity<typename V::acc_t>);
-  ReferenceParams<V, N> params(round_to_step<V>(product));
+template <class V>
+MASKED_SOFTMAX_INLINE ReferenceParams<V> params_from_references(const V& reference,
+                                                                const ScaledLog2e<typename V::acc_t>& c) {
+  const V product = reference * V::broadcast(c.high);
+  const V large = product * V::broadcast(kToInfinity<typename V::acc_t>);
+  ReferenceParams<V> params(round_to_step(product));
   params.magic_minus_r = params.magic_minus_r + (large - large);  // NaN where `large` is infinite or NaN
   return params;
 }
@@ -149,8 +135,7 @@ MASKED_SOFTMAX_INLINE ReferenceParams<V, N> params_from_references(const N& refe
 template <class V>
 MASKED_SOFTMAX_INLINE ExponentialParams<typename V::acc_t> params_from_reference(
     typename V::acc_t reference, const ScaledLog2e<typename V::acc_t>& c) {
-  const auto params = params_from_references<V>(reference, c);
-  return {0, params.magic_minus_r, params.zero_below, c.high, c.low};
+  return params_from_references(V::broadcast(reference), c).first(0, c);
 }
 
 template <class V>
@@ -159,8 +144,8 @@ MASKED_SOFTMAX_INLINE ExponentialParams<typename V::acc_t> params_from_maximum(
   using acc_t = typename V::acc_t;
   const acc_t product = row_max * c.high;
   const bool is_on_step = product > -kMaxProduct<acc_t> && product < kMaxProduct<acc_t>;
-  const ReferenceParams<V, acc_t> params(is_on_step ? round_to_step<V>(product) : 0);
-  return {is_on_step ? 0 : row_max, params.magic_minus_r, params.zero_below, c.high, c.low};
+  const ReferenceParams<V> params(is_on_step ? round_to_step(V::broadcast(product)) : V{});
+  return params.first(is_on_step ? 0 : row_max, c);
 }
 
 template <bool kHasOffset, class V>

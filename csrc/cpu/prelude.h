@@ -60,6 +60,17 @@ inline T optimization_barrier(T value) {
 
 }  // namespace masked_softmax
 
+// Functions between the two are compiled for an instruction set, given as features of the compiler's target attribute.
+#define MASKED_SOFTMAX_PRAGMA(...) _Pragma(#__VA_ARGS__)
+#if defined(__clang__)
+#define MASKED_SOFTMAX_BEGIN_TARGET(features) \
+  MASKED_SOFTMAX_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define MASKED_SOFTMAX_END_TARGET _Pragma("clang attribute pop")
+#else
+#define MASKED_SOFTMAX_BEGIN_TARGET(features) _Pragma("GCC push_options") MASKED_SOFTMAX_PRAGMA(GCC target(features))
+#define MASKED_SOFTMAX_END_TARGET _Pragma("GCC pop_options")
+#endif
+
 #define MASKED_SOFTMAX_LAMBDA_INLINE __attribute__((always_inline))
 #define MASKED_SOFTMAX_UNROLL _Pragma("GCC unroll 16")
 #define MASKED_SOFTMAX_UNROLL_2 _Pragma("GCC unroll 2")

@@ -3,12 +3,12 @@
 // A map of csrc/cpu, from the call to the arithmetic:
 //
 //   dispatch, isa_table.inc, isa_*.cpp   the instruction set; each compiles all that follows once, in its own namespace
-//   rows.h                               the operation and its types: contiguous or staged rows
+//   rows.h                               the operation and its types: contiguous or other rows
 //   contiguous_rows.h                    blocks of rows, single rows, or long rows
 //   block_kernel.h, row_block.h          the passes over a block of rows
 //   derivative_rows.h                    derivatives in the caches, a row at a time
 //   long_row.h, staging.h, gather        the passes over one long row, or one of any other type and stride
-//   staged_rows.h, column_tile.h         column tiles (dim != -1), transposed into contiguous rows on the stack
+//   column_tiles.h                       column tiles (dim != -1), transposed into contiguous rows on the stack
 //   row_kernel.h, derivative_kernel.h    the expressions of the passes; row_kernel.h begins with the algorithm
 //   row_passes.h, exp2.h                 loops over a row, sums, the exponential
 //   vector_defaults.h, vec_*.h           vectors
@@ -16,7 +16,7 @@
 //   prefetch.h                           prefetches of lines and pages
 #pragma once
 
-#include "cpu/staged_rows.h"
+#include "cpu/column_tiles.h"
 
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
@@ -35,14 +35,17 @@ constexpr bool has_contiguous_kernel() {
   return is_tuned(kOperation) && kIsLoadable && kIsUseful;
 }
 
-// Column tiles write results of the scores' shape, and take no number a row but a sink.
+// Rows of any types and strides. Column tiles write results of the scores' shape, and take no number a row but a sink.
+// Not inlined, so that only these rows pay for the stack of column tiles.
 template <class V, Operation kOperation>
-void run_other_rows(const Problem& problem, int64_t begin, int64_t end) {
-  if constexpr (returns_or_takes_row_numbers(info_of(kOperation).signature)) {
-    run_long_rows<V, kOperation>(problem, begin, end);
-  } else {
-    run_staged_rows<V, kOperation>(problem, begin, end);
+MASKED_SOFTMAX_NOINLINE void run_other_rows(const Problem& problem, int64_t begin, int64_t end) {
+  if constexpr (!returns_or_takes_row_numbers(info_of(kOperation).signature)) {
+    ColumnTiles<V, kOperation> tiles(problem);
+    if (tiles.is_possible()) {
+      return tiles.run(begin, end);
+    }
   }
+  run_long_rows<V, kOperation>(problem, begin, end);
 }
 
 template <Operation kOperation>

@@ -6,46 +6,17 @@
 
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
-struct Float : X86Defaults<Float, float, 8> {
+struct Float : X86Float<Float, 8> {
   static constexpr int kTileVectors = 8;
   static constexpr int kExp2TableSize = 8;
-  __m256 v;
-
   Float() = default;
-  Float(__m256 value) : v(value) {}
-
-  // Lane i is element first + i of a tile, of which the mask has the first `count`. Two numbers rather than a vector,
-  // because stores branch on them.
-  struct Mask {
-    int count;
-    int first;
-
-    int size() const { return count - first; }  // may be negative, or more than kLanes
-
-    __m256i lane_mask() const {
-      return _mm256_cmpgt_epi32(
-          _mm256_set1_epi32(count),
-          _mm256_setr_epi32(first, first + 1, first + 2, first + 3, first + 4, first + 5, first + 6, first + 7));
-    }
-    // For 16-bit elements: the pairs that the mask has as a whole, and the lane of its last element.
-    __m128i pair_mask() const {
-      return _mm_cmpgt_epi32(_mm_set1_epi32(count), _mm_setr_epi32(first + 1, first + 3, first + 5, first + 7));
-    }
-    __m128i last_lane_mask() const {
-      const auto lane = [&](int i) { return static_cast<int16_t>(first + i); };
-      return _mm_cmpeq_epi16(_mm_set1_epi16(static_cast<int16_t>(count - 1)),
-                             _mm_setr_epi16(lane(0), lane(1), lane(2), lane(3), lane(4), lane(5), lane(6), lane(7)));
-    }
-  };
-  static Mask first_n(int64_t n, int k = 0) { return {static_cast<int>(n), k * kLanes}; }
-
-  static Float broadcast(float value) { return _mm256_set1_ps(value); }
+  Float(vector_t value) { v = value; }
 
   static Float load(const float* p) { return _mm256_loadu_ps(p); }
   static Float load(const bfloat16_t* p) { return from_bfloat16(_mm_loadu_si128(as_vector(p))); }
   static Float load(const float16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(as_vector(p))); }
 
-  static Float load(const float* p, Mask mask) { return _mm256_maskload_ps(p, mask.lane_mask()); }
+  static Float load(const float* p, Mask mask) { return _mm256_maskload_ps(p, (__m256i)lane_mask(mask)); }
   static Float load(const bfloat16_t* p, Mask mask) { return from_bfloat16(load_16bit(p, mask)); }
   static Float load(const float16_t* p, Mask mask) { return _mm256_cvtph_ps(load_16bit(p, mask)); }
 
@@ -69,18 +40,9 @@ struct Float : X86Defaults<Float, float, 8> {
     }
   }
 
-  Float operator+(Float b) const { return _mm256_add_ps(v, b.v); }
-  Float operator-(Float b) const { return _mm256_sub_ps(v, b.v); }
-  Float operator*(Float b) const { return _mm256_mul_ps(v, b.v); }
   static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
-  static Float fms(Float a, Float b, Float c) { return _mm256_fmsub_ps(a.v, b.v, c.v); }
   static Float max(Float a, Float b) { return _mm256_max_ps(a.v, b.v); }
   static Float min(Float a, Float b) { return _mm256_min_ps(a.v, b.v); }
-
-  Float masked(Mask mask) const { return _mm256_and_ps(v, _mm256_castsi256_ps(mask.lane_mask())); }
-  Float masked(Mask mask, float fill) const {
-    return _mm256_blendv_ps(_mm256_set1_ps(fill), v, _mm256_castsi256_ps(mask.lane_mask()));
-  }
 
   // The low three bits of `encoded` are an index k of the table, the bits above them are added to the exponent.
   // Shifting moves k into the fraction, so the table's entries are 2^(k/8) less that.
@@ -89,15 +51,6 @@ struct Float : X86Defaults<Float, float, 8> {
                                             0x3f7744fd, 0x3f7ac0c7);
     const __m256i bits = _mm256_castps_si256(encoded.v);
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(bits, 20), _mm256_permutevar8x32_epi32(table, bits)));
-  }
-  static Float zero_where_less(Float n, Float least, Float value) {
-    return _mm256_and_ps(_mm256_cmp_ps(n.v, least.v, _CMP_NLT_UQ), value.v);
-  }
-  static Float zero_where_zero(Float t, Float value) {
-    return _mm256_and_ps(_mm256_cmp_ps(t.v, _mm256_setzero_ps(), _CMP_NEQ_UQ), value.v);
-  }
-  static Float one_where_zero(Float t) {
-    return _mm256_and_ps(_mm256_cmp_ps(t.v, _mm256_setzero_ps(), _CMP_EQ_OQ), _mm256_set1_ps(1.0f));
   }
 
   static void transpose(Float* vectors) {
@@ -121,39 +74,37 @@ struct Float : X86Defaults<Float, float, 8> {
     }
   }
 
-  // Added in double.
-  float reduce_add() const { return sum_of_row(add_halves()); }
-  static void reduce_add_four(const Float* vectors, float* sums) {
-    const __m256d rows[] = {vectors[0].add_halves(), vectors[1].add_halves(), vectors[2].add_halves(),
-                            vectors[3].add_halves()};
-    _mm_storeu_ps(sums, sums_of_rows(rows));
-  }
   float reduce_max() const {
-    const __m128 four = max_halves();
+    const __m128 four = four_maxima();
     const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
   }
-  static void reduce_max_four(const Float* vectors, float* maxima) {
-    const __m128 rows[] = {vectors[0].max_halves(), vectors[1].max_halves(), vectors[2].max_halves(),
-                           vectors[3].max_halves()};
-    _mm_storeu_ps(maxima, max_of_rows(rows));
-  }
+  // Added in double.
+  __m256d four_sums() const { return add_as_doubles(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
+  __m128 four_maxima() const { return _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
 
  private:
   static const __m128i* as_vector(const void* p) { return static_cast<const __m128i*>(p); }
   static __m128i* as_vector(void* p) { return static_cast<__m128i*>(p); }
 
-  __m256d add_halves() const { return add_as_doubles(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
-  __m128 max_halves() const { return _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
-
+  // For 16-bit elements: the pairs that the mask has as a whole, and the lane of its last element.
+  static __m128i pair_mask(Mask mask) {
+    const int first = mask.first;
+    return _mm_cmpgt_epi32(_mm_set1_epi32(mask.count), _mm_setr_epi32(first + 1, first + 3, first + 5, first + 7));
+  }
+  static __m128i last_lane_mask(Mask mask) {
+    const auto lane = [&](int i) { return static_cast<int16_t>(mask.first + i); };
+    return _mm_cmpeq_epi16(_mm_set1_epi16(static_cast<int16_t>(mask.count - 1)),
+                           _mm_setr_epi16(lane(0), lane(1), lane(2), lane(3), lane(4), lane(5), lane(6), lane(7)));
+  }
   // There is no masked load of 16-bit elements: pairs are loaded as 32 bits, and the last element is inserted. Its
   // address is the same for all vectors of a tile, so that the tile loads it once.
   template <class T>
   static __m128i load_16bit(const T* p, Mask mask) {
     static constexpr T kNone{};
     const T* const last = mask.count > 0 ? p - mask.first + (mask.count - 1) : &kNone;
-    const __m128i pairs = _mm_maskload_epi32(reinterpret_cast<const int*>(p), mask.pair_mask());
-    return _mm_blendv_epi8(pairs, _mm_set1_epi16(static_cast<int16_t>(read_element(last).bits)), mask.last_lane_mask());
+    const __m128i pairs = _mm_maskload_epi32(reinterpret_cast<const int*>(p), pair_mask(mask));
+    return _mm_blendv_epi8(pairs, _mm_set1_epi16(static_cast<int16_t>(read_element(last).bits)), last_lane_mask(mask));
   }
 
   // 0 <= n < kLanes.
@@ -215,57 +166,32 @@ struct Float : X86Defaults<Float, float, 8> {
 };
 
 struct Double : X86Defaults<Double, double, 4> {
-  __m256d v;
-
   Double() = default;
-  Double(__m256d value) : v(value) {}
-
-  static Double broadcast(double value) { return _mm256_set1_pd(value); }
+  Double(vector_t value) { v = value; }
 
   static Double load(const double* p) { return _mm256_loadu_pd(p); }
-  static Double load(const double* p, Mask mask) { return _mm256_maskload_pd(p, lane_mask(mask)); }
+  static Double load(const double* p, Mask mask) { return _mm256_maskload_pd(p, (__m256i)lane_mask(mask)); }
   void store(double* p) const { _mm256_storeu_pd(p, v); }
   void store_non_temporal(double* p) const { _mm256_stream_pd(p, v); }
   void store(double* p, Mask mask) const {
-    if (mask.count >= kLanes) {
+    const int n = mask.size();
+    if (n >= kLanes) {
       return store(p);
     }
     __m128d rest = _mm256_castpd256_pd128(v);
-    if (mask.count >= 2) {
+    if (n >= 2) {
       _mm_storeu_pd(p, rest);
       rest = _mm256_extractf128_pd(v, 1);
       p += 2;
     }
-    if (mask.count > 0 && (mask.count & 1) != 0) {
+    if (n > 0 && (n & 1) != 0) {
       write_element(p, _mm_cvtsd_f64(rest));
     }
   }
 
-  Double operator+(Double b) const { return _mm256_add_pd(v, b.v); }
-  Double operator-(Double b) const { return _mm256_sub_pd(v, b.v); }
-  Double operator*(Double b) const { return _mm256_mul_pd(v, b.v); }
   static Double fma(Double a, Double b, Double c) { return _mm256_fmadd_pd(a.v, b.v, c.v); }
-  static Double fms(Double a, Double b, Double c) { return _mm256_fmsub_pd(a.v, b.v, c.v); }
   static Double max(Double a, Double b) { return _mm256_max_pd(a.v, b.v); }
   static Double min(Double a, Double b) { return _mm256_min_pd(a.v, b.v); }
-
-  Double masked(Mask mask) const { return _mm256_and_pd(v, _mm256_castsi256_pd(lane_mask(mask))); }
-  Double masked(Mask mask, double fill) const {
-    return _mm256_blendv_pd(_mm256_set1_pd(fill), v, _mm256_castsi256_pd(lane_mask(mask)));
-  }
-
-  static Double exp2_of(Double encoded) {
-    return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(encoded.v), 52));
-  }
-  static Double zero_where_less(Double n, Double least, Double value) {
-    return _mm256_and_pd(_mm256_cmp_pd(n.v, least.v, _CMP_NLT_UQ), value.v);
-  }
-  static Double zero_where_zero(Double t, Double value) {
-    return _mm256_and_pd(_mm256_cmp_pd(t.v, _mm256_setzero_pd(), _CMP_NEQ_UQ), value.v);
-  }
-  static Double one_where_zero(Double t) {
-    return _mm256_and_pd(_mm256_cmp_pd(t.v, _mm256_setzero_pd(), _CMP_EQ_OQ), _mm256_set1_pd(1.0));
-  }
 
   static void transpose(Double* vectors) {
     __m256d pairs[4];
@@ -277,16 +203,6 @@ struct Double : X86Defaults<Double, double, 4> {
       vectors[i].v = _mm256_permute2f128_pd(pairs[i], pairs[2 + i], 0x20);
       vectors[2 + i].v = _mm256_permute2f128_pd(pairs[i], pairs[2 + i], 0x31);
     }
-  }
-
-  double reduce_max() const {
-    const __m128d two = _mm_max_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
-    return _mm_cvtsd_f64(_mm_max_sd(two, _mm_unpackhi_pd(two, two)));
-  }
-
- private:
-  static __m256i lane_mask(Mask mask) {
-    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(mask.count), _mm256_setr_epi64x(0, 1, 2, 3));
   }
 };
 

@@ -11,14 +11,12 @@ struct BitMask {
   lanes_t bits;
 };
 
-struct Float : X86Defaults<Float, float, 16> {
+struct Float : X86Float<Float, 16> {
   static constexpr int kExp2TableSize = 32;
   static constexpr bool kHasScalef = true;
   static constexpr bool kHasMaskedLoads16Bit = true;
-  __m512 v;
-
   Float() = default;
-  Float(__m512 value) : v(value) {}
+  Float(vector_t value) { v = value; }
 
   using Mask = BitMask<__mmask16>;
   static Mask first_n(int64_t n, int k = 0) {
@@ -26,8 +24,6 @@ struct Float : X86Defaults<Float, float, 16> {
                                            _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
     return {_mm512_cmpgt_epi32_mask(_mm512_set1_epi32(static_cast<int>(n)), lanes)};
   }
-
-  static Float broadcast(float value) { return _mm512_set1_ps(value); }
 
   static Float load(const float* p) { return _mm512_loadu_ps(p); }
   static Float load(const bfloat16_t* p) { return from_bfloat16(_mm256_loadu_si256(as_vector(p))); }
@@ -52,11 +48,7 @@ struct Float : X86Defaults<Float, float, 16> {
   void store(bfloat16_no_nan_t* p, Mask mask) const { _mm256_mask_storeu_epi16(p, mask.bits, to_bfloat16<false>()); }
   void store(float16_t* p, Mask mask) const { _mm256_mask_storeu_epi16(p, mask.bits, to_float16()); }
 
-  Float operator+(Float b) const { return _mm512_add_ps(v, b.v); }
-  Float operator-(Float b) const { return _mm512_sub_ps(v, b.v); }
-  Float operator*(Float b) const { return _mm512_mul_ps(v, b.v); }
   static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
-  static Float fms(Float a, Float b, Float c) { return _mm512_fmsub_ps(a.v, b.v, c.v); }
   static Float max(Float a, Float b) { return _mm512_max_ps(a.v, b.v); }
 
   Float masked(Mask mask) const { return _mm512_maskz_mov_ps(mask.bits, v); }
@@ -79,15 +71,6 @@ struct Float : X86Defaults<Float, float, 16> {
     const __m512i bits = _mm512_castps_si512(encoded.v);
     const __m512i whole = _mm512_slli_epi32(_mm512_srli_epi32(bits, 5), 23);
     return _mm512_castsi512_ps(_mm512_add_epi32(whole, _mm512_castps_si512(table_lookup(encoded).v)));
-  }
-  static Float zero_where_less(Float n, Float least, Float value) {
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(n.v, least.v, _CMP_NLT_UQ), value.v);
-  }
-  static Float zero_where_zero(Float t, Float value) {
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(t.v, _mm512_setzero_ps(), _CMP_NEQ_UQ), value.v);
-  }
-  static Float one_where_zero(Float t) {
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(t.v, _mm512_setzero_ps(), _CMP_EQ_OQ), _mm512_set1_ps(1.0f));
   }
 
   // Quarter i of vector k becomes quarter k of vector i.
@@ -126,29 +109,18 @@ struct Float : X86Defaults<Float, float, 16> {
     }
   }
 
-  // The halves are added in float, the rest in double: a sum is rounded twice, but converting costs half as much.
-  float reduce_add() const { return sum_of_row(add_quarters()); }
-  static void reduce_add_four(const Float* vectors, float* sums) {
-    const __m256d rows[] = {vectors[0].add_quarters(), vectors[1].add_quarters(), vectors[2].add_quarters(),
-                            vectors[3].add_quarters()};
-    _mm_storeu_ps(sums, sums_of_rows(rows));
-  }
   float reduce_max() const { return _mm512_reduce_max_ps(v); }
-  static void reduce_max_four(const Float* vectors, float* maxima) {
-    const __m128 rows[] = {vectors[0].max_quarters(), vectors[1].max_quarters(), vectors[2].max_quarters(),
-                           vectors[3].max_quarters()};
-    _mm_storeu_ps(maxima, max_of_rows(rows));
-  }
-
- private:
-  __m256d add_quarters() const {
+  // The halves are added in float, the rest in double: a sum is rounded twice, but converting costs half as much.
+  __m256d four_sums() const {
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
     return add_as_doubles(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
   }
-  __m128 max_quarters() const {
+  __m128 four_maxima() const {
     const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
     return _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
   }
+
+ private:
   static const __m256i* as_vector(const void* p) { return static_cast<const __m256i*>(p); }
   static __m256i* as_vector(void* p) { return static_cast<__m256i*>(p); }
   // A bfloat16 is the upper half of a float: word i of sixteen becomes, or comes from, word 2 i + 1 of thirty-two.
@@ -175,10 +147,8 @@ struct Float : X86Defaults<Float, float, 16> {
 };
 
 struct Double : X86Defaults<Double, double, 8> {
-  __m512d v;
-
   Double() = default;
-  Double(__m512d value) : v(value) {}
+  Double(vector_t value) { v = value; }
 
   using Mask = BitMask<__mmask8>;
   static Mask first_n(int64_t n, int k = 0) {
@@ -186,37 +156,18 @@ struct Double : X86Defaults<Double, double, 8> {
     return {_mm512_cmpgt_epi64_mask(_mm512_set1_epi64(n), lanes)};
   }
 
-  static Double broadcast(double value) { return _mm512_set1_pd(value); }
-
   static Double load(const double* p) { return _mm512_loadu_pd(p); }
   static Double load(const double* p, Mask mask) { return _mm512_maskz_loadu_pd(mask.bits, p); }
   void store(double* p) const { _mm512_storeu_pd(p, v); }
   void store_non_temporal(double* p) const { _mm512_stream_pd(p, v); }
   void store(double* p, Mask mask) const { _mm512_mask_storeu_pd(p, mask.bits, v); }
 
-  Double operator+(Double b) const { return _mm512_add_pd(v, b.v); }
-  Double operator-(Double b) const { return _mm512_sub_pd(v, b.v); }
-  Double operator*(Double b) const { return _mm512_mul_pd(v, b.v); }
   static Double fma(Double a, Double b, Double c) { return _mm512_fmadd_pd(a.v, b.v, c.v); }
-  static Double fms(Double a, Double b, Double c) { return _mm512_fmsub_pd(a.v, b.v, c.v); }
   static Double max(Double a, Double b) { return _mm512_max_pd(a.v, b.v); }
   static Double min(Double a, Double b) { return _mm512_min_pd(a.v, b.v); }
 
   Double masked(Mask mask) const { return _mm512_maskz_mov_pd(mask.bits, v); }
   Double masked(Mask mask, double fill) const { return _mm512_mask_mov_pd(_mm512_set1_pd(fill), mask.bits, v); }
-
-  static Double exp2_of(Double encoded) {
-    return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(encoded.v), 52));
-  }
-  static Double zero_where_less(Double n, Double least, Double value) {
-    return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(n.v, least.v, _CMP_NLT_UQ), value.v);
-  }
-  static Double zero_where_zero(Double t, Double value) {
-    return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(t.v, _mm512_setzero_pd(), _CMP_NEQ_UQ), value.v);
-  }
-  static Double one_where_zero(Double t) {
-    return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(t.v, _mm512_setzero_pd(), _CMP_EQ_OQ), _mm512_set1_pd(1.0));
-  }
 
   static void transpose(Double* vectors) {
     __m512d pairs[8];

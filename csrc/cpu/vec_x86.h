@@ -45,4 +45,19 @@ MASKED_SOFTMAX_INLINE __m256d add_as_doubles(__m128 a, __m128 b) {
   return _mm256_add_pd(_mm256_cvtps_pd(a), _mm256_cvtps_pd(b));
 }
 
+template <class V, int kCount>
+struct X86Float : X86Defaults<V, float, kCount> {
+  float reduce_add() const { return sum_of_row(static_cast<const V*>(this)->four_sums()); }
+  static void reduce_add_four(const V* vectors, float* sums) {
+    const __m256d rows[] = {vectors[0].four_sums(), vectors[1].four_sums(), vectors[2].four_sums(),
+                            vectors[3].four_sums()};
+    _mm_storeu_ps(sums, sums_of_rows(rows));
+  }
+  static void reduce_max_four(const V* vectors, float* maxima) {
+    const __m128 rows[] = {vectors[0].four_maxima(), vectors[1].four_maxima(), vectors[2].four_maxima(),
+                           vectors[3].four_maxima()};
+    _mm_storeu_ps(maxima, max_of_rows(rows));
+  }
+};
+
 }  // namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE

@@ -12,7 +12,7 @@
 //   load(p, mask), store(p, mask)   touch the elements p[0..n) only; other lanes load as zeros
 //   masked(mask, fill = 0)          replaces the lanes outside of the mask
 //   a + b, a - b, a * b, fma, fms   fma(a, b, c) = a * b + c and fms(a, b, c) = a * b - c round once
-//   max(a, b), min(a, b)            b where either is NaN; min only where not kHasScalef
+//   max(a, b), min(a, b)            b where either is NaN
 //   exp2_of(encoded)                2^n, or with a table 2^n * 2^(k/K); exp2.h says how n and k are encoded
 //   table_lookup(encoded)           2^(k/K); only where kHasScalef
 //   scalef(x, n)                    x * 2^floor(n); only where kHasScalef
@@ -35,6 +35,7 @@ struct bfloat16_no_nan_t {
   uint16_t bits;
 };
 
+// Arithmetic on `v`, comparisons and choices are the compiler's own (vector_size, of GCC and clang).
 template <class V, class T, int kCount>
 struct VectorDefaults {
   using acc_t = T;
@@ -51,19 +52,92 @@ struct VectorDefaults {
   // Whether a masked load of 16-bit elements is one instruction.
   static constexpr bool kHasMaskedLoads16Bit = false;
 
+  using int_t = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef T vector_t __attribute__((vector_size(sizeof(T) * kCount)));
+  typedef int_t ints_t __attribute__((vector_size(sizeof(T) * kCount)));
+  vector_t v;
+
   // Orders the non-temporal stores before it with all later stores.
   static void store_fence() {}
 
+  // Lane i is element first + i of a tile, of which the mask has the first `count`.
   struct Mask {
     int count;
+    int first;
+
+    int size() const { return count - first; }  // may be negative, or more than kLanes
   };
-  static Mask first_n(int64_t n, int k = 0) { return {static_cast<int>(n) - k * kCount}; }
+  static Mask first_n(int64_t n, int k = 0) { return {static_cast<int>(n), k * kCount}; }
+  // All bits of the lanes that the mask has.
+  static ints_t lane_mask(Mask mask) {
+    ints_t elements;
+    for (int i = 0; i < kCount; ++i) {
+      elements[i] = mask.first + i;
+    }
+    return elements < int_t{mask.count};
+  }
+  V masked(Mask mask, T fill = 0) const { return lane_mask(mask) ? v : V::broadcast(fill).v; }
+
+  static V broadcast(T value) { return value - vector_t{}; }
 
   template <class E>
   static T element(const E* p) {
     return to_acc<T>(read_element(p));
   }
+  template <class E>
+  static constexpr bool is_converted =
+      std::is_same_v<T, float> && (std::is_same_v<E, bfloat16_t> || std::is_same_v<E, float16_t>);
 
+  static V load(const T* p) {
+    vector_t value;
+    std::memcpy(&value, p, sizeof(value));
+    return value;
+  }
+  template <class E, class = std::enable_if_t<is_converted<E>>>
+  static V load(const E* p) {
+    return V::load(p, V::first_n(kCount));
+  }
+  template <class E>
+  static V load(const E* p, Mask mask) {
+    T elements[kCount] = {};
+    for (int i = 0; i < kCount && i < mask.size(); ++i) {
+      elements[i] = V::element(p + i);
+    }
+    return load(elements);
+  }
+  void store(T* p) const { std::memcpy(p, &v, sizeof(v)); }
+  template <class E>
+  void store(E* p) const {
+    store(p, first_n(kCount));
+  }
+  template <class E>
+  void store(E* p, Mask mask) const {
+    for (int i = 0; i < kCount && i < mask.size(); ++i) {
+      write_element(p + i, from_acc<E>(v[i]));
+    }
+  }
+
+  V operator+(V b) const { return v + b.v; }
+  V operator-(V b) const { return v - b.v; }
+  V operator*(V b) const { return v * b.v; }
+  static V fms(V a, V b, V c) { return V::fma(a, b, -c.v); }
+  // Compare and choose: NEON's vmaxq would return a NaN of either argument, vmaxnmq the number.
+  static V max(V a, V b) { return a.v > b.v ? a.v : b.v; }
+  static V min(V a, V b) { return a.v < b.v ? a.v : b.v; }
+
+  static V exp2_of(V encoded) { return (vector_t)((ints_t)encoded.v << (std::numeric_limits<T>::digits - 1)); }
+  static V zero_where_less(V n, V least, V value) { return n.v < least.v ? vector_t{} : value.v; }
+  // Bitwise: for a choice between `value` and zeros, GCC 12 copies a register of zeros first.
+  static V zero_where_zero(V t, V value) { return (vector_t)((t.v != 0) & (ints_t)value.v); }
+  static V one_where_zero(V t) { return t.v == 0 ? 1 - vector_t{} : vector_t{}; }
+
+  T reduce_max() const {
+    T result = v[0];
+    for (int i = 1; i < kCount; ++i) {
+      result = v[i] > result ? v[i] : result;
+    }
+    return result;
+  }
   T reduce_add() const {
     T elements[kCount];
     static_cast<const V*>(this)->store(elements);

@@ -271,7 +271,7 @@ MUTATIONS = (
     ),
     Mutation(
         "sinks of a column tile read without their stride",
-        "cpu/staged_rows.h",
+        "cpu/column_tiles.h",
         "block_.row_input.row_strides[0] = run.row_input_step();",
         "block_.row_input.row_strides[0] = 1;",
     ),
@@ -478,19 +478,19 @@ MUTATIONS = (
     ),
     Mutation(
         "a column tile that is not multiplied by the input factor",
-        "cpu/staged_rows.h",
+        "cpu/column_tiles.h",
         "      if (input_factor_ != 1) {\n        multiply<V>(buffers_[0] + r * row_elems, cols, input_factor_);\n      }\n",
         "",
     ),
     Mutation(
         "a column tile's padding read behind a row's end",
-        "cpu/column_tile.h",
+        "cpu/column_tiles.h",
         "if (column >= bounds.start && column < bounds.end) {",
         "if (column >= bounds.start) {",
     ),
     Mutation(
         "a column tile's padding read before a row's start",
-        "cpu/column_tile.h",
+        "cpu/column_tiles.h",
         "if (column >= bounds.start && column < bounds.end) {",
         "if (column < bounds.end) {",
     ),
