@@ -1,10 +1,35 @@
 // AVX2 with FMA and F16C: 8 floats or 4 doubles. Masked loads touch no byte outside of the mask. Masked stores go in
-// parts of 4, 2 and 1 elements, because AMD's masked store is microcoded.
+// parts, because AMD's masked store is microcoded.
 #pragma once
 
 #include "cpu/vec_x86.h"
 
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
+
+// Stores the first `bytes` bytes, fewer than 32, in parts of 16, 8, 4 and 2.
+MASKED_SOFTMAX_INLINE void store_bytes(void* to, __m256i vector, unsigned bytes) {
+  char* p = static_cast<char*>(to);
+  __m128i half = _mm256_castsi256_si128(vector);
+  if (bytes & 16) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
+    half = _mm256_extracti128_si256(vector, 1);
+    p += 16;
+  }
+  uint64_t rest = static_cast<uint64_t>(_mm_cvtsi128_si64(half));
+  if (bytes & 8) {
+    std::memcpy(p, &rest, 8);
+    rest = static_cast<uint64_t>(_mm_extract_epi64(half, 1));
+    p += 8;
+  }
+  if (bytes & 4) {
+    std::memcpy(p, &rest, 4);
+    rest >>= 32;
+    p += 4;
+  }
+  if (bytes & 2) {
+    std::memcpy(p, &rest, 2);
+  }
+}
 
 struct Float : X86Float<Float, 8> {
   static constexpr int kTileVectors = 8;
@@ -36,7 +61,7 @@ struct Float : X86Float<Float, 8> {
     if (n >= kLanes) {
       store(p);
     } else {
-      store_few(p, n > 0 ? n : 0);
+      store_bytes(p, bits_for(p), static_cast<unsigned>(n > 0 ? n : 0) * sizeof(T));
     }
   }
 
@@ -107,46 +132,11 @@ struct Float : X86Float<Float, 8> {
     return _mm_blendv_epi8(pairs, _mm_set1_epi16(static_cast<int16_t>(read_element(last).bits)), last_lane_mask(mask));
   }
 
-  // 0 <= n < kLanes.
-  void store_few(float* p, int n) const {
-    __m128 rest = _mm256_castps256_ps128(v);
-    if (n & 4) {
-      _mm_storeu_ps(p, rest);
-      rest = _mm256_extractf128_ps(v, 1);
-      p += 4;
-    }
-    if (n & 2) {
-      _mm_storel_epi64(as_vector(p), _mm_castps_si128(rest));
-      rest = _mm_movehl_ps(rest, rest);
-      p += 2;
-    }
-    if (n & 1) {
-      write_element(p, _mm_cvtss_f32(rest));
-    }
-  }
-  void store_few(bfloat16_t* p, int n) const { store_few_16bit(p, n, to_bfloat16<true>()); }
-  void store_few(bfloat16_no_nan_t* p, int n) const { store_few_16bit(p, n, to_bfloat16<false>()); }
-  void store_few(float16_t* p, int n) const { store_few_16bit(p, n, to_float16()); }
-
-  static void store_few_16bit(void* to, int n, __m128i bits) {
-    char* p = static_cast<char*>(to);
-    uint64_t rest = static_cast<uint64_t>(_mm_cvtsi128_si64(bits));
-    if (n & 4) {
-      std::memcpy(p, &rest, 8);
-      rest = static_cast<uint64_t>(_mm_extract_epi64(bits, 1));
-      p += 8;
-    }
-    if (n & 2) {
-      const uint32_t pair = static_cast<uint32_t>(rest);
-      std::memcpy(p, &pair, 4);
-      rest >>= 32;
-      p += 4;
-    }
-    if (n & 1) {
-      const uint16_t single = static_cast<uint16_t>(rest);
-      std::memcpy(p, &single, 2);
-    }
-  }
+  // What is stored of an element type.
+  __m256i bits_for(const float*) const { return _mm256_castps_si256(v); }
+  __m256i bits_for(const bfloat16_t*) const { return _mm256_castsi128_si256(to_bfloat16<true>()); }
+  __m256i bits_for(const bfloat16_no_nan_t*) const { return _mm256_castsi128_si256(to_bfloat16<false>()); }
+  __m256i bits_for(const float16_t*) const { return _mm256_castsi128_si256(to_float16()); }
 
   static Float from_bfloat16(__m128i bits) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
@@ -176,16 +166,9 @@ struct Double : X86Defaults<Double, double, 4> {
   void store(double* p, Mask mask) const {
     const int n = mask.size();
     if (n >= kLanes) {
-      return store(p);
-    }
-    __m128d rest = _mm256_castpd256_pd128(v);
-    if (n >= 2) {
-      _mm_storeu_pd(p, rest);
-      rest = _mm256_extractf128_pd(v, 1);
-      p += 2;
-    }
-    if (n > 0 && (n & 1) != 0) {
-      write_element(p, _mm_cvtsd_f64(rest));
+      store(p);
+    } else {
+      store_bytes(p, _mm256_castpd_si256(v), static_cast<unsigned>(n > 0 ? n : 0) * sizeof(double));
     }
   }
 

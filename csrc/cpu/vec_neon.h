@@ -1,4 +1,4 @@
-// NEON on aarch64: 4 floats or 2 doubles. Masked access goes element by element through a small array.
+// NEON on aarch64: 4 floats or 2 doubles. Masked access goes element by element.
 #pragma once
 
 #include "cpu/vector_defaults.h"
@@ -24,14 +24,6 @@ struct Float : VectorDefaults<Float, float, 4> {
   }
   void store(bfloat16_no_nan_t* p) const { store_words(p, rounded_to_bfloat16()); }
   void store(float16_t* p) const { vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(v))); }
-  template <class T>
-  void store(T* p, Mask mask) const {
-    T elements[kLanes];
-    store(elements);
-    for (int i = 0; i < kLanes && i < mask.size(); ++i) {
-      write_element(p + i, elements[i]);
-    }
-  }
 
   static Float fma(Float a, Float b, Float c) { return vfmaq_f32(c.v, a.v, b.v); }
 

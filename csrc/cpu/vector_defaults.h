@@ -3,7 +3,8 @@
 // Every instruction set's vec_*.h defines two types, Float and Double. Kernels are templates over such a type. Their
 // parameters: V a vector, T the type of an input's element, U of the output's, acc_t the accumulation type.
 //
-//   V{}, broadcast(x)               zeros; every lane x
+//   v                               the lanes, as the compiler's vector (vector_size, of GCC and clang)
+//   V{}, V(vector), broadcast(x)    zeros; these lanes; every lane x
 //   element(p)                      one element, converted
 //   load(p), store(p)               kLanes elements at any address, converted from and to 16-bit types
 //   store_non_temporal(p)           as store(p); p is aligned to the vector in memory; x86 only
@@ -35,7 +36,7 @@ struct bfloat16_no_nan_t {
   uint16_t bits;
 };
 
-// Arithmetic on `v`, comparisons and choices are the compiler's own (vector_size, of GCC and clang).
+// A type has to add its constructors and fma().
 template <class V, class T, int kCount>
 struct VectorDefaults {
   using acc_t = T;
@@ -108,12 +109,16 @@ struct VectorDefaults {
   void store(T* p) const { std::memcpy(p, &v, sizeof(v)); }
   template <class E>
   void store(E* p) const {
-    store(p, first_n(kCount));
+    for (int i = 0; i < kCount; ++i) {
+      write_element(p + i, from_acc<E>(v[i]));
+    }
   }
   template <class E>
   void store(E* p, Mask mask) const {
+    E elements[kCount];
+    static_cast<const V*>(this)->store(elements);
     for (int i = 0; i < kCount && i < mask.size(); ++i) {
-      write_element(p + i, from_acc<E>(v[i]));
+      write_element(p + i, elements[i]);
     }
   }
 
@@ -146,19 +151,13 @@ struct VectorDefaults {
 
   // Lane k of vector i becomes lane i of vector k.
   static void transpose(V* vectors) {
-    T from[kCount][kCount];
-    T to[kCount][kCount];
-    for (int i = 0; i < kCount; ++i) {
-      vectors[i].store(from[i]);
-    }
+    V result[kCount];
     for (int i = 0; i < kCount; ++i) {
       for (int k = 0; k < kCount; ++k) {
-        to[k][i] = from[i][k];
+        result[k].v[i] = vectors[i].v[k];
       }
     }
-    for (int i = 0; i < kCount; ++i) {
-      vectors[i] = V::load(to[i]);
-    }
+    std::memcpy(vectors, result, sizeof(result));
   }
 
   static void reduce_add_four(const V* vectors, T* sums) {
