@@ -10,6 +10,7 @@ struct Float : VectorDefaults<Float, float, 4> {
   Float(vector_t value) { v = value; }
 
   using VectorDefaults::load;
+  static Float load(const float* p) { return vld1q_f32(p); }
   static Float load(const bfloat16_t* p) {
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16));
   }
@@ -18,12 +19,21 @@ struct Float : VectorDefaults<Float, float, 4> {
   }
 
   using VectorDefaults::store;
+  void store(float* p) const { vst1q_f32(p, v); }
   void store(bfloat16_t* p) const {
     const uint32x4_t is_number = vceqq_f32(v, v);
     store_words(p, vbslq_u32(is_number, rounded_to_bfloat16(), vdupq_n_u32(0x7fc00000)));
   }
   void store(bfloat16_no_nan_t* p) const { store_words(p, rounded_to_bfloat16()); }
   void store(float16_t* p) const { vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(v))); }
+  template <class T>
+  void store(T* p, Mask mask) const {
+    T elements[kLanes];
+    store(elements);
+    for (int i = 0; i < kLanes && i < mask.size(); ++i) {
+      write_element(p + i, elements[i]);
+    }
+  }
 
   static Float fma(Float a, Float b, Float c) { return vfmaq_f32(c.v, a.v, b.v); }
 
@@ -47,6 +57,11 @@ struct Float : VectorDefaults<Float, float, 4> {
 struct Double : VectorDefaults<Double, double, 2> {
   Double() = default;
   Double(vector_t value) { v = value; }
+
+  using VectorDefaults::load;
+  using VectorDefaults::store;
+  static Double load(const double* p) { return vld1q_f64(p); }
+  void store(double* p) const { vst1q_f64(p, v); }
 
   static Double fma(Double a, Double b, Double c) { return vfmaq_f64(c.v, a.v, b.v); }
   double reduce_add() const { return vgetq_lane_f64(v, 0) + vgetq_lane_f64(v, 1); }

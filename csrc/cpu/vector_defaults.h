@@ -86,39 +86,30 @@ struct VectorDefaults {
     return to_acc<T>(read_element(p));
   }
   template <class E>
-  static constexpr bool is_converted =
-      std::is_same_v<T, float> && (std::is_same_v<E, bfloat16_t> || std::is_same_v<E, float16_t>);
+  static constexpr bool is_loadable =
+      std::is_same_v<E, T> ||
+      (std::is_same_v<T, float> && (std::is_same_v<E, bfloat16_t> || std::is_same_v<E, float16_t>));
 
-  static V load(const T* p) {
-    vector_t value;
-    std::memcpy(&value, p, sizeof(value));
-    return value;
-  }
-  template <class E, class = std::enable_if_t<is_converted<E>>>
+  template <class E, class = std::enable_if_t<is_loadable<E>>>
   static V load(const E* p) {
     return V::load(p, V::first_n(kCount));
   }
   template <class E>
   static V load(const E* p, Mask mask) {
-    T elements[kCount] = {};
+    V result{};
     for (int i = 0; i < kCount && i < mask.size(); ++i) {
-      elements[i] = V::element(p + i);
+      result.v[i] = V::element(p + i);
     }
-    return load(elements);
+    return result;
   }
-  void store(T* p) const { std::memcpy(p, &v, sizeof(v)); }
   template <class E>
   void store(E* p) const {
-    for (int i = 0; i < kCount; ++i) {
-      write_element(p + i, from_acc<E>(v[i]));
-    }
+    store(p, first_n(kCount));
   }
   template <class E>
   void store(E* p, Mask mask) const {
-    E elements[kCount];
-    static_cast<const V*>(this)->store(elements);
     for (int i = 0; i < kCount && i < mask.size(); ++i) {
-      write_element(p + i, elements[i]);
+      write_element(p + i, from_acc<E>(v[i]));
     }
   }
 
