@@ -402,7 +402,7 @@ def result(stem: str, draw: Callable[..., Any]) -> Callable[[bool], Any]:
     return draw_result
 
 
-ZEN4, ZEN5 = "amd-epyc-zen4-avx512-2026-11-25", "amd-epyc-zen5-avx512-2026-11-30"
+ZEN4, ZEN5 = "amd-epyc-zen4-avx512-2026-11-25", "amd-epyc-zen5-avx512-2026-12-01"
 
 # Each takes whether it is to be narrow, for phones.
 DRAWINGS: dict[str, Callable[[bool], Any]] = {
