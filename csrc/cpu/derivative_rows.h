@@ -101,7 +101,7 @@ MASKED_SOFTMAX_INLINE void run_narrow_derivative_row(const InputRows<T, input_co
                       });
 }
 
-// Precondition: rows start at column 0.
+// Preconditions: rows are not packed, and start at column 0.
 template <class V, Operation kOperation, class T>
 MASKED_SOFTMAX_NOINLINE void run_narrow_derivative_rows(const Problem& problem, int64_t begin, int64_t end) {
   constexpr int64_t kRowsAtOnce = 256;

@@ -164,8 +164,8 @@ MASKED_SOFTMAX_INLINE V exponential_of(const V& x, const ExponentialParams<typen
   const V rounded = encoded - magic_minus_r;  // a * c, rounded to the step
   const V f = V::fma(a, V::broadcast(params.low), V::fms(a, high, rounded));
   if constexpr (V::kHasScalef) {
-    // The second argument is n + k/K, of which scalef takes the floor, n. Where a is -inf, so is `encoded`, and f is
-    // NaN; all other terms with a negative `encoded` are below 2^-200.
+    // The second argument is n + k/K, of which scalef takes the floor, n. Where `encoded` is negative, the term is
+    // below 2^-393216, and f means nothing (it is NaN where a is -inf).
     const V power = V::scalef(times_exp2(V::table_lookup(encoded), f), encoded - V::broadcast(kMagic));
     return V::zero_where_less(encoded, V{}, power);
   } else {

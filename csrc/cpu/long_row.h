@@ -17,10 +17,10 @@
 
 namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 
-// A multiple of kTileElems, as RowSums::add() requires. 2 to 8 KiB, so that the segments of three inputs and of the
-// output fit an L1 of 32 KiB.
+// A multiple of kFlushElems, as RowSums::add_segment() requires. 2 to 8 KiB, so that the segments of three inputs and
+// of the output fit an L1 of 32 KiB.
 template <class V>
-constexpr int64_t kSegmentElems = 16 * kTileElems<V>;
+constexpr int64_t kSegmentElems = 4 * kFlushElems<V>;
 
 // Calls body(first, count) for every segment of `count` elements.
 template <class V, class Body>

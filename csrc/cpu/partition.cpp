@@ -5,7 +5,7 @@
 namespace masked_softmax {
 namespace {
 
-constexpr int64_t kChunkRows = 64;  // that the cost is found of at once
+constexpr int64_t kChunkRows = 64;  // rows whose cost is found at once
 
 // Of `count` rows of the run, from row `first` on. Lengths are not clamped, which would take longer than their sum:
 // where another thread changes them after they were checked, the parts become uneven, but still have every row once.

@@ -86,11 +86,11 @@ struct VectorDefaults {
     return to_acc<T>(read_element(p));
   }
   template <class E>
-  static constexpr bool is_loadable =
+  static constexpr bool is_element =
       std::is_same_v<E, T> ||
       (std::is_same_v<T, float> && (std::is_same_v<E, bfloat16_t> || std::is_same_v<E, float16_t>));
 
-  template <class E, class = std::enable_if_t<is_loadable<E>>>
+  template <class E, class = std::enable_if_t<is_element<E>>>
   static V load(const E* p) {
     return V::load(p, V::first_n(kCount));
   }

@@ -307,7 +307,7 @@ MUTATIONS = (
         "const V value = exponential_of<kHasOffset>(load<V>(x, mask), params);",
     ),
     Mutation(
-        "a vector completed beyond the room there is",
+        "a vector completed beyond the columns",
         "cpu/row_passes.h",
         "    if (i + kLanes > cols) {",
         "    if (cols == 0) {",
@@ -325,7 +325,7 @@ MUTATIONS = (
         "const int64_t to_line = bytes_to_line / int64_t{sizeof(U)} + 1;",
     ),
     Mutation(
-        "non-temporal stores beyond the room there is",
+        "non-temporal stores beyond the columns",
         "cpu/row_passes.h",
         "const int64_t end = head + (cols - head) / kLineElems * kLineElems;",
         "const int64_t end = head + (cols - head + kLineElems - 1) / kLineElems * kLineElems;",
@@ -424,7 +424,7 @@ MUTATIONS = (
     Mutation(
         "derivative, row by row: a narrow row's start ignored",
         "cpu/contiguous_rows.h",
-        "longest <= kTileElems<V> && problem.starts.data == nullptr && problem.starts.value == 0",
+        "longest <= kTileElems<V> && starts_at_0",
         "longest <= kTileElems<V>",
     ),
     Mutation(
@@ -438,6 +438,18 @@ MUTATIONS = (
         "cpu/derivative_rows.h",
         "first < run.rows; first += kRowsAtOnce",
         "first < kRowsAtOnce; first += kRowsAtOnce",
+    ),
+    Mutation(
+        "derivative of narrow rows: another order of additions in full rows (tiles of eight vectors)",
+        "cpu/derivative_rows.h",
+        "const bool is_full = V::kTileVectors > 4 && length == kTileElems<V>;",
+        "const bool is_full = false;",
+    ),
+    Mutation(
+        "derivative of narrow rows: padding that is not 0",
+        "cpu/derivative_rows.h",
+        "write_narrow_row<V>(output, length, cols, typename V::acc_t{0}, StoreHint::kCached,",
+        "write_narrow_row<V>(output, length, cols, typename V::acc_t{5}, StoreHint::kCached,",
     ),
     Mutation(
         "narrow rows stored non-temporally: one vector for all",

@@ -93,6 +93,39 @@ TEST("bits: the same however the rows are split between threads") {
   }
 }
 
+TEST("bits: the same without starts as with starts of 0, padding included") {
+  constexpr int64_t kRows = 300;  // more than any kernel takes at once
+  for_each_capability([&](const CpuCapability& capability) {
+    for (Operation operation : kOperations) {
+      for (ElementType type : kFloatingTypes) {
+        for (int64_t cols : {5, 16, 33, 63, 64, 65}) {
+          Bounds bounds;
+          for (int64_t row = 0; row < kRows; ++row) {
+            bounds.starts.push_back(0);
+            bounds.lengths.push_back(row % 4 == 0 ? cols : row % (cols + 1));
+          }
+          std::vector<Matrix> inputs;
+          for (int k = 0; k < input_count(operation); ++k) {
+            inputs.emplace_back(type, kRows, cols);
+          }
+          fill_inputs(operation, inputs, bounds, 5);
+          Matrix with_starts(type, kRows, cols);
+          Matrix without_starts(type, kRows, cols);
+          capability.run_rows(make_problem(operation, with_starts, inputs, bounds, 0.7), 0, kRows);
+          Problem problem = make_problem(operation, without_starts, inputs, bounds, 0.7);
+          problem.starts = RowIndex{};
+          capability.run_rows(problem, 0, kRows);
+          for (int64_t row = 0; row < kRows; ++row) {
+            CHECK(bits_of(with_starts, row, 0, cols) == bits_of(without_starts, row, 0, cols),
+                  capability.name << ' ' << name_of(operation) << ' ' << name_of(type) << ", row " << row << " of "
+                                  << cols << " columns");
+          }
+        }
+      }
+    }
+  });
+}
+
 TEST("bits: the same with non-temporal stores") {
   for (const Surroundings& around : {Surroundings{9, 2, 37, 5}, Surroundings{0, 0, 40, 3}}) {
     for_each_capability([&](const CpuCapability& capability) {
