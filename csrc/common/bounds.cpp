@@ -38,7 +38,7 @@ uint64_t innermost_violation(const Problem& problem, int dim, int64_t count, int
   const int64_t length_stride = dim < 0 ? 0 : lengths.row_strides[dim];
   const int64_t start_stride = dim < 0 ? 0 : starts.row_strides[dim];
   uint64_t found = 0;
-  if (lengths.data != nullptr && starts.data == nullptr && starts.value == 0) {
+  if (lengths.data != nullptr && starts.is_always_0()) {
     visit_element_type_of<ElementKind::kInteger>(lengths.type, [&](auto element) {
       const auto* first = static_cast<const decltype(element)*>(lengths.data) + length_offset;
       found = lengths_violation(first, length_stride, count, problem.cols);

@@ -33,6 +33,8 @@ struct RowIndex {
   ElementType type = ElementType::kInt64;
   int64_t value = 0;
   int64_t row_strides[kMaxRowDims];
+
+  bool is_always_0() const { return data == nullptr && value == 0; }
 };
 
 // One floating point number a row that the caller passes, in its own type, broadcast by strides of 0.

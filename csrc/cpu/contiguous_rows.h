@@ -30,8 +30,7 @@ void run_contiguous_rows(const Problem& problem, int64_t begin, int64_t end) {
   if constexpr (is_tuned(kOperation) && V::kHasShortRowKernels) {
     if constexpr (!is_forward(kOperation) && std::is_same_v<T, float> && std::is_same_v<U, float>) {
       if (hints.is_cached) {
-        const bool starts_at_0 = problem.starts.data == nullptr && problem.starts.value == 0;
-        return longest <= kTileElems<V> && starts_at_0 && !problem.packing.is_packed
+        return longest <= kTileElems<V> && problem.starts.is_always_0() && !problem.packing.is_packed
                    ? run_narrow_derivative_rows<V, kOperation, T>(problem, begin, end)
                    : DerivativeRows<V, kOperation, T>(problem, hints.prefetch).run(begin, end);
       }

@@ -19,8 +19,13 @@ namespace masked_softmax::MASKED_SOFTMAX_ISA_NAMESPACE {
 template <class V, Operation kOperation, class T>
 class DerivativeRows {
  public:
+  using acc_t = typename V::acc_t;
+
   DerivativeRows(const Problem& problem, bool prefetch)
-      : problem_(problem), prefetch_(prefetch), scale_(problem.scale) {}
+      : problem_(problem),
+        prefetch_(prefetch),
+        scale_(problem.scale),
+        padding_(static_cast<acc_t>(problem.padding_value())) {}
 
   MASKED_SOFTMAX_NOINLINE void run(int64_t begin, int64_t end) const {
     RowWalker walker(problem_, begin, end);
@@ -38,7 +43,6 @@ class DerivativeRows {
   }
 
  private:
-  using acc_t = typename V::acc_t;
   static constexpr int kSums = Formula<kOperation>::kSums;
 
   MASKED_SOFTMAX_INLINE void run_row(const RowRun& run, int64_t i, int64_t start, int64_t length) const {
@@ -66,7 +70,7 @@ class DerivativeRows {
   const Problem& problem_;
   const bool prefetch_;
   const DerivativeScale<acc_t> scale_;
-  const acc_t padding_ = optimization_barrier(acc_t{0});  // without it, a loop of stores would become a call of memset
+  const acc_t padding_;  // 0, but a loop that stores a constant 0 would become a call of memset
 };
 
 // Vectors are loaded in pairs, because fewer branches are worth more than a vector.

@@ -13,7 +13,7 @@ constexpr int kBlockRows = 32;
 // Of at most kBlockRows rows of the run, from row `first` on. Starts of packed rows may be beyond 32 bits.
 MASKED_SOFTMAX_INLINE void read_starts_and_lengths(const Problem& problem, const RowRun& run, int64_t first, int count,
                                                    int64_t* starts, int32_t* lengths) {
-  if (problem.starts.data == nullptr && problem.starts.value == 0) {
+  if (problem.starts.is_always_0()) {
     std::fill(starts, starts + count, int64_t{0});
     run.read_lengths(first, count, lengths);
     return;

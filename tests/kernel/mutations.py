@@ -424,7 +424,7 @@ MUTATIONS = (
     Mutation(
         "derivative, row by row: a narrow row's start ignored",
         "cpu/contiguous_rows.h",
-        "longest <= kTileElems<V> && starts_at_0",
+        "longest <= kTileElems<V> && problem.starts.is_always_0()",
         "longest <= kTileElems<V>",
     ),
     Mutation(
